@@ -1,0 +1,55 @@
+"""Everything a caller can get wrong, by kind; each kind has the exit code that the scripts end with."""
+
+
+class LdmError(Exception):
+    """Base of all errors raised on purpose; the message is one line: what was wanted, what came, what to do."""
+
+    exit_code = 1
+
+
+class UsageError(LdmError, ValueError):
+    """A value, option or size that is out of range or of the wrong kind."""
+
+    exit_code = 2
+
+
+class FormatError(LdmError, ValueError):
+    """A file that cannot be read: truncated, malformed, or not what its name says."""
+
+    exit_code = 3
+
+
+class UnsafeFileError(LdmError):
+    """A file or configuration that asks for more than data: code, foreign classes, impossible sizes."""
+
+    exit_code = 4
+
+
+class MismatchError(LdmError, ValueError):
+    """Files that are sound but do not fit together: another family, a missing or misshapen tensor."""
+
+    exit_code = 5
+
+
+class ResourceError(LdmError, RuntimeError):
+    """Out of memory, or a worker process died."""
+
+    exit_code = 6
+
+
+class OutputError(LdmError, OSError):
+    """An output folder or file that cannot be written."""
+
+    exit_code = 7
+
+
+class NumericError(LdmError, ArithmeticError):
+    """A result that is not finite."""
+
+    exit_code = 8
+
+
+class AbsentError(LdmError, FileNotFoundError):
+    """A needed file that is not there, or cannot be had without a network."""
+
+    exit_code = 9
