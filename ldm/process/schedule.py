@@ -1,0 +1,143 @@
+"""Noise schedules: how much noise each training level adds, by name, in float64."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ldm.errors import UsageError
+
+SCHEDULES = ("linear", "sqrt_linear", "sqrt", "cosine", "openai-linear", "openai-cosine")
+
+# Both cosine schedules stop short of adding all noise in one step (Improved DDPM, arXiv:2102.09672, sec. 3.2).
+MAX_COSINE_BETA = 0.999
+
+
+def named_betas(
+    name: str,
+    num_steps: int,
+    *,
+    linear_start: float = 1e-4,
+    linear_end: float = 2e-2,
+    cosine_s: float = 8e-3,
+) -> np.ndarray:
+    """Make the variances that a schedule of this name adds, step by step.
+
+    The first four names are CompVis's and mean what they mean there; OpenAI's two carry a prefix, because
+    their "linear" is another curve:
+
+    - "linear": linear in sqrt(beta). Stable Diffusion v1, from 0.00085 to 0.012. diffusers: "scaled_linear".
+    - "sqrt_linear": linear in beta, the schedule of DDPM (arXiv:2006.11239).
+    - "sqrt": the square root of a line.
+    - "cosine": alpha_bar follows a squared cosine (arXiv:2102.09672, Eq. 17), sampled at num_steps + 1 points.
+    - "openai-linear": as "sqrt_linear" with both ends multiplied by 1000 / num_steps, so that the whole chain
+      adds about the same noise for every num_steps.
+    - "openai-cosine": Eq. 17 with s = 0.008, through `betas_for_alpha_bar`.
+
+    Args:
+        num_steps: length of the chain, at least 1.
+        linear_start, linear_end: first and last beta of the lines.
+        cosine_s: offset s of "cosine".
+
+    Returns:
+        (num_steps,) float64, each in [0, 1).
+
+    Raises:
+        UsageError: an unknown name (the known ones are listed), no steps, or betas that leave [0, 1).
+    """
+    if name not in SCHEDULES:
+        raise UsageError(f"beta schedule '{name}' is unknown; choose one of {', '.join(SCHEDULES)}")
+    if num_steps < 1:
+        raise UsageError(f"a beta schedule needs at least 1 step, got {num_steps}")
+
+    if name == "linear":
+        betas = _line(linear_start**0.5, linear_end**0.5, num_steps) ** 2
+    elif name == "sqrt_linear":
+        betas = _line(linear_start, linear_end, num_steps)
+    elif name == "sqrt":
+        betas = _line(linear_start, linear_end, num_steps) ** 0.5
+    elif name == "cosine":
+        progress = np.arange(num_steps + 1, dtype=np.float64) / num_steps
+        alpha_bar = np.cos((progress + cosine_s) / (1 + cosine_s) * np.pi / 2) ** 2
+        betas = np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, MAX_COSINE_BETA)
+    elif name == "openai-linear":
+        scale = 1000 / num_steps
+        betas = np.linspace(scale * linear_start, scale * linear_end, num_steps, dtype=np.float64)
+    else:
+        betas = betas_for_alpha_bar(num_steps, lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
+
+    if not (np.all(betas >= 0) and np.all(betas < 1)):
+        raise UsageError(
+            f"schedule '{name}' with {num_steps} steps gives betas from {betas.min():g} to {betas.max():g}, "
+            "wanted all in [0, 1); check linear_start, linear_end and the number of steps"
+        )
+    return betas
+
+
+def betas_for_alpha_bar(
+    num_steps: int, alpha_bar: Callable[[float], float], max_beta: float = MAX_COSINE_BETA
+) -> np.ndarray:
+    """Cut a continuous alpha_bar(t), t in [0, 1], into num_steps betas, none above max_beta.
+
+    beta_i = 1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), as in guided-diffusion.
+    """
+    edges = [alpha_bar(i / num_steps) for i in range(num_steps + 1)]
+    return np.array(
+        [min(1 - after / before, max_beta) for before, after in zip(edges[:-1], edges[1:], strict=True)],
+        dtype=np.float64,
+    )
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """A schedule seen four ways, one value a level, float64, level 0 the cleanest.
+
+    All arrays are (num_steps,). alpha_bar is the fraction of signal variance that is left (Eq. 4 of DDPM);
+    alpha_bar_prev is the same one level cleaner, 1 before the first level.
+    """
+
+    betas: np.ndarray
+    alpha_bar: np.ndarray
+    alpha_bar_prev: np.ndarray
+
+    @classmethod
+    def from_betas(cls, betas: np.ndarray) -> "NoiseSchedule":
+        """Accumulate betas into alpha_bar.
+
+        Raises:
+            UsageError: betas are not a non-empty row of numbers in [0, 1).
+        """
+        betas = np.array(betas, dtype=np.float64)
+        if betas.ndim != 1 or betas.size == 0:
+            raise UsageError(f"betas must be one non-empty row of numbers, got shape {betas.shape}")
+        if not (np.all(betas >= 0) and np.all(betas < 1)):
+            raise UsageError(f"betas must lie in [0, 1), got {betas.min():g} to {betas.max():g}")
+        alpha_bar = np.cumprod(1 - betas)
+        return cls(betas, alpha_bar, np.append(1.0, alpha_bar[:-1]))
+
+    @classmethod
+    def named(cls, name: str, num_steps: int, **options: float) -> "NoiseSchedule":
+        """Build from a name of `named_betas` and its options."""
+        return cls.from_betas(named_betas(name, num_steps, **options))
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.betas)
+
+    @property
+    def sigma(self) -> np.ndarray:
+        """Noise over signal, sqrt((1 - alpha_bar) / alpha_bar): the level in the units of k-diffusion."""
+        return np.sqrt((1 - self.alpha_bar) / self.alpha_bar)
+
+    @property
+    def log_snr(self) -> np.ndarray:
+        """log(alpha_bar / (1 - alpha_bar)), falling from clean to noisy (infinite where beta starts at 0)."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.alpha_bar) - np.log1p(-self.alpha_bar)
+
+
+def _line(start: float, end: float, num_steps: int) -> np.ndarray:
+    # torch's linspace, not numpy's: they differ in the last bit, and CompVis's tables come from torch.
+    return torch.linspace(start, end, num_steps, dtype=torch.float64, device="cpu").numpy()
