@@ -11,7 +11,7 @@ from ldm.errors import UsageError
 
 SCHEDULES = ("linear", "sqrt_linear", "sqrt", "cosine", "openai-linear", "openai-cosine")
 
-# Both cosine schedules stop short of adding all noise in one step (Improved DDPM, arXiv:2102.09672, sec. 3.2).
+# Both cosine schedules stop short of replacing all signal in one step (arXiv:2102.09672, section 3.2).
 MAX_COSINE_BETA = 0.999
 
 
@@ -31,7 +31,7 @@ def named_betas(
     - "linear": linear in sqrt(beta). Stable Diffusion v1, from 0.00085 to 0.012. diffusers: "scaled_linear".
     - "sqrt_linear": linear in beta, the schedule of DDPM (arXiv:2006.11239).
     - "sqrt": the square root of a line.
-    - "cosine": alpha_bar follows a squared cosine (arXiv:2102.09672, Eq. 17), sampled at num_steps + 1 points.
+    - "cosine": alpha_bar follows a squared cosine (Improved DDPM, arXiv:2102.09672, Eq. 17).
     - "openai-linear": as "sqrt_linear" with both ends multiplied by 1000 / num_steps, so that the whole chain
       adds about the same noise for every num_steps.
     - "openai-cosine": Eq. 17 with s = 0.008, through `betas_for_alpha_bar`.
@@ -42,10 +42,10 @@ def named_betas(
         cosine_s: offset s of "cosine".
 
     Returns:
-        (num_steps,) float64, each in [0, 1).
+        (num_steps,) float64, each in [0, 1].
 
     Raises:
-        UsageError: an unknown name (the known ones are listed), no steps, or betas that leave [0, 1).
+        UsageError: an unknown name (the known ones are listed), no steps, or betas that leave [0, 1].
     """
     if name not in SCHEDULES:
         raise UsageError(f"beta schedule '{name}' is unknown; choose one of {', '.join(SCHEDULES)}")
@@ -68,10 +68,10 @@ def named_betas(
     else:
         betas = betas_for_alpha_bar(num_steps, lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
 
-    if not (np.all(betas >= 0) and np.all(betas < 1)):
+    if not (np.all(betas >= 0) and np.all(betas <= 1)):
         raise UsageError(
             f"schedule '{name}' with {num_steps} steps gives betas from {betas.min():g} to {betas.max():g}, "
-            "wanted all in [0, 1); check linear_start, linear_end and the number of steps"
+            "wanted all in [0, 1]; check linear_start, linear_end and the number of steps"
         )
     return betas
 
