@@ -18,4 +18,6 @@ def shipped(relative: str) -> Path:
     for place in places:
         if place.exists():
             return place
-    raise AbsentError(f"'{relative}' ships with ldm but is in neither {places[0]} nor {places[1]}; reinstall ldm")
+    raise AbsentError(
+        f"'{relative}' ships with ldm but is in neither {places[0]} nor {places[1]}; reinstall ldm"
+    )

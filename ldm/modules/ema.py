@@ -1,0 +1,90 @@
+"""A moving average of a model's weights, with CompVis's names for the buffers."""
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import MismatchError, UsageError
+
+
+class LitEma(nn.Module):
+    """Keep an exponential moving average of every trainable parameter of a model.
+
+    The average is kept in float32 (or the parameter's own dtype, if that is wider): a half-precision average
+    would swallow updates of a ten-thousandth. Its buffers are named like the parameters with all dots removed, as
+    checkpoints have them (`model_ema.diffusion_modelinput_blocks00weight`).
+
+    Args:
+        model: whose parameters are averaged.
+        decay: share of the average that one update keeps, in [0, 1].
+        use_num_upates: CompVis's spelling; warm up with min(decay, (1 + n) / (10 + n)) at update n.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True):
+        super().__init__()
+        if not 0.0 <= decay <= 1.0:
+            raise UsageError(f"decay should lie in [0, 1], got {decay}")
+        self.m_name2s_name: dict[str, str] = {}
+        self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
+        self.register_buffer("num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                shadow_name = name.replace(".", "")
+                if shadow_name in self.m_name2s_name.values():
+                    raise MismatchError(
+                        f"two parameters become '{shadow_name}' without dots, one of them '{name}'"
+                    )
+                self.m_name2s_name[name] = shadow_name
+                wide = torch.promote_types(parameter.dtype, torch.float32)
+                self.register_buffer(shadow_name, parameter.detach().to(wide, copy=True))
+        self.collected_params: list[Tensor] = []
+
+    def reset_num_updates(self) -> None:
+        """Start the warm-up of the decay again."""
+        self.num_updates.zero_()
+
+    def _apply(self, fn, recurse: bool = True):
+        """Follow the model to another device, but keep float32 when the model goes to half precision."""
+
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = moved.is_floating_point() and moved.dtype.itemsize < tensor.dtype.itemsize
+            return tensor.to(moved.device) if narrowed else moved
+
+        return super()._apply(keep_wide, recurse)
+
+    @torch.no_grad()
+    def forward(self, model: nn.Module) -> None:
+        """Take the model's present weights into the average."""
+        decay = self.decay
+        if self.num_updates >= 0:
+            self.num_updates += 1
+            decay = torch.minimum(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        for name, parameter in model.named_parameters():
+            if name in self.m_name2s_name:
+                shadow = getattr(self, self.m_name2s_name[name])
+                shadow.sub_((1.0 - decay) * (shadow - parameter.to(shadow.dtype)))
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrite the model's weights with the average."""
+        for name, parameter in model.named_parameters():
+            if name in self.m_name2s_name:
+                parameter.copy_(getattr(self, self.m_name2s_name[name]))
+
+    @torch.no_grad()
+    def copy_from(self, model: nn.Module) -> None:
+        """Overwrite the average with the model's weights, as after loading a file without an average."""
+        for name, parameter in model.named_parameters():
+            if name in self.m_name2s_name:
+                getattr(self, self.m_name2s_name[name]).copy_(parameter)
+
+    def store(self, parameters) -> None:
+        """Remember these parameters until restore()."""
+        self.collected_params = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def restore(self, parameters) -> None:
+        """Give the remembered values back to these parameters."""
+        for kept, parameter in zip(self.collected_params, parameters, strict=True):
+            parameter.copy_(kept)
+        self.collected_params = []
