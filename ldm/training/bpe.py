@@ -14,7 +14,7 @@ CAPTION_WORDS = (
     "circle square triangle star ring cross on the left in center right at top bottom background "
     "above below to of and with picture image photo drawing shape striped stripes dotted two three object "
     "next over under big tiny huge little . , "
-    "centre middle beneath disc plus violet backdrop one side"
+    "centre middle beneath disc plus violet backdrop one side medium"
 ).split()
 
 
