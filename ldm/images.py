@@ -1,0 +1,414 @@
+"""Pictures: PIL and tensors in [-1, 1], masks, grids, safe reading, saving that never overwrites, previews.
+
+Knows no model. PIL is imported inside functions, so that `import ldm` costs no more than torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import math
+import os
+import re
+import stat
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.errors import AbsentError, FormatError, NumericError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+FORMATS = ("PNG", "JPEG", "WEBP")  # decoders without interpreters or external programs behind them
+MAX_PIXELS = 36_000_000
+MAX_BYTES = 256 * 2**20
+MAX_SIDE = 32_767
+MIN_SIDE = 8
+STALE_SECONDS = 3600  # a .part file older than this was left by a killed run
+
+
+# --- pixels and tensors ---------------------------------------------------------------------------
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Turn a picture into (1, 3, height, width) float32 in [-1, 1], by CompVis's 2 * (x / 255) - 1."""
+    pixels = torch.from_numpy(np.array(to_rgb(image), dtype=np.float32) / 255.0)  # (height, width, 3)
+    return 2.0 * pixels.permute(2, 0, 1)[None] - 1.0  # (1, 3, height, width)
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """Map [-1, 1] to [0, 1] in float32 and clamp.
+
+    Raises:
+        NumericError: a value is not finite; a clamp would pass NaN on and uint8 would paint it black.
+    """
+    x = x.detach().float()
+    if not torch.isfinite(x).all():
+        raise NumericError("pictures must be finite, got NaN or infinity; nothing was saved")
+    return ((x + 1.0) / 2.0).clamp(0.0, 1.0)
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """Turn (b, 3, height, width) in [-1, 1] into (b, height, width, 3) uint8.
+
+    CompVis truncates 255 x where diffusers rounds: 45 % of pixels then differ by one. Truncation is kept, and
+    float32 with it: in float16 the same arithmetic moves one pixel in twenty.
+    """
+    return (255.0 * to_unit(x)).permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)  # (b, height, width, 3)
+
+
+def to_pil(x: Tensor) -> list[Image.Image]:
+    """Turn (b, 3, height, width) in [-1, 1] into b RGB pictures."""
+    from PIL import Image
+
+    return [Image.fromarray(pixels) for pixels in to_uint8(x)]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any picture to 8-bit RGB: transparency on white, 16-bit grey scaled (PIL would clip it)."""
+    from PIL import Image
+
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        grey = np.asarray(image, dtype=np.float64)
+        grey = grey / 257.0 if image.mode != "F" else grey
+        image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(ground, image)
+    return image.convert("RGB")
+
+
+def to_mask(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
+    """Turn a picture into (1, 1, height, width) of 0 and 1 float32: white (>= half) is 1, repaint.
+
+    Transparent counts as black, keep, as painting programs mean it.
+
+    Args:
+        size: (width, height) to resize to, with the nearest pixel, as CompVis does.
+    """
+    from PIL import Image
+
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    grey = to_rgb(image).convert("L")
+    if size is not None and grey.size != size:
+        grey = grey.resize(size, Image.Resampling.NEAREST)
+    mask = torch.from_numpy(np.array(grey, dtype=np.float32) / 255.0)
+    return (mask >= 0.5).float()[None, None]  # (1, 1, height, width)
+
+
+def shrink_mask(mask: Tensor, f: int, *, any_pixel: bool) -> Tensor:
+    """Bring a (b, 1, height, width) mask to latent cells, f pixels a side.
+
+    Args:
+        any_pixel: True marks a cell if any of its pixels is marked, so that a thin line is not lost; False
+            takes the nearest pixel, which is what the 9-channel models were trained with.
+    """
+    if any_pixel:
+        return F.max_pool2d(mask, f)
+    return F.interpolate(mask, size=(mask.shape[2] // f, mask.shape[3] // f))
+
+
+def fit_size(image: Image.Image, multiple: int, size: tuple[int, int] | None = None) -> Image.Image:
+    """Resize with LANCZOS to size, or else down to a multiple on both sides, as CompVis does with 32."""
+    from PIL import Image
+
+    width, height = size or (side - side % multiple for side in image.size)
+    if width < multiple or height < multiple:
+        raise UsageError(
+            f"a picture needs at least {multiple} x {multiple} pixels, got {image.width} x {image.height}"
+        )
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def paste(painted: Tensor, original: Tensor, mask: Tensor) -> Tensor:
+    """Keep the original where mask is 0, the painted picture where it is 1; all (b, c, height, width)."""
+    return mask * painted + (1.0 - mask) * original
+
+
+# --- grids ----------------------------------------------------------------------------------------
+
+
+def make_grid(images: Tensor, nrow: int = 8, padding: int = 2, pad_value: float = 0.0) -> Tensor:
+    """Lay (b, c, height, width) out as one (c, H, W) grid with nrow pictures in a row.
+
+    The layout of torchvision's make_grid: a border of `padding` on the left and top of each picture and
+    around the whole; one picture alone is returned as it is.
+    """
+    if nrow < 1:
+        raise UsageError(f"a grid needs at least 1 picture in a row, got nrow={nrow}")
+    b, c, height, width = images.shape
+    if b == 1:
+        return images[0]
+    columns, rows = min(nrow, b), math.ceil(b / min(nrow, b))
+    tall, wide = height + padding, width + padding
+    grid = images.new_full((c, rows * tall + padding, columns * wide + padding), pad_value)
+    for i, image in enumerate(images):
+        y, x = (i // columns) * tall + padding, (i % columns) * wide + padding
+        grid[:, y : y + height, x : x + width] = image
+    return grid
+
+
+def grid(pictures: Sequence[Image.Image], nrow: int | None = None) -> Image.Image:
+    """Lay pictures out as one, nrow in a row (default: near a square); smaller ones get black borders."""
+    from PIL import Image
+
+    if not pictures:
+        raise UsageError("a grid needs at least one picture, got none")
+    width, height = (max(sides) for sides in zip(*(p.size for p in pictures), strict=True))
+    cells = np.zeros((len(pictures), height, width, 3), dtype=np.uint8)
+    for cell, picture in zip(cells, pictures, strict=True):
+        cell[: picture.height, : picture.width] = np.asarray(to_rgb(picture))
+    nrow = nrow or math.ceil(math.sqrt(len(pictures)))
+    return Image.fromarray(
+        make_grid(torch.from_numpy(cells).permute(0, 3, 1, 2), nrow).permute(1, 2, 0).numpy()
+    )
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def open_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a PNG, JPEG or WebP picture whole, upright by its EXIF orientation, in the mode it was stored in.
+
+    The size is judged from the header, before anything is decoded; only the first frame is read.
+
+    Raises:
+        AbsentError: no such file. UsageError: a URL. FormatError: everything else that is wrong with it.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    name = os.fspath(path)
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
+        raise UsageError(f"pictures are read from files, got the URL {name!r}; download it first")
+    try:
+        status = os.stat(name)
+    except (FileNotFoundError, NotADirectoryError):
+        raise AbsentError(f"picture '{name}' does not exist; check the path") from None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"cannot read picture '{name}': {error}; check the path") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError(f"picture '{name}' is not a regular file; give a PNG, JPEG or WebP file")
+    if not 0 < status.st_size <= MAX_BYTES:
+        raise FormatError(f"picture '{name}' has {status.st_size} bytes; wanted 1 to {MAX_BYTES}")
+    wanted = "wanted a sound PNG, JPEG or WebP file; convert or download it again"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # PIL warns of bombs and damage where we want an end
+            with Image.open(name, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > max_pixels or max(width, height) > MAX_SIDE:
+                    raise FormatError(
+                        f"picture '{name}' has too many pixels, {width} x {height}; "
+                        f"wanted at most {max_pixels / 1e6:g} million and {MAX_SIDE} a side"
+                    )
+                if min(width, height) < MIN_SIDE:
+                    raise FormatError(
+                        f"picture '{name}' is too small, {width} x {height}; "
+                        f"wanted {MIN_SIDE} pixels a side or more"
+                    )
+                image.load()
+                return ImageOps.exif_transpose(image)
+    except FormatError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise FormatError(f"picture '{name}' has too many pixels ({error}); {wanted}") from None
+    except UnidentifiedImageError:
+        raise FormatError(f"picture '{name}' is no picture that can be read; {wanted}") from None
+    except Exception as error:  # decoders raise nearly every kind of error on damaged files
+        raise FormatError(f"picture '{name}' is damaged or incomplete ({error}); {wanted}") from None
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def prepare_folder(path: str | os.PathLike) -> Path:
+    """Make a folder and prove that files can be written in it, before time is spent on pictures.
+
+    Raises:
+        OutputError: it cannot be made or written in.
+    """
+    name = os.fspath(path)
+    if name in ("", "-"):
+        raise OutputError(f"cannot write to folder '{name}': it is no folder name; choose another")
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _clear_stale(folder)
+        part, handle = _open_part(folder)
+        os.close(handle)
+        part.unlink()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise OutputError(f"cannot write to folder '{name}': {why}; choose another") from None
+    return folder
+
+
+def save_numbered(
+    image: Image.Image, folder: str | os.PathLike, pattern: str = "{:05}.png", info: PngInfo | None = None
+) -> Path:
+    """Save a PNG under the number after the highest in the folder; never overwrite, never leave half a file.
+
+    CompVis numbers by counting files, so that two runs at once lose pictures, and so does deleting one.
+    Here a name is claimed by a hard link, which fails if the name is taken; the next number is then tried.
+
+    Args:
+        pattern: file name with one number, such as "grid-{:04}.png".
+
+    Raises:
+        OutputError: the folder cannot be written, the disk is full.
+    """
+    folder = Path(folder)
+    before, after = re.split(r"\{[^}]*\}", pattern)
+    taken = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
+
+    def names():
+        try:
+            numbers = [int(m[1]) for entry in os.listdir(folder) if (m := taken.fullmatch(entry))]
+        except OSError as error:
+            raise _cannot(folder, error) from None
+        number = max(numbers, default=-1) + 1
+        while True:
+            yield folder / pattern.format(number)
+            number += 1
+
+    return _place(_encode(image, info), folder, names())
+
+
+def save_png(image: Image.Image, path: str | os.PathLike, info: PngInfo | None = None) -> Path:
+    """Save a PNG under this name, whole or not at all.
+
+    Raises:
+        OutputError: the name is taken, or cannot be written.
+    """
+    path = Path(path)
+    return _place(_encode(image, info), path.parent, [path])
+
+
+def _encode(image: Image.Image, info: PngInfo | None) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def _open_part(folder: Path) -> tuple[Path, int]:
+    """Open a new temporary file whose mode obeys the umask (tempfile would make it 0600)."""
+    part = folder / f".ldm-{os.getpid()}-{os.urandom(6).hex()}.part"
+    return part, os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _clear_stale(folder: Path) -> None:
+    """Remove what a killed run left, but not what a running one is writing."""
+    for part in folder.glob(".ldm-*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > STALE_SECONDS:
+                part.unlink()
+
+
+def _cannot(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot write '{path}': {error.strerror or error}; choose another place or free some space"
+    )
+
+
+def _place(data: bytes, folder: Path, names) -> Path:
+    """Write data beside its place, make sure it is on disk, then give it the first name that is free."""
+    try:
+        part, handle = _open_part(folder)
+    except (OSError, ValueError) as error:
+        raise _cannot(folder, error if isinstance(error, OSError) else OSError(str(error))) from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        for name in names:
+            try:
+                _claim(part, name)
+            except FileExistsError:
+                continue
+            _sync_folder(folder)
+            return name
+    except OSError as error:
+        raise _cannot(folder, error) from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+    raise OutputError(f"'{name}' exists already and is not overwritten; choose another name")
+
+
+def _claim(part: Path, name: Path) -> None:
+    """Give a finished file its name, or raise FileExistsError; a link at that name is never followed."""
+    try:
+        os.link(part, name)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # No hard links here (vfat, some network mounts): reserve the name, then move the whole file onto it.
+        os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        os.replace(part, name)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the new name itself to disk, where folders can be opened."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# --- previews -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fit_latent_rgb(
+    decode: Callable[[Tensor], Tensor],
+    channels: int = 4,
+    *,
+    cells: int = 8,
+    samples: int = 16,
+    spread: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Fit colour = latent @ factors + bias to a decoder's own outputs, by least squares.
+
+    Works for any decoder, where published factors belong to one. The latents are smooth random fields: a
+    decoder of pictures has never seen independent noise in neighbouring cells.
+
+    Args:
+        decode: (b, channels, h, w) latents, scaled units -> (b, 3, f h, f w) in [-1, 1].
+        spread: standard deviation of the latents.
+
+    Returns:
+        factors (channels, 3) and bias (3,), float32 on the CPU.
+    """
+    generator = torch.Generator().manual_seed(0)
+    coarse = spread * torch.randn(samples, channels, 3, 3, generator=generator)
+    z = F.interpolate(coarse, size=(cells, cells), mode="bilinear", align_corners=True)
+    x = torch.cat([decode(one[None]).float().cpu() for one in z])
+    rgb = F.adaptive_avg_pool2d(x, (cells, cells))  # (samples, 3, h, w)
+    known = z.permute(0, 2, 3, 1).reshape(-1, channels).double()
+    known = torch.cat([known, torch.ones(len(known), 1, dtype=torch.float64)], dim=1)  # (n, channels + 1)
+    answer = torch.linalg.lstsq(known, rgb.permute(0, 2, 3, 1).reshape(-1, 3).double()).solution
+    return answer[:-1].float(), answer[-1].float()
+
+
+def preview(pred_x0: Tensor, factors: Tensor, bias: Tensor, scale: int = 8) -> list[Image.Image]:
+    """Paint (b, c, h, w) predicted clean latents as small pictures, each cell `scale` pixels wide."""
+    rgb = torch.einsum("bchw,cd->bdhw", pred_x0.detach().float().cpu(), factors) + bias[:, None, None]
+    return to_pil(F.interpolate(torch.nan_to_num(rgb), scale_factor=float(scale), mode="nearest"))
