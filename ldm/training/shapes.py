@@ -122,7 +122,7 @@ class Claim:
 
     @property
     def canonical(self) -> "Claim":
-        """The same meaning with the relation turned to "above" or "to the left of", so equal if meanings are."""
+        """The same meaning with the relation turned to "above" or "to the left of", equal if meanings are."""
         if self.where in ("below", "to the right of"):
             return Claim(self.background, self.objects[::-1], CONVERSE[self.where])
         return self
@@ -142,7 +142,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture, exactly; `where` is a place (one item) or the first item's relation to the second."""
+    """What is in a picture, exactly; `where`: the item's place, or the first's relation to the second."""
 
     background: str
     items: tuple[Item, ...]
