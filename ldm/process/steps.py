@@ -1,0 +1,272 @@
+"""One pure function per published update: from a level and a prediction to the next level.
+
+Levels are alpha_bar, the fraction of signal variance, as 0-d tensors; the steps of DDIM and DDPM also take
+(b,), one level per image. Best are 0-d float64 tensors on the CPU: factors are worked out in the levels'
+precision, multiply latents of any dtype on any device, and nothing waits for an accelerator.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ldm.process.gaussian import posterior, posterior_mean
+from ldm.process.prediction import to_x0
+
+SOLVER_TYPES = ("midpoint", "taylor")
+
+
+def ddim_std(alpha_bar_t: Tensor, alpha_bar_prev: Tensor, eta: float) -> Tensor:
+    """Work out how much fresh noise a DDIM step adds: sigma_t of Eq. 16 (arXiv:2010.02502).
+
+    Args:
+        alpha_bar_t, alpha_bar_prev: levels stepped from and to, any one shape.
+        eta: 0 = none, 1 = the standard deviation of DDPM's posterior.
+    """
+    return eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)).sqrt()
+
+
+def ddim_step(
+    x_t: Tensor,
+    eps: Tensor,
+    *,
+    alpha_bar_t: Tensor,
+    alpha_bar_prev: Tensor,
+    std: Tensor | None = None,
+    noise: Tensor | None = None,
+    pred_x0: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Step to a cleaner level through the predicted clean sample: Eq. 12 of DDIM (arXiv:2010.02502).
+
+    Args:
+        x_t: (b, ...) noisy sample.
+        eps: predicted noise, after guidance, shaped like x_t.
+        alpha_bar_t: level of x_t, in (0, 1).
+        alpha_bar_prev: level stepped to, not below alpha_bar_t; 1 is clean.
+        std: standard deviation of the fresh noise, from `ddim_std`; None = deterministic.
+        noise: unit normal, shaped like x_t. Needed with std; the caller owns the generator.
+        pred_x0: predicted clean sample, where the caller has a better one than x_t and eps give: quantised,
+            or from a velocity (which stays finite at alpha_bar_t = 0).
+
+    Returns:
+        (x_prev, pred_x0), shaped like x_t.
+
+    Raises:
+        ValueError: std without noise, or levels in the wrong order (checked for levels on the CPU, where
+            looking makes nobody wait).
+    """
+    if std is not None and noise is None:
+        raise ValueError("ddim_step needs noise when std is given, got noise=None")
+    if (
+        alpha_bar_t.device.type == alpha_bar_prev.device.type == "cpu"
+        and (alpha_bar_prev < alpha_bar_t).any()
+    ):
+        raise ValueError(
+            "ddim_step goes from noisy to clean, so alpha_bar_prev must be >= alpha_bar_t; "
+            f"got {alpha_bar_prev.tolist()} < {alpha_bar_t.tolist()}. To add noise, see ddim_inverse_step."
+        )
+    if pred_x0 is None:
+        pred_x0 = _clean(x_t, eps, alpha_bar_t)
+    variance = 1 - alpha_bar_prev
+    if std is None:
+        return _mix(pred_x0, eps, alpha_bar_prev.sqrt(), variance.sqrt()), pred_x0
+    x_prev = _mix(pred_x0, eps, alpha_bar_prev.sqrt(), (variance - std**2).sqrt())
+    return x_prev + _factor(std, x_t) * noise, pred_x0
+
+
+def ddim_inverse_step(x_t: Tensor, eps: Tensor, *, alpha_bar_t: Tensor, alpha_bar_next: Tensor) -> Tensor:
+    """Step to a noisier level along the deterministic path: DDIM's Eq. 13 read backwards.
+
+    Undoes `ddim_step` exactly when both are given the same eps. In practice eps is the network's answer at
+    the cleaner end, so encoding a sample and decoding it returns to it only up to the step size.
+
+    Args:
+        x_t: (b, ...) sample at alpha_bar_t, in (0, 1].
+        eps: predicted noise, shaped like x_t.
+        alpha_bar_next: level stepped to, in (0, 1), not above alpha_bar_t.
+
+    Raises:
+        ValueError: levels in the wrong order (checked for levels on the CPU).
+    """
+    if (
+        alpha_bar_t.device.type == alpha_bar_next.device.type == "cpu"
+        and (alpha_bar_next > alpha_bar_t).any()
+    ):
+        raise ValueError(
+            "ddim_inverse_step goes from clean to noisy, so alpha_bar_next must be <= alpha_bar_t; "
+            f"got {alpha_bar_next.tolist()} > {alpha_bar_t.tolist()}. To remove noise, see ddim_step."
+        )
+    pred_x0 = _clean(x_t, eps, alpha_bar_t)
+    return _mix(pred_x0, eps, alpha_bar_next.sqrt(), (1 - alpha_bar_next).sqrt())
+
+
+def ddpm_step(
+    x_t: Tensor,
+    pred_x0: Tensor,
+    *,
+    alpha_bar_t: Tensor,
+    alpha_bar_prev: Tensor,
+    noise: Tensor,
+    v_posterior: float = 0.0,
+) -> Tensor:
+    """Draw x_prev from q(x_prev | x_t, pred_x0): algorithm 2 of DDPM (arXiv:2006.11239).
+
+    Args:
+        x_t: (b, ...) noisy sample.
+        pred_x0: predicted clean sample, shaped like x_t.
+        alpha_bar_t: level of x_t, in (0, 1).
+        alpha_bar_prev: level stepped to, not below alpha_bar_t. At 1 the mean is returned, as published.
+        noise: unit normal, shaped like x_t.
+        v_posterior: 0 = the posterior's variance, 1 = beta, or between.
+    """
+    q = posterior(alpha_bar_t, alpha_bar_prev, v_posterior=v_posterior)
+    mean = posterior_mean(pred_x0, x_t, coef_x0=_factor(q.coef_x0, x_t), coef_x_t=_factor(q.coef_x_t, x_t))
+    return mean + _factor(q.variance.sqrt() * (alpha_bar_prev < 1), x_t) * noise
+
+
+def plms_eps(eps: Tensor, old_eps: Sequence[Tensor]) -> Tensor:
+    """Extrapolate the noise over the coming step from its past: Adams-Bashforth, orders 1 to 4.
+
+    Eq. 9 and 12 of pseudo numerical methods (PNDM, arXiv:2202.09778); the order is what the history allows.
+
+    Args:
+        eps: predicted noise at the present level.
+        old_eps: those of earlier, evenly spaced levels, oldest first; all but the last three are ignored.
+    """
+    past = list(old_eps)[::-1]
+    if not past:
+        return eps
+    if len(past) == 1:
+        return (3 * eps - past[0]) / 2
+    if len(past) == 2:
+        return (23 * eps - 16 * past[0] + 5 * past[1]) / 12
+    return (55 * eps - 59 * past[0] + 37 * past[1] - 9 * past[2]) / 24
+
+
+def dpm_solver_step(
+    x_t: Tensor,
+    eps: Sequence[Tensor],
+    *,
+    alpha_bars: Sequence[Tensor],
+    alpha_bar_next: Tensor,
+    solver_type: str = "midpoint",
+) -> Tensor:
+    """Step by DPM-Solver, multistep: the exact linear part, noise extrapolated in log-SNR.
+
+    Eq. 3.7 of DPM-Solver (arXiv:2206.00927) and its multistep forms. The order is the number of predictions.
+
+    Args:
+        x_t: (b, ...) sample at alpha_bars[0].
+        eps: one to three noise predictions, newest first.
+        alpha_bars: their levels, newest first, each in (0, 1).
+        alpha_bar_next: level stepped to, in (0, 1).
+        solver_type: weight of the first difference at order 2: "midpoint" (half the value's, the original's
+            "dpm_solver") or "taylor" (exact for noise linear in log-SNR).
+
+    Raises:
+        ValueError: another number of predictions, or an unknown solver_type.
+    """
+    first, second, h = _differences(eps, alpha_bars, alpha_bar_next, solver_type)
+    phi_1 = h.expm1()
+    phi_2 = phi_1 / h - 1
+    x_next = (alpha_bar_next / alpha_bars[0]).sqrt() * x_t - _sigma(alpha_bar_next) * phi_1 * eps[0]
+    if len(eps) == 2 and solver_type == "midpoint":
+        return x_next - 0.5 * _sigma(alpha_bar_next) * phi_1 * first
+    if len(eps) > 1:
+        x_next = x_next - _sigma(alpha_bar_next) * phi_2 * first
+    if len(eps) > 2:
+        x_next = x_next - _sigma(alpha_bar_next) * (phi_2 / h - 0.5) * second
+    return x_next
+
+
+def dpm_solver_pp_step(
+    x_t: Tensor,
+    pred_x0: Sequence[Tensor],
+    *,
+    alpha_bars: Sequence[Tensor],
+    alpha_bar_next: Tensor,
+    solver_type: str = "midpoint",
+) -> Tensor:
+    """Step by DPM-Solver++, multistep: as `dpm_solver_step`, with the clean sample extrapolated.
+
+    Eq. 9 and algorithm 2 of DPM-Solver++ (arXiv:2211.01095). The order is the number of predictions.
+
+    Args:
+        x_t: (b, ...) sample at alpha_bars[0].
+        pred_x0: one to three predicted clean samples, newest first.
+        alpha_bars: their levels, newest first, each in (0, 1).
+        alpha_bar_next: level stepped to, in (0, 1]; 1 (clean) only with a single prediction, which is then
+            the answer.
+        solver_type: as for `dpm_solver_step`.
+
+    Raises:
+        ValueError: another number of predictions, an unknown solver_type, or more than one prediction for
+            the step to the clean level.
+    """
+    first, second, h = _differences(pred_x0, alpha_bars, alpha_bar_next, solver_type)
+    if len(pred_x0) > 1 and alpha_bar_next == 1:
+        raise ValueError(
+            f"the step to the clean level (alpha_bar_next = 1) takes one prediction, got {len(pred_x0)}"
+        )
+    signal = alpha_bar_next.sqrt()
+    phi_1 = (-h).expm1()
+    phi_2 = phi_1 / h + 1
+    x_next = (_sigma(alpha_bar_next) / _sigma(alpha_bars[0])) * x_t - signal * phi_1 * pred_x0[0]
+    if len(pred_x0) == 2 and solver_type == "midpoint":
+        return x_next - 0.5 * signal * phi_1 * first
+    if len(pred_x0) > 1:
+        x_next = x_next + signal * phi_2 * first
+    if len(pred_x0) > 2:
+        x_next = x_next - signal * (phi_2 / h - 0.5) * second
+    return x_next
+
+
+def _factor(value: Tensor, like: Tensor) -> Tensor:
+    """Shape (b,) factors to multiply (b, ...); a 0-d one multiplies any tensor on any device as it is."""
+    return value if value.dim() == 0 else value.reshape(-1, *(1 for _ in like.shape[1:])).to(like.dtype)
+
+
+def _mix(x0: Tensor, eps: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+    return _factor(signal, x0) * x0 + _factor(noise, x0) * eps
+
+
+def _clean(x_t: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    # 1 - alpha_bar is taken in the level's own precision, before a half-precision x_t can round it.
+    return to_x0("eps", eps, x_t, _factor(alpha_bar, x_t), _factor(_sigma(alpha_bar), x_t))
+
+
+def _sigma(alpha_bar: Tensor) -> Tensor:
+    return (1 - alpha_bar).sqrt()
+
+
+def _log_snr_half(alpha_bar: Tensor) -> Tensor:
+    """lambda = log(alpha / sigma), the clock of DPM-Solver."""
+    return 0.5 * (alpha_bar.log() - (1 - alpha_bar).log())
+
+
+def _differences(
+    outputs: Sequence[Tensor], alpha_bars: Sequence[Tensor], alpha_bar_next: Tensor, solver_type: str
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Estimate f' h and f'' h^2 at the newest level by Newton's differences: (first, second, h).
+
+    The solvers' published code returns half of f'' h^2, which leaves its third order at second; the factor
+    here is the one that the derivation gives.
+    """
+    if not 1 <= len(outputs) <= 3 or len(outputs) != len(alpha_bars):
+        raise ValueError(
+            "a multistep DPM-Solver step takes 1 to 3 predictions with as many levels, "
+            f"got {len(outputs)} and {len(alpha_bars)}"
+        )
+    if solver_type not in SOLVER_TYPES:
+        raise ValueError(f"solver_type must be one of {', '.join(SOLVER_TYPES)}; got {solver_type!r}")
+    times = [_log_snr_half(level) for level in alpha_bars]
+    h = _log_snr_half(alpha_bar_next) - times[0]
+    if len(outputs) == 1:
+        return None, None, h
+    r0 = (times[0] - times[1]) / h
+    newest = (outputs[0] - outputs[1]) / r0
+    if len(outputs) == 2:
+        return newest, None, h
+    r1 = (times[1] - times[2]) / h
+    older = (outputs[1] - outputs[2]) / r1
+    bend = newest - older
+    return newest + r0 / (r0 + r1) * bend, 2 * bend / (r0 + r1), h
