@@ -1,0 +1,754 @@
+"""The UNet, and the half of it that classifies. CompVis calls this file openaimodel.
+
+Maps are (b, c, *space) with 1, 2 or 3 dimensions of space; 3-dimensional ones keep their first one (time) when
+they are halved or doubled.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.errors import MismatchError, UsageError
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.util import (
+    avg_pool_nd,
+    checkpoint,
+    conv_nd,
+    linear,
+    normalization,
+    timestep_embedding,
+    zero_module,
+)
+from ldm.util import exists
+
+
+def convert_module_to_f16(module: nn.Module) -> None:
+    """Turn a convolution's weights into half precision; other modules stay, as the original leaves norms alone."""
+    _convert(module, torch.float16)
+
+
+def convert_module_to_f32(module: nn.Module) -> None:
+    """Turn a convolution's weights back into single precision."""
+    _convert(module, torch.float32)
+
+
+def _convert(module: nn.Module, dtype: torch.dtype) -> None:
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | nn.LayerNorm | nn.GroupNorm):
+        # Linear layers and the transformers' norms follow, too: half maps run through all of them here.
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+
+
+class AttentionPool2d(nn.Module):
+    """Pool a square map by attention from its mean, as CLIP's image encoder does.
+
+    forward takes (b, embed_dim, spacial_dim, spacial_dim) and returns (b, output_dim).
+    """
+
+    def __init__(
+        self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None
+    ):
+        super().__init__()
+        self.positional_embedding = nn.Parameter(
+            torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5
+        )  # (c, 1 + h*w), the mean's position first
+        self.qkv_proj = conv_nd(1, embed_dim, 3 * embed_dim, 1)
+        self.c_proj = conv_nd(1, embed_dim, output_dim or embed_dim, 1)
+        self.num_heads = embed_dim // num_heads_channels
+        self.attention = QKVAttention(self.num_heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2)  # (b, c, h*w)
+        x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding.to(x.dtype)
+        return self.c_proj(self.attention(self.qkv_proj(x)))[:, :, 0]
+
+
+class TimestepBlock(nn.Module):
+    """A module whose forward takes the embedding of the level as its second argument."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Apply the module to x, given the embedding of the level."""
+
+
+class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
+    """A sequence that hands the level's embedding and the context to those of its children that take them."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Any = None, size: torch.Size | None = None) -> Tensor:
+        """Apply the children in turn; `size` is what those that double the sides have to reach, if not twice."""
+        reach = () if size is None else (size,)
+        for layer in self:
+            if isinstance(layer, ResBlock) and layer.up:
+                x = layer(x, emb, *reach)
+            elif isinstance(layer, TimestepBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            elif isinstance(layer, Upsample):
+                x = layer(x, *reach)
+            else:
+                x = layer(x)
+        return x
+
+
+class Upsample(nn.Module):
+    """Double the sides by repetition, then convolve if asked.
+
+    forward also takes the size to reach, so that a map can follow a skip of odd size.
+    """
+
+    def __init__(
+        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
+    ):
+        super().__init__()
+        self.channels = channels
+        self.out_channels = out_channels or channels
+        self.use_conv = use_conv
+        self.dims = dims
+        if use_conv:
+            self.conv = conv_nd(dims, channels, self.out_channels, 3, padding=padding)
+
+    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+        _expect_channels(self, x, self.channels)
+        if size is None:
+            factors = (1, 2, 2) if self.dims == 3 else (2,) * self.dims  # time keeps its length
+            size = torch.Size(f * s for f, s in zip(factors, x.shape[2:], strict=True))
+        x = F.interpolate(x, size=size, mode="nearest")
+        return self.conv(x) if self.use_conv else x
+
+
+class TransposedUpsample(nn.Module):
+    """Double the sides by a learned transposed convolution without padding."""
+
+    def __init__(self, channels: int, out_channels: int | None = None, ks: int = 5):
+        super().__init__()
+        self.channels = channels
+        self.out_channels = out_channels or channels
+        self.up = nn.ConvTranspose2d(channels, self.out_channels, kernel_size=ks, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x)
+
+
+class Downsample(nn.Module):
+    """Halve the sides (rounding up), by a strided convolution or by averaging."""
+
+    def __init__(
+        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
+    ):
+        super().__init__()
+        self.channels = channels
+        self.out_channels = out_channels or channels
+        self.use_conv = use_conv
+        self.dims = dims
+        stride = 2 if dims != 3 else (1, 2, 2)
+        if use_conv:
+            self.op = conv_nd(dims, channels, self.out_channels, 3, stride=stride, padding=padding)
+        else:
+            if self.channels != self.out_channels:
+                raise MismatchError(
+                    f"averaging keeps the {channels} channels, but out_channels={self.out_channels}; use_conv=True"
+                )
+            self.op = avg_pool_nd(dims, kernel_size=stride, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _expect_channels(self, x, self.channels)
+        return self.op(x)
+
+
+def _expect_channels(module: nn.Module, x: Tensor, channels: int) -> None:
+    if x.shape[1] != channels:
+        raise MismatchError(
+            f"{type(module).__name__} has {channels} channels, got x with shape {tuple(x.shape)}"
+        )
+
+
+class ResBlock(TimestepBlock):
+    """Two normalised convolutions with a shortcut; the embedding of the level enters between them.
+
+    Args:
+        channels, emb_channels: of the map and of the embedding.
+        dropout: before the second convolution.
+        out_channels: of the result.
+        use_conv: a 3x3 instead of a 1x1 convolution on the shortcut, where the channels change.
+        use_scale_shift_norm: the embedding scales and shifts the second norm instead of being added before it.
+        dims: of the space.
+        use_checkpoint: recompute in the backward pass instead of keeping activations.
+        up, down: double or halve the sides on the way, without a convolution of its own.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int | None = None,
+        use_conv: bool = False,
+        use_scale_shift_norm: bool = False,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        up: bool = False,
+        down: bool = False,
+    ):
+        super().__init__()
+        self.channels, self.emb_channels, self.dropout = channels, emb_channels, dropout
+        self.out_channels = out_channels or channels
+        self.use_conv, self.use_checkpoint = use_conv, use_checkpoint
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.up, self.updown = up, up or down
+        self.in_layers = nn.Sequential(
+            normalization(channels), nn.SiLU(), conv_nd(dims, channels, self.out_channels, 3, padding=1)
+        )
+        resample = Upsample if up else Downsample
+        self.h_upd = resample(channels, False, dims) if self.updown else nn.Identity()
+        self.x_upd = resample(channels, False, dims) if self.updown else nn.Identity()
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), linear(emb_channels, (2 if use_scale_shift_norm else 1) * self.out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            normalization(self.out_channels),
+            nn.SiLU(),
+            nn.Dropout(p=dropout),
+            zero_module(conv_nd(dims, self.out_channels, self.out_channels, 3, padding=1)),
+        )
+        if self.out_channels == channels:
+            self.skip_connection = nn.Identity()
+        elif use_conv:
+            self.skip_connection = conv_nd(dims, channels, self.out_channels, 3, padding=1)
+        else:
+            self.skip_connection = conv_nd(dims, channels, self.out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor, size: torch.Size | None = None) -> Tensor:
+        """Apply the block; size is the side to reach where `up` is set and the skip has an odd one."""
+        return checkpoint(self._forward, (x, emb, size), self.parameters(), self.use_checkpoint)
+
+    def _forward(self, x: Tensor, emb: Tensor, size: torch.Size | None = None) -> Tensor:
+        if self.updown:
+            norm_act, conv = self.in_layers[:-1], self.in_layers[-1]
+            reach = (size,) if self.up else ()
+            h = conv(self.h_upd(norm_act(x), *reach))
+            x = self.x_upd(x, *reach)
+        else:
+            h = self.in_layers(x)
+        shift = self.emb_layers(emb).type(h.dtype)
+        shift = shift.reshape(*shift.shape, *(1 for _ in h.shape[2:]))  # (b, c or 2c, 1, ...)
+        if self.use_scale_shift_norm:
+            norm, rest = self.out_layers[0], self.out_layers[1:]
+            scale, shift = shift.chunk(2, dim=1)
+            h = rest(norm(h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + shift)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all cells of a map, added to it.
+
+    Args:
+        channels: of the map.
+        num_heads, num_head_channels: number of heads, or their width where that is not -1.
+        use_checkpoint: CompVis recomputes these blocks always; here they follow the flag.
+        use_new_attention_order: the order of q, k and v against the heads in the weights.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_checkpoint: bool = False,
+        use_new_attention_order: bool = False,
+    ):
+        super().__init__()
+        self.channels = channels
+        self.num_heads = _heads(channels, num_heads, num_head_channels)
+        self.use_checkpoint = use_checkpoint
+        self.norm = normalization(channels)
+        self.qkv = conv_nd(1, channels, channels * 3, 1)
+        self.attention = (QKVAttention if use_new_attention_order else QKVAttentionLegacy)(self.num_heads)
+        self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)  # (b, c, n)
+        h = self.proj_out(self.attention(self.qkv(self.norm(flat))))
+        return (flat + h).reshape(x.shape)
+
+
+def _heads(channels: int, num_heads: int, num_head_channels: int) -> int:
+    if num_head_channels == -1:
+        return num_heads
+    if channels % num_head_channels:
+        raise MismatchError(
+            f"{channels} channels do not divide into heads of num_head_channels={num_head_channels}"
+        )
+    return channels // num_head_channels
+
+
+def count_flops_attn(model: nn.Module, _x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> None:
+    """Add the operations of one attention to model.total_ops, as the `thop` profiler's custom rule."""
+    b, c, *space = y[0].shape
+    model.total_ops += torch.DoubleTensor([2 * b * math.prod(space) ** 2 * c])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend with (b, heads, c, n) tensors."""
+    out = F.scaled_dot_product_attention(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3))
+    return out.transpose(2, 3)
+
+
+class QKVAttentionLegacy(nn.Module):
+    """Attention where the heads are the outer, and q, k and v the inner division of the channels."""
+
+    def __init__(self, n_heads: int):
+        super().__init__()
+        self.n_heads = n_heads
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """Take (b, heads * 3 * c, n), return (b, heads * c, n)."""
+        b, _, n = qkv.shape
+        q, k, v = qkv.reshape(b, self.n_heads, -1, n).chunk(3, dim=2)  # (b, heads, c, n) each
+        return _attend(q, k, v).reshape(b, -1, n)
+
+    @staticmethod
+    def count_flops(model: nn.Module, _x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> None:
+        """See count_flops_attn."""
+        count_flops_attn(model, _x, y)
+
+
+class QKVAttention(nn.Module):
+    """Attention where q, k and v are the outer, and the heads the inner division of the channels."""
+
+    def __init__(self, n_heads: int):
+        super().__init__()
+        self.n_heads = n_heads
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """Take (b, 3 * heads * c, n), return (b, heads * c, n)."""
+        b, _, n = qkv.shape
+        q, k, v = qkv.reshape(b, 3, self.n_heads, -1, n).unbind(dim=1)  # (b, heads, c, n) each
+        return _attend(q, k, v).reshape(b, -1, n)
+
+    @staticmethod
+    def count_flops(model: nn.Module, _x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> None:
+        """See count_flops_attn."""
+        count_flops_attn(model, _x, y)
+
+
+class _UNetBase(nn.Module):
+    """What the UNet and the encoder UNet share: the path down, the middle, and the dtype of the maps."""
+
+    dtype: torch.dtype
+
+    def _cast_torso(self, half: bool) -> None:
+        convert = convert_module_to_f16 if half else convert_module_to_f32
+        for part in (self.input_blocks, self.middle_block, getattr(self, "output_blocks", nn.ModuleList())):
+            part.apply(convert)
+        self.dtype = torch.float16 if half else torch.float32
+
+    def convert_to_fp16(self) -> None:
+        """Run the blocks in half precision; the level's embedding and the last layers stay in single."""
+        self._cast_torso(half=True)
+
+    def convert_to_fp32(self) -> None:
+        """Run everything in single precision again."""
+        self._cast_torso(half=False)
+
+    def _torso_input(self, x: Tensor) -> Tensor:
+        """Cast x to what the blocks compute in: their declared dtype, or their weights' if a caller changed it."""
+        weight = self.input_blocks[0][0].weight
+        return x.type(self.dtype if self.dtype == torch.float16 else weight.dtype)
+
+
+class UNetModel(_UNetBase):
+    """The UNet of latent diffusion: residual blocks and attention at several resolutions, with skips.
+
+    Args:
+        image_size: side of the latents in training; any size works.
+        in_channels, model_channels, out_channels: of the input, of the first level, of the output.
+        num_res_blocks: in each level; a list gives one number for each.
+        attention_resolutions: downsampling factors (1, 2, 4, ...) at which blocks are followed by attention.
+        dropout: in the residual blocks.
+        channel_mult: channels of level i are int(channel_mult[i] * model_channels); fractions are allowed.
+        conv_resample: resample with convolutions.
+        dims: of the space: 1, 2 or 3.
+        num_classes: number of labels, or "continuous" for a single number as y.
+        use_checkpoint: recompute in the backward pass instead of keeping activations.
+        use_fp16: maps in half precision (then call convert_to_fp16, as the original's scripts do).
+        num_heads, num_head_channels, num_heads_upsample: number of heads, their width where that is not -1,
+            and their number on the way up where that is not -1.
+        use_scale_shift_norm, resblock_updown: see ResBlock; resampling by residual blocks.
+        use_new_attention_order: see AttentionBlock.
+        use_spatial_transformer, transformer_depth, context_dim: attention to a context by SpatialTransformers.
+        n_embed: predict codebook indices instead of values (forward returns (b, n_embed, ...)).
+        legacy: the rule for head widths: channels // num_heads for transformers, num_head_channels otherwise.
+        disable_self_attentions: for each level, whether its transformers only look at the context.
+        num_attention_blocks: for each level, how many of its blocks are followed by attention.
+        disable_middle_self_attn: the middle transformer only looks at the context.
+        use_linear_in_transformer: linear layers instead of 1x1 convolutions around the transformers.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int | list[int],
+        attention_resolutions: Iterable[int],
+        dropout: float = 0,
+        channel_mult: tuple[float, ...] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | str | None = None,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        use_spatial_transformer: bool = False,
+        transformer_depth: int = 1,
+        context_dim: int | list[int] | None = None,
+        n_embed: int | None = None,
+        legacy: bool = True,
+        disable_self_attentions: list[bool] | None = None,
+        num_attention_blocks: list[int] | None = None,
+        disable_middle_self_attn: bool = False,
+        use_linear_in_transformer: bool = False,
+    ):
+        super().__init__()
+        levels = len(channel_mult)
+        if use_spatial_transformer != exists(context_dim):
+            raise MismatchError(
+                "use_spatial_transformer and context_dim go together, got "
+                f"use_spatial_transformer={use_spatial_transformer} and context_dim={context_dim}"
+            )
+        if num_heads == -1 and num_head_channels == -1:
+            raise MismatchError("one of num_heads and num_head_channels has to be set, both are -1")
+        if exists(context_dim) and not isinstance(context_dim, int):
+            context_dim = list(context_dim)
+        num_res_blocks = (
+            [num_res_blocks] * levels if isinstance(num_res_blocks, int) else list(num_res_blocks)
+        )
+        for name, per_level in (
+            ("num_res_blocks", num_res_blocks),
+            ("disable_self_attentions", disable_self_attentions),
+            ("num_attention_blocks", num_attention_blocks),
+        ):
+            if exists(per_level) and len(per_level) != levels:
+                raise MismatchError(
+                    f"{name} lists {len(per_level)} values for the {levels} levels of channel_mult"
+                )
+
+        self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
+        self.model_channels, self.channel_mult = model_channels, channel_mult
+        self.num_res_blocks, self.attention_resolutions = num_res_blocks, attention_resolutions
+        self.dropout, self.conv_resample, self.num_classes = dropout, conv_resample, num_classes
+        self.use_checkpoint = use_checkpoint
+        self.dtype = torch.float16 if use_fp16 else torch.float32
+        self.num_heads, self.num_head_channels = num_heads, num_head_channels
+        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.predict_codebook_ids = n_embed is not None
+
+        embed_dim = model_channels * 4
+        self.time_embed = nn.Sequential(
+            linear(model_channels, embed_dim), nn.SiLU(), linear(embed_dim, embed_dim)
+        )
+        if num_classes == "continuous":
+            self.label_emb = nn.Linear(1, embed_dim)
+        elif num_classes is not None:
+            if not isinstance(num_classes, int):
+                raise UsageError(f"num_classes should be a number, 'continuous' or None, got {num_classes!r}")
+            self.label_emb = nn.Embedding(num_classes, embed_dim)
+
+        def res_block(channels: int, out: int, **kwargs: Any) -> ResBlock:
+            return ResBlock(
+                channels,
+                embed_dim,
+                dropout,
+                out_channels=out,
+                dims=dims,
+                use_checkpoint=use_checkpoint,
+                use_scale_shift_norm=use_scale_shift_norm,
+                **kwargs,
+            )
+
+        def attention(channels: int, block_heads: int, context_only: bool) -> nn.Module:
+            # num_heads_upsample counts only where no width decides: in the legacy rule of AttentionBlocks.
+            heads, dim_head = num_heads, num_head_channels
+            if dim_head == -1:
+                dim_head = channels // heads
+            else:
+                heads = channels // dim_head
+            if not use_spatial_transformer:
+                return AttentionBlock(
+                    channels,
+                    use_checkpoint=use_checkpoint,
+                    num_heads=block_heads,
+                    num_head_channels=num_head_channels if legacy else dim_head,
+                    use_new_attention_order=use_new_attention_order,
+                )
+            return SpatialTransformer(
+                channels,
+                heads,
+                channels // heads if legacy else dim_head,
+                depth=transformer_depth,
+                context_dim=context_dim,
+                disable_self_attn=context_only,
+                use_linear=use_linear_in_transformer,
+                use_checkpoint=use_checkpoint,
+            )
+
+        def attends(level: int, block: int, ds: int) -> bool:
+            return ds in attention_resolutions and (
+                num_attention_blocks is None or block < num_attention_blocks[level]
+            )
+
+        def context_only(level: int) -> bool:
+            return bool(disable_self_attentions[level]) if exists(disable_self_attentions) else False
+
+        ch = int(channel_mult[0] * model_channels)
+        self.input_blocks = nn.ModuleList(
+            [TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))]
+        )
+        skips, ds = [ch], 1
+        for level, mult in enumerate(channel_mult):
+            for block in range(num_res_blocks[level]):
+                layers = [res_block(ch, int(mult * model_channels))]
+                ch = int(mult * model_channels)
+                if attends(level, block, ds):
+                    layers.append(attention(ch, num_heads, context_only(level)))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                skips.append(ch)
+            if level != levels - 1:
+                smaller = (
+                    res_block(ch, ch, down=True)
+                    if resblock_updown
+                    else Downsample(ch, conv_resample, dims=dims)
+                )
+                self.input_blocks.append(TimestepEmbedSequential(smaller))
+                skips.append(ch)
+                ds *= 2
+
+        self.middle_block = TimestepEmbedSequential(
+            res_block(ch, ch), attention(ch, num_heads, disable_middle_self_attn), res_block(ch, ch)
+        )
+
+        self.output_blocks = nn.ModuleList([])
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for block in range(num_res_blocks[level] + 1):
+                out = int(model_channels * mult)
+                layers = [res_block(ch + skips.pop(), out)]
+                ch = out
+                if attends(level, block, ds):
+                    layers.append(attention(ch, self.num_heads_upsample, context_only(level)))
+                if level and block == num_res_blocks[level]:
+                    layers.append(
+                        res_block(ch, ch, up=True)
+                        if resblock_updown
+                        else Upsample(ch, conv_resample, dims=dims)
+                    )
+                    ds //= 2
+                self.output_blocks.append(TimestepEmbedSequential(*layers))
+
+        self.out = nn.Sequential(
+            normalization(ch), nn.SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
+        )
+        if self.predict_codebook_ids:
+            self.id_predictor = nn.Sequential(normalization(ch), conv_nd(dims, model_channels, n_embed, 1))
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor | None = None,
+        context: Any = None,
+        y: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Predict from maps and their levels.
+
+        Args:
+            x: (b, in_channels, *space).
+            timesteps: (b,) levels, fractional ones allowed.
+            context: (b, n, context_dim), or one for each transformer block.
+            y: (b,) labels, or (b, 1) numbers where num_classes is "continuous".
+
+        Returns:
+            (b, out_channels, *space) in x's dtype.
+        """
+        if exists(y) != exists(self.num_classes):
+            raise MismatchError(
+                f"labels y are needed if and only if the model has classes; num_classes={self.num_classes}, "
+                f"y {'was' if exists(y) else 'was not'} given"
+            )
+        emb = timestep_embedding(timesteps, self.model_channels)
+        emb = self.time_embed(emb.to(self.time_embed[0].weight.dtype))  # (b, 4 * model_channels)
+        if exists(y):
+            if y.shape[0] != x.shape[0]:
+                raise MismatchError(
+                    f"y should hold one label for each of {x.shape[0]} maps, got shape {tuple(y.shape)}"
+                )
+            emb = emb + self.label_emb(y)
+        h = self._torso_input(x)
+        skips = []
+        for module in self.input_blocks:
+            h = module(h, emb, context)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for module in self.output_blocks:
+            h = torch.cat([h, skips.pop()], dim=1)
+            reach = skips[-1].shape[2:] if skips else h.shape[2:]
+            # Sides that do not halve evenly: the map has to reach its skip's size, not twice its own.
+            uneven = any(r not in (s, 2 * s) for r, s in zip(reach, h.shape[2:], strict=True))
+            h = module(h, emb, context, reach) if uneven else module(h, emb, context)
+        h = h.type(x.dtype)
+        return self.id_predictor(h) if self.predict_codebook_ids else self.out(h)
+
+
+class EncoderUNetModel(_UNetBase):
+    """The UNet's path down and a pooled head: a classifier of maps at any noise level.
+
+    Args:
+        out_channels: classes.
+        pool: "adaptive" (mean, then a 1x1 convolution), "attention" (AttentionPool2d), "spatial" or
+            "spatial_v2" (the means of all blocks' maps through a small perceptron, the second with norms).
+        The others are UNetModel's.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Iterable[int],
+        dropout: float = 0,
+        channel_mult: tuple[float, ...] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        pool: str = "adaptive",
+    ):
+        super().__init__()
+        self.in_channels, self.model_channels, self.out_channels = in_channels, model_channels, out_channels
+        self.num_res_blocks, self.attention_resolutions = num_res_blocks, attention_resolutions
+        self.dropout, self.channel_mult, self.conv_resample = dropout, channel_mult, conv_resample
+        self.use_checkpoint = use_checkpoint
+        self.dtype = torch.float16 if use_fp16 else torch.float32
+        self.num_heads, self.num_head_channels = num_heads, num_head_channels
+        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.pool = pool
+
+        embed_dim = model_channels * 4
+        self.time_embed = nn.Sequential(
+            linear(model_channels, embed_dim), nn.SiLU(), linear(embed_dim, embed_dim)
+        )
+
+        def res_block(channels: int, out: int, **kwargs: Any) -> ResBlock:
+            return ResBlock(
+                channels,
+                embed_dim,
+                dropout,
+                out_channels=out,
+                dims=dims,
+                use_checkpoint=use_checkpoint,
+                use_scale_shift_norm=use_scale_shift_norm,
+                **kwargs,
+            )
+
+        def attention(channels: int) -> AttentionBlock:
+            return AttentionBlock(
+                channels,
+                use_checkpoint=use_checkpoint,
+                num_heads=num_heads,
+                num_head_channels=num_head_channels,
+                use_new_attention_order=use_new_attention_order,
+            )
+
+        ch = int(channel_mult[0] * model_channels)
+        self.input_blocks = nn.ModuleList(
+            [TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))]
+        )
+        widths, ds = [ch], 1
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers = [res_block(ch, int(mult * model_channels))]
+                ch = int(mult * model_channels)
+                if ds in attention_resolutions:
+                    layers.append(attention(ch))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                widths.append(ch)
+            if level != len(channel_mult) - 1:
+                smaller = (
+                    res_block(ch, ch, down=True)
+                    if resblock_updown
+                    else Downsample(ch, conv_resample, dims=dims)
+                )
+                self.input_blocks.append(TimestepEmbedSequential(smaller))
+                widths.append(ch)
+                ds *= 2
+        self.middle_block = TimestepEmbedSequential(res_block(ch, ch), attention(ch), res_block(ch, ch))
+        features = sum(widths) + ch
+
+        if pool == "adaptive":
+            self.out = nn.Sequential(
+                normalization(ch),
+                nn.SiLU(),
+                nn.AdaptiveAvgPool2d((1, 1)),
+                zero_module(conv_nd(dims, ch, out_channels, 1)),
+                nn.Flatten(),
+            )
+        elif pool == "attention":
+            if num_head_channels == -1:
+                raise MismatchError("pool='attention' needs num_head_channels, got -1")
+            self.out = nn.Sequential(
+                normalization(ch),
+                nn.SiLU(),
+                AttentionPool2d(image_size // ds, ch, num_head_channels, out_channels),
+            )
+        elif pool == "spatial":
+            self.out = nn.Sequential(nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, out_channels))
+        elif pool == "spatial_v2":
+            self.out = nn.Sequential(
+                nn.Linear(features, 2048), normalization(2048), nn.SiLU(), nn.Linear(2048, out_channels)
+            )
+        else:
+            raise UsageError(
+                f"pool should be 'adaptive', 'attention', 'spatial' or 'spatial_v2', got {pool!r}"
+            )
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """Classify maps (b, in_channels, *space) at levels (b,): (b, out_channels) logits."""
+        emb = timestep_embedding(timesteps, self.model_channels)
+        emb = self.time_embed(emb.to(self.time_embed[0].weight.dtype))
+        pooled = []
+        h = self._torso_input(x)
+        for module in self._path():
+            h = module(h, emb)
+            if self.pool.startswith("spatial"):
+                pooled.append(h.type(x.dtype).mean(dim=tuple(range(2, h.dim()))))
+        if self.pool.startswith("spatial"):
+            return self.out(torch.cat(pooled, dim=-1))
+        return self.out(h.type(x.dtype))
+
+    def _path(self) -> Iterator[TimestepEmbedSequential]:
+        yield from self.input_blocks
+        yield self.middle_block
