@@ -1,0 +1,331 @@
+"""What happens between steps: the log and its curve, validation, pictures, checkpoints, and an orderly stop.
+
+None of it changes a run: every batch draws its random numbers afresh from the seed and its number.
+"""
+
+import json
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from ldm.errors import OutputError
+from ldm.training.checkpointing import FORMAT, save_state, write_whole
+from ldm.training.data import Stream
+from ldm.training.objectives import Draws
+
+logger = logging.getLogger(__name__)
+
+SAVE_ATTEMPTS = 3
+VALIDATION_SEED = 1 << 20  # no run's own seed is likely to be this one
+CURVES = ("train/loss", "train/loss_1", "train/rec_loss", "train/loss_simple", "val/psnr", "val/loss", "lr")
+
+
+class AfterSteps(pl.Callback):
+    """Calls `after_step` when an optimizer step is complete, not after every batch."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if module.has_stepped:
+            self.after_step(trainer, module, batch)
+
+    def after_step(self, trainer: pl.Trainer, module: Any, batch: Any) -> None:
+        raise NotImplementedError(f"{type(self).__name__} does not say what to do after a step")
+
+
+class RunLog(AfterSteps):
+    """Writes every step's figures to metrics.jsonl as they come, a line now and then to the console, and a curve.
+
+    Args:
+        folder: of the run.
+        total: steps of the whole run.
+        print_every: seconds between two lines on the console.
+        curve_every: steps between two drawings of loss.png.
+    """
+
+    def __init__(self, folder: Path, total: int, *, print_every: float = 10.0, curve_every: int = 500):
+        self.path, self.curve = folder / "metrics.jsonl", folder / "loss.png"
+        self.total, self.print_every, self.curve_every = total, print_every, curve_every
+        self._file = None
+        self._bar = None
+        self._printed, self._printed_step = 0.0, 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        self.drop_after(module.step)
+        self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed in on_train_end
+        self._printed, self._printed_step = time.monotonic(), module.step
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self.total, initial=module.step, unit="step", mininterval=0.5)
+
+    def drop_after(self, step: int) -> None:
+        """Remove the lines of steps that a resumed run will do again, and a line cut short."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] < step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue
+        write_whole(self.path, lambda file: file.write("".join(kept).encode()))
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """Add a line for step `step` (0-based)."""
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **figures}) + "\n")
+
+    def after_step(self, trainer: pl.Trainer, module: Any, batch: Any) -> None:
+        if self._file is None:
+            return
+        self.write(module.step - 1, module.figures)
+        if self._bar is not None:
+            self._bar.update(1)
+        now = time.monotonic()
+        if now - self._printed >= self.print_every:
+            each = (now - self._printed) / max(1, module.step - self._printed_step)
+            shown = " ".join(
+                f"{name.removeprefix('train/')} {module.figures[name]:.4g}"
+                for name in ("train/loss", "train/rec_loss", "train/loss_1", "grad_norm", "lr")
+                if name in module.figures
+            )
+            line = f"step {module.step}/{self.total} {shown} {each:.3f} s/step"
+            if self._bar is not None:
+                self._bar.set_postfix_str(shown, refresh=False)
+            else:
+                print(line, flush=True)
+            self._printed, self._printed_step = now, module.step
+        if module.step % self.curve_every == 0:
+            self.draw()
+
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if self._file is not None:
+            self.draw()
+        self.close()
+
+    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._bar is not None:
+            self._bar.close()
+
+    def draw(self) -> None:
+        """Draw the figures over the steps as loss.png, each with its running mean."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        names = [name for name in CURVES if any(name in line for line in lines)]
+        if not names:
+            return
+        figure, axes = pyplot.subplots(
+            len(names), 1, figsize=(8, 2.2 * len(names)), squeeze=False, sharex=True
+        )
+        for axis, name in zip(axes[:, 0], names, strict=True):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            stride = max(1, len(points) // 2000)
+            steps, values = zip(*points[::stride], strict=True)
+            axis.plot(steps, values, linewidth=0.6, alpha=0.5)
+            if len(points) > 100 and name.startswith("train/"):
+                width = max(1, len(points) // 50)
+                ends = range(width, len(points) + 1, max(1, width // 4))
+                means = [sum(v for _, v in points[e - width : e]) / width for e in ends]
+                axis.plot([points[e - 1][0] for e in ends], means, linewidth=1.4)
+            if name.startswith("train/") and min(values) > 0:
+                axis.set_yscale("log")
+            axis.set_ylabel(name)
+            axis.grid(alpha=0.3)
+        axes[-1, 0].set_xlabel("optimizer step")
+        figure.tight_layout()
+        write_whole(self.curve, lambda file: figure.savefig(file, format="png", dpi=100))
+        pyplot.close(figure)
+
+
+class Validation(AfterSteps):
+    """Measures a fixed set of unseen samples now and then, on the first process.
+
+    Args:
+        source: of the samples.
+        run_log: where the figures go.
+        every: steps between two measurements.
+        batches, batch_size: how many samples.
+    """
+
+    def __init__(self, source: Any, run_log: RunLog, *, every: int, batches: int, batch_size: int):
+        batches = min(batches, len(source) // batch_size)
+        self.stream = Stream(source, batch_size, shuffle=False) if batches else None
+        self.run_log, self.every, self.batches = run_log, every, batches
+
+    def after_step(self, trainer: pl.Trainer, module: Any, batch: Any) -> None:
+        if not trainer.is_global_zero or self.stream is None or module.step % self.every:
+            return
+        sums: dict[str, float] = {}
+        module.eval()
+        for number in range(self.batches):
+            taken = module.transfer_batch_to_device(self.stream[number], module.device, 0)
+            draws = Draws(VALIDATION_SEED, number)
+            with trainer.precision_plugin.forward_context():
+                measured = module.objective.validate(taken, draws, module.step)
+            for name, value in measured.items():
+                sums[name] = sums.get(name, 0.0) + value / self.batches
+        module.train()
+        self.run_log.write(module.step - 1, sums)
+        print(f"step {module.step} " + " ".join(f"{k} {v:.4f}" for k, v in sums.items()), flush=True)
+
+
+class ImageLogger(AfterSteps):
+    """Writes grids of pictures now and then: images/train/{name}_gs-{step}_e-{epoch}_b-{batch}.png, as CompVis.
+
+    Args:
+        batch_frequency: steps between two grids.
+        max_images: pictures in a grid.
+        clamp: accepted for CompVis's files; pictures are always clamped to [-1, 1].
+        increase_log_steps: also at steps 1, 2, 4, ... below batch_frequency.
+        rescale, disabled, log_on_batch_idx, log_first_step, log_images_kwargs: CompVis's; of these `disabled`
+            and `log_first_step` act.
+    """
+
+    def __init__(
+        self,
+        batch_frequency: int = 750,
+        max_images: int = 4,
+        clamp: bool = True,
+        increase_log_steps: bool = True,
+        rescale: bool = True,
+        disabled: bool = False,
+        log_on_batch_idx: bool = False,
+        log_first_step: bool = False,
+        log_images_kwargs: Any = None,
+    ):
+        self.batch_frequency, self.max_images, self.disabled = batch_frequency, max_images, disabled
+        self.early = {1} if log_first_step else set()
+        if increase_log_steps:
+            self.early |= {2**n for n in range(30) if 2**n < batch_frequency}
+        self.folder: Path | None = None
+        self.source: Any = None
+
+    def attach(self, folder: Path, source: Any) -> None:
+        """Say where grids go and what they show (None: the batch just trained on)."""
+        self.folder, self.source = folder / "images" / "train", source
+
+    def after_step(self, trainer: pl.Trainer, module: Any, batch: Any) -> None:
+        is_due = module.step % self.batch_frequency == 0 or module.step in self.early
+        if self.disabled or self.folder is None or not trainer.is_global_zero or not is_due:
+            return
+        if self.source is not None:
+            count = min(self.max_images, len(self.source))
+            batch = module.transfer_batch_to_device(
+                Stream(self.source, count, shuffle=False)[0], module.device, 0
+            )
+        module.eval()
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            pictures = module.objective.pictures(batch, self.max_images)
+        module.train()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, tensor in pictures.items():
+            path = (
+                self.folder
+                / f"{name}_gs-{module.step:06d}_e-{trainer.current_epoch:06d}_b-{module.step - 1:06d}.png"
+            )
+            image = grid(tensor)
+            write_whole(path, lambda file, image=image: image.save(file, format="PNG"))
+
+
+def grid(pictures: torch.Tensor, columns: int = 4) -> Any:
+    """Lay (n, 3, height, width) in [-1, 1] out as one PIL picture, row by row, with white gaps."""
+    from PIL import Image
+
+    pixels = ((pictures.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    n, _, height, width = pixels.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
+    for i, picture in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        sheet.paste(Image.fromarray(picture), (i % columns * (width + 2), i // columns * (height + 2)))
+    return sheet
+
+
+class Checkpoints(AfterSteps):
+    """Saves the run now and then and at its end; on SIGINT or SIGTERM finishes the step, saves and stops.
+
+    Args:
+        folder: of the run; states go to its checkpoints/.
+        every: steps between two.
+        run: plain data to save with each.
+
+    Attributes:
+        stopped_by: the signal that ended the run, if one did.
+    """
+
+    def __init__(self, folder: Path, *, every: int, run: dict[str, Any]):
+        self.folder, self.every, self.run = folder / "checkpoints", every, run
+        self.stopped_by: int | None = None
+        self._saved_step = -1
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        # Now, and not earlier, because Lightning has just installed its own handler for SIGTERM.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask_to_stop)
+
+    def _ask_to_stop(self, number: int, frame: Any) -> None:
+        if self.stopped_by is not None:  # the second one: at once, with whatever is on the disk
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.stopped_by = number
+
+    def after_step(self, trainer: pl.Trainer, module: Any, batch: Any) -> None:
+        asked = module.any_process(self.stopped_by or 0)
+        if asked:
+            self.stopped_by = asked
+            trainer.should_stop = True
+        if asked or module.step % self.every == 0:
+            self.save(trainer, module)
+
+    def save(self, trainer: pl.Trainer, module: Any) -> None:
+        """Save now, on the first process; a failed save is tried twice more.
+
+        Raises:
+            OutputError: it failed three times.
+        """
+        if not trainer.is_global_zero or module.step == self._saved_step:
+            return
+        state = module.training_state()
+        state["run"] = {"format": FORMAT, "guard": state.pop("guard"), **self.run}
+        for attempt in range(SAVE_ATTEMPTS):
+            try:
+                save_state(self.folder, state)
+                break
+            except OutputError as error:
+                if attempt == SAVE_ATTEMPTS - 1:
+                    raise
+                logger.warning("%s; trying again", error)
+        self._saved_step = module.step
+
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self.save(trainer, module)
+        self.restore_signals()
+
+    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
+        self.restore_signals()
+
+    def restore_signals(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

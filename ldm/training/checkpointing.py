@@ -1,0 +1,201 @@
+"""The run folder: training states written whole or not at all, read with a fallback, and a lock.
+
+A state is what CompVis's checkpoint is (`state_dict`, `optimizer_states`, `lr_schedulers`, `global_step`, `epoch`)
+plus `run`, the plain data that resuming needs. It holds tensors and plain data only and loads with
+weights_only=True. `last.ckpt` is the newest, `previous.ckpt` the one before.
+"""
+
+import logging
+import os
+import secrets
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.errors import FormatError, MismatchError, NumericError, OutputError
+
+logger = logging.getLogger(__name__)
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+FORMAT = 1  # of `run`; a reader refuses newer ones
+NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "run")
+NEEDED_RUN = ("format", "seed", "data", "guard")
+
+
+def write_whole(path: Path, write: Any) -> None:
+    """Call write(file) on a temporary neighbour of path, sync it, and put it in path's place.
+
+    Whatever happens, path is afterwards what it was or complete.
+
+    Raises:
+        OutputError: the folder or the disk refuses.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write '{path}': {error.strerror or error}; free some space or check the folder"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power loss, where the system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> Path:
+    """Write a training state as the newest generation and keep the one before.
+
+    The older generation goes only after the newer was written, read back and its checksums compared.
+
+    Raises:
+        NumericError: a weight is not finite; nothing is written.
+        OutputError: the disk refuses, or gives back other bytes than it took.
+    """
+    for key, tensor in state["state_dict"].items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NumericError(
+                f"'{key}' is not finite at step {state['global_step']}; no checkpoint is written"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    for litter in folder.glob(".*.part"):
+        litter.unlink(missing_ok=True)
+    last, previous, fresh = folder / LAST, folder / PREVIOUS, folder / ".next.part"
+    write_whole(fresh, lambda file: torch.save(state, file))
+    damage = find_damage(fresh)
+    if damage:
+        raise OutputError(f"'{fresh}' did not come back as it was written: {damage}; check the disk")
+    try:
+        if last.exists() and not find_damage(last):
+            os.replace(last, previous)
+        os.replace(fresh, last)
+        sync_folder(folder)
+    except OSError as error:
+        raise OutputError(f"cannot write '{last}': {error.strerror or error}; check the folder") from error
+    return last
+
+
+def find_damage(path: Path) -> str | None:
+    """Say what is wrong with a state file's bytes (every checksum is compared), or None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+        return str(error) or type(error).__name__
+    return None if bad is None else f"checksum of '{bad}' is wrong"
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read one training state.
+
+    Raises:
+        FormatError: the file is damaged.
+        MismatchError: it is sound but no complete training state, or from a newer version.
+    """
+    damage = find_damage(path)
+    if damage:
+        raise FormatError(f"'{path}' is damaged: {damage}; resume from another checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FormatError(
+            f"'{path}' is no training state: {first}; resume from another checkpoint"
+        ) from error
+    if not isinstance(state, dict):
+        raise MismatchError(
+            f"'{path}' holds no training state but a {type(state).__name__}; start a new run from it"
+        )
+    missing = [key for key in NEEDED if key not in state]
+    missing += [f"run.{key}" for key in NEEDED_RUN if "run" in state and key not in state["run"]]
+    if missing:
+        raise MismatchError(
+            f"'{path}' lacks {', '.join(missing)}, so the run cannot go on exactly; start a new run with "
+            "model.params.ckpt_path set to it"
+        )
+    if state["run"]["format"] > FORMAT:
+        raise MismatchError(
+            f"'{path}' was written by a newer ldm (format {state['run']['format']}, known: {FORMAT})"
+        )
+    return state
+
+
+def read_newest(folder: Path) -> tuple[dict[str, Any], Path] | None:
+    """Read a run's newest sound training state; None where no state was ever written.
+
+    A damaged last.ckpt falls back to previous.ckpt with a warning.
+
+    Raises:
+        FormatError: there are states but none is sound.
+    """
+    damaged = None
+    for name in (LAST, PREVIOUS):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            state = read_state(path)
+        except FormatError as error:
+            damaged = error
+            logger.warning("%s; falling back to an older checkpoint", error)
+            continue
+        return state, path
+    if damaged is not None:
+        raise FormatError(f"no sound checkpoint is left in '{folder}': {damaged}")
+    return None
+
+
+class RunLock:
+    """Keeps a second trainer out of a run folder; the lock dies with its process, however that ends."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / ".lock"
+        self._file = None
+
+    def __enter__(self) -> "RunLock":
+        """Take the lock.
+
+        Raises:
+            OutputError: another process has it, or the folder cannot be written.
+        """
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            return self
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+")  # noqa: SIM115 - held open until __exit__
+        except OSError as error:
+            raise OutputError(
+                f"run folder '{self.path.parent}' cannot be written: {error.strerror}"
+            ) from error
+        try:
+            # A record lock belongs to this process alone: loader workers do not inherit it and cannot outlive it.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise OutputError(
+                f"run folder '{self.path.parent}' is in use by another trainer; wait for it or choose another --logdir"
+            ) from error
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()

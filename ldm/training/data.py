@@ -1,0 +1,232 @@
+"""Training data in an addressable order: sample k of a run depends on (seed, k) only.
+
+That is what makes a resumed run the same run, with any number of loader workers and of processes. A source is a
+dataset with `item(index, rng, step) -> dict`; `Stream` turns it into batches; `DataModuleFromConfig` is the door
+that CompVis's configurations name (`main.DataModuleFromConfig`).
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.errors import MismatchError, UsageError
+from ldm.training.shapes import ShapesDataset
+from ldm.util import instantiate_from_config
+
+logger = logging.getLogger(__name__)
+
+Item = dict[str, Any]
+MAX_SHUFFLED = 1 << 24  # a permutation of more items than this is refused: 128 MiB of indices per epoch
+
+
+class Shapes(Dataset):
+    """Renders of the world of shapes, made when asked for; see `ldm.training.shapes`.
+
+    Args:
+        image_size: pixels a side of the whole picture.
+        length: how many scenes there are; the default never comes round.
+        seed: of the scenes. Runs with another seed see other scenes.
+        split: "train" leaves the held-out pairs away, "test" has only them, "any" has all.
+        crop_size: cut a random square of so many pixels instead of the whole picture.
+        crop_until_step: whole pictures from this optimizer step on (None: always crops).
+        paraphrase: share of captions in other words than the grammar's.
+
+    Raises:
+        UsageError: crop_size is larger than image_size.
+    """
+
+    is_endless = True  # scenes are independent draws, so their order needs no shuffling
+
+    def __init__(
+        self,
+        image_size: int = 128,
+        length: int = 1 << 40,
+        seed: int = 0,
+        split: str = "train",
+        crop_size: int | None = None,
+        crop_until_step: int | None = None,
+        paraphrase: float = 0.0,
+    ):
+        if crop_size is not None and not 0 < crop_size <= image_size:
+            raise UsageError(f"crop_size should be between 1 and image_size ({image_size}), got {crop_size}")
+        self.scenes = ShapesDataset(
+            length=length, seed=seed, split=split, image_size=image_size, paraphrase=paraphrase
+        )
+        self.crop_size, self.crop_until_step = crop_size, crop_until_step
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.scenes[index]
+
+    def item(self, index: int, rng: np.random.Generator, step: int) -> Item:
+        """Make scene `index`, cropped at a place drawn from rng while crops are due at this step."""
+        made = self.scenes[index]
+        if self.crop_size is not None and (self.crop_until_step is None or step < self.crop_until_step):
+            made["image"] = crop(made["image"], self.crop_size, rng)
+        return made
+
+
+def crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Cut a square of size x size at a random place out of (h, w, c)."""
+    top, left = (int(rng.integers(side - size + 1)) for side in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
+class Stream(Dataset):
+    """The batches of a whole run, by number; batch m of process r holds samples m*b*world + r*b .. + b.
+
+    An epoch is one random order of the source, drawn from (seed, epoch); epochs follow each other without a gap, so
+    a batch may straddle two. An endless source is read in order. Item m is one batch of one process:
+    {"image" | "moments": (b, ...) tensor, "caption": list[str], "txt": the same, "micro": m}.
+
+    Args:
+        source: a dataset with `item(index, rng, step)`, or any map-style dataset of dicts.
+        batch_size: b, samples of one process in one batch.
+        seed: of the order, and of each sample's generator.
+        accumulate: batches in one optimizer step (tells an item at which step it is used).
+        rank, world: this process and how many there are.
+        shuffle: False reads every epoch in order.
+
+    Raises:
+        MismatchError: the source holds fewer samples than one batch of all processes.
+        UsageError: batch_size below 1.
+    """
+
+    def __init__(
+        self,
+        source: Dataset,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        shuffle: bool = True,
+    ):
+        if batch_size < 1:
+            raise UsageError(f"batch_size should be at least 1, got {batch_size}")
+        if len(source) < batch_size * world:
+            raise MismatchError(
+                f"the data holds {len(source)} samples but one batch takes {batch_size * world}, so there are no "
+                "batches; lower batch_size or add data"
+            )
+        self.is_shuffled = shuffle and not getattr(source, "is_endless", False)
+        if self.is_shuffled and len(source) > MAX_SHUFFLED:
+            raise UsageError(
+                f"shuffling is for up to {MAX_SHUFFLED} samples, the data has {len(source)}; set shuffle: false"
+            )
+        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.accumulate, self.rank, self.world = accumulate, rank, world
+        self._epoch, self._order = -1, None
+
+    def index(self, k: int) -> int:
+        """Say which item of the source sample k of the run is."""
+        epoch, position = divmod(k, len(self.source))
+        if not self.is_shuffled:
+            return position
+        if epoch != self._epoch:
+            rng = np.random.default_rng((self.seed, 1, epoch))
+            self._epoch, self._order = epoch, rng.permutation(len(self.source))
+        return int(self._order[position])
+
+    def sample(self, k: int) -> Item:
+        step = k // (self.batch_size * self.world * self.accumulate)
+        index = self.index(k)
+        if hasattr(self.source, "item"):
+            return self.source.item(index, np.random.default_rng((self.seed, 2, k)), step)
+        return self.source[index]
+
+    def __getitem__(self, micro: int) -> Item:
+        first = (micro * self.world + self.rank) * self.batch_size
+        batch = collate([self.sample(first + i) for i in range(self.batch_size)])
+        batch["micro"] = micro
+        return batch
+
+    def loader(self, first: int, last: int, *, num_workers: int = 0) -> DataLoader:
+        """Load batches first .. last - 1, each made in one worker from start to end."""
+        return DataLoader(
+            self,
+            sampler=range(first, last),
+            batch_size=None,  # an item is a batch already
+            num_workers=num_workers,
+            persistent_workers=False,
+        )
+
+
+def collate(items: list[Item]) -> Item:
+    """Stack the arrays and list the rest."""
+    joined: Item = {}
+    for key in items[0]:
+        values = [item[key] for item in items]
+        if isinstance(values[0], np.ndarray):
+            values = [torch.from_numpy(np.ascontiguousarray(value)) for value in values]
+        joined[key] = torch.stack(values) if isinstance(values[0], torch.Tensor) else values
+    return joined
+
+
+class DataModuleFromConfig(pl.LightningDataModule):
+    """CompVis's data module: sources from configurations, the same batch size for all.
+
+    Args:
+        batch_size: samples of one process in one batch.
+        train, validation, test, predict: {"target", "params"} of a source; only the first two are used here.
+        wrap: accepted for CompVis's files; sources are never wrapped.
+        num_workers: loader processes. CompVis has twice the batch size; here 0, which gives the same data.
+        shuffle_test_loader, shuffle_val_dataloader, use_worker_init_fn: accepted for CompVis's files; the order
+            is always the one of the seed.
+        shuffle: False reads the training data in order.
+        cache_latents: diffusion only: encode so many samples once with the frozen first stage and train on those
+            (0: encode each picture when it comes; -1: all of a finite source).
+        latent_cache: folder of the cache, if not the run folder.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        train: Any = None,
+        validation: Any = None,
+        test: Any = None,
+        predict: Any = None,
+        wrap: bool = False,
+        num_workers: int | None = None,
+        shuffle_test_loader: bool = False,
+        use_worker_init_fn: bool = False,
+        shuffle_val_dataloader: bool = False,
+        shuffle: bool = True,
+        cache_latents: int = 0,
+        latent_cache: str | Path | None = None,
+    ):
+        super().__init__()
+        if train is None:
+            raise UsageError(
+                "the data configuration has no 'train' entry; give it {target: ..., params: ...}"
+            )
+        self.batch_size, self.num_workers, self.shuffle = batch_size, num_workers or 0, shuffle
+        self.cache_latents, self.latent_cache = cache_latents, latent_cache
+        self.train_source = instantiate_from_config(train)
+        self.validation_source = None if validation is None else instantiate_from_config(validation)
+        self.first_batch, self.last_batch, self.seed, self.accumulate = 0, 0, 0, 1
+
+    def set_span(self, *, first: int, last: int, seed: int, accumulate: int) -> None:
+        """Say which batches of the run are to come (after a resumption, not from 0)."""
+        self.first_batch, self.last_batch, self.seed, self.accumulate = first, last, seed, accumulate
+
+    def train_dataloader(self) -> DataLoader:
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        stream = Stream(
+            self.train_source,
+            self.batch_size,
+            seed=self.seed,
+            accumulate=self.accumulate,
+            rank=rank,
+            world=world,
+            shuffle=self.shuffle,
+        )
+        return stream.loader(self.first_batch, self.last_batch, num_workers=self.num_workers)

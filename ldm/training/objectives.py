@@ -1,0 +1,139 @@
+"""What a training step minimises, for each kind of model, with every random number drawn by sample.
+
+A model's own `shared_step` draws from torch's global generator in shapes that depend on how many processes share
+the batch. Here noise, levels and caption dropout are drawn for the whole batch of all processes from (seed, batch
+number) and each process takes its rows, so two processes train exactly as one with the same global batch.
+"""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+Figures = dict[str, Tensor]
+
+
+class Draws:
+    """The random numbers of one batch: rows rank*b .. rank*b + b of draws for the b*world samples of all processes.
+
+    Making one also seeds the global generators of torch, numpy and Python from the same numbers and the rank, for
+    whatever else draws during the step (dropout, third-party models).
+    """
+
+    def __init__(self, seed: int, micro: int, *, rank: int = 0, world: int = 1):
+        words = np.random.SeedSequence((seed, 3, micro)).generate_state(3, np.uint64)
+        self.generator = torch.Generator().manual_seed(int(words[0]))
+        self.rank, self.world = rank, world
+        torch.manual_seed(int(words[1]) + rank & (1 << 63) - 1)
+        np.random.seed(int(words[2] % (1 << 32)) ^ rank)
+        random.seed(int(words[2]) + rank)
+
+    def _mine(self, drawn: Tensor, like: Tensor) -> Tensor:
+        b = like.shape[0]
+        return drawn[self.rank * b : (self.rank + 1) * b].to(like.device)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Draw unit normals of like's shape, device and dtype."""
+        drawn = torch.randn((self.world * like.shape[0], *like.shape[1:]), generator=self.generator)
+        return self._mine(drawn, like).to(like.dtype)
+
+    def levels(self, high: int, like: Tensor) -> Tensor:
+        """Draw (b,) whole numbers in [0, high)."""
+        return self._mine(
+            torch.randint(0, high, (self.world * like.shape[0],), generator=self.generator), like
+        )
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Draw (b,) numbers in [0, 1)."""
+        return self._mine(torch.rand(self.world * like.shape[0], generator=self.generator), like)
+
+
+def to_channels_first(image: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Turn (b, h, w, c) pictures into (b, c, h, w)."""
+    return image.permute(0, 3, 1, 2).to(memory_format=memory_format)
+
+
+class AutoencoderObjective:
+    """Trains a first stage with a KL posterior: the model's `loss`, and its discriminator's if it has one.
+
+    Args:
+        model: an AutoencoderKL.
+        memory_format: of the pictures.
+        posterior_logvar_start: log variance of every posterior at the start; None leaves it at random, about 0,
+            whose noise drowns the latents until the encoder has learned to outshout it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        posterior_logvar_start: float | None = None,
+    ):
+        self.model, self.memory_format = model, memory_format
+        self.posterior_logvar_start = posterior_logvar_start
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch, draws: Draws, gather: Any) -> None:
+        """Do what is due before the very first step: start with a narrow posterior if that is asked for."""
+        if self.posterior_logvar_start is not None:
+            self.model.quant_conv.weight[self.model.embed_dim :] = 0
+            self.model.quant_conv.bias[self.model.embed_dim :] = self.posterior_logvar_start
+
+    def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Any]:
+        """Reconstruct a batch; returns (inputs, reconstructions, posterior)."""
+        image = to_channels_first(batch[self.model.image_key], self.memory_format)
+        posterior = self.posterior(image)
+        z = posterior.mean + posterior.std * draws.normal(posterior.mean)
+        return image, self.model.decode(z), posterior
+
+    def posterior(self, image: Tensor) -> Any:
+        """Encode pictures; the posterior is in float32 under autocast too, for its KL's sake."""
+        encoded = self.model.encode(image)
+        return type(encoded)(encoded.parameters.float())
+
+    def loss(
+        self, outputs: tuple[Tensor, Tensor, Any], index: int, step: int, split: str = "train"
+    ) -> tuple[Tensor, Figures]:
+        """Compute the loss of optimizer `index` and CompVis's figures."""
+        image, reconstruction, posterior = outputs
+        # The sums over pixels lose digits in half precision, and the KL's exponential its range.
+        with torch.autocast(image.device.type, enabled=False):
+            return self.model.loss(
+                image,
+                reconstruction.float(),
+                posterior,
+                index,
+                step,
+                last_layer=self.model.get_last_layer() if torch.is_grad_enabled() else None,
+                split=split,
+            )
+
+    def after_step(self) -> None:
+        """Do what is due after a step: nothing."""
+
+    @torch.no_grad()
+    def validate(self, batch: Batch, draws: Draws, step: int) -> dict[str, float]:
+        """Measure a batch: mean absolute error, KL, and PSNR of the posterior's mode (pictures in [-1, 1], peak 2)."""
+        image = to_channels_first(batch[self.model.image_key], self.memory_format)
+        posterior = self.posterior(image)
+        error = self.model.decode(posterior.mode()).float().clamp(-1, 1) - image
+        mse = error.square().flatten(1).mean(dim=1)  # (b,)
+        return {
+            "val/l1": error.abs().mean().item(),
+            "val/psnr": (10 * torch.log10(4.0 / mse.clamp(min=1e-10))).mean().item(),
+            "val/kl_loss": posterior.kl().mean().item(),
+            "val/z_std": posterior.mean.float().std().item(),
+        }
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch, count: int) -> dict[str, Tensor]:
+        """Make what is worth a look: inputs and reconstructions, (n, 3, height, width) in [-1, 1]."""
+        image = to_channels_first(batch[self.model.image_key][:count], self.memory_format)
+        return {
+            "inputs": image,
+            "reconstructions": self.model.decode(self.model.encode(image).mode()).float(),
+        }

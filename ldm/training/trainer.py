@@ -1,0 +1,391 @@
+"""A training run from its configuration: model, data, optimizers, resumption, and the exported weights.
+
+The manner is that of CompVis's main.py: YAML files merged from left to right, then `a.b=c` words; `model`, `data`
+and `lightning` as there, and a section `training` for what CompVis's has no words for.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from ldm.errors import FormatError, MismatchError, UsageError
+from ldm.training.callbacks import Checkpoints, ImageLogger, RunLog, Validation
+from ldm.training.checkpointing import RunLock, read_newest, read_state
+from ldm.training.data import DataModuleFromConfig
+from ldm.training.module import GradientAverage, TrainingModule
+from ldm.training.objectives import AutoencoderObjective
+from ldm.util import instantiate_from_config, load_config, refuse_resolvers
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"32": "32-true", "32-true": "32-true", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
+MAX_LEARNING_RATE = 10.0  # beyond this a rate is a slip of the pen
+TORCH_OPTIMIZERS = tuple(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "RAdam", "NAdam"))
+# What is known under `training`, with its default.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "optimizer": None,  # {target, params}: instead of the model's own kind of optimizer
+    "scheduler": None,  # {target, params} of a factor of the rate, instead of the model's own
+    "channels_last": False,
+    "posterior_logvar_start": None,
+    "checkpoint_every": 500,
+    "validate_every": 1000,
+    "validation_batches": 8,
+    "curve_every": 500,
+    "print_every": 10.0,
+}
+# What is known under `lightning.trainer`, with its default.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_steps": None,
+    "accumulate_grad_batches": 1,
+    "precision": "32-true",
+    "accelerator": "auto",
+    "devices": 1,
+    "num_nodes": 1,
+    "gradient_clip_val": None,
+    "benchmark": False,  # accepted for CompVis's files
+}
+
+
+def merge_configs(files: list[str | Path], words: list[str]) -> Any:
+    """Read YAML files, each overriding those before, then `a.b=c` words.
+
+    Raises:
+        UsageError: a word is no `a.b=c`.
+        FormatError, AbsentError, UnsafeFileError: see `ldm.util.load_config`.
+    """
+    from omegaconf import OmegaConf
+
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not equals or not all(part.strip() for part in name.split(".")):
+            raise UsageError(f"wanted a.b=c to override the configuration, got {word!r}")
+    config = OmegaConf.merge(*[load_config(file) for file in files], OmegaConf.from_dotlist(words))
+    refuse_resolvers(config)
+    return OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+
+
+def take(section: Any, known: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a section's values over the defaults.
+
+    Raises:
+        UsageError: it has a key that is not known.
+    """
+    import difflib
+
+    given = dict(section or {})
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+            raise UsageError(f"'{name}' has no option '{key}'; {hint}")
+    return {**known, **given}
+
+
+def learning_rate(
+    base: float, *, scale: bool, accumulate: int, devices: int, batch_size: int
+) -> tuple[float, str]:
+    """Compute the rate as CompVis does, and a line that says how.
+
+    Raises:
+        UsageError: the rate is not within (0, 10].
+    """
+    if scale:
+        rate = accumulate * devices * batch_size * base
+        how = f"{rate:.2e} = {accumulate} (accumulate) x {devices} (devices) x {batch_size} (batch) x {base:.2e} (base)"
+    else:
+        rate, how = base, f"{base:.2e} (base, not scaled)"
+    if not (math.isfinite(rate) and 0 < rate <= MAX_LEARNING_RATE):
+        raise UsageError(
+            f"the learning rate should be above 0 and at most {MAX_LEARNING_RATE:g}, got {rate:g}; set "
+            "model.base_learning_rate, and mind that --scale_lr multiplies it"
+        )
+    return rate, f"learning rate {how}"
+
+
+def build_optimizers(model: nn.Module, rate: float, training: dict[str, Any]) -> tuple[list, list]:
+    """Ask the model for its optimizers, replace their kind and their schedules where the configuration says so.
+
+    Returns:
+        (optimizers, schedulers), one scheduler or None for each optimizer.
+    """
+    from ldm.util import get_obj_from_str
+
+    model.learning_rate = rate
+    made = model.configure_optimizers()
+    optimizers, schedules = made if isinstance(made, tuple) else (made, [])
+    optimizers = list(optimizers) if isinstance(optimizers, list | tuple) else [optimizers]
+    if training["optimizer"] is not None:
+        chosen = training["optimizer"]
+        kind = get_obj_from_str(chosen["target"], allow=TORCH_OPTIMIZERS)
+        params = dict(chosen.get("params") or {})
+        params.setdefault("lr", rate)
+        try:
+            optimizers = [
+                kind([p for g in o.param_groups for p in g["params"]], **params) for o in optimizers
+            ]
+        except TypeError as error:
+            raise MismatchError(f"training.optimizer: {error}") from error
+        schedules = [rebuilt(s, o) for s, o in zip(schedules, optimizers, strict=False)]
+    schedulers = [s["scheduler"] if isinstance(s, dict) else s for s in schedules]
+    if training["scheduler"] is not None:
+        factor = instantiate_from_config(training["scheduler"])
+        schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lr_lambda=factor.schedule) for o in optimizers]
+    schedulers += [None] * (len(optimizers) - len(schedulers))
+    return optimizers, schedulers
+
+
+def rebuilt(schedule: Any, optimizer: torch.optim.Optimizer) -> Any:
+    """Put a LambdaLR's factors on another optimizer."""
+    scheduler = schedule["scheduler"] if isinstance(schedule, dict) else schedule
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=scheduler.lr_lambdas)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says about a run.
+
+    Args:
+        config: merged configuration.
+        folder: of the run.
+        seed: of everything.
+        resume: True goes on where the folder's newest checkpoint is (or starts, if there is none); a path names
+            the checkpoint.
+        scale_lr: multiply the base learning rate by accumulate x devices x batch.
+    """
+
+    config: Any
+    folder: Path
+    seed: int = 23
+    resume: bool | Path = False
+    scale_lr: bool = True
+
+
+class Run:
+    """One training run: everything built, ready to `fit`.
+
+    Raises:
+        UsageError, MismatchError, FormatError, AbsentError, UnsafeFileError: the configuration or the checkpoint
+            asks for what cannot be; before any step.
+    """
+
+    def __init__(self, options: RunOptions):
+        self.options = options
+        config = options.config
+        for key in ("model", "data"):
+            if key not in config:
+                raise FormatError(
+                    f"a training configuration needs 'model' and 'data', but '{key}' is missing"
+                )
+        lightning = config.get("lightning") or {}
+        self.training = take(config.get("training"), TRAINING_DEFAULTS, "training")
+        self.settings = take(lightning.get("trainer"), TRAINER_DEFAULTS, "lightning.trainer")
+        self.max_steps = self.settings["max_steps"]
+        if not isinstance(self.max_steps, int) or self.max_steps < 1:
+            raise UsageError(
+                f"lightning.trainer.max_steps should be a whole number above 0, got {self.max_steps!r}"
+            )
+        precision = PRECISIONS.get(str(self.settings["precision"]))
+        if precision is None:
+            raise UsageError(
+                f"lightning.trainer.precision should be '32-true' or 'bf16-mixed', got {self.settings['precision']!r}"
+            )
+        self.precision = precision
+        self.accumulate = int(self.settings["accumulate_grad_batches"])
+        if self.accumulate < 1:
+            raise UsageError(
+                f"lightning.trainer.accumulate_grad_batches should be at least 1, got {self.accumulate}"
+            )
+        self.world = int(self.settings["devices"]) * int(self.settings["num_nodes"])
+        # The same first weights on every process and in every run of this seed.
+        pl.seed_everything(options.seed, verbose=False)
+        self.model = instantiate_from_config(config.model)
+        self.data = instantiate_from_config(config.data)
+        if not isinstance(self.data, DataModuleFromConfig):
+            raise MismatchError(
+                f"data.target should be main.DataModuleFromConfig, got {type(self.data).__name__}"
+            )
+        self.rate, self.rate_line = learning_rate(
+            float(config.model.get("base_learning_rate", 4.5e-6)),
+            scale=options.scale_lr,
+            accumulate=self.accumulate,
+            devices=self.world,
+            batch_size=self.data.batch_size,
+        )
+        self.memory_format = (
+            torch.channels_last if self.training["channels_last"] else torch.contiguous_format
+        )
+        self.model.to(memory_format=self.memory_format)
+        self.callbacks_config = lightning.get("callbacks") or {}
+
+    def signature(self) -> dict[str, Any]:
+        """Say what fixes the order of the data; a resumed run must have the same."""
+        return {
+            "length": len(self.data.train_source),
+            "global_batch": self.data.batch_size * self.world,
+            "accumulate": self.accumulate,
+            "shuffle": self.data.shuffle,
+        }
+
+    def fit(self) -> int:
+        """Train to the end.
+
+        Returns:
+            0, or 128 + the signal that stopped the run after saving it.
+
+        Raises:
+            NumericError: too many steps were not finite; the last good checkpoint is kept.
+            OutputError: the run folder is in use, or cannot be written.
+            ResourceError: a loader worker died.
+        """
+        folder = self.options.folder
+        is_first = pl.utilities.rank_zero_only.rank == 0
+        with RunLock(folder) if is_first else _Nothing():
+            return self._fit(folder)
+
+    def _objective(self) -> Any:
+        return AutoencoderObjective(
+            self.model,
+            memory_format=self.memory_format,
+            posterior_logvar_start=self.training["posterior_logvar_start"],
+        )
+
+    def _state(self, folder: Path) -> tuple[dict[str, Any], Path] | None:
+        resume = self.options.resume
+        if isinstance(resume, Path) and resume.is_file():
+            return read_state(resume), resume
+        source = resume if isinstance(resume, Path) else folder
+        if not resume:
+            if any((source / "checkpoints").glob("*.ckpt")):
+                raise UsageError(
+                    f"'{source}' already holds a run; add --resume to go on, or choose another --logdir"
+                )
+            return None
+        found = read_newest(source / "checkpoints")
+        if found is None and isinstance(resume, Path):
+            raise MismatchError(f"there is no checkpoint in '{source}' to resume from")
+        return found
+
+    def _fit(self, folder: Path) -> int:
+        objective = self._objective()
+        optimizers, schedulers = build_optimizers(self.model, self.rate, self.training)
+        module = TrainingModule(
+            objective,
+            optimizers,
+            schedulers,
+            seed=self.options.seed,
+            accumulate=self.accumulate,
+            clip=self.settings["gradient_clip_val"],
+        )
+        found = self._state(folder)
+        if found is not None:
+            state, path = found
+            self._check(state, path)
+            module.load_training_state(state)
+            print(f"resuming at step {module.step} from {path}", flush=True)
+        else:
+            print(f"starting a run in {folder}", flush=True)
+        print(self.rate_line, flush=True)
+        self._write_config(folder)
+        self.data.set_span(
+            first=module.step * self.accumulate,
+            last=self.max_steps * self.accumulate,
+            seed=self.options.seed,
+            accumulate=self.accumulate,
+        )
+        checkpoints = Checkpoints(
+            folder,
+            every=int(self.training["checkpoint_every"]),
+            run={"seed": self.options.seed, "data": self.signature()},
+        )
+        if module.step < self.max_steps:
+            self._trainer(folder, [*self._observers(folder), checkpoints]).fit(module, datamodule=self.data)
+        self.module = module
+        return 0 if checkpoints.stopped_by is None else 128 + checkpoints.stopped_by
+
+    def _check(self, state: dict[str, Any], path: Path) -> None:
+        run = state["run"]
+        if run["seed"] != self.options.seed:
+            raise MismatchError(
+                f"'{path}' is of a run with seed {run['seed']}, asked for {self.options.seed}; use its own"
+            )
+        for key, mine in self.signature().items():
+            if run["data"].get(key) != mine:
+                raise MismatchError(
+                    f"'{path}' is of a run with another order of data: {key} {run['data'].get(key)}, now {mine}; "
+                    "resume with the run's own configuration"
+                )
+
+    def _observers(self, folder: Path) -> list[pl.Callback]:
+        log = RunLog(
+            folder,
+            self.max_steps,
+            print_every=float(self.training["print_every"]),
+            curve_every=int(self.training["curve_every"]),
+        )
+        images = ImageLogger()
+        observers: list[pl.Callback] = [log]
+        for name, entry in self.callbacks_config.items():
+            made = instantiate_from_config(entry)
+            if isinstance(made, ImageLogger):
+                images = made
+            elif isinstance(made, pl.Callback):
+                observers.append(made)
+            else:
+                raise MismatchError(f"lightning.callbacks.{name} is no callback but a {type(made).__name__}")
+        source = self.data.validation_source
+        images.attach(folder, source)
+        observers.append(images)
+        if source is not None:
+            observers.append(
+                Validation(
+                    source,
+                    log,
+                    every=int(self.training["validate_every"]),
+                    batches=int(self.training["validation_batches"]),
+                    batch_size=self.data.batch_size,
+                )
+            )
+        return observers
+
+    def _trainer(self, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
+        return pl.Trainer(
+            accelerator=self.settings["accelerator"],
+            devices=self.settings["devices"],
+            num_nodes=self.settings["num_nodes"],
+            strategy=GradientAverage() if self.world > 1 else "auto",
+            precision=self.precision,
+            max_epochs=1,  # the loader holds exactly what is left of the run
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # Lightning's would shuffle; the stream shares the batch itself
+            default_root_dir=folder,
+        )
+
+    def _write_config(self, folder: Path) -> None:
+        from omegaconf import OmegaConf
+
+        from ldm.training.checkpointing import write_whole
+
+        (folder / "configs").mkdir(parents=True, exist_ok=True)
+        write_whole(
+            folder / "configs" / "project.yaml",
+            lambda file: file.write(OmegaConf.to_yaml(self.options.config).encode()),
+        )
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception: object) -> None:
+        return None

@@ -1,0 +1,80 @@
+"""Train a first stage or a latent diffusion model: python scripts/train.py --base configs/shapes-first-stage.yaml."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm import cli  # noqa: E402
+from ldm.errors import UsageError  # noqa: E402
+
+
+def boolean(text: str) -> bool:
+    """Read CompVis's yes and no."""
+    answers = {"yes": True, "true": True, "t": True, "y": True, "1": True}
+    answers |= {"no": False, "false": False, "f": False, "n": False, "0": False}
+    if text.lower() not in answers:
+        raise argparse.ArgumentTypeError(f"wanted true or false, got {text!r}")
+    return answers[text.lower()]
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(prog="train.py", description="Train in the manner of CompVis's main.py.")
+    parser.add_argument("words", nargs="*", metavar="a.b=c", help="override a value of the configuration")
+    parser.add_argument("-b", "--base", nargs="+", default=[], help="YAML files, merged from left to right")
+    parser.add_argument(
+        "-l", "--logdir", default="logs", help="the run folder (with --name: the folder of runs)"
+    )
+    parser.add_argument("-n", "--name", default="", help="make the run folder LOGDIR/<time>_NAME")
+    parser.add_argument(
+        "-r",
+        "--resume",
+        nargs="?",
+        const="",
+        help="go on with the run in LOGDIR, or with the run or file named here",
+    )
+    parser.add_argument("-s", "--seed", type=cli.integer(0, 2**32 - 1), default=23, help="of everything")
+    parser.add_argument(
+        "--scale_lr", type=boolean, default=True, help="rate = accumulate x devices x batch x base"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
+    # argparse gives `--base a.yaml x.y=1` and `--resume x.y=1` to the option before; a word with '=' is no file.
+    words = list(options.words) + [word for word in options.base if "=" in word]
+    files = [word for word in options.base if "=" not in word]
+    resume = options.resume
+    if resume is not None and "=" in resume:
+        words, resume = [resume, *words], ""
+    folder = Path(options.logdir)
+    if options.name:
+        from datetime import datetime
+
+        folder = folder / f"{datetime.now():%Y-%m-%dT%H-%M-%S}_{options.name}"
+    if resume:
+        folder = Path(resume) if Path(resume).is_dir() else Path(resume).parents[1]
+    if not files:
+        saved = folder / "configs" / "project.yaml"
+        if resume is None or not saved.is_file():
+            raise UsageError("--base is needed: name a configuration such as configs/shapes-first-stage.yaml")
+        files = [str(saved)]
+
+    from ldm.training.trainer import Run, RunOptions, merge_configs
+
+    run = Run(
+        RunOptions(
+            config=merge_configs(files, words),
+            folder=folder,
+            seed=options.seed,
+            resume=Path(resume) if resume else resume is not None,
+            scale_lr=options.scale_lr,
+        )
+    )
+    return run.fit()
+
+
+if __name__ == "__main__":
+    cli.run(main)
