@@ -1,0 +1,1 @@
+"""Package data: the merges of CLIP's vocabulary, with the licence they come under."""
