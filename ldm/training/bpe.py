@@ -6,7 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ldm.errors import UsageError
-from ldm.modules.encoders.tokenizer import BOS, EOS, WORD_END, Merge, byte_of_symbol, vocabulary
+from ldm.modules.encoders.tokenizer import (
+    BOS,
+    EOS,
+    WORD_END,
+    Merge,
+    byte_of_symbol,
+    vocabulary,
+)
 
 # Every word that the captions of ldm.training.shapes know, and some more that a reader may try.
 CAPTION_WORDS = (
@@ -22,8 +29,8 @@ def learn_bpe(words: Iterable[str] | Mapping[str, int]) -> tuple[dict[str, int],
     """Learn merges until every given word is one token.
 
     Byte-pair encoding (Sennrich et al., arXiv:1508.07909) run to its end: the most frequent neighbours merge
-    first, ties go to the pair that sorts first, so that the same words always give the same vocabulary. The 256
-    byte symbols stay in it, so any other text is spelt out in pieces and nothing is unknown.
+    first, ties go to the pair that sorts first, so that the same words always give the same vocabulary. The
+    256 byte symbols stay in it, so any other text is spelt out in pieces and nothing is unknown.
 
     Args:
         words: lower-case words, or word -> how often it occurs.
