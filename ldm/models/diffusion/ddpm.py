@@ -1,0 +1,1636 @@
+"""The diffusion models: a network, its noise schedule, and for latent diffusion the stages around it.
+
+CompVis calls this file ddpm after the paper (arXiv:2006.11239). Everything here is a plain nn.Module with plain
+methods; the arithmetic is in ldm.process, a trainer lives in ldm.training.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm.errors import MismatchError, UsageError
+from ldm.models.autoencoder import VQModelInterface
+from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule, noise_like
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
+from ldm.modules.ema import LitEma
+from ldm.process import gaussian, prediction
+from ldm.process.schedule import NoiseSchedule
+from ldm.process.tiling import Tiling
+from ldm.util import count_params, default, instantiate_from_config, isimage, ismap, log_txt_as_img, mean_flat
+
+if TYPE_CHECKING:
+    from ldm.checkpoints.account import LoadReport
+
+logger = logging.getLogger(__name__)
+
+# The ways a condition can enter the UNet; see DiffusionWrapper.
+ROUTES = (None, "concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm")
+
+# Batch keys whose values go to the condition stage as they are, and those where it wants the whole batch.
+RAW_KEYS = ("caption", "coordinates_bbox", "txt")
+WHOLE_BATCH_KEYS = ("class_label", "cls")
+
+FIRST_STAGE = "__is_first_stage__"
+UNCONDITIONAL = "__is_unconditional__"
+
+SCHEDULE_BUFFERS = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
+
+
+def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
+    """Stand in for `train` on a frozen stage, so that model.train() leaves its dropout and norms alone."""
+    return self
+
+
+class DiffusionWrapper(nn.Module):
+    """The UNet behind one door: every kind of condition comes in by keyword and goes where its route says.
+
+    Args:
+        diff_model_config: {"target", "params"} of the network; "sequential_crossattn" beside them (default
+            False) hands the contexts over as a list, one for each transformer block, instead of joined.
+        conditioning_key: one of ROUTES.
+
+            None             network(x, t)
+            "concat"         c_concat joined to x on channels
+            "crossattn"      c_crossattn joined on tokens, as context
+            "hybrid"         both
+            "adm"            c_crossattn[0] as y (class labels)
+            "hybrid-adm"     both, and c_adm as y
+            "crossattn-adm"  context, and c_adm as y
+
+    Raises:
+        UsageError: an unknown route.
+    """
+
+    def __init__(self, diff_model_config: Any, conditioning_key: str | None):
+        super().__init__()
+        if conditioning_key not in ROUTES:
+            known = ", ".join(str(route) for route in ROUTES)
+            raise UsageError(f"conditioning_key '{conditioning_key}' is unknown; choose one of {known}")
+        config = copy.copy(diff_model_config)
+        self.sequential_cross_attn = bool(config.pop("sequential_crossattn", False))
+        self.diffusion_model = instantiate_from_config(config)
+        self.conditioning_key = conditioning_key
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: list[Tensor] | None = None,
+        c_crossattn: list[Tensor] | None = None,
+        c_adm: Tensor | None = None,
+    ) -> Tensor:
+        """Run the network on x (b, c, h, w) at levels t (b,) with the conditions that its route takes.
+
+        Raises:
+            UsageError: a condition that the route needs is missing.
+        """
+        route = self.conditioning_key
+        if route is None:
+            return self.diffusion_model(x, t)
+        if "concat" in route or "hybrid" in route:
+            x = torch.cat([x, *self._given("c_concat", c_concat)], dim=1)
+        if route == "concat":
+            return self.diffusion_model(x, t)
+        contexts = self._given("c_crossattn", c_crossattn)
+        if route == "adm":
+            return self.diffusion_model(x, t, y=contexts[0])
+        context = contexts if self.sequential_cross_attn else torch.cat(contexts, dim=1)
+        if route.endswith("-adm"):
+            return self.diffusion_model(x, t, context=context, y=self._given("c_adm", c_adm))
+        return self.diffusion_model(x, t, context=context)
+
+    def _given(self, name: str, value: Any) -> Any:
+        if value is None:
+            raise UsageError(
+                f"conditioning_key '{self.conditioning_key}' needs {name}, got none; "
+                f"pass a conditioning dict with '{name}'"
+            )
+        return value
+
+
+class DDPM(nn.Module):
+    """Denoising diffusion on pictures themselves: noise schedule, losses and ancestral sampling.
+
+    The constructor takes CompVis's keywords. Levels run from 0 (cleanest) to timesteps - 1.
+
+    Args:
+        unet_config: of the network, for DiffusionWrapper.
+        timesteps, beta_schedule, linear_start, linear_end, cosine_s, given_betas: the noise schedule
+            (ldm.process.schedule); given_betas, (timesteps,), replaces the named one.
+        loss_type: "l1" or "l2".
+        ckpt_path, ignore_keys, load_only_unet: a file to load at once, beginnings of keys to leave out, and
+            whether only the network's tensors are wanted.
+        monitor: the name of the value that decides which training checkpoint is best.
+        use_ema: keep a moving average of the network's weights in `model_ema`.
+        first_stage_key: of the pictures in a batch.
+        image_size, channels: what `sample` makes.
+        log_every_t: how many levels apart intermediate results are kept.
+        clip_denoised: clamp predicted clean samples to [-1, 1] while sampling.
+        original_elbo_weight, l_simple_weight: of the variational and of the plain loss.
+        v_posterior: 0 = the posterior's variance while sampling, 1 = beta.
+        conditioning_key: route of DiffusionWrapper.
+        parameterization: what the network predicts: "eps", "x0" or "v".
+        scheduler_config: of the learning rate (ldm.lr_scheduler).
+        use_positional_encodings: False; the original names the option and has no code for it.
+        learn_logvar, logvar_init: one log variance a level by which latent losses are weighed.
+        ucg_training: {batch key: {"p": probability, "val": replacement, "" by default}}: conditions to drop
+            while training, so that guidance has an unconditional model.
+        reset_ema, reset_num_ema_updates: after loading, start the average (or only its warm-up) anew.
+
+    Raises:
+        UsageError: a value that is none of those above.
+    """
+
+    learning_rate: float | None = None  # set by whoever trains; configure_optimizers needs it
+
+    def __init__(
+        self,
+        unet_config: Any,
+        timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        loss_type: str = "l2",
+        ckpt_path: str | None = None,
+        ignore_keys: Iterable[str] = (),
+        load_only_unet: bool = False,
+        monitor: str | None = "val/loss",
+        use_ema: bool = True,
+        first_stage_key: str = "image",
+        image_size: int = 256,
+        channels: int = 3,
+        log_every_t: int = 100,
+        clip_denoised: bool = True,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+        given_betas: Sequence[float] | np.ndarray | None = None,
+        original_elbo_weight: float = 0.0,
+        v_posterior: float = 0.0,
+        l_simple_weight: float = 1.0,
+        conditioning_key: str | None = None,
+        parameterization: str = "eps",
+        scheduler_config: Any = None,
+        use_positional_encodings: bool = False,
+        learn_logvar: bool = False,
+        logvar_init: float = 0.0,
+        ucg_training: Mapping[str, Mapping[str, Any]] | None = None,
+        reset_ema: bool = False,
+        reset_num_ema_updates: bool = False,
+    ):
+        super().__init__()
+        prediction.check_prediction(parameterization)
+        if loss_type not in ("l1", "l2"):
+            raise UsageError(f"loss_type should be 'l1' or 'l2', got {loss_type!r}")
+        if use_positional_encodings:
+            raise UsageError(
+                "use_positional_encodings has no implementation, in the original neither; leave it out"
+            )
+        self.parameterization = parameterization
+        self.cond_stage_model: nn.Module | None = None
+        self.clip_denoised = clip_denoised
+        self.log_every_t = log_every_t
+        self.first_stage_key = first_stage_key
+        self.image_size = image_size
+        self.channels = channels
+        self.model = DiffusionWrapper(unet_config, conditioning_key)
+        count_params(self.model, verbose=True)
+        self.use_ema = use_ema
+        if use_ema:
+            self.model_ema = LitEma(self.model)
+        self.use_scheduler = scheduler_config is not None
+        self.scheduler_config = scheduler_config
+        self.v_posterior = v_posterior
+        self.original_elbo_weight = original_elbo_weight
+        self.l_simple_weight = l_simple_weight
+        self.monitor = monitor
+        self.loss_type = loss_type
+        self.ucg_training = dict(ucg_training or {})
+        self.register_schedule(
+            given_betas=given_betas,
+            beta_schedule=beta_schedule,
+            timesteps=timesteps,
+            linear_start=linear_start,
+            linear_end=linear_end,
+            cosine_s=cosine_s,
+        )
+        self.learn_logvar = learn_logvar
+        # Files of the later generation (ControlNet's among them) hold logvar, CompVis's do not; ours shows it
+        # and `_load_from_state_dict` does without.
+        logvar = torch.from_numpy(np.full(self.num_timesteps, logvar_init, dtype=np.float32))
+        if learn_logvar:
+            self.logvar = nn.Parameter(logvar)
+        else:
+            self.register_buffer("logvar", logvar)
+        if ckpt_path is not None:
+            self.init_from_ckpt(ckpt_path, ignore_keys=ignore_keys, only_model=load_only_unet)
+        if use_ema and reset_ema:
+            self.model_ema.copy_from(self.model)
+        if use_ema and (reset_ema or reset_num_ema_updates):
+            self.model_ema.reset_num_updates()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the whole model was last moved to, and where samples are made."""
+        return self.betas.device
+
+    # -- noise schedule ------------------------------------------------------------------------------------
+
+    def register_schedule(
+        self,
+        given_betas: Sequence[float] | np.ndarray | None = None,
+        beta_schedule: str = "linear",
+        timesteps: int = 1000,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+    ) -> None:
+        """Compute the schedule's tables in float64 and keep them as float32 buffers (timesteps,).
+
+        The tables hold real values even where the model is built on the meta device: they are made, not loaded.
+        """
+        if given_betas is None:
+            given_betas = make_beta_schedule(
+                beta_schedule, timesteps, linear_start=linear_start, linear_end=linear_end, cosine_s=cosine_s
+            )
+        schedule = NoiseSchedule.from_betas(np.asarray(given_betas, dtype=np.float64))
+        self.num_timesteps = schedule.num_steps
+        self.linear_start = linear_start
+        self.linear_end = linear_end
+
+        betas, alpha_bar, alpha_bar_prev = (
+            torch.from_numpy(table) for table in (schedule.betas, schedule.alpha_bar, schedule.alpha_bar_prev)
+        )
+        posterior = gaussian.posterior(alpha_bar, alpha_bar_prev, v_posterior=self.v_posterior)
+        tables = {
+            "betas": betas,
+            "alphas_cumprod": alpha_bar,
+            "alphas_cumprod_prev": alpha_bar_prev,
+            "sqrt_alphas_cumprod": alpha_bar.sqrt(),
+            "sqrt_one_minus_alphas_cumprod": (1 - alpha_bar).sqrt(),
+            "log_one_minus_alphas_cumprod": (1 - alpha_bar).log(),
+            "sqrt_recip_alphas_cumprod": (1 / alpha_bar).sqrt(),
+            "sqrt_recipm1_alphas_cumprod": (1 / alpha_bar - 1).sqrt(),
+            "posterior_variance": posterior.variance,
+            "posterior_log_variance_clipped": gaussian.clipped_log(posterior.variance),
+            "posterior_mean_coef1": posterior.coef_x0,
+            "posterior_mean_coef2": posterior.coef_x_t,
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table.float())
+        weights = gaussian.vlb_weights(
+            self.parameterization, self.betas, self.alphas_cumprod, self.posterior_variance
+        )
+        self.register_buffer("lvlb_weights", weights, persistent=False)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "DDPM":
+        """Move with the rest, but keep the tables in float32 where the network goes to half precision."""
+        tables = {name: table for name, table in self._buffers.items() if table is not None}
+        super()._apply(fn, recurse)
+        for name, table in tables.items():
+            moved = self._buffers[name]
+            if moved.dtype != table.dtype:
+                self._buffers[name] = table.to(moved.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Keep the constant logvar where a state dict, as CompVis's all, has none."""
+        if not self.learn_logvar and prefix + "logvar" not in state_dict:
+            state_dict = {**state_dict, prefix + "logvar": self.logvar}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _level(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha_bar and sqrt(1 - alpha_bar) at t, shaped to multiply x."""
+        return (
+            extract_into_tensor(self.alphas_cumprod, t, x.shape),
+            extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x.shape),
+        )
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean, variance and log variance of q(x_t | x_0) (DDPM Eq. 4)."""
+        alpha_bar, _ = self._level(t, x_start)
+        log_variance = extract_into_tensor(self.log_one_minus_alphas_cumprod, t, x_start.shape)
+        return alpha_bar.sqrt() * x_start, log_variance.exp(), log_variance
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Noise clean samples to levels t (b,); the noise is drawn where none is given."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        alpha_bar, sigma = self._level(t, x_start)
+        return gaussian.q_sample(x_start, noise, alpha_bar=alpha_bar, sigma=sigma)
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean, variance and log variance of q(x_{t-1} | x_t, x_0) (DDPM Eq. 6, 7)."""
+        mean = gaussian.posterior_mean(
+            x_start,
+            x_t,
+            coef_x0=extract_into_tensor(self.posterior_mean_coef1, t, x_t.shape),
+            coef_x_t=extract_into_tensor(self.posterior_mean_coef2, t, x_t.shape),
+        )
+        variance = extract_into_tensor(self.posterior_variance, t, x_t.shape)
+        return mean, variance, extract_into_tensor(self.posterior_log_variance_clipped, t, x_t.shape)
+
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Return the clean sample that x_t and its noise imply."""
+        return prediction.to_x0("eps", noise, x_t, *self._level(t, x_t))
+
+    def predict_start_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """Return the clean sample that x_t and its velocity imply."""
+        return prediction.to_x0("v", v, x_t, *self._level(t, x_t))
+
+    def predict_eps_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """Return the noise that x_t and its velocity imply."""
+        return prediction.to_eps("v", v, x_t, *self._level(t, x_t))
+
+    def get_v(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity between clean samples x and their noise."""
+        return prediction.velocity(x, noise, *self._level(t, x))
+
+    # -- sampling ------------------------------------------------------------------------------------------
+
+    def _mean_variance(
+        self, model_out: Tensor, x: Tensor, t: Tensor, clip_denoised: bool, quantize: Callable | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Turn the network's answer into the Gaussian of one step back, and the clean sample behind it."""
+        x_recon = prediction.to_x0(self.parameterization, model_out, x, *self._level(t, x))
+        if clip_denoised:
+            x_recon = x_recon.clamp(-1.0, 1.0)
+        if quantize is not None:
+            x_recon = quantize(x_recon)[0]
+        return (*self.q_posterior(x_recon, x, t), x_recon)
+
+    def _draw(self, mean: Tensor, log_variance: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Draw one step back; the step to the cleanest level adds no noise."""
+        is_noisy = (t != 0).reshape(-1, *(1 for _ in mean.shape[1:])).to(mean.dtype)  # (b, 1, 1, 1)
+        return gaussian.draw(mean, log_variance, is_noisy * noise)
+
+    def p_mean_variance(self, x: Tensor, t: Tensor, clip_denoised: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean, variance and log variance of the model's p(x_{t-1} | x_t)."""
+        return self._mean_variance(self.model(x, t), x, t, clip_denoised)[:3]
+
+    @torch.no_grad()
+    def p_sample(
+        self, x: Tensor, t: Tensor, clip_denoised: bool = True, repeat_noise: bool = False
+    ) -> Tensor:
+        """Take one ancestral step from level t (DDPM Algorithm 2); repeat_noise shares it over the batch."""
+        mean, _, log_variance = self.p_mean_variance(x, t, clip_denoised)
+        return self._draw(mean, log_variance, t, noise_like(x.shape, x.device, repeat_noise))
+
+    def _descend(
+        self,
+        step: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]],
+        x_t: Tensor,
+        timesteps: int,
+        *,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        verbose: bool = False,
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Walk down all levels below `timesteps`, yielding (level left, samples, predicted clean samples).
+
+        `step(x_t, t, level)` takes one step. Where `mask` is 1, x0, noised to the level left, replaces the
+        result after each step.
+        """
+        if mask is not None and x0 is None:
+            raise UsageError("a mask needs x0, the samples to keep where the mask is 1; got none")
+        levels = tqdm(
+            range(timesteps - 1, -1, -1), desc="Sampling", total=timesteps, disable=None if verbose else True
+        )
+        for level in levels:
+            t = torch.full((len(x_t),), level, device=x_t.device, dtype=torch.long)
+            x_t, pred_x0 = step(x_t, t, level)
+            if mask is not None:
+                x_t = self.q_sample(x0, t) * mask + (1.0 - mask) * x_t
+            yield level, x_t, pred_x0
+
+    @torch.no_grad()
+    def p_sample_loop(self, shape: Sequence[int], return_intermediates: bool = False) -> Any:
+        """Sample from noise through all levels.
+
+        Returns:
+            samples of `shape`; with return_intermediates also the list of samples every log_every_t levels,
+            the noise first.
+        """
+
+        def step(x_t: Tensor, t: Tensor, level: int) -> tuple[Tensor, None]:
+            return self.p_sample(x_t, t, clip_denoised=self.clip_denoised), None
+
+        x_T = torch.randn(tuple(shape), device=self.device)
+        intermediates = [x_T]
+        for level, x_t, _ in self._descend(step, x_T, self.num_timesteps):
+            if level % self.log_every_t == 0 or level == self.num_timesteps - 1:
+                intermediates.append(x_t)
+        return (x_t, intermediates) if return_intermediates else x_t
+
+    @torch.no_grad()
+    def sample(self, batch_size: int = 16, return_intermediates: bool = False) -> Any:
+        """Make batch_size pictures; see p_sample_loop."""
+        shape = (batch_size, self.channels, self.image_size, self.image_size)
+        return self.p_sample_loop(shape, return_intermediates=return_intermediates)
+
+    # -- training ------------------------------------------------------------------------------------------
+
+    def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
+        """Return the elementwise loss, or its mean."""
+        loss = F.l1_loss if self.loss_type == "l1" else F.mse_loss
+        return loss(pred, target, reduction="mean" if mean else "none")
+
+    def _target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        if self.parameterization == "eps":
+            return noise
+        return x_start if self.parameterization == "x0" else self.get_v(x_start, noise, t)
+
+    @property
+    def _split(self) -> str:
+        return "train" if self.training else "val"
+
+    def p_losses(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, dict]:
+        """Noise pictures to levels t and compare the network's answer with what it should be.
+
+        Returns:
+            the loss (), and {"<split>/loss_simple", "<split>/loss_vlb", "<split>/loss"} to log.
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        model_out = self.model(self.q_sample(x_start, t, noise=noise), t)
+        loss = mean_flat(self.get_loss(model_out, self._target(x_start, noise, t), mean=False))  # (b,)
+        simple = loss.mean()
+        vlb = (self.lvlb_weights[t] * loss).mean()
+        total = simple * self.l_simple_weight + self.original_elbo_weight * vlb
+        split = self._split
+        return total, {f"{split}/loss_simple": simple, f"{split}/loss_vlb": vlb, f"{split}/loss": total}
+
+    def _random_levels(self, batch_size: int) -> Tensor:
+        return torch.randint(0, self.num_timesteps, (batch_size,), device=self.device).long()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, dict]:
+        """Compute the loss of pictures x (b, c, h, w) at random levels; see p_losses."""
+        return self.p_losses(x, self._random_levels(len(x)), *args, **kwargs)
+
+    def get_input(self, batch: Mapping[str, Any], k: str) -> Tensor:
+        """Take pictures (b, h, w, c) or (b, h, w) out of a batch, as (b, c, h, w) float32.
+
+        Raises:
+            UsageError: the batch has no such key.
+        """
+        if k not in batch:
+            raise UsageError(f"a batch needs the key '{k}', got {', '.join(map(repr, batch))}")
+        x = batch[k]
+        if x.dim() == 3:
+            x = x[..., None]
+        return x.permute(0, 3, 1, 2).contiguous().float()
+
+    def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict]:
+        """Return (loss, values to log) of a batch at random levels."""
+        return self(self.get_input(batch, self.first_stage_key).to(self.device))
+
+    def _drop_conditions(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Replace each condition of ucg_training by its empty value, with its probability."""
+        batch = dict(batch)
+        for key, rule in self.ucg_training.items():
+            empty = rule.get("val")
+            empty = "" if empty is None else empty
+            batch[key] = [empty if torch.rand(()) < rule["p"] else value for value in batch[key]]
+        return batch
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> tuple[Tensor, dict]:
+        """Return (loss, values to log) of a training batch; conditions are dropped as ucg_training says."""
+        return self.shared_step(self._drop_conditions(batch))
+
+    @torch.no_grad()
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Return the values to log, and those of the averaged weights under names that end in _ema."""
+        values = self.shared_step(batch)[1]
+        with self.ema_scope():
+            averaged = self.shared_step(batch)[1]
+        return {**values, **{f"{name}_ema": value for name, value in averaged.items()}}
+
+    def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Do nothing; latent diffusion measures its scale here."""
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Take the new weights into the average, after an optimizer step."""
+        if self.use_ema:
+            self.model_ema(self.model)
+
+    @contextmanager
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Run with the averaged weights, then put the present ones back; without an average, just run."""
+        if not self.use_ema:
+            yield
+            return
+        self.model_ema.store(self.model.parameters())
+        self.model_ema.copy_to(self.model)
+        if context is not None:
+            logger.info("%s: switched to averaged weights", context)
+        try:
+            yield
+        finally:
+            self.model_ema.restore(self.model.parameters())
+            if context is not None:
+                logger.info("%s: restored the training weights", context)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [*self.model.parameters(), *([self.logvar] if self.learn_logvar else [])]
+
+    def configure_optimizers(self) -> Any:
+        """Make AdamW with torch's defaults, and the learning rate's schedule where one is configured.
+
+        Returns:
+            the optimizer, or ([optimizer], [schedule]) as trainers take it.
+
+        Raises:
+            UsageError: learning_rate was not set.
+        """
+        if self.learning_rate is None:
+            raise UsageError("configure_optimizers needs model.learning_rate, a number; it is not set")
+        optimizer = torch.optim.AdamW(self._trained(), lr=self.learning_rate)
+        if not self.use_scheduler:
+            return optimizer
+        schedule = instantiate_from_config(self.scheduler_config).schedule
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=schedule)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
+
+    # -- loading -------------------------------------------------------------------------------------------
+
+    def init_from_ckpt(
+        self, path: str, ignore_keys: Iterable[str] = (), only_model: bool = False
+    ) -> "LoadReport":
+        """Load a file whose keys are those of this model, and account for every tensor.
+
+        The schedule and the constant logvar may be absent, for they are computed; so may the averaged weights,
+        which are then seeded from the loaded ones.
+
+        Args:
+            path: a .ckpt or .safetensors file.
+            ignore_keys: beginnings of keys to leave out; what they would have set stays as it is.
+            only_model: take the network alone and leave everything else of the file and of the model.
+
+        Raises:
+            MismatchError: a tensor of the file or of the model is left over, or has another shape.
+        """
+        from ldm.checkpoints import read_tensors
+        from ldm.checkpoints.account import LoadReport, TensorInfo, match
+
+        tensors, _ = read_tensors(path)
+        tensors = self._fit(tensors)
+        wanted = self.state_dict()
+        skipped = tuple(ignore_keys)
+        report = LoadReport(path=str(path), family=type(self).__name__)
+        for name in tensors:
+            if skipped and name.startswith(skipped):
+                report.ignored[name] = "begins with one of ignore_keys"
+            elif only_model and not name.startswith("model."):
+                report.ignored[name] = "only the network is loaded"
+            elif name.endswith(".position_ids") and name not in wanted:
+                report.ignored[name] = "constant"
+            elif name.startswith("model_ema.") and not self.use_ema:
+                report.ignored[name] = "averaged weights; this model keeps none (use_ema is off)"
+        given = {name for name in tensors if name not in report.ignored}
+        averages_given = any(name.startswith("model_ema.") for name in given)
+        for name in wanted:
+            if name in given:
+                continue
+            if name in SCHEDULE_BUFFERS or name in ("logvar", "scale_factor"):
+                report.initialised[name] = "computed from the configuration"
+            elif name.startswith("model_ema.") and not averages_given:
+                report.initialised[name] = "seeded from the loaded network"
+            elif only_model and not name.startswith("model."):
+                report.initialised[name] = "only the network is loaded"
+            elif skipped and name.startswith(skipped):
+                report.initialised[name] = "begins with one of ignore_keys"
+        report.assigned = match(
+            str(path),
+            held={name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()},
+            wanted={name: tuple(value.shape) for name, value in wanted.items()},
+            rename={},
+            ignored=report.ignored,
+            initialised=report.initialised,
+        )
+        with torch.no_grad():
+            for name in report.assigned:
+                wanted[name].copy_(tensors[name])
+        if self.use_ema and not averages_given:
+            self.model_ema.copy_from(self.model)
+        logger.info("%s", report.summary())
+        return report
+
+    def _fit(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adapt a file's tensors to this model before they are accounted for."""
+        return tensors
+
+    # -- pictures to look at -------------------------------------------------------------------------------
+
+    def _logged_levels(self, batch_size: int) -> Iterator[Tensor]:
+        """Yield every log_every_t-th level and the last, each as (batch_size,)."""
+        for level in range(self.num_timesteps):
+            if level % self.log_every_t == 0 or level == self.num_timesteps - 1:
+                yield torch.full((batch_size,), level, device=self.device, dtype=torch.long)
+
+    @torch.no_grad()
+    def log_images(
+        self,
+        batch: Mapping[str, Any],
+        N: int = 8,
+        n_row: int = 2,
+        sample: bool = True,
+        return_keys: Iterable[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Return pictures to look at: inputs, their noising level by level, samples and their denoising."""
+        x = self.get_input(batch, self.first_stage_key)[:N].to(self.device)
+        log = {"inputs": x}
+        start = x[:n_row]
+        log["diffusion_row"] = _rows([self.q_sample(start, t) for t in self._logged_levels(len(start))])
+        if sample:
+            with self.ema_scope("Plotting"):
+                log["samples"], row = self.sample(batch_size=len(x), return_intermediates=True)
+            log["denoise_row"] = _rows(row)
+        return _only(log, return_keys)
+
+
+class LatentDiffusion(DDPM):
+    """Diffusion on the latents of a first stage, conditioned on what a condition stage makes of a caption.
+
+    Takes CompVis's keywords, and those of DDPM behind them.
+
+    Args:
+        first_stage_config: of the autoencoder, which is frozen.
+        cond_stage_config: of the encoder of conditions; "__is_first_stage__" uses the autoencoder,
+            "__is_unconditional__" none at all.
+        num_timesteps_cond: levels that conditions themselves are noised over; 1 = they are not.
+        cond_stage_key: of the conditions in a batch.
+        cond_stage_trainable: train the condition stage along.
+        concat_mode: without a conditioning_key, "concat" rather than "crossattn".
+        cond_stage_forward: name of the condition stage's method, instead of `encode`.
+        conditioning_key: route of DiffusionWrapper.
+        scale_factor: the latents' multiplier, for unit variance (0.18215 for v1).
+        scale_by_std: measure the multiplier on the first training batch and keep it as a buffer.
+        force_null_conditioning: keep conditioning_key although the model is unconditional.
+
+    Setting `split_input_params` to {"ks", "stride", "vqf", "patch_distributed_vq", "clip_min_weight",
+    "clip_max_weight", "tie_braker", "clip_min_tie_weight", "clip_max_tie_weight"} runs the network (and with
+    patch_distributed_vq the first stage) on overlapping tiles, for pictures larger than memory.
+    """
+
+    def __init__(
+        self,
+        first_stage_config: Any,
+        cond_stage_config: Any,
+        num_timesteps_cond: int | None = None,
+        cond_stage_key: str = "image",
+        cond_stage_trainable: bool = False,
+        concat_mode: bool = True,
+        cond_stage_forward: str | None = None,
+        conditioning_key: str | None = None,
+        scale_factor: float = 1.0,
+        scale_by_std: bool = False,
+        *args: Any,
+        force_null_conditioning: bool = False,
+        ckpt_path: str | None = None,
+        ignore_keys: Iterable[str] = (),
+        load_only_unet: bool = False,
+        reset_ema: bool = False,
+        reset_num_ema_updates: bool = False,
+        **kwargs: Any,
+    ):
+        self.num_timesteps_cond = default(num_timesteps_cond, 1)
+        self.scale_by_std = scale_by_std
+        timesteps = kwargs.get("timesteps", 1000)
+        if kwargs.get("given_betas") is None and self.num_timesteps_cond > timesteps:
+            raise UsageError(
+                f"num_timesteps_cond should be at most timesteps ({timesteps}), got {num_timesteps_cond}"
+            )
+        if conditioning_key is None:
+            conditioning_key = "concat" if concat_mode else "crossattn"
+        if cond_stage_config == UNCONDITIONAL and not force_null_conditioning:
+            conditioning_key = None
+        super().__init__(*args, conditioning_key=conditioning_key, **kwargs)
+        self.concat_mode = concat_mode
+        self.cond_stage_trainable = cond_stage_trainable
+        self.cond_stage_key = cond_stage_key
+        self.cond_stage_forward = cond_stage_forward
+        self.num_downs = _count_downs(first_stage_config)
+        if scale_by_std:
+            self.register_buffer("scale_factor", torch.from_numpy(np.array(scale_factor, dtype=np.float32)))
+        else:
+            self.scale_factor = scale_factor
+        self.instantiate_first_stage(first_stage_config)
+        self.instantiate_cond_stage(cond_stage_config)
+        # Latents are not bounded by [-1, 1], as pictures are.
+        self.clip_denoised = False
+        self.restarted_from_ckpt = False
+        if ckpt_path is not None:
+            self.init_from_ckpt(ckpt_path, ignore_keys=ignore_keys, only_model=load_only_unet)
+            self.restarted_from_ckpt = True
+        if self.use_ema and reset_ema:
+            self.model_ema.copy_from(self.model)
+        if self.use_ema and (reset_ema or reset_num_ema_updates):
+            self.model_ema.reset_num_updates()
+
+    def register_schedule(self, *args: Any, **kwargs: Any) -> None:
+        """Make the tables of DDPM, and the levels that conditions are noised to."""
+        super().register_schedule(*args, **kwargs)
+        self.shorten_cond_schedule = self.num_timesteps_cond > 1
+        if self.shorten_cond_schedule:
+            self.make_cond_schedule()
+
+    def make_cond_schedule(self) -> None:
+        """Spread num_timesteps_cond levels over the first steps; later ones have the noisiest."""
+        levels = np.full(self.num_timesteps, self.num_timesteps - 1, dtype=np.int64)
+        spread = np.linspace(0, self.num_timesteps - 1, self.num_timesteps_cond)
+        levels[: self.num_timesteps_cond] = np.round(spread)
+        self.register_buffer("cond_ids", torch.from_numpy(levels), persistent=False)
+
+    # -- the stages around the network ---------------------------------------------------------------------
+
+    def instantiate_first_stage(self, config: Any) -> None:
+        """Build and freeze the first stage."""
+        self.first_stage_model = _frozen(instantiate_from_config(config))
+
+    def instantiate_cond_stage(self, config: Any) -> None:
+        """Build the condition stage, frozen unless it is trained along.
+
+        Raises:
+            UsageError: a special string that cannot be trained.
+        """
+        if config in (FIRST_STAGE, UNCONDITIONAL):
+            if self.cond_stage_trainable:
+                raise UsageError(
+                    f"cond_stage_config '{config}' cannot be trained; set cond_stage_trainable: false"
+                )
+            self.cond_stage_model = self.first_stage_model if config == FIRST_STAGE else None
+            return
+        model = instantiate_from_config(config)
+        self.cond_stage_model = model if self.cond_stage_trainable else _frozen(model)
+
+    def get_first_stage_encoding(self, encoder_posterior: DiagonalGaussianDistribution | Tensor) -> Tensor:
+        """Draw latents (b, c, h, w) from what the first stage says, in scaled units.
+
+        Raises:
+            UsageError: neither a distribution nor latents.
+        """
+        if isinstance(encoder_posterior, DiagonalGaussianDistribution):
+            z = encoder_posterior.sample()
+        elif isinstance(encoder_posterior, Tensor):
+            z = encoder_posterior
+        else:
+            raise UsageError(
+                f"a first stage should answer with a distribution or latents, got {type(encoder_posterior).__name__}"
+            )
+        return self.scale_factor * z
+
+    def get_learned_conditioning(self, c: Any) -> Any:
+        """Encode conditions (captions, say) with the condition stage.
+
+        Raises:
+            UsageError: the model is unconditional, or cond_stage_forward names no method.
+        """
+        stage = self.cond_stage_model
+        if stage is None:
+            raise UsageError(
+                "this model has no condition stage ('__is_unconditional__'), so it cannot encode conditions"
+            )
+        if self.cond_stage_forward is not None:
+            if not callable(getattr(stage, self.cond_stage_forward, None)):
+                raise UsageError(
+                    f"cond_stage_forward '{self.cond_stage_forward}' is no method of {type(stage).__name__}"
+                )
+            return getattr(stage, self.cond_stage_forward)(c)
+        c = stage.encode(c) if callable(getattr(stage, "encode", None)) else stage(c)
+        return c.mode() if isinstance(c, DiagonalGaussianDistribution) else c
+
+    def get_unconditional_conditioning(self, batch_size: int, null_label: Any = None) -> Any:
+        """Encode the empty condition for a batch: null_label, or the class stage's own.
+
+        Raises:
+            UsageError: no null_label where the conditions are not classes.
+        """
+        if null_label is not None:
+            c = self.get_learned_conditioning([null_label] if isinstance(null_label, str) else null_label)
+        elif self.cond_stage_key in WHOLE_BATCH_KEYS:
+            empty = self.cond_stage_model.get_unconditional_conditioning(batch_size, device=self.device)
+            return self.get_learned_conditioning(empty)
+        else:
+            raise UsageError(
+                f"conditions '{self.cond_stage_key}' have no empty value of their own; give null_label"
+            )
+        spread = lambda one: one[:1].expand(batch_size, *one.shape[1:])  # noqa: E731
+        return [spread(one) for one in c] if isinstance(c, list) else spread(c)
+
+    @torch.no_grad()
+    def encode_first_stage(self, x: Tensor) -> Any:
+        """Encode pictures (b, 3, height, width) in [-1, 1]; get_first_stage_encoding makes latents of the answer."""
+        x = _like_weights(x, self.first_stage_model)
+        split = getattr(self, "split_input_params", None)
+        if split is None or not split["patch_distributed_vq"]:
+            return self.first_stage_model.encode(x)
+        tiling = self._tiling(x)
+        tiles = [self.first_stage_model.encode(tile) for tile in tiling.split(x)]
+        tiles = [t.sample() if isinstance(t, DiagonalGaussianDistribution) else t for t in tiles]
+        split["original_image_size"] = tuple(x.shape[-2:])
+        return tiling.join(tiles, down=split["vqf"])
+
+    @torch.no_grad()
+    def decode_first_stage(
+        self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False
+    ) -> Tensor:
+        """Decode scaled latents z (b, c, h, w) to pictures, about [-1, 1], not clamped, in z's dtype.
+
+        Args:
+            predict_cids: z is (b, n, h, w) log probabilities of codebook entries, or their indices (b, h, w).
+            force_not_quantize: skip a VQModelInterface's codebook.
+        """
+        return self.differentiable_decode_first_stage(z, predict_cids, force_not_quantize)
+
+    def differentiable_decode_first_stage(
+        self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False
+    ) -> Tensor:
+        """As decode_first_stage, with gradients."""
+        dtype = z.dtype if z.is_floating_point() else torch.float32
+        if predict_cids:
+            indices = z.argmax(dim=1) if z.dim() == 4 else z  # (b, h, w)
+            codes = self.first_stage_model.quantize
+            z = codes.get_codebook_entry(indices, (*indices.shape, codes.e_dim))  # (b, d, h, w)
+        z = _like_weights(1.0 / self.scale_factor * z, self.first_stage_model)
+        options = {}
+        if isinstance(self.first_stage_model, VQModelInterface):
+            options["force_not_quantize"] = predict_cids or force_not_quantize
+        decode = partial(self.first_stage_model.decode, **options)
+        split = getattr(self, "split_input_params", None)
+        if split is None or not split["patch_distributed_vq"]:
+            return decode(z).to(dtype)
+        tiling = self._tiling(z)
+        return tiling.join([decode(tile) for tile in tiling.split(z)], up=split["vqf"]).to(dtype)
+
+    def _tiling(self, x: Tensor) -> Tiling:
+        """Lay tiles out over x as split_input_params asks, none larger than x."""
+        split = self.split_input_params
+        size = tuple(x.shape[-2:])
+        ties = (split.get("clip_min_tie_weight", 0.01), split.get("clip_max_tie_weight", 0.5))
+        return Tiling(
+            size=size,
+            kernel=tuple(map(min, split["ks"], size)),
+            stride=tuple(map(min, split["stride"], size)),
+            weight_range=(split.get("clip_min_weight", 0.01), split.get("clip_max_weight", 0.5)),
+            tie_range=ties if split.get("tie_braker", False) else None,
+        )
+
+    # -- batches and losses --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure scale_factor = 1 / std(latents) on the very first batch, if scale_by_std.
+
+        A factor other than 1 has been measured or given already, in this run or the one it resumes.
+        """
+        if (
+            not self.scale_by_std
+            or batch_idx != 0
+            or self.restarted_from_ckpt
+            or float(self.scale_factor) != 1.0
+        ):
+            return
+        x = super().get_input(batch, self.first_stage_key).to(self.device)
+        z = self.get_first_stage_encoding(self.encode_first_stage(x))
+        self.scale_factor.copy_(1.0 / z.flatten().std())
+        logger.info("scale_factor is %.6g, from the first batch", float(self.scale_factor))
+
+    @torch.no_grad()
+    def get_input(
+        self,
+        batch: Mapping[str, Any],
+        k: str,
+        return_first_stage_outputs: bool = False,
+        force_c_encode: bool = False,
+        cond_key: str | None = None,
+        return_original_cond: bool = False,
+        bs: int | None = None,
+        return_x: bool = False,
+    ) -> list[Any]:
+        """Encode a batch: its pictures to latents, its conditions with the condition stage.
+
+        Args:
+            batch: pictures (b, height, width, c) in [-1, 1] under `k`, conditions under cond_stage_key: a list
+                of strings for "caption" and "txt", anything the stage takes for "coordinates_bbox", the whole
+                batch for "class_label" and "cls", and else pictures.
+            return_first_stage_outputs: append pictures and reconstructions.
+            force_c_encode: encode conditions now, even where their stage is trained along.
+            cond_key: instead of cond_stage_key.
+            return_original_cond: append the conditions as they came.
+            bs: keep only the first bs of the batch.
+            return_x: append the pictures.
+
+        Returns:
+            [z (b, c, h, w), c] and what was asked for; c is None for an unconditional model.
+        """
+        x = super().get_input(batch, k)[:bs].to(self.device)
+        z = self.get_first_stage_encoding(self.encode_first_stage(x)).detach()
+        c = original = None
+        if self.model.conditioning_key is not None:
+            key = default(cond_key, self.cond_stage_key)
+            if key == self.first_stage_key:
+                original = x
+            elif key in WHOLE_BATCH_KEYS:
+                original = batch
+            elif key in RAW_KEYS:
+                if key not in batch:
+                    raise UsageError(f"a batch needs the key '{key}', got {', '.join(map(repr, batch))}")
+                original = _first_of(batch[key], bs)
+            else:
+                original = super().get_input(batch, key)[:bs].to(self.device)
+            encode_now = not self.cond_stage_trainable or force_c_encode
+            c = self.get_learned_conditioning(original) if encode_now else original
+            c = _first_of(c, bs)
+        out = [z, c]
+        if return_first_stage_outputs:
+            out += [x, self.decode_first_stage(z)]
+        if return_x:
+            out.append(x)
+        if return_original_cond:
+            out.append(original)
+        return out
+
+    def shared_step(self, batch: Mapping[str, Any], **kwargs: Any) -> tuple[Tensor, dict]:
+        """Return (loss, values to log) of a batch at random levels."""
+        x, c = self.get_input(batch, self.first_stage_key)[:2]
+        return self(x, c)
+
+    def forward(self, x: Tensor, c: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, dict]:
+        """Compute the loss of latents x with conditions c at random levels; see p_losses."""
+        t = self._random_levels(len(x))
+        if self.model.conditioning_key is not None:
+            if c is None:
+                raise UsageError(
+                    f"conditioning_key '{self.model.conditioning_key}' needs conditions, got none"
+                )
+            if self.cond_stage_trainable:
+                c = self.get_learned_conditioning(c)
+            if self.shorten_cond_schedule:
+                c = self._noise_condition(c, t)
+        return self.p_losses(x, c, t, *args, **kwargs)
+
+    def _noise_condition(self, c: Any, t: Tensor) -> Any:
+        if not isinstance(c, Tensor):
+            raise UsageError(f"num_timesteps_cond > 1 noises a tensor of conditions, got {type(c).__name__}")
+        return self.q_sample(c, self.cond_ids[t], noise=torch.randn_like(c.float()))
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Any, return_ids: bool = False) -> Any:
+        """Ask the network about x_noisy (b, c, h, w) at levels t (b,) under conditions.
+
+        Args:
+            cond: a dict of the lists that DiffusionWrapper takes, or a tensor or list of tensors for the
+                model's own route, or None for an unconditional one.
+            return_ids: give a network's tuple back whole instead of its first item.
+        """
+        if not isinstance(cond, Mapping):
+            key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
+            cond = {key: cond if isinstance(cond, list) else [cond]}
+        if getattr(self, "split_input_params", None) is not None:
+            return self._apply_tiled(x_noisy, t, cond, return_ids)
+        out = self.model(x_noisy, t, **cond)
+        return out[0] if isinstance(out, tuple) and not return_ids else out
+
+    def _apply_tiled(self, x_noisy: Tensor, t: Tensor, cond: Mapping[str, Any], return_ids: bool) -> Tensor:
+        """Run the network on every tile; what is joined to x on channels is cut alike, the rest goes whole."""
+        if return_ids:
+            raise UsageError("return_ids gives one answer for a whole map; take split_input_params off first")
+        if self.cond_stage_key == "coordinates_bbox":
+            raise UsageError(
+                "split_input_params cannot cut 'coordinates_bbox' conditions; sample without tiles"
+            )
+        tiling = self._tiling(x_noisy)
+        parts = [tiling.split(c) for c in cond.get("c_concat") or []]
+        outputs = []
+        for i, tile in enumerate(tiling.split(x_noisy)):
+            if parts:
+                cond = {**cond, "c_concat": [part[i] for part in parts]}
+            out = self.model(tile, t, **cond)
+            outputs.append(out[0] if isinstance(out, tuple) else out)
+        return tiling.join(outputs)
+
+    def p_losses(
+        self, x_start: Tensor, cond: Any, t: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, dict]:
+        """Noise latents to levels t and compare the network's answer with what it should be.
+
+        Returns:
+            the loss (), and {"<split>/loss_simple", "<split>/loss_vlb", "<split>/loss"} to log, with
+            "<split>/loss_gamma" and "logvar" where logvar is learned.
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        model_out = self.apply_model(self.q_sample(x_start, t, noise=noise), t, cond)
+        error = mean_flat(self.get_loss(model_out, self._target(x_start, noise, t), mean=False))  # (b,)
+        split = self._split
+        log = {f"{split}/loss_simple": error.mean()}
+        logvar = self.logvar[t]
+        loss = (error / logvar.exp() + logvar).mean()
+        if self.learn_logvar:
+            log[f"{split}/loss_gamma"] = loss
+            log["logvar"] = self.logvar.detach().mean()
+        vlb = (self.lvlb_weights[t] * error).mean()
+        loss = self.l_simple_weight * loss + self.original_elbo_weight * vlb
+        log[f"{split}/loss_vlb"] = vlb
+        log[f"{split}/loss"] = loss
+        return loss, log
+
+    def _prior_bpd(self, x_start: Tensor) -> Tensor:
+        """Return the bound's prior term KL(q(x_T | x_0) || N(0, 1)) in bits per dimension, (b,)."""
+        t = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device, dtype=torch.long)
+        mean, _, log_variance = self.q_mean_variance(x_start, t)
+        return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
+
+    def _trained(self) -> list[nn.Parameter]:
+        parameters = list(self.model.parameters())
+        if self.cond_stage_trainable:
+            parameters += list(self.cond_stage_model.parameters())
+        return parameters + ([self.logvar] if self.learn_logvar else [])
+
+    # -- sampling ------------------------------------------------------------------------------------------
+
+    def p_mean_variance(
+        self,
+        x: Tensor,
+        c: Any,
+        t: Tensor,
+        clip_denoised: bool,
+        return_codebook_ids: bool = False,
+        quantize_denoised: bool = False,
+        return_x0: bool = False,
+        score_corrector: Any = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return mean, variance and log variance of the model's p(x_{t-1} | x_t, c).
+
+        Args:
+            return_codebook_ids: append the second item of the network's (output, logits).
+            quantize_denoised: pass the predicted clean sample through the first stage's codebook.
+            return_x0: append the predicted clean sample.
+            score_corrector, corrector_kwargs: an object whose modify_score changes predicted noise.
+
+        Raises:
+            UsageError: a score_corrector for a network that does not predict noise.
+        """
+        out = self.apply_model(x, t, c, return_ids=return_codebook_ids)
+        logits = None
+        if return_codebook_ids:
+            out, logits = out
+        if score_corrector is not None:
+            if self.parameterization != "eps":
+                raise UsageError(
+                    f"a score_corrector needs a network that predicts eps, not {self.parameterization}"
+                )
+            out = score_corrector.modify_score(self, out, x, t, c, **(corrector_kwargs or {}))
+        quantize = self.first_stage_model.quantize if quantize_denoised else None
+        *moments, x_recon = self._mean_variance(out, x, t, clip_denoised, quantize)
+        if return_codebook_ids:
+            return (*moments, logits)
+        return (*moments, x_recon) if return_x0 else tuple(moments)
+
+    @torch.no_grad()
+    def p_sample(
+        self,
+        x: Tensor,
+        c: Any,
+        t: Tensor,
+        clip_denoised: bool = False,
+        repeat_noise: bool = False,
+        return_codebook_ids: bool = False,
+        quantize_denoised: bool = False,
+        return_x0: bool = False,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Take one ancestral step from level t; temperature multiplies the noise, noise_dropout thins it.
+
+        Returns:
+            x_{t-1}, with return_codebook_ids and the indices, or with return_x0 and the predicted clean sample.
+        """
+        mean, _, log_variance, *extra = self.p_mean_variance(
+            x,
+            c,
+            t,
+            clip_denoised,
+            return_codebook_ids=return_codebook_ids,
+            quantize_denoised=quantize_denoised,
+            return_x0=return_x0,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+        )
+        noise = noise_like(x.shape, x.device, repeat_noise) * temperature
+        if noise_dropout > 0.0:
+            noise = F.dropout(noise, p=noise_dropout)
+        x_prev = self._draw(mean, log_variance, t, noise)
+        if return_codebook_ids:
+            return x_prev, extra[0].argmax(dim=1)
+        return (x_prev, extra[0]) if return_x0 else x_prev
+
+    def _denoise(
+        self,
+        cond: Any,
+        x_T: Tensor,
+        timesteps: int,
+        *,
+        verbose: bool,
+        mask: Tensor | None,
+        x0: Tensor | None,
+        temperature: float | Sequence[float] = 1.0,
+        **options: Any,
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Walk the ancestral chain; both loops below look at what it yields: (level, samples, clean samples)."""
+
+        def step(x_t: Tensor, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
+            # The original noises the condition it noised the step before; each step's own level was meant.
+            c = self._noise_condition(cond, t) if self.shorten_cond_schedule else cond
+            heat = temperature if isinstance(temperature, int | float) else temperature[level]
+            return self.p_sample(
+                x_t, c, t, clip_denoised=self.clip_denoised, return_x0=True, temperature=heat, **options
+            )
+
+        return self._descend(step, x_T, timesteps, mask=mask, x0=x0, verbose=verbose)
+
+    def _levels_to_walk(self, timesteps: int | None, start_T: int | None) -> int:
+        timesteps = default(timesteps, self.num_timesteps)
+        timesteps = timesteps if start_T is None else min(timesteps, start_T)
+        if not 1 <= timesteps <= self.num_timesteps:
+            raise UsageError(f"timesteps should lie in 1..{self.num_timesteps}, got {timesteps}")
+        return timesteps
+
+    @torch.no_grad()
+    def progressive_denoising(
+        self,
+        cond: Any,
+        shape: Sequence[int],
+        verbose: bool = True,
+        callback: Callable[[int], None] | None = None,
+        quantize_denoised: bool = False,
+        img_callback: Callable[[Tensor, int], None] | None = None,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        temperature: float | Sequence[float] = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
+        batch_size: int | None = None,
+        x_T: Tensor | None = None,
+        start_T: int | None = None,
+        log_every_t: int | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Sample through all levels and keep the clean samples predicted on the way.
+
+        Args:
+            cond: conditions as in apply_model; of more than the batch, the first are taken.
+            shape: (b, c, h, w), or (c, h, w) with batch_size.
+            verbose: show a progress bar on a terminal.
+            callback, img_callback: called with the level, and with (samples, level), after each step.
+            mask, x0: keep x0 where mask is 1, blended in after each step.
+            temperature: multiplies the noise; one for all levels or one each.
+            x_T: the noise to begin with; drawn where none is given.
+            start_T: begin at this many levels instead of all.
+            log_every_t: instead of the model's.
+
+        Returns:
+            samples (b, c, h, w), and the predicted clean samples every log_every_t levels.
+        """
+        timesteps = self._levels_to_walk(None, start_T)
+        log_every_t = default(log_every_t, self.log_every_t)
+        full = tuple(shape) if batch_size is None else (batch_size, *tuple(shape)[-3:])
+        x_t = torch.randn(full, device=self.device) if x_T is None else x_T
+        intermediates = []
+        chain = self._denoise(
+            _first_of(cond, full[0]),
+            x_t,
+            timesteps,
+            verbose=verbose,
+            mask=mask,
+            x0=x0,
+            temperature=temperature,
+            quantize_denoised=quantize_denoised,
+            noise_dropout=noise_dropout,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+        )
+        for level, x_t, pred_x0 in chain:
+            if level % log_every_t == 0 or level == timesteps - 1:
+                intermediates.append(pred_x0)
+            if callback is not None:
+                callback(level)
+            if img_callback is not None:
+                img_callback(x_t, level)
+        return x_t, intermediates
+
+    @torch.no_grad()
+    def p_sample_loop(
+        self,
+        cond: Any,
+        shape: Sequence[int],
+        return_intermediates: bool = False,
+        x_T: Tensor | None = None,
+        verbose: bool = True,
+        callback: Callable[[int], None] | None = None,
+        timesteps: int | None = None,
+        quantize_denoised: bool = False,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        img_callback: Callable[[Tensor, int], None] | None = None,
+        start_T: int | None = None,
+        log_every_t: int | None = None,
+    ) -> Any:
+        """Sample through the lowest `timesteps` levels (all by default), ancestrally.
+
+        Arguments as in progressive_denoising; shape is (b, c, h, w).
+
+        Returns:
+            samples; with return_intermediates also the samples every log_every_t levels, the noise first.
+        """
+        timesteps = self._levels_to_walk(timesteps, start_T)
+        log_every_t = default(log_every_t, self.log_every_t)
+        x_t = torch.randn(tuple(shape), device=self.device) if x_T is None else x_T
+        intermediates = [x_t]
+        chain = self._denoise(
+            cond, x_t, timesteps, verbose=verbose, mask=mask, x0=x0, quantize_denoised=quantize_denoised
+        )
+        for level, x_t, _ in chain:
+            if level % log_every_t == 0 or level == timesteps - 1:
+                intermediates.append(x_t)
+            if callback is not None:
+                callback(level)
+            if img_callback is not None:
+                img_callback(x_t, level)
+        return (x_t, intermediates) if return_intermediates else x_t
+
+    @torch.no_grad()
+    def sample(
+        self,
+        cond: Any,
+        batch_size: int = 16,
+        return_intermediates: bool = False,
+        x_T: Tensor | None = None,
+        verbose: bool = True,
+        timesteps: int | None = None,
+        quantize_denoised: bool = False,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        shape: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Make batch_size latents; of more conditions than that, the first are taken. See p_sample_loop."""
+        shape = default(shape, (batch_size, self.channels, self.image_size, self.image_size))
+        return self.p_sample_loop(
+            _first_of(cond, batch_size),
+            shape,
+            return_intermediates=return_intermediates,
+            x_T=x_T,
+            verbose=verbose,
+            timesteps=timesteps,
+            quantize_denoised=quantize_denoised,
+            mask=mask,
+            x0=x0,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def sample_log(
+        self, cond: Any, batch_size: int, ddim: bool, ddim_steps: int, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        """Make latents for a look, with DDIM in ddim_steps or ancestrally; return (samples, intermediates)."""
+        if not ddim:
+            return self.sample(cond, batch_size=batch_size, return_intermediates=True, **kwargs)
+        from ldm.models.diffusion.ddim import DDIMSampler
+
+        shape = (self.channels, self.image_size, self.image_size)
+        return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **kwargs)
+
+    # -- pictures to look at -------------------------------------------------------------------------------
+
+    def _get_denoise_row_from_list(
+        self, samples: Iterable[Tensor], desc: str = "", force_no_decoder_quantization: bool = False
+    ) -> Tensor:
+        """Decode latents of successive levels into one grid, a row for each sample."""
+        decode = partial(self.decode_first_stage, force_not_quantize=force_no_decoder_quantization)
+        return _rows([decode(z.to(self.device)) for z in samples])
+
+    @torch.no_grad()
+    def log_images(
+        self,
+        batch: Mapping[str, Any],
+        N: int = 8,
+        n_row: int = 4,
+        sample: bool = True,
+        ddim_steps: int | None = 200,
+        ddim_eta: float = 1.0,
+        return_keys: Iterable[str] | None = None,
+        quantize_denoised: bool = True,
+        inpaint: bool = True,
+        plot_denoise_rows: bool = False,
+        plot_progressive_rows: bool = True,
+        plot_diffusion_rows: bool = True,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_guidance_label: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Return pictures to look at, each (b, c, height, width) or a grid (c, height, width).
+
+        Args:
+            N, n_row: at most so many samples, and so many in rows of levels.
+            ddim_steps, ddim_eta: of DDIM; None samples ancestrally.
+            return_keys: give back only these.
+            quantize_denoised: show samples through the codebook too, where the first stage has one.
+            inpaint: show the middle repainted, and everything but the middle.
+            plot_denoise_rows, plot_progressive_rows, plot_diffusion_rows: show sampling and noising by level.
+            unconditional_guidance_scale, unconditional_guidance_label: above 1, show guided samples too.
+        """
+        z, c, x, xrec, original = self.get_input(
+            batch,
+            self.first_stage_key,
+            return_first_stage_outputs=True,
+            force_c_encode=True,
+            return_original_cond=True,
+            bs=N,
+        )
+        N, n_row = len(x), min(len(x), n_row)
+        log = {"inputs": x, "reconstruction": xrec}
+        if self.model.conditioning_key is not None:
+            log.update(self._log_conditions(x, c, original))
+        if plot_diffusion_rows:
+            noised = [self.q_sample(z[:n_row], t) for t in self._logged_levels(n_row)]
+            log["diffusion_row"] = self._get_denoise_row_from_list(noised)
+        draw = partial(
+            self.sample_log, cond=c, batch_size=N, ddim=ddim_steps is not None, ddim_steps=ddim_steps
+        )
+        if ddim_steps is not None:
+            draw = partial(draw, eta=ddim_eta)
+        if sample:
+            with self.ema_scope("Plotting"):
+                samples, row = draw()
+            log["samples"] = self.decode_first_stage(samples)
+            if plot_denoise_rows:
+                row = row["x_inter"] if isinstance(row, Mapping) else row
+                log["denoise_row"] = self._get_denoise_row_from_list(row)
+            if quantize_denoised and isinstance(self.first_stage_model, VQModelInterface):
+                with self.ema_scope("Plotting quantized"):
+                    samples, _ = draw(quantize_denoised=True)
+                log["samples_x0_quantized"] = self.decode_first_stage(samples)
+            if unconditional_guidance_scale > 1.0:
+                empty = self.get_unconditional_conditioning(N, unconditional_guidance_label)
+                if isinstance(c, Mapping):
+                    empty = {**c, "c_crossattn": empty if isinstance(empty, list) else [empty]}
+                with self.ema_scope("Plotting guided"):
+                    samples, _ = draw(
+                        unconditional_guidance_scale=unconditional_guidance_scale,
+                        unconditional_conditioning=empty,
+                    )
+                name = f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"
+                log[name] = self.decode_first_stage(samples)
+            if inpaint:
+                h, w = z.shape[2:]
+                mask = torch.ones(N, 1, h, w, device=z.device, dtype=z.dtype)
+                mask[:, :, h // 4 : 3 * h // 4, w // 4 : 3 * w // 4] = 0.0
+                log["mask"] = mask
+                for name, keep in (("inpainting", mask), ("outpainting", 1.0 - mask)):
+                    with self.ema_scope(f"Plotting {name}"):
+                        samples, _ = draw(x0=z, mask=keep)
+                    log[f"samples_{name}"] = self.decode_first_stage(samples)
+        if plot_progressive_rows:
+            with self.ema_scope("Plotting progressives"):
+                shape = (self.channels, self.image_size, self.image_size)
+                _, row = self.progressive_denoising(c, shape=shape, batch_size=N, verbose=False)
+            log["progressive_row"] = self._get_denoise_row_from_list(row)
+        return _only(log, return_keys)
+
+    def _log_conditions(self, x: Tensor, c: Any, original: Any) -> dict[str, Tensor]:
+        """Show conditions as pictures: captions and classes drawn, maps coloured, pictures as they are."""
+        size = (x.shape[3], x.shape[2])
+        if callable(getattr(self.cond_stage_model, "decode", None)):
+            c = c["c_concat"][0] if isinstance(c, Mapping) else c
+            return {"conditioning": self.cond_stage_model.decode(c)}
+        if self.cond_stage_key in ("caption", "txt"):
+            return {"conditioning": log_txt_as_img(size, original)}
+        if self.cond_stage_key in WHOLE_BATCH_KEYS:
+            names = original["human_label"] if "human_label" in original else original[self.cond_stage_key]
+            names = [str(n.item()) if isinstance(n, Tensor) else str(n) for n in names]
+            return {"conditioning": log_txt_as_img(size, names[: len(x)])}
+        if isimage(original):
+            return {"conditioning": original}
+        if ismap(original):
+            return {"original_conditioning": self.to_rgb(original)}
+        return {}
+
+    def to_rgb(self, x: Tensor) -> Tensor:
+        """Show maps with many channels as colours in [-1, 1], by fixed random weights."""
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(3, x.shape[1], 1, 1, generator=generator).to(x)
+        x = F.conv2d(x, weight)
+        return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
+
+
+class LatentFinetuneDiffusion(LatentDiffusion):
+    """Latent diffusion with further input channels, possibly begun from a model without them.
+
+    Args:
+        concat_keys: of the batch, in the order their maps are joined to the latents.
+        finetune_keys: weights of a file that may have fewer input channels; the missing ones become zero, so
+            that training begins with the file's own behaviour. None refuses such a file.
+        keep_finetune_dims: how many of the file's input channels to keep.
+        c_concat_log_start, c_concat_log_end: which joined channels are latents worth decoding in log_images.
+
+    Raises:
+        UsageError: finetune_keys without a ckpt_path to begin from.
+    """
+
+    def __init__(
+        self,
+        concat_keys: Sequence[str],
+        finetune_keys: Sequence[str] | None = (
+            "model.diffusion_model.input_blocks.0.0.weight",
+            "model_ema.diffusion_modelinput_blocks00weight",
+        ),
+        keep_finetune_dims: int = 4,
+        c_concat_log_start: int | None = None,
+        c_concat_log_end: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ):
+        if finetune_keys is not None and kwargs.get("ckpt_path") is None:
+            raise UsageError(
+                "finetune_keys needs a ckpt_path to begin from; without one set finetune_keys: null"
+            )
+        self.finetune_keys = finetune_keys
+        self.keep_dims = keep_finetune_dims
+        super().__init__(*args, **kwargs)
+        self.concat_keys = tuple(concat_keys)
+        self.c_concat_log_start = c_concat_log_start
+        self.c_concat_log_end = c_concat_log_end
+
+    def _fit(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Widen the weights of finetune_keys with zeros to this model's input channels."""
+        own = self.state_dict()
+        widened = dict(tensors)
+        for key in self.finetune_keys or ():
+            if key not in tensors or key not in own or tensors[key].shape == own[key].shape:
+                continue
+            old, want, keep = tensors[key], own[key].shape, self.keep_dims
+            fits = len(old.shape) == len(want) and old.shape[0] == want[0] and old.shape[2:] == want[2:]
+            if not fits or not keep <= old.shape[1] <= want[1]:
+                raise MismatchError(
+                    f"'{key}' of shape {list(old.shape)} cannot be widened to {list(want)} keeping {keep} channels"
+                )
+            new = torch.zeros(want, dtype=old.dtype)
+            new[:, :keep] = old[:, :keep]
+            widened[key] = new
+        return widened
+
+    def _concat_maps(self, batch: Mapping[str, Any], z: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} does not say what it joins to the latents")
+
+    @torch.no_grad()
+    def get_input(
+        self,
+        batch: Mapping[str, Any],
+        k: str,
+        cond_key: str | None = None,
+        bs: int | None = None,
+        return_first_stage_outputs: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Encode a batch as LatentDiffusion does, with what is joined to the latents.
+
+        Returns:
+            [z, {"c_concat": [(b, n, h, w)], "c_crossattn": [(b, n, d)]}], and with return_first_stage_outputs
+            pictures, reconstructions and the conditions as they came.
+        """
+        if cond_key is not None:
+            raise UsageError(
+                f"{type(self).__name__} takes its conditions from cond_stage_key, got cond_key={cond_key!r}"
+            )
+        z, c, x, xrec, original = super().get_input(
+            batch,
+            self.first_stage_key,
+            return_first_stage_outputs=True,
+            force_c_encode=True,
+            return_original_cond=True,
+            bs=bs,
+        )
+        conditions = {"c_concat": [self._concat_maps(batch, z)], "c_crossattn": [c]}
+        return [z, conditions, x, xrec, original] if return_first_stage_outputs else [z, conditions]
+
+    def _log_conditions(self, x: Tensor, c: Any, original: Any) -> dict[str, Tensor]:
+        log = super()._log_conditions(x, c, original)
+        if self.c_concat_log_start is not None or self.c_concat_log_end is not None:
+            latents = c["c_concat"][0][:, self.c_concat_log_start : self.c_concat_log_end]
+            log["c_concat_decoded"] = self.decode_first_stage(latents)
+        return log
+
+
+class LatentInpaintDiffusion(LatentFinetuneDiffusion):
+    """The inpainting model: 9 input channels, 4 of noisy latents, 1 of mask, 4 of the masked picture's latents.
+
+    Args:
+        concat_keys: of the batch: "mask" (b, height, width, 1), 1 = repaint, which is shrunk to the latents by
+            nearest neighbour, and "masked_image" (b, height, width, 3), which is encoded and scaled.
+        masked_image_key: which of them is the picture.
+    """
+
+    def __init__(
+        self,
+        concat_keys: Sequence[str] = ("mask", "masked_image"),
+        masked_image_key: str = "masked_image",
+        *args: Any,
+        **kwargs: Any,
+    ):
+        if masked_image_key not in concat_keys:
+            raise UsageError(
+                f"masked_image_key '{masked_image_key}' should be one of {', '.join(concat_keys)}"
+            )
+        super().__init__(concat_keys, *args, **kwargs)
+        self.masked_image_key = masked_image_key
+
+    def _concat_maps(self, batch: Mapping[str, Any], z: Tensor) -> Tensor:
+        maps = []
+        for key in self.concat_keys:
+            x = DDPM.get_input(self, batch, key)[: len(z)].to(z.device)
+            if key == self.masked_image_key:
+                maps.append(self.get_first_stage_encoding(self.encode_first_stage(x)))
+            else:
+                maps.append(F.interpolate(x, size=z.shape[-2:]))
+        return torch.cat(maps, dim=1)
+
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the pictures of LatentDiffusion, and the masked ones."""
+        log = super().log_images(batch, *args, **kwargs)
+        log["masked_image"] = DDPM.get_input(self, batch, self.masked_image_key)
+        return log
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    """Put a stage into evaluation for good."""
+    model.eval()
+    model.train = disabled_train.__get__(model)
+    return model.requires_grad_(False)
+
+
+def _like_weights(x: Tensor, model: nn.Module) -> Tensor:
+    """Cast x to the dtype of a module's weights, if it has any."""
+    weight = next(model.parameters(), None)
+    return x if weight is None else x.to(weight.dtype)
+
+
+def _count_downs(first_stage_config: Any) -> int:
+    """Count how often a first stage halves its pictures; 0 where its configuration does not say."""
+    try:
+        return len(first_stage_config["params"]["ddconfig"]["ch_mult"]) - 1
+    except (KeyError, TypeError):
+        return 0
+
+
+def _first_of(cond: Any, count: int | None) -> Any:
+    """Take the first `count` of a batch of conditions: tensor, list of strings, list of tensors, or dict."""
+    if cond is None or count is None:
+        return cond
+    if isinstance(cond, Mapping):
+        return {key: _first_of(value, count) for key, value in cond.items()}
+    if isinstance(cond, list) and any(isinstance(c, Tensor) for c in cond):
+        return [c[:count] for c in cond]
+    return cond[:count]
+
+
+def _rows(levels: Sequence[Tensor], padding: int = 2) -> Tensor:
+    """Lay pictures of successive levels, each (b, c, h, w), out as one (c, height, width) grid, a row a sample."""
+    pictures = torch.stack(list(levels), dim=1)  # (b, n, c, h, w)
+    if pictures.shape[2] == 1:
+        pictures = pictures.expand(-1, -1, 3, -1, -1)
+    b, n, c, h, w = pictures.shape
+    grid = pictures.new_zeros(c, b * (h + padding) + padding, n * (w + padding) + padding)
+    for i in range(b):
+        for j in range(n):
+            top, left = i * (h + padding) + padding, j * (w + padding) + padding
+            grid[:, top : top + h, left : left + w] = pictures[i, j]
+    return grid
+
+
+def _only(log: dict[str, Tensor], keys: Iterable[str] | None) -> dict[str, Tensor]:
+    """Keep the asked-for pictures, or all of them where none of those is there."""
+    chosen = {key: log[key] for key in keys or () if key in log}
+    return chosen or log
