@@ -33,6 +33,7 @@ WORKING = 128  # pixels a side that every picture is brought to
 BORDER = 2  # working pixels from which the background is read; objects keep 3 away
 SPECK = 0.004  # connected areas below this fraction of the picture are no objects (a small star has 0.015)
 PART = 0.15  # a second colour with this share of a connected area makes it two objects
+SAME_TINT = 20.0  # unless its lightness and hue coordinates (CIELAB) are all nearer than this to the first's
 COLOUR_LIMIT = (
     28.0  # CIELAB distance from which a colour has no name; white and beige are 20 apart, others 30
 )
@@ -97,8 +98,11 @@ def check(image: Image.Image | np.ndarray, caption: str | Claim) -> Verdict:
     Raises:
         UsageError: a caption outside the grammar of `ldm.training.shapes`, or a picture that `see` refuses.
     """
-    claim = parse_caption(caption) if isinstance(caption, str) else caption
-    sighting = see(image)
+    return judge(see(image), parse_caption(caption) if isinstance(caption, str) else caption)
+
+
+def judge(sighting: Sighting, claim: Claim) -> Verdict:
+    """Compare what was seen with what was said; see `check`."""
     wanted = len(claim.objects)
     candidates = [*sighting.objects, *[None] * max(0, wanted - len(sighting.objects))]
     objects = max(
@@ -182,10 +186,12 @@ def _prepare(image: Image.Image | np.ndarray) -> np.ndarray:
 def _mixture(pixels: np.ndarray, ground: np.ndarray, colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Explain pixels (..., 3) as mixtures of the ground and each colour (n, 3): shares (..., n), errors²."""
     reach = colours - ground  # (n, 3)
+    length = np.maximum((reach**2).sum(1), 1)  # the ground may be one of the colours
     offset = pixels - ground
-    share = np.clip(offset @ reach.T / (reach**2).sum(1), 0, 1)
+    along = offset @ reach.T  # (..., n)
+    share = np.clip(along / length, 0, 1)
     # |offset - share * reach|^2, multiplied out: no array of pixels x colours x channels
-    error = (offset**2).sum(-1, keepdims=True) - 2 * share * (offset @ reach.T) + share**2 * (reach**2).sum(1)
+    error = (offset**2).sum(-1, keepdims=True) - 2 * share * along + share**2 * length
     return share, error
 
 
@@ -202,8 +208,12 @@ def _parts(pixels: np.ndarray, ground: np.ndarray) -> list[np.ndarray]:
         if area.sum() < least:
             continue
         least = max(least, PART * area.sum())
-        kinds = [k for k in np.unique(kind[box][area]) if _opened(area & (kind[box] == k)).sum() >= least]
-        for piece in [area & (kind[box] == k) for k in kinds] if len(kinds) > 1 else [area]:
+        pieces = [area & (kind[box] == k) for k in np.unique(kind[box][area])]
+        pieces = [piece for piece in pieces if _opened(piece).sum() >= least]
+        tints = _lab(np.array([np.median(pixels[box][piece], axis=0) for piece in pieces]).reshape(-1, 3))
+        if not len(tints) or np.ptp(tints, axis=0).max() < SAME_TINT:
+            pieces = [area]
+        for piece in pieces:
             mask = np.zeros_like(front)
             mask[box] = piece
             parts.append(mask)
@@ -288,7 +298,7 @@ def _size_name(extent: float) -> str | None:
 
 
 def _nearest(colour: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str | None:
-    """Name the perceptually nearest colour (CIELAB, CIE 1976 distance), or None when none is clearly nearest."""
+    """Name the perceptually nearest colour (CIELAB, CIE 1976 distance), None when none is clearly nearest."""
     everything = COLOURS | BACKGROUNDS
     distances = np.linalg.norm(_lab(np.array(list(everything.values()))) - _lab(colour), axis=-1)
     best, following = np.argsort(distances)[:2]
