@@ -1,0 +1,202 @@
+"""The one door for weight files: what a file is, is read from its first bytes, never from its name."""
+
+import difflib
+import os
+import stat
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, BinaryIO, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoints.account import TensorInfo, shown
+from ldm.checkpoints.pickles import PickleWeights, load_object
+from ldm.checkpoints.safe import SafetensorsWeights
+from ldm.errors import AbsentError, FormatError, MismatchError, UnsafeFileError
+
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+END_OF_ZIP = b"PK\x05\x06"
+# First bytes of what people download by mistake -> what to call it. (offset, bytes, words)
+FOREIGN = (
+    (0, b"version https://git-lfs", "is a git-lfs pointer, not the weights; run `git lfs pull`"),
+    (0, b"7z\xbc\xaf\x27\x1c", "is a 7z archive; unpack it first"),
+    (0, b"\x1f\x8b", "is a gzip archive; unpack it first"),
+    (0, b"\xfd7zXZ\x00", "is an xz archive; unpack it first"),
+    (0, b"BZh", "is a bzip2 archive; unpack it first"),
+    (0, b"\x28\xb5\x2f\xfd", "is a zstd archive; unpack it first"),
+    (0, b"Rar!", "is a rar archive; unpack it first"),
+    (257, b"ustar", "is a tar archive; unpack it first"),
+    (0, b"GGUF", "is a GGUF file, which is not supported; get the .safetensors version"),
+    (0, b"PK\x05\x06", "is an empty zip archive; download it again"),
+)
+
+
+class Weights(Protocol):
+    """An open weight file: what it holds is known before any value is read."""
+
+    path: str
+    kind: str
+    infos: Mapping[str, TensorInfo]
+    metadata: dict[str, str]
+    notes: list[str]
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor into memory of its own."""
+
+    def close(self) -> None: ...
+
+
+class OpenFile:
+    """A regular file held open once from sniffing to the last read; noticing whether it changed meanwhile."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        try:
+            # Non-blocking, so that a FIFO without a writer cannot hang the open.
+            number = os.open(
+                self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+            )
+        except FileNotFoundError:
+            raise _absent(self.path) from None
+        except IsADirectoryError:
+            raise FormatError(f"'{shown(self.path)}' is a folder, not a weight file") from None
+        except PermissionError:
+            raise FormatError(f"'{shown(self.path)}' cannot be read: permission denied") from None
+        except (OSError, ValueError) as error:
+            raise FormatError(f"'{shown(self.path)}' cannot be opened: {shown(error)}") from error
+        try:
+            self.before = os.fstat(number)
+            if not stat.S_ISREG(self.before.st_mode):
+                kind = "a folder" if stat.S_ISDIR(self.before.st_mode) else "a pipe, socket or device"
+                raise FormatError(f"'{shown(self.path)}' is {kind}, not a regular file")
+            self.file: BinaryIO = os.fdopen(number, "rb", buffering=0)
+        except BaseException:
+            os.close(number)
+            raise
+        self.size = self.before.st_size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+
+    def check_unchanged(self) -> None:
+        """Raise FormatError if the file was rewritten or cut since it was opened."""
+        now = os.fstat(self.file.fileno())
+        if (now.st_size, now.st_mtime_ns) != (self.before.st_size, self.before.st_mtime_ns):
+            raise FormatError(f"'{shown(self.path)}' changed while it was read; load it again")
+
+
+def _absent(path: str) -> AbsentError:
+    if os.path.islink(path):
+        return AbsentError(f"'{shown(path)}' is a link to a file that is not there")
+    folder, name = os.path.split(path)
+    try:
+        near = difflib.get_close_matches(name, os.listdir(folder or "."), n=1)
+    except OSError:
+        near = []
+    hint = f"did you mean '{shown(near[0])}'?" if near else "check the path"
+    return AbsentError(f"weight file '{shown(path)}' is not there; {hint}")
+
+
+def _sniff(handle: OpenFile) -> str:
+    """Tell "safetensors", "zip" or "pickle" from the first bytes, or say what the file is instead."""
+    path = shown(handle.path)
+    if handle.size == 0:
+        raise FormatError(f"'{path}' is empty; download it again")
+    head = os.read(handle.file.fileno(), 512)
+    for offset, magic, words in FOREIGN:
+        if head[offset : offset + len(magic)] == magic:
+            raise FormatError(f"'{path}' {words}")
+    if head.lstrip()[:1] == b"<":
+        raise FormatError(f"'{path}' is a web page, not weights: the download failed; get the file again")
+    named_safetensors = handle.path.endswith(".safetensors")
+    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+        if named_safetensors:
+            raise FormatError(f"'{path}' is a pickle, not safetensors; its name hides what it is")
+        return "zip" if head[:1] == b"P" else "pickle"
+    if head[8:9] == b"{":
+        os.lseek(handle.file.fileno(), max(0, handle.size - 22), os.SEEK_SET)
+        if os.read(handle.file.fileno(), 4) == END_OF_ZIP:
+            raise UnsafeFileError(
+                f"'{path}' is two formats at once, safetensors and zip; get it from its author anew"
+            )
+        return "safetensors"
+    wanted = (
+        "a safetensors file" if named_safetensors else "weights (safetensors, or a checkpoint of torch.save)"
+    )
+    raise FormatError(
+        f"'{path}' is not {wanted}: it begins with {shown(head[:12])}, {handle.size} bytes in all"
+    )
+
+
+def open_weights(path: str | os.PathLike) -> Weights:
+    """Open a weight file of either kind and list what it holds.
+
+    A safetensors file is read tensor by tensor as asked for; a pickle is read whole, through the restricted
+    unpickler. Close it after use.
+
+    Raises:
+        AbsentError: there is no such file.
+        FormatError: truncated, damaged, or not a weight file.
+        UnsafeFileError: it asks for more than tensors.
+        MismatchError: it holds no weights, or tensors of a kind that is not supported.
+    """
+    handle = OpenFile(path)
+    try:
+        kind = _sniff(handle)
+        if kind == "safetensors":
+            weights: Weights = SafetensorsWeights(handle)
+            if handle.path.endswith(PICKLE_SUFFIXES):
+                weights.notes.append(
+                    f"a safetensors file under the name '{shown(os.path.basename(handle.path))}'"
+                )
+            return weights
+        weights = PickleWeights(handle, load_object(handle, kind), kind)
+        handle.file.close()
+        return weights
+    except BaseException:
+        handle.file.close()
+        raise
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read every tensor of a weight file into memory of its own, with the file's metadata.
+
+    Raises: as open_weights.
+    """
+    weights = open_weights(path)
+    try:
+        return {name: weights.read(name) for name in weights.infos}, weights.metadata
+    finally:
+        weights.close()
+
+
+def read_object(path: str | os.PathLike) -> Any:
+    """Read what torch.save wrote, nested as it was, through the restricted unpickler.
+
+    For a program's own training states: dicts, lists, strings, numbers and tensors come back; objects of
+    Lightning and NumPy come back as inert placeholders.
+
+    Raises: as open_weights; FormatError for a safetensors file.
+    """
+    with OpenFile(path) as handle:
+        kind = _sniff(handle)
+        if kind == "safetensors":
+            raise FormatError(
+                f"'{shown(handle.path)}' is safetensors; a state written by torch.save was wanted"
+            )
+        return load_object(handle, kind)
+
+
+def require_float(path: str, name: str, dtype: torch.dtype) -> None:
+    """Raise MismatchError unless a weight is stored as floating point."""
+    if not dtype.is_floating_point:
+        raise MismatchError(
+            f"'{shown(path)}': '{shown(name)}' is stored as {str(dtype).removeprefix('torch.')}; "
+            "only floating-point weights are supported"
+        )

@@ -1,0 +1,343 @@
+"""diffusers folders: their JSON files become a CompVis configuration, their weight files one source of tensors."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoints.account import TensorInfo, shown
+from ldm.checkpoints.files import Weights, open_weights
+from ldm.checkpoints.names import modern_vae_name, text_name
+from ldm.errors import AbsentError, FormatError, MismatchError, UnsafeFileError
+
+MAX_JSON = 16 << 20
+DEFAULT_SCALING = 0.18215  # of Stable Diffusion v1; old folders do not state it
+PIPELINES = ("StableDiffusion", "LatentDiffusion")  # beginnings of class names that are v1's
+FOREIGN_PIPELINES = {"StableDiffusionXL": "Stable Diffusion XL", "StableDiffusion3": "Stable Diffusion 3"}
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+OLD_TEXT_STEM = "pytorch_model"  # what transformers calls its .bin files
+# diffusers' words for schedules and predictions -> CompVis's. "linear" is CompVis's word for linear in sqrt(beta).
+SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear"}
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+# What CompVis's UNet and VAE have built in; a folder that asks for something else cannot be built.
+UNET_FIXED = {
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "dual_cross_attention": False,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional",
+    "num_class_embeds": None,
+    "encoder_hid_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "mid_block_scale_factor": 1,
+    "downsample_padding": 1,
+}
+VAE_FIXED = {
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+    "shift_factor": None,
+    "latents_mean": None,
+}
+
+
+def is_diffusers_folder(path: Path) -> bool:
+    """Tell whether a folder holds a diffusers model."""
+    return path.is_dir() and ((path / "model_index.json").is_file() or (path / "unet").is_dir())
+
+
+class FolderWeights:
+    """The weight files of a diffusers folder as one source; names begin with "unet/", "vae/", "text_encoder/"."""
+
+    kind = "diffusers folder"
+
+    def __init__(self, path: Path, parts: tuple[str, ...] = ("unet", "vae", "text_encoder")):
+        self.path = str(path)
+        self.notes: list[str] = []
+        self.metadata: dict[str, str] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        self.nbytes = 0
+        self._where: dict[str, tuple[Weights, str]] = {}
+        self._open: list[Weights] = []
+        try:
+            for part in parts:
+                folder = path / part
+                if not folder.is_dir():
+                    raise AbsentError(f"'{shown(path)}' has no folder '{part}'; a diffusers model needs one")
+                self._add(f"{part}/", folder, STEMS[part])
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, prefix: str, folder: Path, stem: str) -> None:
+        for file in weight_files(folder, stem):
+            weights = open_weights(file)
+            self._open.append(weights)
+            self.nbytes += os.path.getsize(file)
+            for name, info in weights.infos.items():
+                if prefix + name in self.infos:
+                    raise FormatError(f"'{shown(folder)}': '{shown(name)}' is in two files")
+                self.infos[prefix + name] = info
+                self._where[prefix + name] = (weights, name)
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor into memory of its own."""
+        weights, inner = self._where[name]
+        return weights.read(inner)
+
+    def close(self) -> None:
+        """Close every file."""
+        for weights in self._open:
+            weights.close()
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """Find the weight files of one part: whole before sharded, safetensors before pickle, full before fp16.
+
+    Raises:
+        AbsentError: there are none.
+        UnsafeFileError: a sharded index names a file outside the folder.
+    """
+    for variant in ("", ".fp16", ".bf16", ".non_ema"):
+        for suffix, name in ((".safetensors", stem), (".bin", OLD_TEXT_STEM if stem == "model" else stem)):
+            whole = folder / f"{name}{variant}{suffix}"
+            if whole.is_file():
+                return [whole]
+            # transformers writes model.safetensors.index.fp16.json, with the variant last.
+            index = folder / f"{name}{suffix}.index{variant}.json"
+            if index.is_file():
+                return _shards(index)
+    raise AbsentError(f"'{shown(folder)}' has no {stem}.safetensors or .bin; download the folder again")
+
+
+def _shards(index: Path) -> list[Path]:
+    mapping = read_json(index).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise FormatError(f"'{shown(index)}' should map tensors to files under 'weight_map'")
+    names = sorted({str(name) for name in mapping.values()})
+    for name in names:
+        if (
+            name in (".", "..")
+            or name != os.path.basename(name)
+            or "\\" in name
+            or ":" in name
+            or "\0" in name
+        ):
+            raise UnsafeFileError(f"'{shown(index)}' names '{shown(name)}', outside its folder; refused")
+    return [index.parent / name for name in names]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        AbsentError: no such file. FormatError: not a JSON object.
+    """
+    if not path.is_file():
+        raise AbsentError(f"'{shown(path)}' is not there; a diffusers folder needs it")
+    if path.stat().st_size > MAX_JSON:
+        raise FormatError(f"'{shown(path)}' has {path.stat().st_size} bytes; at most {MAX_JSON} are read")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise FormatError(f"'{shown(path)}' is not JSON: {shown(error, 80)}") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"'{shown(path)}' should be a JSON object")
+    return found
+
+
+def _hold(path: Path, config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Raise MismatchError where a configuration asks for what CompVis's networks do not have."""
+    for key, value in fixed.items():
+        if key in config and config[key] != value:
+            raise MismatchError(
+                f"'{shown(path)}': {key} is {shown(config[key], 40)}, but Stable Diffusion v1 networks have {value}"
+            )
+
+
+def _need(path: Path, config: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = config.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool) or not value:
+        raise FormatError(f"'{shown(path)}': {key} should be a {kind.__name__}, got {shown(value, 40)}")
+    return value
+
+
+def _multipliers(path: Path, config: Mapping[str, Any]) -> tuple[int, list[int]]:
+    """Split block_out_channels into CompVis's model width and its multiple at each level."""
+    channels = _need(path, config, "block_out_channels", list)
+    if not all(type(c) is int and c > 0 and c % channels[0] == 0 for c in channels):
+        raise MismatchError(
+            f"'{shown(path)}': block_out_channels {shown(channels)} are no multiples of the first"
+        )
+    return channels[0], [c // channels[0] for c in channels]
+
+
+def unet_params(path: Path) -> dict[str, Any]:
+    """Translate unet/config.json into UNetModel's parameters."""
+    config = read_json(path)
+    _hold(path, config, UNET_FIXED)
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+    if isinstance(heads, list):
+        raise MismatchError(
+            f"'{shown(path)}': heads per level {heads} belong to Stable Diffusion v2 or XL, not v1"
+        )
+    width, multipliers = _multipliers(path, config)
+    kinds = _need(path, config, "down_block_types", list)
+    known = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+    if len(kinds) != len(multipliers) or not set(kinds) <= set(known):
+        raise MismatchError(
+            f"'{shown(path)}': down_block_types {shown(kinds)} are not those of Stable Diffusion v1"
+        )
+    return {
+        "image_size": config.get("sample_size") or 64,
+        "in_channels": _need(path, config, "in_channels", int),
+        "out_channels": _need(path, config, "out_channels", int),
+        "model_channels": width,
+        "attention_resolutions": [2**level for level, kind in enumerate(kinds) if known[kind]],
+        "num_res_blocks": _need(path, config, "layers_per_block", int),
+        "channel_mult": multipliers,
+        "num_heads": heads,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": bool(config.get("use_linear_projection")),
+        "transformer_depth": config.get("transformer_layers_per_block", 1),
+        "context_dim": _need(path, config, "cross_attention_dim", int),
+        "use_checkpoint": False,
+        "legacy": False,
+    }
+
+
+def vae_params(path: Path) -> tuple[dict[str, Any], float]:
+    """Translate vae/config.json into AutoencoderKL's parameters and the scale of its latents."""
+    config = read_json(path)
+    _hold(path, config, VAE_FIXED)
+    kinds = {*_need(path, config, "down_block_types", list), *_need(path, config, "up_block_types", list)}
+    if not kinds <= {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
+        raise MismatchError(
+            f"'{shown(path)}': block types {shown(sorted(kinds))} are not those of a KL autoencoder"
+        )
+    width, multipliers = _multipliers(path, config)
+    latent = _need(path, config, "latent_channels", int)
+    scale = config.get("scaling_factor") or DEFAULT_SCALING
+    params = {
+        "embed_dim": latent,
+        "ddconfig": {
+            "double_z": True,
+            "z_channels": latent,
+            "resolution": config.get("sample_size") or 256,
+            "in_channels": _need(path, config, "in_channels", int),
+            "out_ch": _need(path, config, "out_channels", int),
+            "ch": width,
+            "ch_mult": multipliers,
+            "num_res_blocks": _need(path, config, "layers_per_block", int),
+            "attn_resolutions": [],
+            "dropout": 0.0,
+        },
+        "lossconfig": {"target": "torch.nn.Identity"},
+    }
+    return params, float(scale)
+
+
+def scheduler_params(path: Path) -> dict[str, Any]:
+    """Translate scheduler/scheduler_config.json; v1's schedule where a folder has none."""
+    config = read_json(path) if path.is_file() else {}
+    if config.get("rescale_betas_zero_snr"):
+        raise MismatchError(f"'{shown(path)}': rescale_betas_zero_snr is not supported, v1 has none")
+    prediction = config.get("prediction_type") or "epsilon"
+    schedule = config.get("beta_schedule") or "scaled_linear"
+    if prediction not in PREDICTIONS or schedule not in SCHEDULES:
+        raise MismatchError(
+            f"'{shown(path)}': prediction_type {shown(prediction, 30)} with beta_schedule {shown(schedule, 30)}; "
+            f"known are {', '.join(PREDICTIONS)} and {', '.join(SCHEDULES)}"
+        )
+    params = {
+        "linear_start": config.get("beta_start", 0.00085),
+        "linear_end": config.get("beta_end", 0.012),
+        "timesteps": config.get("num_train_timesteps", 1000),
+        "beta_schedule": SCHEDULES[schedule],
+        "parameterization": PREDICTIONS[prediction],
+    }
+    if config.get("trained_betas") is not None:
+        params["given_betas"] = config["trained_betas"]
+    return params
+
+
+def folder_settings(path: Path) -> tuple[str, dict[str, Any]]:
+    """Translate a diffusers folder's JSON files into (family, CompVis configuration).
+
+    Raises:
+        AbsentError, FormatError: a JSON file is missing or broken.
+        MismatchError: another family, or an option that CompVis's networks do not have; it is named.
+    """
+    index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
+    pipeline = str(index.get("_class_name", "StableDiffusionPipeline"))
+    for beginning, words in FOREIGN_PIPELINES.items():
+        if pipeline.startswith(beginning):
+            raise MismatchError(
+                f"'{shown(path)}' is {words} ({shown(pipeline, 60)}), not Stable Diffusion v1"
+            )
+    if not pipeline.startswith(PIPELINES):
+        raise MismatchError(f"'{shown(path)}' is a {shown(pipeline, 60)}, not a Stable Diffusion v1 pipeline")
+
+    unet = unet_params(path / "unet" / "config.json")
+    vae, scale = vae_params(path / "vae" / "config.json")
+    text = read_json(path / "text_encoder" / "config.json")
+    if unet["context_dim"] != text.get("hidden_size", 768):
+        raise MismatchError(
+            f"'{shown(path)}': the UNet wants text of width {unet['context_dim']}, "
+            f"the text encoder gives {shown(text.get('hidden_size'), 20)}"
+        )
+    if unet["in_channels"] not in (4, 9) and unet["in_channels"] != vae["embed_dim"]:
+        raise MismatchError(f"'{shown(path)}': a UNet of {unet['in_channels']} input channels is not v1's")
+    inpainting = unet["in_channels"] == 2 * vae["embed_dim"] + 1
+    params = {
+        **scheduler_params(path / "scheduler" / "scheduler_config.json"),
+        "num_timesteps_cond": 1,
+        "log_every_t": 200,
+        "first_stage_key": "jpg",
+        "cond_stage_key": "txt",
+        "image_size": unet["image_size"],
+        "channels": vae["embed_dim"],
+        "cond_stage_trainable": False,
+        "conditioning_key": "hybrid" if inpainting else "crossattn",
+        "scale_factor": scale,
+        "use_ema": False,
+        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
+        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": vae},
+        "cond_stage_config": {
+            "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+            "params": {
+                "version": str(path / "text_encoder"),
+                "max_length": text.get("max_position_embeddings", 77),
+            },
+        },
+    }
+    name = "LatentInpaintDiffusion" if inpainting else "LatentDiffusion"
+    if inpainting:
+        params["concat_keys"] = ["mask", "masked_image"]
+        params["masked_image_key"] = "masked_image"
+        params["finetune_keys"] = None
+    family = "v1-inpainting" if inpainting else "v1"
+    return family, {"model": {"target": f"ldm.models.diffusion.ddpm.{name}", "params": params}}
+
+
+def modern_name(name: str) -> str:
+    """Bring a tensor's name in a folder up to today's spelling."""
+    part, _, inner = name.partition("/")
+    if part == "vae":
+        return f"vae/{modern_vae_name(inner)}"
+    if part == "text_encoder":
+        return f"text_encoder/{text_name(inner)}"
+    return name

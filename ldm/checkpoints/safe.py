@@ -1,0 +1,182 @@
+"""Safetensors files: a header checked strictly, then values copied out of the one open file."""
+
+import json
+import os
+import re
+import struct
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoints.account import TensorInfo, shown
+from ldm.errors import FormatError, MismatchError, UnsafeFileError
+
+if TYPE_CHECKING:
+    from ldm.checkpoints.files import OpenFile
+
+MAX_HEADER = 16 << 20  # bytes; 1131 tensors need 0.2 MB
+MAX_TENSORS = 20_000
+MAX_RANK = 8
+NAME = re.compile(r"[A-Za-z0-9_.<>*\- ]{1,256}")
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def check_name(path: str, name: str) -> None:
+    """Raise FormatError for a tensor name that could be a path, an escape sequence or a megabyte."""
+    if not NAME.fullmatch(name):
+        raise FormatError(f"'{shown(path)}': illegal tensor name '{shown(name, 60)}'")
+
+
+class SafetensorsWeights:
+    """An open safetensors file.
+
+    Values are copied with read(), never mapped: a mapped file that somebody shortens kills the process with
+    SIGBUS, even long after loading.
+    """
+
+    kind = "safetensors"
+
+    def __init__(self, handle: "OpenFile"):
+        self.path = handle.path
+        self.notes: list[str] = []
+        self._handle = handle
+        self._spans: dict[str, tuple[int, int]] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self._read_header()
+
+    def _fail(self, why: str) -> FormatError:
+        return FormatError(f"'{shown(self.path)}' is malformed: {why}; download it again")
+
+    def _read_header(self) -> None:
+        number, size = self._handle.file.fileno(), self._handle.size
+        os.lseek(number, 0, os.SEEK_SET)
+        (length,) = struct.unpack("<Q", self._bytes(8))
+        if length > MAX_HEADER:
+            raise self._fail(f"a header of {length} bytes is impossible (at most {MAX_HEADER})")
+        if 8 + length > size:
+            raise FormatError(
+                f"'{shown(self.path)}' is incomplete: {size} of at least {8 + length} bytes; download it again"
+            )
+        text = self._bytes(length)
+        if not text.startswith(b"{"):
+            raise self._fail("the header does not begin with '{'")
+        try:
+            header = json.loads(
+                text.decode("utf-8"), object_pairs_hook=self._once, parse_constant=self._constant
+            )
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise self._fail(f"the header is not JSON ({shown(error, 80)})") from error
+
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise self._fail("its metadata should be text")
+        if len(header) > MAX_TENSORS:
+            raise UnsafeFileError(
+                f"'{shown(self.path)}' lists {len(header)} tensors; more than {MAX_TENSORS} are refused"
+            )
+        self.metadata = metadata
+        self._check_tensors(header, start=8 + length)
+
+    def _check_tensors(self, header: dict[str, Any], start: int) -> None:
+        """Hold every entry against the file: dtype, shape and offsets that tile the body exactly."""
+        for name, entry in header.items():
+            check_name(self.path, name)
+            if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+                raise self._fail(f"entry '{shown(name)}' should have dtype, shape and data_offsets only")
+            shape, span = entry["shape"], entry["data_offsets"]
+            if not _natural(shape) or not _natural(span) or len(span) != 2:
+                raise self._fail(f"'{shown(name)}' has no usable shape or offsets")
+            if len(shape) > MAX_RANK:
+                raise self._fail(f"'{shown(name)}' has {len(shape)} dimensions, more than {MAX_RANK}")
+            if entry["dtype"] not in DTYPES:
+                raise MismatchError(
+                    f"'{shown(self.path)}': '{shown(name)}' has the unsupported dtype {shown(entry['dtype'], 20)}"
+                )
+            info = TensorInfo(tuple(shape), DTYPES[entry["dtype"]])
+            if max(shape, default=0) >= 1 << 40 or info.nbytes != span[1] - span[0]:
+                raise self._fail(
+                    f"'{shown(name)}' of shape {shown(shape, 60)} does not fill {span[1] - span[0]} bytes"
+                )
+            self.infos[name] = info
+            self._spans[name] = (start + span[0], start + span[1])
+
+        position = start
+        for name, (begin, end) in sorted(self._spans.items(), key=lambda item: item[1]):
+            if begin != position:
+                raise self._fail(f"a hole or overlap of the data before '{shown(name)}'")
+            position = end
+        if position > self._handle.size:
+            raise FormatError(
+                f"'{shown(self.path)}' is incomplete: {self._handle.size} of {position} bytes; download it again"
+            )
+        if position < self._handle.size:
+            raise self._fail(f"{self._handle.size - position} bytes after the last tensor")
+
+    def _once(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            raise self._fail("a name stands twice in the header")
+        return entries
+
+    def _constant(self, word: str) -> None:
+        raise self._fail(f"{word} in the header")
+
+    def _bytes(self, count: int) -> bytes:
+        text = os.read(self._handle.file.fileno(), count)
+        if len(text) != count:
+            raise FormatError(
+                f"'{shown(self.path)}' is incomplete: {self._handle.size} bytes, no whole header; download it again"
+            )
+        return text
+
+    def read(self, name: str) -> Tensor:
+        """Copy one tensor out of the file.
+
+        Raises:
+            FormatError: the file was cut meanwhile, or the disk does not give it.
+        """
+        begin, end = self._spans[name]
+        info = self.infos[name]
+        body = torch.empty(end - begin, dtype=torch.uint8)
+        view, filled = memoryview(body.numpy()), 0
+        try:
+            self._handle.file.seek(begin)
+            while filled < len(view):
+                count = self._handle.file.readinto(view[filled:])
+                if not count:
+                    raise FormatError(f"'{shown(self.path)}' was cut while it was read; load it again")
+                filled += count
+        except OSError as error:
+            raise FormatError(f"'{shown(self.path)}' cannot be read: {shown(error)}") from error
+        values = body.ne(0) if info.dtype is torch.bool else body.view(info.dtype)
+        return values.reshape(info.shape)
+
+    def close(self) -> None:
+        """Close the file.
+
+        Raises:
+            FormatError: it was rewritten since it was opened.
+        """
+        if not self._handle.file.closed:
+            try:
+                self._handle.check_unchanged()
+            finally:
+                self._handle.file.close()
+
+
+def _natural(values: Any) -> bool:
+    """Tell whether a JSON value is a list of whole numbers from 0 up (True is not a number here)."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
