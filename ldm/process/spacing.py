@@ -8,6 +8,7 @@ from ldm.errors import UsageError
 
 COMPVIS_METHODS = ("uniform", "quad")
 EXACT_METHODS = ("uniform", "quad", "leading", "trailing", "linspace")
+CONTINUOUS_METHODS = ("time_uniform", "time_quadratic", "logSNR")
 
 
 def check_steps(num_steps: int, num_train: int, *, name: str = "num_steps") -> int:
@@ -84,3 +85,37 @@ def exact_levels(method: str, num_steps: int, num_train: int) -> np.ndarray:
     levels = _quadratic(steps, train)
     levels = np.maximum.accumulate(levels - index) + index  # no two equal
     return np.minimum(levels, train - steps + index)  # room for those above
+
+
+def continuous_levels(method: str, num_steps: int, alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Divide the whole range of levels into num_steps steps that may end between two levels.
+
+    The discrete schedule of DPM-Solver (arXiv:2206.00927, appendix D.1): level t of T lies at time (t + 1) / T,
+    log alpha_bar is linear in time between levels, and a run goes from time 1 to time 1 / T.
+
+    Args:
+        method: what is divided evenly: "time_uniform" time, "time_quadratic" its square root, "logSNR" the
+            log-SNR.
+        alpha_bar: (T,) float64, falling, in (0, 1).
+
+    Returns:
+        (t, alpha_bar): each float64 (num_steps + 1,), cleanest first. t is in levels, fractional, from 0 to
+        T - 1: what the network is told.
+
+    Raises:
+        UsageError: an unknown method, or num_steps outside 1..T.
+    """
+    if method not in CONTINUOUS_METHODS:
+        raise UsageError(f"the spacing must be one of {', '.join(CONTINUOUS_METHODS)}; got {method!r}")
+    train = len(alpha_bar)
+    steps = check_steps(num_steps, train)
+    levels, logs = np.arange(train, dtype=np.float64), np.log(alpha_bar)
+    if method == "logSNR":
+        half_log_snr = (logs - np.log1p(-alpha_bar)) / 2
+        wanted = -np.logaddexp(0, -2 * np.linspace(half_log_snr[0], half_log_snr[-1], steps + 1))
+        return np.interp(wanted, logs[::-1], levels[::-1]), np.exp(wanted)
+    if method == "time_quadratic":
+        t = train * np.linspace((1 / train) ** 0.5, 1, steps + 1) ** 2 - 1
+    else:
+        t = np.linspace(0, train - 1, steps + 1)
+    return t, np.exp(np.interp(t, levels, logs))

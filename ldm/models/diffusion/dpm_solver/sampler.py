@@ -1,0 +1,83 @@
+"""CompVis's door to DPM-Solver: its constructor, keywords and numbers, on the shared loop of samplers.py."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.ddim import Callback, ImageCallback, collect, warn_of_unused
+from ldm.models.diffusion.samplers import sample_steps
+
+
+class DPMSolverSampler:
+    """DPM-Solver with CompVis's signature: second order, multistep, predicting the clean sample.
+
+    Differences: it runs on the model's device and from 1 step up, callbacks and masks have effect, conditions
+    may be dicts of lists, eps, x0 and v models are understood, and intermediates are returned where the
+    original gave None.
+
+    Args:
+        model: see samplers.py.
+        separate_passes: ask for guidance's two answers one after the other.
+        solver: options of samplers.DPMSolver (predict_x0=False is DPM-Solver proper, order, solver_type,
+            lower_order_final) and `spacing`.
+    """
+
+    def __init__(self, model: Any, *, separate_passes: bool = False, **solver: Any):
+        self.model = model
+        self.separate_passes = separate_passes
+        self.solver = solver
+
+    @torch.no_grad()
+    def sample(
+        self,
+        S: int,
+        batch_size: int,
+        shape: Sequence[int],
+        conditioning: Any = None,
+        callback: Callback | None = None,
+        normals_sequence: Any = None,
+        img_callback: ImageCallback | None = None,
+        quantize_x0: bool = False,
+        eta: float = 0.0,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: dict[str, Any] | None = None,
+        verbose: bool = True,
+        x_T: Tensor | None = None,
+        log_every_t: int = 100,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Sample a batch from noise; arguments and result as DDIMSampler.sample's.
+
+        temperature and noise_dropout have no effect: the solver draws no noise.
+
+        Raises:
+            UsageError: eta other than 0, or a value out of range.
+        """
+        warn_of_unused(kwargs)
+        x = torch.randn((batch_size, *shape), device=self.model.device) if x_T is None else x_T
+        steps = sample_steps(
+            "dpm_solver",
+            self.model,
+            x,
+            conditioning,
+            steps=S,
+            guidance_scale=unconditional_guidance_scale,
+            unconditional_conditioning=unconditional_conditioning,
+            eta=eta,
+            mask=mask,
+            x0=x0,
+            separate_passes=self.separate_passes,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+            quantize_denoised=quantize_x0,
+            **self.solver,
+        )
+        return collect(steps, x, callback, img_callback, log_every_t)

@@ -1,0 +1,657 @@
+"""The samplers: one loop, one place for guidance, and one short class per algorithm.
+
+A run is a plan (the levels to visit) and a sampler (how to step from one to the next). `sample_steps` joins the
+two and yields every step, so progress, preview and interruption need nothing from here. CompVis's DDIMSampler,
+PLMSSampler and DPMSolverSampler are doors to the same classes.
+
+A sampler knows a model only by apply_model(x, t, conditioning), alphas_cumprod, num_timesteps, parameterization
+("eps", "x0" or "v"), and first_stage_model where it is asked to quantise.
+"""
+
+import difflib
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from numbers import Real
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.errors import UsageError
+from ldm.process.gaussian import q_sample
+from ldm.process.guidance import first_tensor, guide, join, rescale
+from ldm.process.prediction import to_eps, to_x0
+from ldm.process.spacing import check_steps, compvis_levels, continuous_levels, exact_levels
+from ldm.process.steps import (
+    SOLVER_TYPES,
+    ddim_std,
+    ddim_step,
+    ddpm_step,
+    dpm_solver_pp_step,
+    dpm_solver_step,
+    plms_eps,
+)
+
+logger = logging.getLogger(__name__)
+
+Noise = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step of a run.
+
+    Attributes:
+        index: 0-based, of `total` in this run.
+        t: the level that the network was asked about; fractional for dpm_solver.
+        x_t: (b, ...) the sample after the step.
+        pred_x0: (b, ...) the clean sample as predicted in this step: what to preview.
+    """
+
+    index: int
+    total: int
+    t: float
+    x_t: Tensor
+    pred_x0: Tensor
+
+
+class Level(NamedTuple):
+    """One level of a plan. Plans list theirs cleanest first, as the tables of DDIM do.
+
+    Attributes:
+        index: place in the plan, 0 = cleanest.
+        total: length of the plan.
+        t: what the network is told: a number, or (b,) one per image.
+        t_next: the same at the level stepped to (the plan's cleanest stays where it is).
+        alpha_bar, alpha_bar_prev: 0-d, here and at the level stepped to.
+        std: 0-d, standard deviation of the fresh noise.
+    """
+
+    index: int
+    total: int
+    t: float | Tensor
+    t_next: float | Tensor
+    alpha_bar: Tensor
+    alpha_bar_prev: Tensor
+    std: Tensor
+
+
+def unit_noise(like: Tensor) -> Tensor:
+    """Draw unit normal noise from the global generator of the tensor's device, as CompVis does."""
+    return torch.randn(like.shape, device=like.device, dtype=like.dtype)
+
+
+class Denoiser:
+    """A model with its conditions and guidance, asked for the noise and the clean sample at a level.
+
+    Args:
+        model: see the module's first lines.
+        conditioning: tensor, list, or dict of lists, as apply_model takes it.
+        unconditional_conditioning: of the same structure; None switches guidance off.
+        guidance_scale: weight of the condition; at 1 the unconditional pass is skipped.
+        guidance_rescale: 0 to 1, how much of the conditional answer's spread to restore.
+        separate_passes: ask for both answers one after the other, the conditional first, as ControlNet's
+            sampler does: needed where the two conditions do not join into one batch, and half the memory.
+        score_corrector: object with modify_score(model, eps, x, t, conditioning, **corrector_kwargs).
+
+    Raises:
+        UsageError: a guidance_scale or guidance_rescale out of range, or a score_corrector for a model that
+            does not predict eps.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        conditioning: Any,
+        *,
+        unconditional_conditioning: Any = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        separate_passes: bool = False,
+        score_corrector: Any = None,
+        corrector_kwargs: dict[str, Any] | None = None,
+    ):
+        if not math.isfinite(guidance_scale):
+            raise UsageError(f"guidance_scale must be a finite number, got {guidance_scale}")
+        if not 0 <= guidance_rescale <= 1:
+            raise UsageError(f"guidance_rescale must be from 0 to 1, got {guidance_rescale}")
+        self.model = model
+        self.kind = getattr(model, "parameterization", "eps")
+        if score_corrector is not None and self.kind != "eps":
+            raise UsageError(f"score_corrector corrects predicted noise, but the model predicts {self.kind}")
+        self.conditioning = conditioning
+        self.unconditional = unconditional_conditioning
+        self.scale = guidance_scale
+        self.rescale = guidance_rescale
+        self.separate_passes = separate_passes
+        self.score_corrector = score_corrector
+        self.corrector_kwargs = corrector_kwargs or {}
+
+    def __call__(self, x: Tensor, t: float | Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict (eps, x0) for a sample (b, ...) at one level."""
+        if not isinstance(t, Tensor):
+            dtype = torch.long if isinstance(t, int) else torch.float32
+            t = torch.full(x.shape[:1], t, device=x.device, dtype=dtype)
+        output = self._guided(x, t)
+        if self.score_corrector is not None:
+            output = self.score_corrector.modify_score(
+                self.model, output, x, t, self.conditioning, **self.corrector_kwargs
+            )
+        return to_eps(self.kind, output, x, alpha_bar), to_x0(self.kind, output, x, alpha_bar)
+
+    def _guided(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.unconditional is None or self.scale == 1:
+            return self.model.apply_model(x, t, self.conditioning)
+        if self.separate_passes:
+            cond = self.model.apply_model(x, t, self.conditioning)
+            uncond = self.model.apply_model(x, t, self.unconditional)
+        else:
+            both = join(self.unconditional, self.conditioning)
+            uncond, cond = self.model.apply_model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        guided = guide(uncond, cond, self.scale)
+        return rescale(guided, cond, self.rescale) if self.rescale else guided
+
+
+@dataclass
+class Sampler:
+    """One run of one algorithm; a multistep one remembers its past, so a run needs a fresh object.
+
+    Options of every sampler:
+        quantize_denoised: snap each predicted clean sample to the first stage's codebook.
+    """
+
+    name: ClassVar[str]
+    spacing: ClassVar[str]
+    etas: ClassVar[str] = "must be 0: this sampler adds no noise"
+
+    denoise: Denoiser
+    noise: Noise = unit_noise
+    _: KW_ONLY
+    quantize_denoised: bool = False
+
+    @classmethod
+    def plan(
+        cls, alpha_bar: np.ndarray, steps: int, *, eta: float = 0.0, spacing: str | None = None
+    ) -> list[Level]:
+        """List the levels of a run over the given table (T,) float64, cleanest first."""
+        raise NotImplementedError
+
+    @classmethod
+    def accepts_eta(cls, eta: float) -> bool:
+        """Tell whether eta means something to this sampler."""
+        return eta == 0
+
+    @classmethod
+    def start_alpha_bar(cls, plan: Sequence[Level], count: int) -> Tensor:
+        """Tell the level to which an image is noised before the last `count` steps of a plan."""
+        return plan[count - 1].alpha_bar
+
+    def step(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """Step from a level of the plan: (x_prev, pred_x0)."""
+        raise NotImplementedError
+
+    def quantize(self, pred_x0: Tensor) -> Tensor:
+        if not self.quantize_denoised:
+            return pred_x0
+        return self.denoise.model.first_stage_model.quantize(pred_x0)[0]
+
+
+@dataclass
+class NoisySampler(Sampler):
+    """A sampler that draws noise at every step, even where its weight is 0: CompVis does, and later draws of
+    the same generator depend on it.
+
+    Options:
+        temperature: factor on the noise.
+        noise_dropout: probability of zeroing a value of the noise (the others grow by 1 / (1 - p)).
+        repeat_noise: the same noise for every image of the batch.
+    """
+
+    _: KW_ONLY
+    temperature: float = 1.0
+    noise_dropout: float = 0.0
+    repeat_noise: bool = False
+
+    def draw(self, x: Tensor) -> Tensor:
+        noise = self.noise(x[:1]).expand_as(x) if self.repeat_noise else self.noise(x)
+        noise = noise * self.temperature if self.temperature != 1 else noise
+        return torch.nn.functional.dropout(noise, p=self.noise_dropout) if self.noise_dropout > 0 else noise
+
+
+class DDIM(NoisySampler):
+    """DDIM (arXiv:2010.02502), eta from 0 (deterministic) to 1 (DDPM's variance).
+
+    The last step goes to the model's level 0, not to the clean end, as CompVis's does.
+    """
+
+    name = "ddim"
+    spacing = "uniform"
+    etas = "must be from 0 to 1"
+
+    @classmethod
+    def plan(
+        cls, alpha_bar: np.ndarray, steps: int, *, eta: float = 0.0, spacing: str | None = None
+    ) -> list[Level]:
+        levels = choose_levels(spacing or cls.spacing, steps, len(alpha_bar))
+        return make_plan(levels, alpha_bar[levels], alpha_bar[0], eta)
+
+    @classmethod
+    def accepts_eta(cls, eta: float) -> bool:
+        return 0 <= eta <= 1
+
+    @classmethod
+    def start_alpha_bar(cls, plan: Sequence[Level], count: int) -> Tensor:
+        # CompVis noises an image to the level above the first one it denoises; kept, for its seeds' images.
+        return plan[min(count, len(plan) - 1)].alpha_bar
+
+    def step(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        eps, pred_x0 = self.denoise(x, level.t, level.alpha_bar)
+        return self.move(x, eps, self.quantize(pred_x0), level)
+
+    def move(self, x: Tensor, eps: Tensor, pred_x0: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        return ddim_step(
+            x,
+            eps,
+            alpha_bar_t=level.alpha_bar,
+            alpha_bar_prev=level.alpha_bar_prev,
+            std=level.std,
+            noise=self.draw(x),
+            pred_x0=pred_x0,
+        )
+
+
+@dataclass
+class PLMS(DDIM):
+    """Pseudo linear multistep (arXiv:2202.09778) over DDIM's levels and transfer, as CompVis has it.
+
+    The first step averages the noise at both its ends, so a run of S steps asks the network S + 1 times.
+
+    Attributes:
+        old_eps: the last three raw predictions, oldest first.
+    """
+
+    name = "plms"
+    etas = "must be 0: PLMS adds no noise"
+
+    _: KW_ONLY
+    old_eps: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def accepts_eta(cls, eta: float) -> bool:
+        return eta == 0
+
+    def step(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        eps, pred_x0 = self.denoise(x, level.t, level.alpha_bar)
+        if self.old_eps:
+            mean = plms_eps(eps, self.old_eps)
+        else:
+            guess, _ = self.move(x, eps, self.quantize(pred_x0), level)
+            mean = (eps + self.denoise(guess, level.t_next, level.alpha_bar_prev)[0]) / 2
+        self.old_eps = [*self.old_eps, eps][-3:]
+        return self.move(x, mean, self.quantize(to_x0("eps", mean, x, level.alpha_bar)), level)
+
+
+@dataclass
+class DDPM(NoisySampler):
+    """Ancestral sampling (arXiv:2006.11239) over all levels or over fewer, evenly spread with both ends.
+
+    Options:
+        clip_denoised: keep the predicted clean sample within [-1, 1], as pixel models want.
+        v_posterior: 0 = the posterior's variance, 1 = beta.
+    """
+
+    name = "ddpm"
+    spacing = "linspace"
+    etas = "must be 0 (unset) or 1: DDPM's noise is fixed"
+
+    _: KW_ONLY
+    clip_denoised: bool = False
+    v_posterior: float = 0.0
+
+    @classmethod
+    def plan(
+        cls, alpha_bar: np.ndarray, steps: int, *, eta: float = 0.0, spacing: str | None = None
+    ) -> list[Level]:
+        levels = choose_levels(spacing or cls.spacing, steps, len(alpha_bar))
+        return make_plan(levels, alpha_bar[levels], 1.0, eta=1.0)
+
+    @classmethod
+    def accepts_eta(cls, eta: float) -> bool:
+        return eta in (0, 1)
+
+    def step(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        pred_x0 = self.denoise(x, level.t, level.alpha_bar)[1]
+        pred_x0 = self.quantize(pred_x0.clamp(-1, 1) if self.clip_denoised else pred_x0)
+        x_prev = ddpm_step(
+            x,
+            pred_x0,
+            alpha_bar_t=level.alpha_bar,
+            alpha_bar_prev=level.alpha_bar_prev,
+            noise=self.draw(x),
+            v_posterior=self.v_posterior,
+        )
+        return x_prev, pred_x0
+
+
+@dataclass
+class DPMSolver(Sampler):
+    """DPM-Solver, multistep, between levels: CompVis's --dpm_solver.
+
+    Levels divide the whole range, so the network is told fractions: 999, 949.05, ... for 20 steps.
+
+    Options:
+        predict_x0: extrapolate the clean sample (DPM-Solver++, arXiv:2211.01095; CompVis's choice) or the
+            noise (DPM-Solver, arXiv:2206.00927).
+        order: 1 to 3.
+        lower_order_final: end a run of fewer than 15 steps on lower orders.
+        solver_type: "midpoint" or "taylor", see ldm.process.steps.
+    """
+
+    name = "dpm_solver"
+    spacing = "time_uniform"
+
+    _: KW_ONLY
+    predict_x0: bool = True
+    order: int = 2
+    lower_order_final: bool = True
+    solver_type: str = "midpoint"
+    past: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2, 3):
+            raise UsageError(f"order must be 1, 2 or 3, got {self.order!r}")
+        if self.solver_type not in SOLVER_TYPES:
+            raise UsageError(
+                f"solver_type must be one of {', '.join(SOLVER_TYPES)}; got {self.solver_type!r}"
+            )
+
+    @classmethod
+    def plan(
+        cls, alpha_bar: np.ndarray, steps: int, *, eta: float = 0.0, spacing: str | None = None
+    ) -> list[Level]:
+        t, alpha_bar = continuous_levels(spacing or cls.spacing, steps, alpha_bar)
+        return make_plan(t[1:], alpha_bar[1:], alpha_bar[0], eta)
+
+    def step(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        eps, pred_x0 = self.denoise(x, level.t, level.alpha_bar)
+        pred_x0 = self.quantize(pred_x0)
+        self.past = [(pred_x0 if self.predict_x0 else eps, level.alpha_bar), *self.past][: self.order]
+        outputs, alpha_bars = zip(*self.past[: self.order_at(level)], strict=True)
+        solve = dpm_solver_pp_step if self.predict_x0 else dpm_solver_step
+        x_prev = solve(
+            x,
+            outputs,
+            alpha_bars=alpha_bars,
+            alpha_bar_next=level.alpha_bar_prev,
+            solver_type=self.solver_type,
+        )
+        return x_prev, pred_x0
+
+    def order_at(self, level: Level) -> int:
+        remaining = level.index + 1
+        return min(self.order, remaining) if self.lower_order_final and level.total < 15 else self.order
+
+
+@dataclass
+class DPMSolverPP2M(DPMSolver):
+    """DPM-Solver++(2M) over whole levels down to the clean end: "DPM++ 2M" elsewhere.
+
+    The numbers of diffusers' DPMSolverMultistepScheduler as it comes: order 2, levels linspaced from the top,
+    the last step first order to noise 0. Options as `DPMSolver`, less predict_x0.
+    """
+
+    name = "dpmpp_2m"
+    spacing = "linspace"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.predict_x0:
+            raise UsageError("dpmpp_2m extrapolates the clean sample; for predict_x0=False take dpm_solver")
+
+    @classmethod
+    def plan(
+        cls, alpha_bar: np.ndarray, steps: int, *, eta: float = 0.0, spacing: str | None = None
+    ) -> list[Level]:
+        spacing, train = spacing or cls.spacing, len(alpha_bar)
+        if spacing == "linspace" and check_steps(steps, train) < train:
+            levels = choose_levels(spacing, steps + 1, train)[
+                1:
+            ]  # level 0 is where the last step would start
+        else:
+            levels = choose_levels(spacing, steps, train)
+        return make_plan(levels, alpha_bar[levels], 1.0, eta)
+
+    def order_at(self, level: Level) -> int:
+        return 1 if level.index == 0 else super().order_at(level)
+
+
+SAMPLERS: dict[str, type[Sampler]] = {cls.name: cls for cls in (DDIM, PLMS, DDPM, DPMSolver, DPMSolverPP2M)}
+
+# Other programs' spellings, reduced as `_reduce` does: letters and digits, "+" as "p", no "scheduler".
+_ALIASES = {
+    "pndm": "plms",
+    "dpmsolverpp": "dpmpp_2m",
+    "dpmsolvermultistep": "dpmpp_2m",
+    "dpmpp": "dpmpp_2m",
+}
+
+
+def _reduce(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p")).removesuffix("scheduler")
+
+
+_BY_SPELLING = {_reduce(name): name for name in SAMPLERS} | _ALIASES
+
+
+def resolve_sampler(name: str) -> str:
+    """Find a sampler by any common spelling: CompVis's, A1111's, ComfyUI's or diffusers' class name.
+
+    Raises:
+        UsageError: no such sampler; the message lists those there are.
+    """
+    spelling = _reduce(name) if isinstance(name, str) else None
+    if spelling not in _BY_SPELLING:
+        near = difflib.get_close_matches(spelling or "", _BY_SPELLING, n=1, cutoff=0.7)
+        hint = f" (did you mean {_BY_SPELLING[near[0]]}?)" if near else ""
+        raise UsageError(f"the sampler must be one of {', '.join(SAMPLERS)}; got {name!r}{hint}")
+    return _BY_SPELLING[spelling]
+
+
+def choose_levels(spacing: str, steps: int, num_train: int) -> np.ndarray:
+    """List `steps` levels by a name of `exact_levels`, or CompVis's historic list by "compvis".
+
+    Raises:
+        UsageError: an unknown name, steps outside 1..num_train, or a historic list that leaves the table.
+    """
+    if spacing != "compvis":
+        return exact_levels(spacing, check_steps(steps, num_train, name="steps"), num_train)
+    return check_levels(compvis_levels("uniform", steps, num_train), num_train)
+
+
+def check_levels(levels: np.ndarray, num_train: int) -> np.ndarray:
+    """Return levels, or raise UsageError if the highest is none of the model's."""
+    if levels[-1] >= num_train:
+        raise UsageError(
+            f"the historic spacing wants level {levels[-1]} of a model whose highest is {num_train - 1}; take "
+            "another number of steps, or the spacing 'uniform'"
+        )
+    return levels
+
+
+def make_plan(t: np.ndarray, alpha_bar: np.ndarray, final: float, eta: float) -> list[Level]:
+    """Join levels, cleanest first, into a plan whose last step goes to alpha_bar = `final`."""
+    here = torch.as_tensor(alpha_bar, dtype=torch.float64)
+    prev = torch.cat([here.new_tensor([final]), here[:-1]])
+    std = ddim_std(here, prev, eta)
+    times = t.tolist()
+    return [
+        Level(i, len(times), times[i], times[max(i - 1, 0)], here[i], prev[i], std[i])
+        for i in range(len(times))
+    ]
+
+
+@torch.no_grad()
+def run_levels(
+    levels: Iterable[Level],
+    x: Tensor,
+    step: Callable[[Tensor, Level], tuple[Tensor, Tensor]],
+    before: Callable[[Tensor, Level], Tensor] | None = None,
+) -> Iterator[Step]:
+    """Walk a sample through levels, in the order given, and yield each step. The only loop of this package.
+
+    Args:
+        x: (b, ...) sample at the first level.
+        step: from sample and level to (next sample, predicted clean sample).
+        before: changes the sample before each step, e.g. blends a known image in.
+    """
+    levels = list(levels)
+    for index, level in enumerate(levels):
+        if before is not None:
+            x = before(x, level)
+        x, pred_x0 = step(x, level)
+        yield Step(index, len(levels), float(level.t), x, pred_x0)
+
+
+def sample_steps(
+    name: str,
+    model: Any,
+    x_T: Tensor,
+    conditioning: Any,
+    *,
+    steps: int,
+    guidance_scale: float = 1.0,
+    unconditional_conditioning: Any = None,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    run_last: int | None = None,
+    mask: Tensor | None = None,
+    x0: Tensor | None = None,
+    guidance_rescale: float = 0.0,
+    separate_passes: bool = False,
+    score_corrector: Any = None,
+    corrector_kwargs: dict[str, Any] | None = None,
+    spacing: str | None = None,
+    **options: Any,
+) -> Iterator[Step]:
+    """Sample, one step at a time. Arguments are checked at once; the work is done as steps are taken.
+
+    Args:
+        name: any spelling that `resolve_sampler` knows.
+        model: see the module's first lines.
+        x_T: (b, ...) the sample to start from: unit noise for a whole run, or with run_last an image noised
+            to the level that `start_level` tells. Its dtype and device are kept.
+        conditioning, unconditional_conditioning: tensor, list, or dict of lists, for apply_model.
+        steps: exactly so many, 1 to the model's number of levels.
+        guidance_scale, guidance_rescale, separate_passes, score_corrector, corrector_kwargs: see `Denoiser`.
+        eta: 0 to 1 for ddim; other samplers have no choice.
+        noise: makes unit noise shaped like its argument, for every draw of the run: per step first the noise
+            of the blended image (with mask), then the sampler's own. None = `unit_noise`.
+        run_last: run only the last so many steps.
+        mask: broadcastable to x_T; where 1 the image x0 is kept, where 0 it is repainted. x0, noised
+            afresh, is blended in before every step.
+        x0: (b, ...) clean sample for the mask.
+        spacing: a name of `exact_levels` or "compvis" (for dpm_solver: of `continuous_levels`); None = the
+            sampler's own.
+        options: of the sampler's class, see SAMPLERS.
+
+    Raises:
+        UsageError: an unknown name, option or spacing, or a value out of range.
+    """
+    cls = SAMPLERS[resolve_sampler(name)]
+    known = {f.name for f in fields(cls)} - {"denoise", "noise", "old_eps", "past"}
+    if unknown := sorted(options.keys() - known):
+        raise UsageError(f"{cls.name} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    check_eta(cls, eta)
+    check_mask(mask, x0, x_T.shape)
+    warn_of_batch(conditioning, x_T.shape[0])
+
+    plan = cls.plan(alpha_bar_table(model), _steps(model, steps), eta=eta, spacing=spacing)
+    count = len(plan) if run_last is None else run_last
+    if not 0 <= count <= len(plan):
+        raise UsageError(f"run_last must be from 0 to {len(plan)}, the number of steps; got {run_last}")
+    draw = unit_noise if noise is None else noise
+    denoise = Denoiser(
+        model,
+        conditioning,
+        unconditional_conditioning=unconditional_conditioning,
+        guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
+        separate_passes=separate_passes,
+        score_corrector=score_corrector,
+        corrector_kwargs=corrector_kwargs,
+    )
+
+    def keep_known(x: Tensor, level: Level) -> Tensor:
+        return q_sample(x0, draw(x0), alpha_bar=level.alpha_bar) * mask + (1 - mask) * x
+
+    before = None if mask is None else keep_known
+    return run_levels(plan[:count][::-1], x_T, cls(denoise, draw, **options).step, before)
+
+
+def start_level(
+    name: str, model: Any, steps: int, strength: float, *, spacing: str | None = None
+) -> tuple[int, Tensor | None]:
+    """Work out where img2img starts: how many steps to run, and to which level the image is noised.
+
+    Args:
+        strength: 0 to 1. The count is int(strength * steps), as CompVis rounds.
+
+    Returns:
+        (k, alpha_bar): run the last k steps, from the image noised to alpha_bar (0-d float64). alpha_bar is
+        None at k = 0, where the image is the answer, and at k = all steps, which start from pure noise.
+
+    Raises:
+        UsageError: strength outside [0, 1], steps out of range, an unknown name or spacing.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength <= 1:
+        raise UsageError(f"strength must be from 0 to 1, got {strength!r}")
+    cls = SAMPLERS[resolve_sampler(name)]
+    plan = cls.plan(alpha_bar_table(model), _steps(model, steps), spacing=spacing)
+    count = int(strength * len(plan))
+    return count, None if count in (0, len(plan)) else cls.start_alpha_bar(plan, count)
+
+
+def alpha_bar_table(model: Any) -> np.ndarray:
+    """Copy the model's alphas_cumprod (T,) into float64, where the levels are computed."""
+    return model.alphas_cumprod.detach().cpu().double().numpy()
+
+
+def check_eta(cls: type[Sampler], eta: float) -> None:
+    """Raise UsageError unless eta means something to the sampler."""
+    if not cls.accepts_eta(eta):
+        raise UsageError(f"eta of {cls.name} {cls.etas}; got {eta}")
+
+
+def check_mask(mask: Tensor | None, x0: Tensor | None, shape: Sequence[int]) -> None:
+    """Raise UsageError unless mask and x0 come together and fit a sample of this shape."""
+    if (mask is None) != (x0 is None):
+        given, absent = ("mask", "x0") if x0 is None else ("x0", "mask")
+        raise UsageError(
+            f"{given} was given without {absent}; blending needs the image x0 and the mask, 1 = keep"
+        )
+    if mask is None:
+        return
+    shape = tuple(shape)
+    try:
+        fits = torch.broadcast_shapes(mask.shape, x0.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise UsageError(
+            f"mask and x0 must fit the sample {shape}, got {tuple(mask.shape)} and {tuple(x0.shape)}"
+        )
+
+
+def warn_of_batch(conditioning: Any, batch_size: int) -> None:
+    """Warn of a condition for another number of images, and go on: some models broadcast theirs."""
+    tensor = first_tensor(conditioning)
+    if tensor is not None and tensor.dim() > 0 and tensor.shape[0] != batch_size:
+        logger.warning("got %d conditionings for a batch of %d", tensor.shape[0], batch_size)
+
+
+def _steps(model: Any, steps: int) -> int:
+    return check_steps(steps, model.num_timesteps, name="steps")
