@@ -38,6 +38,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--scale_lr", type=boolean, default=True, help="rate = accumulate x devices x batch x base"
     )
+    parser.add_argument("--export", metavar="FILE", help="write the run's weights in half precision and end")
     return parser
 
 
@@ -56,6 +57,12 @@ def main(argv: list[str] | None = None) -> int:
         folder = folder / f"{datetime.now():%Y-%m-%dT%H-%M-%S}_{options.name}"
     if resume:
         folder = Path(resume) if Path(resume).is_dir() else Path(resume).parents[1]
+    if options.export:
+        from ldm.training.export import export_run
+
+        metadata = export_run(folder, Path(options.export))
+        cli.say(f"{options.export}: weights of step {metadata['global_step']} of {folder}")
+        return 0
     if not files:
         saved = folder / "configs" / "project.yaml"
         if resume is None or not saved.is_file():

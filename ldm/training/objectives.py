@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import UsageError
+
 Batch = dict[str, Any]
 Figures = dict[str, Tensor]
 
@@ -137,3 +139,143 @@ class AutoencoderObjective:
             "inputs": image,
             "reconstructions": self.model.decode(self.model.encode(image).mode()).float(),
         }
+
+
+class DiffusionObjective:
+    """Trains a latent diffusion model (its network, and its condition stage where that is trained along).
+
+    Batches hold pictures under the model's first_stage_key, or "moments" (b, 2c, h, w) of the first stage made
+    before. For models with conditions other than captions the model's own `training_step` is used; its draws are
+    repeatable, but differ with the number of processes.
+
+    Args:
+        model: a LatentDiffusion.
+        memory_format: of the latents.
+        guidance_scale, sample_steps: of the pictures that are made while training (DDIM).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        guidance_scale: float = 3.0,
+        sample_steps: int = 20,
+    ):
+        from ldm.models.diffusion.ddpm import LatentDiffusion
+
+        self.model, self.memory_format = model, memory_format
+        self.guidance_scale, self.sample_steps = guidance_scale, sample_steps
+        stage = model.cond_stage_model
+        self.has_captions = stage is not None and model.cond_stage_key in ("caption", "txt")
+        self.draws_itself = (
+            type(model) is LatentDiffusion
+            and (self.has_captions or stage is None)
+            and not model.shorten_cond_schedule
+        )
+        is_trainable = getattr(model, "cond_stage_trainable", False)
+        if is_trainable and not any(p.requires_grad for p in stage.parameters()):
+            raise UsageError(
+                "cond_stage_trainable is set but every weight of the condition stage is frozen; set "
+                "cond_stage_config.params.freeze: false"
+            )
+
+    def latents(self, batch: Batch, draws: Draws) -> Tensor:
+        """Draw (b, c, h, w) latents from the first stage's posterior, not yet scaled."""
+        from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+
+        with torch.no_grad():
+            if "moments" in batch:
+                posterior = DiagonalGaussianDistribution(batch["moments"].float())
+            else:
+                image = to_channels_first(batch[self.model.first_stage_key], self.memory_format)
+                posterior = self.model.encode_first_stage(image)
+                if isinstance(posterior, Tensor):  # a codebook's first stage has nothing to draw
+                    return posterior.float()
+            mean, std = posterior.mean.float(), posterior.std.float()
+            return (mean + std * draws.normal(mean)).contiguous(memory_format=self.memory_format)
+
+    def captions(self, batch: Batch, draws: Draws, like: Tensor) -> list[str]:
+        """Take the batch's captions and drop some as the model's ucg_training says."""
+        key = self.model.cond_stage_key
+        rule = self.model.ucg_training.get(key)
+        if rule is None:
+            return batch[key]
+        empty = rule.get("val") or ""
+        dropped = (draws.uniform(like) < rule["p"]).tolist()
+        return [empty if drop else text for drop, text in zip(dropped, batch[key], strict=True)]
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch, draws: Draws, gather: Any) -> None:
+        """Measure scale_factor = 1 / std of the very first batch of all processes, if the model asks for it."""
+        model = self.model
+        if not self.draws_itself:
+            model.on_train_batch_start(batch, 0)
+        elif model.scale_by_std and not model.restarted_from_ckpt and float(model.scale_factor) == 1.0:
+            model.scale_factor.copy_(1.0 / gather(self.latents(batch, draws)).flatten().std())
+
+    def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, Figures]:
+        """Compute the loss of a batch at random levels; returns (loss, figures)."""
+        model = self.model
+        if not self.draws_itself:
+            return model.training_step(batch, 0)
+        z = model.scale_factor * self.latents(batch, draws)
+        t = draws.levels(model.num_timesteps, z)
+        noise = draws.normal(z)
+        context = None
+        if self.has_captions:
+            context = model.get_learned_conditioning(self.captions(batch, draws, z))
+        return model.p_losses(z, context, t, noise=noise)
+
+    def loss(self, outputs: tuple[Tensor, Figures], index: int, step: int) -> tuple[Tensor, Figures]:
+        """Hand on what `forward` computed; there is one optimizer."""
+        return outputs
+
+    def after_step(self) -> None:
+        """Take the new weights into the moving average."""
+        self.model.on_train_batch_end()
+
+    @torch.no_grad()
+    def validate(self, batch: Batch, draws: Draws, step: int) -> dict[str, float]:
+        """Measure the averaged weights' loss at levels spread evenly, with the same noise each time."""
+        model = self.model
+        with model.ema_scope():
+            if not self.draws_itself:
+                return {"val/loss_simple": float(model.shared_step(batch)[1]["val/loss_simple"])}
+            z = model.scale_factor * self.latents(batch, draws)
+            b = z.shape[0]
+            t = ((torch.arange(b, device=z.device) + 0.5) / b * model.num_timesteps).long()
+            context = (
+                model.get_learned_conditioning(batch[model.cond_stage_key]) if self.has_captions else None
+            )
+            _, figures = model.p_losses(z, context, t, noise=draws.normal(z))
+        return {"val/loss_simple": float(figures["val/loss_simple"])}
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch, count: int) -> dict[str, Tensor]:
+        """Make what is worth a look: the batch's pictures, their captions, and guided samples for those."""
+        model = self.model
+        if not self.draws_itself:
+            return model.log_images(batch, N=count, ddim_steps=self.sample_steps, inpaint=False)
+        from ldm.models.diffusion.samplers import sample_steps
+        from ldm.util import log_txt_as_img
+
+        draws = Draws(0, 0)
+        taken = {key: value[:count] for key, value in batch.items() if key != "micro"}
+        z = model.scale_factor * self.latents(taken, draws)
+        shown = {"inputs": taken[model.first_stage_key].permute(0, 3, 1, 2)} if "moments" not in taken else {}
+        shown = shown or {"inputs": model.decode_first_stage(z)}
+        options: dict[str, Any] = {}
+        context = None
+        if self.has_captions:
+            texts = taken[model.cond_stage_key]
+            shown["conditioning"] = log_txt_as_img(tuple(shown["inputs"].shape[:1:-1]), texts)
+            context = model.get_learned_conditioning(texts)
+            empty = model.get_learned_conditioning([""] * len(texts))
+            options = {"guidance_scale": self.guidance_scale, "unconditional_conditioning": empty}
+        with model.ema_scope():
+            *_, last = sample_steps(
+                "ddim", model, draws.normal(z), context, steps=self.sample_steps, **options
+            )
+        shown["samples"] = model.decode_first_stage(last.x_t)
+        return shown

@@ -4,6 +4,7 @@ The manner is that of CompVis's main.py: YAML files merged from left to right, t
 and `lightning` as there, and a section `training` for what CompVis's has no words for.
 """
 
+import contextlib
 import logging
 import math
 from dataclasses import dataclass
@@ -15,11 +16,15 @@ import torch
 from torch import nn
 
 from ldm.errors import FormatError, MismatchError, UsageError
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.training.callbacks import Checkpoints, ImageLogger, RunLog, Validation
 from ldm.training.checkpointing import RunLock, read_newest, read_state
 from ldm.training.data import DataModuleFromConfig
+from ldm.training.export import export_run
+from ldm.training.latents import cache_latents, fingerprint
 from ldm.training.module import GradientAverage, TrainingModule
-from ldm.training.objectives import AutoencoderObjective
+from ldm.training.objectives import AutoencoderObjective, DiffusionObjective
 from ldm.util import instantiate_from_config, load_config, refuse_resolvers
 
 logger = logging.getLogger(__name__)
@@ -33,6 +38,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "scheduler": None,  # {target, params} of a factor of the rate, instead of the model's own
     "channels_last": False,
     "posterior_logvar_start": None,
+    "image_guidance": 3.0,  # of the samples that are shown while a diffusion model trains
+    "image_steps": 20,
     "checkpoint_every": 500,
     "validate_every": 1000,
     "validation_batches": 8,
@@ -244,15 +251,41 @@ class Run:
             ResourceError: a loader worker died.
         """
         folder = self.options.folder
-        is_first = pl.utilities.rank_zero_only.rank == 0
-        with RunLock(folder) if is_first else _Nothing():
+        with RunLock(folder) if is_first_process() else contextlib.nullcontext():
             return self._fit(folder)
 
     def _objective(self) -> Any:
-        return AutoencoderObjective(
+        if isinstance(self.model, AutoencoderKL):
+            return AutoencoderObjective(
+                self.model,
+                memory_format=self.memory_format,
+                posterior_logvar_start=self.training["posterior_logvar_start"],
+            )
+        if isinstance(self.model, DDPM):
+            return DiffusionObjective(
+                self.model,
+                memory_format=self.memory_format,
+                guidance_scale=float(self.training["image_guidance"]),
+                sample_steps=int(self.training["image_steps"]),
+            )
+        raise MismatchError(
+            f"model.target should be an AutoencoderKL or a diffusion model, got {type(self.model).__name__}"
+        )
+
+    def _cache_latents(self, folder: Path) -> None:
+        """Replace the training pictures by their latents, if the data asks for it."""
+        from omegaconf import OmegaConf
+
+        if not isinstance(self.model, LatentDiffusion):
+            raise MismatchError(f"cache_latents needs a LatentDiffusion, got {type(self.model).__name__}")
+        source = OmegaConf.to_container(self.options.config.data.params.train)
+        self.data.train_source = cache_latents(
             self.model,
-            memory_format=self.memory_format,
-            posterior_logvar_start=self.training["posterior_logvar_start"],
+            self.data.train_source,
+            self.data.cache_latents,
+            Path(self.data.latent_cache or folder / "latents"),
+            name=fingerprint(self.model.first_stage_model, source),
+            report=lambda done, count: print(f"latents {done}/{count}", flush=True),
         )
 
     def _state(self, folder: Path) -> tuple[dict[str, Any], Path] | None:
@@ -273,6 +306,8 @@ class Run:
 
     def _fit(self, folder: Path) -> int:
         objective = self._objective()
+        if self.data.cache_latents:
+            self._cache_latents(folder)
         optimizers, schedulers = build_optimizers(self.model, self.rate, self.training)
         module = TrainingModule(
             objective,
@@ -306,6 +341,9 @@ class Run:
         if module.step < self.max_steps:
             self._trainer(folder, [*self._observers(folder), checkpoints]).fit(module, datamodule=self.data)
         self.module = module
+        if is_first_process() and module.step >= self.max_steps:
+            export_run(folder, folder / "weights.safetensors", dtype=torch.float32)
+            print(f"weights are in {folder / 'weights.safetensors'}", flush=True)
         return 0 if checkpoints.stopped_by is None else 128 + checkpoints.stopped_by
 
     def _check(self, state: dict[str, Any], path: Path) -> None:
@@ -383,9 +421,6 @@ class Run:
         )
 
 
-class _Nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exception: object) -> None:
-        return None
+def is_first_process() -> bool:
+    """Tell whether this process does the writing."""
+    return pl.utilities.rank_zero_only.rank == 0
