@@ -1,0 +1,482 @@
+"""The quality table: how often a picture keeps its caption's promise, by sampler, steps and guidance.
+
+For each row, 500 fixed prompts of seen colour-shape pairs and 500 with never-seen ones are painted, prompt i from
+seed i, and read by `ldm.training.checker`; a prompt counts when its every attribute holds. Beside it stands a
+Frechet distance between the latents painted and those of 2,000 other renders of the same split. Each finished
+row is saved at once; a second run does what is missing.
+
+    python bench/quality.py                                  # everything, into bench/results/quality.{json,md,png}
+    python bench/quality.py --rows 'ddim-0/20/*' --prompts 100 --results /tmp/q.json
+    python bench/quality.py --grid grid.png                  # 24 prompts, painted, labelled and judged
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ldm import cli
+from ldm.errors import FormatError, MismatchError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from ldm.generate import StableDiffusion
+    from ldm.training.shapes import Scene
+
+RESULTS = Path(__file__).parent / "results" / "quality.json"
+SPLITS = {"seen": "train", "never-seen": "test"}  # our names and those of ldm.training.shapes
+SAMPLERS = {
+    "ddpm": ("ddpm", 0.0, "DDPM"),
+    "ddim-1": ("ddim", 1.0, "DDIM, eta 1"),
+    "ddim-0.5": ("ddim", 0.5, "DDIM, eta 0.5"),
+    "ddim-0": ("ddim", 0.0, "DDIM, eta 0"),
+    "plms": ("plms", 0.0, "PLMS"),
+    "dpmpp_2m": ("dpmpp_2m", 0.0, "DPM-Solver++"),
+}
+STEPS = (5, 10, 20, 50, 100)
+LONG = ("ddpm", "ddim-1", "ddim-0")  # also at all 1000 levels, where the DDIM paper's table is level
+GUIDANCE = (1.0, 3.0, 5.0, 7.5)
+REFERENCE = 2000  # renders that the Frechet distance compares with
+REFERENCE_SEED = 1  # of their scenes; the prompts' is 0
+POOLED = 4  # latents are averaged to so many cells a side, that 500 pictures can fill a covariance
+GRID_PROMPTS = {"seen": 16, "never-seen": 8}
+GRID_COLUMNS = 6
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what paints which prompts. steps 0 are the rows that no sampler paints."""
+
+    sampler: str
+    steps: int
+    guidance: float
+    split: str
+
+    @property
+    def key(self) -> str:
+        if self.steps == 0:
+            return f"{self.sampler}/{self.split}"
+        return f"{self.sampler}/{self.steps}/g{self.guidance:g}/{self.split}"
+
+
+def all_rows(guidance: float) -> list[Row]:
+    """List every row, quick ones first; `guidance` is that of the rows that vary sampler and steps."""
+    rows = [Row("first-stage", 0, 1.0, split) for split in SPLITS]
+    # dict.fromkeys keeps the first of equal rows: 20 steps of DDIM are in both lists.
+    painted = [Row("ddim-0", 20, scale, split) for scale in GUIDANCE for split in SPLITS]
+    painted += [Row(name, steps, guidance, split) for steps in STEPS for name in SAMPLERS for split in SPLITS]
+    painted += [Row(name, 1000, guidance, split) for name in LONG for split in SPLITS]
+    return rows + list(dict.fromkeys(painted))
+
+
+def choose_rows(rows: list[Row], patterns: list[str] | None) -> list[Row]:
+    """Keep the rows whose key matches one of the shell patterns, in their order.
+
+    Raises:
+        UsageError: a pattern that no row matches.
+    """
+    for pattern in patterns or []:
+        if not any(fnmatchcase(row.key, pattern) for row in rows):
+            raise UsageError(f"--rows '{pattern}' matches no row; --list shows them all")
+    return [row for row in rows if not patterns or any(fnmatchcase(row.key, p) for p in patterns)]
+
+
+# --- painting and judging ---------------------------------------------------------------------------
+
+
+def paint(
+    pipeline: "StableDiffusion", prompts: list[str], row: Row, batch: int, known: dict[str, "Tensor"]
+) -> Iterator["Tensor"]:
+    """Sample latents (b, c, h, w) for the prompts, `batch` at a time; prompt i starts from seed i, whatever b is.
+
+    Args:
+        known: text features of earlier prompts; new ones are added.
+    """
+    from ldm.generate import ImageNoise, denoise, encode_prompt, initial_latents, native_size
+
+    model = pipeline.model
+    name, eta, _ = SAMPLERS[row.sampler]
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        noise = ImageNoise(range(start, start + len(part)))
+        step = None
+        for step in denoise(
+            model,
+            initial_latents(model, len(part), *native_size(model), noise),
+            encode_prompt(model, part, known),
+            sampler=name,
+            steps=row.steps,
+            eta=eta,
+            guidance_scale=row.guidance,
+            unconditional_conditioning=encode_prompt(model, [""] * len(part), known),
+            noise=noise,
+        ):
+            pass
+        yield step.x_t
+
+
+def encode_renders(pipeline: "StableDiffusion", scenes: list["Scene"], batch: int) -> Iterator["Tensor"]:
+    """Encode renders to latents (b, c, h, w), scaled units; the posterior's mode, so nothing is drawn."""
+    import torch
+
+    from ldm.generate import native_size
+    from ldm.training.shapes import render
+
+    model = pipeline.model
+    size = native_size(model)[0]
+    for start in range(0, len(scenes), batch):
+        pixels = np.stack([np.asarray(render(scene, size)) for scene in scenes[start : start + batch]])
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1  # (b, 3, height, width)
+        posterior = model.encode_first_stage(x.to(pipeline.device))
+        mode = posterior.mode() if hasattr(posterior, "mode") else posterior
+        yield model.get_first_stage_encoding(mode)
+
+
+def pooled(latents: "Tensor") -> np.ndarray:
+    """Average latents (b, c, h, w) to (b, c * POOLED²) float64."""
+    from torch.nn.functional import adaptive_avg_pool2d
+
+    return adaptive_avg_pool2d(latents.float(), POOLED).flatten(1).cpu().numpy().astype(np.float64)
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Measure the Frechet distance between the normal laws of two samples (n, d) and (m, d).
+
+    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B the covariances (Dowson and Landau 1982, Eq. 4).
+    """
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    # A B has the eigenvalues of A^(1/2) B A^(1/2), which is symmetric.
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    shift = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    return float(shift + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+class Bench:
+    """The model under test with what all rows share: prompts, reference latents, text features."""
+
+    def __init__(self, pipeline: "StableDiffusion", prompts: int, batch: int):
+        self.pipeline, self.prompts, self.batch = pipeline, prompts, batch
+        self.known: dict[str, Any] = {}
+        self.references: dict[str, np.ndarray] = {}
+
+    def reference(self, split: str) -> np.ndarray:
+        """Pooled latents (REFERENCE, d) of renders that no prompt names."""
+        from ldm.training.shapes import evaluation_scenes
+
+        if split not in self.references:
+            scenes = evaluation_scenes(REFERENCE, seed=REFERENCE_SEED, split=SPLITS[split])
+            parts = [pooled(z) for z in encode_renders(self.pipeline, scenes, self.batch)]
+            self.references[split] = np.concatenate(parts)
+        return self.references[split]
+
+    def measure(self, row: Row) -> dict[str, Any]:
+        """Paint a row's prompts, judge them, and say all about it."""
+        from ldm.generate import decode
+        from ldm.images import to_uint8
+        from ldm.training.checker import judge, see
+        from ldm.training.shapes import evaluation_scenes
+
+        reference = self.reference(row.split)
+        began = time.monotonic()
+        scenes = evaluation_scenes(self.prompts, split=SPLITS[row.split])
+        if row.steps == 0:
+            source = encode_renders(self.pipeline, scenes, self.batch)
+        else:
+            captions = [scene.caption for scene in scenes]
+            source = paint(self.pipeline, captions, row, self.batch, self.known)
+        features, verdicts = [], []
+        for latents in source:
+            features.append(pooled(latents))
+            for pixels in to_uint8(decode(self.pipeline.model, latents)):
+                verdicts.append(judge(see(pixels), scenes[len(verdicts)].claim))
+        failing: dict[str, int] = {}
+        for verdict in verdicts:
+            # Both objects' colours count as one kind of attribute.
+            for name in {name.split()[0] for name, held in verdict.attributes.items() if not held}:
+                failing[name] = failing.get(name, 0) + 1
+        return {
+            "sampler": row.sampler,
+            "steps": row.steps,
+            "guidance": row.guidance,
+            "split": row.split,
+            "prompts": len(verdicts),
+            "right": sum(verdict.holds for verdict in verdicts),
+            "failing": dict(sorted(failing.items())),
+            "wrong": [i for i, verdict in enumerate(verdicts) if not verdict.holds],
+            "frechet": round(frechet(np.concatenate(features), reference), 5),
+            "seconds": round(time.monotonic() - began, 2),
+            "machine": machine_name(self.pipeline),
+        }
+
+
+# --- results ------------------------------------------------------------------------------------------
+
+
+def load_results(path: Path, head: dict[str, Any]) -> dict[str, Any]:
+    """Read earlier results, or begin with none.
+
+    Raises:
+        FormatError: no results file.
+        MismatchError: results of another model or another number of prompts.
+    """
+    if not path.exists():
+        return {**head, "rows": {}}
+    try:
+        results = json.loads(path.read_text())
+        earlier = {name: results[name] for name in head}
+        results["rows"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise FormatError(f"'{path}' is no file of quality results; give another --results") from None
+    for name, value in head.items():
+        if earlier[name] != value:
+            raise MismatchError(
+                f"'{path}' has results for {name} {earlier[name]}, this run is for {value}; "
+                "give another --results, or --fresh to begin again"
+            )
+    return results
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"cannot write '{path}': {error.strerror}; choose another place") from error
+
+
+def save_results(path: Path, results: dict[str, Any]) -> None:
+    """Write results as JSON, a line for each row."""
+    lines = [f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in results["rows"].items()]
+    head = json.dumps({name: value for name, value in results.items() if name != "rows"}, indent=1)
+    write(path, (head.rstrip("\n}") + ',\n "rows": {\n' + ",\n".join(lines) + "\n }\n}\n").encode())
+
+
+def make_tables(results: dict[str, Any], guidance: float) -> str:
+    """Lay the rows out as Markdown."""
+    rows = results["rows"]
+
+    def cell(row: Row) -> str:
+        if row.key not in rows:
+            return "-"
+        found = rows[row.key]
+        return f"{100 * found['right'] / found['prompts']:.1f} % ({found['frechet']:.3f})"
+
+    def table(title: str, head: list[str], lines: list[list[str]]) -> list[str]:
+        ruler = ["---"] + ["---:"] * (len(head) - 1)
+        return [f"### {title}", "", *("| " + " | ".join(line) + " |" for line in (head, ruler, *lines)), ""]
+
+    text = [
+        f"# Quality of {results['model']}",
+        "",
+        f"Share of {results['prompts']} fixed prompts whose every attribute holds; in brackets the Frechet distance",
+        f"between their latents, averaged to {POOLED} x {POOLED} cells, and those of {REFERENCE:,} other renders of",
+        f"the same split. Weights {results['weights']}. Made by `python bench/quality.py`.",
+        "",
+    ]
+    steps = (*STEPS, 1000)
+    for split in SPLITS:
+        lines = [
+            [label, *(cell(Row(name, n, guidance, split)) for n in steps)]
+            for name, (_, _, label) in SAMPLERS.items()
+        ]
+        title = f"{split.capitalize()} pairs, guidance {guidance:g}"
+        text += table(title, ["steps", *(str(n) for n in steps)], lines)
+    lines = [[split, *(cell(Row("ddim-0", 20, scale, split)) for scale in GUIDANCE)] for split in SPLITS]
+    text += table("DDIM, eta 0, 20 steps", ["guidance", *(f"{scale:g}" for scale in GUIDANCE)], lines)
+    lines = [[split, cell(Row("first-stage", 0, 1.0, split))] for split in SPLITS]
+    text += table("Renders through the first stage alone: the best there can be", ["pairs", ""], lines)
+    return "\n".join(text)
+
+
+def draw_plot(results: dict[str, Any], guidance: float, path: Path) -> None:
+    """Plot share and distance over steps, and share over guidance, as a PNG."""
+    import io
+
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("the plot needs matplotlib: pip install faithful-ldm[train]") from error
+
+    rows = results["rows"]
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    share, distance, scales = figure.subplots(1, 3)
+    steps = (*STEPS, 1000)
+    for number, (name, (_, _, label)) in enumerate(SAMPLERS.items()):
+        for split, style in zip(SPLITS, ("-", ":"), strict=True):
+            found = [(n, rows.get(Row(name, n, guidance, split).key)) for n in steps]
+            found = [(n, row) for n, row in found if row]
+            x = [n for n, _ in found]
+            look = {"color": f"C{number}", "linestyle": style, "marker": "o", "markersize": 3}
+            shown = label if style == "-" else None
+            share.plot(x, [100 * row["right"] / row["prompts"] for _, row in found], label=shown, **look)
+            distance.plot(x, [row["frechet"] for _, row in found], **look)
+    for split, style in zip(SPLITS, ("-", ":"), strict=True):
+        found = [(g, rows.get(Row("ddim-0", 20, g, split).key)) for g in GUIDANCE]
+        found = [(g, row) for g, row in found if row]
+        shares = [100 * row["right"] / row["prompts"] for _, row in found]
+        scales.plot([g for g, _ in found], shares, f"k{style}o", markersize=3, label=f"{split} pairs")
+    share.set(xscale="log", xlabel="steps", ylabel="% of prompts with every attribute right")
+    share.set_title(f"guidance {guidance:g}; dotted: never-seen pairs", fontsize=10)
+    distance.set(xscale="log", yscale="log", xlabel="steps", ylabel="Frechet distance of latents")
+    scales.set(xlabel="guidance", ylabel="% of prompts with every attribute right")
+    scales.set_title("DDIM, eta 0, 20 steps", fontsize=10)
+    for axes in (share, distance):
+        axes.set_xticks(steps, [str(n) for n in steps])
+        axes.minorticks_off()
+    for axes in (share, scales):
+        axes.set_ylim(0, 102)
+        axes.legend(fontsize=8, loc="lower right")
+    for axes in (share, distance, scales):
+        axes.grid(alpha=0.3)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    write(path, file.getvalue())
+
+
+def make_grid(bench: Bench, guidance: float) -> tuple["Image.Image", int]:
+    """Paint 24 prompts with DDIM in 20 steps; a picture with each caption below, and how many hold."""
+    import textwrap
+
+    from PIL import Image, ImageDraw
+
+    from ldm.generate import decode
+    from ldm.images import to_pil
+    from ldm.training.checker import check
+    from ldm.training.shapes import shapes_prompts
+
+    tiles = []
+    for split, count in GRID_PROMPTS.items():
+        prompts = shapes_prompts(count, split=SPLITS[split])
+        row = Row("ddim-0", 20, guidance, split)
+        for latents in paint(bench.pipeline, prompts, row, bench.batch, bench.known):
+            for picture in to_pil(decode(bench.pipeline.model, latents)):
+                prompt = prompts[len(tiles) % GRID_PROMPTS["seen"]]
+                verdict = check(picture, prompt)
+                lacks = [name for name, held in verdict.attributes.items() if not held]
+                note = "never seen in training; " * (split != "seen") + (
+                    "right" if verdict.holds else "wrong: "
+                )
+                tiles.append((picture, prompt, note + ", ".join(lacks), verdict.holds))
+    size = tiles[0][0].width
+    width, height = size + 16, size + 58
+    lines = -(-len(tiles) // GRID_COLUMNS)
+    sheet = Image.new("RGB", (GRID_COLUMNS * width, lines * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (picture, prompt, note, holds) in enumerate(tiles):
+        x, y = number % GRID_COLUMNS * width + 8, number // GRID_COLUMNS * height + 4
+        sheet.paste(picture, (x, y))
+        caption = "\n".join(textwrap.wrap(prompt, size // 5))
+        draw.text((x, y + size + 2), caption, fill=(30, 30, 30), font_size=9, spacing=1)
+        draw.text((x, y + size + 37), note, fill=(0, 120, 40) if holds else (200, 0, 0), font_size=9)
+    return sheet, sum(tile[3] for tile in tiles)
+
+
+# --- the script -----------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None):
+    parser = cli.Parser(description="Measure how often the model's pictures keep their captions' promises.")
+    parser.add_argument("--ckpt", help="model file; without it, the model in the box")
+    parser.add_argument("--config", help="CompVis YAML file for --ckpt")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
+    parser.add_argument("--prompts", type=cli.integer(2, 100_000), default=500, help="prompts of each split")
+    parser.add_argument("--batch", type=cli.integer(1, 10_000), default=50, help="pictures painted at once")
+    parser.add_argument(
+        "--guidance", type=cli.number(0, 100), default=3.0, help="of rows that vary the sampler"
+    )
+    parser.add_argument(
+        "--rows", nargs="+", metavar="PATTERN", help="only rows that match, e.g. 'ddim-0/20/*'"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file; .md and .png go beside it")
+    parser.add_argument("--fresh", action="store_true", help="begin again, whatever --results holds")
+    parser.add_argument("--list", action="store_true", help="list the rows and end")
+    parser.add_argument("--grid", type=Path, metavar="PNG", help="paint 24 prompts into this file and end")
+    return parser.parse_args(argv)
+
+
+def load_pipeline(ckpt: str | None, config: str | None, device: str) -> "StableDiffusion":
+    """Load the model in float32, so that devices compare."""
+    import torch
+
+    from ldm.generate import StableDiffusion
+
+    if ckpt is None:
+        return StableDiffusion.default(device=device, dtype=torch.float32)
+    return StableDiffusion.from_single_file(ckpt, config=config, device=device, dtype=torch.float32)
+
+
+def machine_name(pipeline: "StableDiffusion") -> str:
+    import torch
+
+    if pipeline.device.type == "cuda":
+        return torch.cuda.get_device_name(pipeline.device)
+    return pipeline.device.type
+
+
+def main(argv: list[str] | None = None) -> None:
+    opt = parse(argv)
+    rows = choose_rows(all_rows(opt.guidance), opt.rows)
+    if opt.list:
+        for row in rows:
+            cli.say(row.key)
+        return
+    if opt.config and not opt.ckpt:
+        raise UsageError("--config describes --ckpt, which is not given; add it or leave --config away")
+
+    from ldm.generate import file_hash
+
+    pipeline = load_pipeline(opt.ckpt, opt.config, opt.device)
+    bench = Bench(pipeline, opt.prompts, opt.batch)
+    if opt.grid:
+        import io
+
+        sheet, right = make_grid(bench, opt.guidance)
+        file = io.BytesIO()
+        sheet.save(file, "PNG")
+        write(opt.grid, file.getvalue())
+        cli.say(f"{opt.grid}: {right} of {sum(GRID_PROMPTS.values())} right")
+        return
+
+    head = {
+        "model": pipeline.name,
+        "weights": file_hash(pipeline.file),
+        "prompts": opt.prompts,
+    }
+    results = {**head, "rows": {}} if opt.fresh else load_results(opt.results, head)
+    for number, row in enumerate(rows, 1):
+        if row.key in results["rows"]:
+            continue
+        found = results["rows"][row.key] = bench.measure(row)
+        save_results(opt.results, results)
+        cli.say(
+            f"[{number}/{len(rows)}] {row.key}: {100 * found['right'] / found['prompts']:.1f} % right, "
+            f"Frechet {found['frechet']:.3f}, {found['seconds']:.1f} s"
+        )
+    tables = make_tables(results, opt.guidance)
+    write(opt.results.with_suffix(".md"), tables.encode())
+    draw_plot(results, opt.guidance, opt.results.with_suffix(".png"))
+    cli.say(tables)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    cli.run(main)
