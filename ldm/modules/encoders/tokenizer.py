@@ -124,8 +124,16 @@ def build_tokenizer(
     if "vocab_file" in inspect.signature(CLIPTokenizer).parameters:  # transformers 4 reads files only
         with tempfile.TemporaryDirectory() as folder:
             names = [str(path) for path in write_vocabulary(folder, vocab, merges)]
-            return CleaningTokenizer(CLIPTokenizer(*names, model_max_length=max_length), origin)
-    return CleaningTokenizer(CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length), origin)
+            tokenizer = CLIPTokenizer(*names, model_max_length=max_length)
+        # It would run ftfy again on text in lower case by now, which some signs then look like mojibake in.
+        tokenizer.fix_text = _as_is
+    else:
+        tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+    return CleaningTokenizer(tokenizer, origin)
+
+
+def _as_is(text: str) -> str:
+    return text
 
 
 def write_vocabulary(folder: str | Path, vocab: dict[str, int], merges: list[Merge]) -> tuple[Path, Path]:
