@@ -1,21 +1,35 @@
-"""What the command-line scripts share: the parser, validated numbers, one-line errors and exit codes.
+"""What the command-line scripts share: the parser, validated numbers, errors and exit codes, and painting.
 
-Nothing here needs torch, so that `--help` and a wrong option answer at once.
+torch is imported only when painting begins, so that `--help` and a wrong option answer at once.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
 import difflib
 import errno
+import itertools
+import json
 import logging
 import math
+import secrets
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ldm.errors import AbsentError, LdmError, OutputError, ResourceError, UsageError
+from ldm.errors import AbsentError, FormatError, LdmError, OutputError, ResourceError, UsageError
+from ldm.paths import shipped
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ldm.generate import GenerationResult, Progress, StableDiffusion
 
 MAX_LINE = 400  # characters of an error line, so that it stays readable in a log
 MAX_SEED = 2**64 - 1  # what torch.Generator takes
@@ -221,3 +235,335 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+# --- prompts from a file ---------------------------------------------------------------------------
+
+MAX_PROMPT_BYTES = 10 * 2**20
+MAX_PROMPT_LINES = 100_000
+
+# What a line may set beside its prompt: name in the line -> (option of StableDiffusion.stream, type). The names
+# are A1111's ("prompts from file") and ours; n_iter and batch_size multiply to a number of pictures.
+LINE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "prompt": ("prompt", str),
+    "negative_prompt": ("negative_prompt", str),
+    "seed": ("seed", lambda text: None if text == "-1" else seed(text)),
+    "sampler_name": ("sampler", str),
+    "sampler": ("sampler", str),
+    "steps": ("steps", integer(1, 1000)),
+    "cfg_scale": ("guidance_scale", number(0, 100)),
+    "guidance_scale": ("guidance_scale", number(0, 100)),
+    "width": ("width", integer(1, 1_000_000)),
+    "height": ("height", integer(1, 1_000_000)),
+    "n_iter": ("n_iter", integer(1, 10_000)),
+    "batch_size": ("batch_size", integer(1, 1024)),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One prompt of a file with the options that its line sets, in the words of StableDiffusion.stream."""
+
+    prompt: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def read_prompts(path: str) -> list[Line]:
+    """Read prompts from a file, one a line; empty lines are skipped.
+
+    A line that begins with a known option (`--prompt "a cat" --steps 20 --seed 5`, A1111's) is split by
+    the shell's quoting rules and read as options; any other line is a prompt as it stands. In a `.jsonl`
+    file each line is a JSON object with the same names.
+
+    Raises:
+        AbsentError: no such file. FormatError: no UTF-8 text, too large, or without any prompt.
+        UsageError: a line with an unknown option or a value out of range; the line's number is named.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_PROMPT_BYTES + 1)
+        text = data.decode("utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        raise AbsentError(f"prompt file '{path}' does not exist; check the path") from None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"cannot read prompt file '{path}' as UTF-8: {error}; save it as such") from None
+    lines = text.splitlines()
+    if len(data) > MAX_PROMPT_BYTES or len(lines) > MAX_PROMPT_LINES or "\0" in text:
+        raise FormatError(
+            f"prompt file '{path}' is no list of prompts; wanted text of at most {MAX_PROMPT_BYTES} bytes and "
+            f"{MAX_PROMPT_LINES} lines"
+        )
+    read = _from_json if path.endswith(".jsonl") else _from_words
+    found = []
+    for i, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                found.append(read(line.strip()))
+            except (UsageError, argparse.ArgumentTypeError, ValueError) as error:
+                raise UsageError(f"line {i} of '{path}': {error}") from None
+    if not found:
+        raise FormatError(f"prompt file '{path}' holds no prompt; write one a line")
+    return found
+
+
+def _from_words(line: str) -> Line:
+    if line.split()[0].removeprefix("--") not in LINE_OPTIONS or not line.startswith("--"):
+        return Line(line)
+    words = shlex.split(line)
+    values: dict[str, str] = {}
+    for name, value in zip(words[::2], [*words[1::2], None][: len(words[::2])], strict=True):
+        if not name.startswith("--") or value is None:
+            raise UsageError(f"wanted --name value --name value ..., got {name!r} without one of the two")
+        values[name[2:]] = value
+    return _line(values)
+
+
+def _from_json(line: str) -> Line:
+    values = json.loads(line)
+    if not isinstance(values, dict):
+        raise UsageError("wanted a JSON object with a prompt")
+    return _line(values)
+
+
+def _line(values: dict[str, Any]) -> Line:
+    """Check the options of a line as those of the command line are checked."""
+    options: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in LINE_OPTIONS:
+            raise UsageError(f"unknown option {name!r}; there are {', '.join(LINE_OPTIONS)}")
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise UsageError(f"{name}: wanted a text or a number, got {value!r:.80}")
+        option, kind = LINE_OPTIONS[name]
+        try:
+            options[option] = kind(str(value))
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{name}: {error}") from None
+    if "prompt" not in options:
+        raise UsageError("no prompt")
+    return Line(options.pop("prompt"), options)
+
+
+# --- painting --------------------------------------------------------------------------------------
+
+DEFAULT_PROMPT = "a large red circle above a small blue square on a white background"
+COMPVIS_PROMPT = "a painting of a virus monster playing guitar"
+GRID_AT_MOST = 64  # pictures in one grid
+
+
+def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Parser:
+    """Make the parser of a painting script: CompVis's options by their names, others' names beside them."""
+    p = Parser(prog=name, description=about)
+    words = p.add_argument_group("what to paint")
+    words.add_argument("--prompt", nargs="?", help="what to paint (default: one that suits the model)")
+    words.add_argument("--negative_prompt", "--negative-prompt", default="", help="what to keep away from")
+    words.add_argument("--from-file", "--from_file", metavar="FILE", help="prompts, one a line, or .jsonl")
+    words.add_argument("--H", "--height", type=integer(1, 10**6), help="pixels (default: the model's)")
+    words.add_argument("--W", "--width", type=integer(1, 10**6), help="pixels (default: the model's)")
+    words.add_argument(
+        "--n_samples", "--batch_size", type=integer(1, 1024), default=1, help="pictures painted at once"
+    )
+    words.add_argument("--n_iter", type=integer(1, 10_000), default=1, help="how often to paint n_samples")
+    words.add_argument("--seed", type=seed, default=42, help="picture i has seed + i; 'random' draws one")
+
+    how = p.add_argument_group("how")
+    how.add_argument("--ddim_steps", "--steps", type=integer(1, 1000), default=50, help="denoising steps")
+    how.add_argument(
+        "--scale", "--cfg-scale", "--cfg_scale", "--guidance_scale", type=number(0, 100), default=scale,
+        help="guidance: how strictly to follow the prompt",
+    )  # fmt: skip
+    how.add_argument("--sampler", help="ddim, plms, ddpm, dpm_solver or dpmpp_2m (default: ddim)")
+    how.add_argument("--plms", action="store_true", help="the same as --sampler plms")
+    how.add_argument("--dpm_solver", action="store_true", help="goes before --plms")
+    how.add_argument(
+        "--ddim_eta", "--eta", type=number(0, 1), default=0.0, help="fresh noise in each DDIM step"
+    )
+    how.add_argument("--fixed_code", action="store_true", help="begin every batch with the same noise")
+    how.add_argument(
+        "--rng", choices=("image", "compvis"), default="image",
+        help="a generator for each picture, or one for all in the order of CompVis's scripts",
+    )  # fmt: skip
+
+    model = p.add_argument_group("with what")
+    model.add_argument("--ckpt", help="model file or diffusers folder (default: the model in the box)")
+    model.add_argument("--config", help="its YAML file (default: read off the weights)")
+    model.add_argument("--vae", help="file whose VAE replaces the model's")
+    model.add_argument("--tokenizer", help="folder or file of the tokenizer (default: the one in ldm)")
+    model.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for the best there is")
+    model.add_argument(
+        "--precision", choices=("autocast", "full", "half", "bfloat16"), default="autocast",
+        help="of the UNet; autocast is full where there is no CUDA",
+    )  # fmt: skip
+    model.add_argument("--C", type=integer(1, 64), help="latent channels; checked against the model")
+    model.add_argument("--f", type=integer(1, 64), help="pixels a latent cell; checked against the model")
+
+    out = p.add_argument_group("where to")
+    out.add_argument("--outdir", default=outdir, help="folder for pictures and grids")
+    out.add_argument("--skip_grid", action="store_true", help="save no grid of all pictures")
+    out.add_argument("--skip_save", action="store_true", help="save no single pictures")
+    out.add_argument(
+        "--n_rows", type=integer(0, 1024), default=0, help="pictures in a grid row; 0 = n_samples"
+    )
+    out.add_argument("--no_metadata", action="store_true", help="pictures tell nothing about their making")
+    return p
+
+
+def load_model(args: argparse.Namespace) -> StableDiffusion:
+    """Load the model that the options name, or the one in the box."""
+    if args.ckpt is None and args.config is not None:
+        raise UsageError(f"--config {args.config} needs --ckpt, the file with the weights")
+    import torch
+
+    from ldm.generate import StableDiffusion, downsampling, pick_device
+
+    device = pick_device(args.device)
+    options: dict[str, Any] = {"device": device, "dtype": torch.float32}
+    options |= {"vae": args.vae, "tokenizer": args.tokenizer}
+    if args.precision == "autocast" and device.type == "cuda":
+        options["autocast"] = torch.float16
+    elif args.precision in ("half", "bfloat16"):
+        options["dtype"] = getattr(torch, {"half": "float16"}.get(args.precision, args.precision))
+    if args.ckpt is None:
+        sd = StableDiffusion.default(**options)
+    else:
+        config = args.config
+        if config is not None and not Path(config).exists():
+            try:
+                config = shipped(config)  # "configs/v1-inference.yaml" means ours, from every folder
+            except AbsentError:
+                raise AbsentError(f"--config '{config}' does not exist; check the path") from None
+        sd = StableDiffusion.from_single_file(args.ckpt, config=config, **options)
+    for name, given, own in (("C", args.C, sd.model.channels), ("f", args.f, downsampling(sd.model))):
+        if given not in (None, own):
+            raise UsageError(f"--{name} {given} does not fit this model, whose {name} is {own}; leave it out")
+    return sd
+
+
+def sampler_of(args: argparse.Namespace) -> str:
+    """Choose the sampler as CompVis does: dpm_solver before plms before ddim; --sampler says it by name."""
+    flag = "dpm_solver" if args.dpm_solver else "plms" if args.plms else None
+    if args.sampler is None:
+        return flag or "ddim"
+    if flag is not None:
+        raise UsageError(f"--sampler {args.sampler} and --{flag} name two samplers; give one")
+    from ldm.models.diffusion.samplers import resolve_sampler
+
+    return resolve_sampler(args.sampler)
+
+
+def lines_of(args: argparse.Namespace) -> list[Line]:
+    """List what is to be painted: the lines of the file, or the one prompt."""
+    if args.from_file is not None:
+        if args.prompt is not None:
+            raise UsageError("--prompt and --from-file name two sources of prompts; give one")
+        return read_prompts(args.from_file)
+    prompt = args.prompt
+    if prompt is None:
+        prompt = DEFAULT_PROMPT if args.ckpt is None else COMPVIS_PROMPT
+    return [Line(prompt, {"batch_size": args.n_samples})]
+
+
+@dataclass
+class _Group:
+    """Pictures that differ in prompt, negative prompt and seed only, and so may share batches."""
+
+    options: dict[str, Any]
+    prompts: list[str] = field(default_factory=list)
+    negatives: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+
+
+def _groups(args: argparse.Namespace, lines: list[Line]) -> list[_Group]:
+    """Lay out the whole run, picture by picture, in CompVis's order: all prompts, then all again, n_iter times."""
+
+    def start(seed: int | None) -> int:
+        return secrets.randbelow(2**32) if seed is None else seed
+
+    shared = itertools.count(start(args.seed))  # lines without a seed of their own share one count
+    seeds = [
+        itertools.count(start(line.options["seed"])) if "seed" in line.options else shared for line in lines
+    ]
+    groups: list[_Group] = []
+    for _ in range(args.n_iter):
+        for line, numbers in zip(lines, seeds, strict=True):
+            options = {name: value for name, value in line.options.items() if name != "seed"}
+            count = options.pop("n_iter", 1) * options.pop("batch_size", 1)
+            negative = options.pop("negative_prompt", args.negative_prompt)
+            if not groups or groups[-1].options != options:
+                groups.append(_Group(options))
+            groups[-1].prompts += [line.prompt] * count
+            groups[-1].negatives += [negative] * count
+            groups[-1].seeds += itertools.islice(numbers, count)
+    return groups
+
+
+def paint(
+    args: argparse.Namespace,
+    *wishes: dict[str, Any],
+    save: Callable[[GenerationResult, int], list[Path]] | None = None,
+) -> None:
+    """Paint all that the options ask for, saving every batch as soon as it is finished.
+
+    Args:
+        wishes: options of StableDiffusion.stream beyond the common ones (picture, mask, strength); the whole
+            run is painted for each.
+        save: saves a batch of the i-th wish; default: `outdir/samples/00000.png` and on.
+    """
+    from ldm.images import prepare_folder
+
+    lines, sampler = lines_of(args), sampler_of(args)
+    outdir = prepare_folder(args.outdir)
+    if save is None:
+        samples = prepare_folder(outdir / "samples")
+
+        def save(result: GenerationResult, wish: int) -> list[Path]:
+            return result.save(samples, metadata=not args.no_metadata)
+
+    sd = load_model(args)
+    streams = []
+    for i, wish in enumerate(wishes or ({},)):
+        for group in _groups(args, lines):
+            options = {"steps": args.ddim_steps, "guidance_scale": args.scale, "sampler": sampler}
+            options |= {"height": args.H, "width": args.W, "eta": args.ddim_eta, "rng": args.rng}
+            options |= {"batch_size": args.n_samples, "fixed_code": args.fixed_code, **group.options, **wish}
+            # Each stream is checked here, before the first picture of the first one is begun.
+            stream = sd.stream(group.prompts, negative_prompt=group.negatives, seed=group.seeds, **options)
+            streams.append((i, stream))
+    finished: list[tuple[Image.Image, dict[str, Any]]] = []
+    for i, stream in streams:
+        for result in _with_bar(stream):
+            if not args.skip_save:
+                for path, number in zip(save(result, i), result.seeds, strict=True):
+                    say(f"{path} (seed {number})")
+            if not args.skip_grid:
+                finished += [(image, result.metadata(j)) for j, image in enumerate(result)]
+    if finished:
+        _save_grids(args, finished, outdir)
+    say(f"Your samples are ready and waiting for you here: {outdir}")
+
+
+def _with_bar(stream: Iterator[Progress]) -> Iterator[GenerationResult]:
+    """Drain a stream behind a progress bar, where there is a terminal to show it on; yield finished batches."""
+    from tqdm import tqdm
+
+    with tqdm(desc="steps", unit="step", disable=None) as bar:
+        for progress in stream:
+            bar.total = progress.batches * progress.steps
+            if progress.result is None:
+                bar.update()
+            else:
+                yield progress.result
+
+
+def _save_grids(
+    args: argparse.Namespace, finished: list[tuple[Image.Image, dict[str, Any]]], outdir: Path
+) -> None:
+    """Save grids of all pictures, each with the metadata of its first."""
+    from ldm.images import grid, save_numbered
+    from ldm.metadata import png_info
+
+    nrow = args.n_rows or args.n_samples
+    at_most = max(nrow, GRID_AT_MOST // nrow * nrow)
+    for start in range(0, len(finished), at_most):
+        part = finished[start : start + at_most]
+        info = None if args.no_metadata else png_info(part[0][1])
+        say(str(save_numbered(grid([image for image, _ in part], nrow), outdir, "grid-{:04}.png", info)))

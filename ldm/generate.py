@@ -596,7 +596,9 @@ class StableDiffusion:
     ):
         self.model = model.eval()
         self.file = None if file is None else Path(file)
-        self.name = name or (self.file.stem if self.file is not None else None)
+        if name is None and self.file is not None:
+            name = self.file.name if self.file.is_dir() else self.file.stem
+        self.name = name
         self.report = report
         self.autocast = autocast
         self._latent_rgb: tuple[Tensor, Tensor] | None = None
@@ -626,7 +628,8 @@ class StableDiffusion:
                 float32.
             autocast: compute the UNet under torch.autocast with this dtype, weights staying in `dtype`.
             vae: a VAE-only file that replaces the one in `path`.
-            use_ema: choose among a file's EMA and raw weights; None takes EMA where the file has it.
+            use_ema: True gives the UNet the file's moving average, False its plain weights; None does as CompVis:
+                plain ones, and the average beside them if the configuration keeps one, which then paints.
             tokenizer: a folder or vocabulary file; None takes the one that ships with ldm.
 
         Raises:
@@ -639,7 +642,8 @@ class StableDiffusion:
         model, report = load_latent_diffusion(
             path, config=config, device="cpu", use_ema=use_ema, tokenizer=tokenizer, vae=vae
         )
-        return cls(model, file=path, report=report, autocast=autocast).to(device, dtype)
+        sd = cls(model, file=path, report=report, autocast=autocast)
+        return sd.to(dtype=dtype, device=device)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> StableDiffusion:
@@ -680,13 +684,13 @@ class StableDiffusion:
         """Move the model, or change what UNet and text encoder compute in; VAE and noise tables stay float32."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        if device is not None:
-            self.model.to(pick_device(device))
+        device = self.device if device is None else pick_device(device)
         if dtype is not None:
-            dtype = pick_dtype(self.device, dtype)
+            dtype = pick_dtype(device, dtype)
             self.model.model.to(dtype)
             self.model.cond_stage_model.to(dtype)
             self.model.first_stage_model.float()
+        self.model.to(device)  # after the cast: half as much to move
         return self
 
     @property
@@ -873,7 +877,10 @@ class StableDiffusion:
             batch = pending.popleft()
             place = {"batch": done, "batches": done + 1 + len(pending), "_sd": self}
             try:
-                yield from self._paint_batch(job, batch, shared, place)
+                with (
+                    self.model.ema_scope()
+                ):  # as CompVis's scripts: the average paints where a model keeps one
+                    yield from self._paint_batch(job, batch, shared, place)
                 done += 1
                 continue
             except LdmError:

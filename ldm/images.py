@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import math
 import os
 import re
@@ -289,14 +290,17 @@ def save_numbered(
     return _place(_encode(image, info), folder, names())
 
 
-def save_png(image: Image.Image, path: str | os.PathLike, info: PngInfo | None = None) -> Path:
-    """Save a PNG under this name, whole or not at all.
+def save_png(
+    image: Image.Image, path: str | os.PathLike, info: PngInfo | None = None, *, rename: bool = False
+) -> Path:
+    """Save a PNG under this name, whole or not at all; with rename, as name-1, name-2, ... if it is taken.
 
     Raises:
         OutputError: the name is taken, or cannot be written.
     """
     path = Path(path)
-    return _place(_encode(image, info), path.parent, [path])
+    others = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(1)) if rename else ()
+    return _place(_encode(image, info), path.parent, itertools.chain([path], others))
 
 
 def _encode(image: Image.Image, info: PngInfo | None) -> bytes:

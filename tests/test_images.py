@@ -230,6 +230,11 @@ def test_a_link_at_the_name_is_not_followed(tmp_path):
     assert not outside.exists() and [p.name for p in (tmp_path / "in").iterdir()] == ["a.png"]
 
 
+def test_a_taken_name_is_numbered_when_asked(tmp_path):
+    names = [images.save_png(picture(seed=i), tmp_path / "a.png", rename=True).name for i in range(3)]
+    assert names == ["a.png", "a-1.png", "a-2.png"]
+
+
 def test_file_mode_obeys_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
