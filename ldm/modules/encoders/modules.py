@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,6 +35,7 @@ CLIP_L_FIELDS = {
 }
 _CONFIG_FIELDS = (*CLIP_L_FIELDS, "attention_dropout", "initializer_range", "initializer_factor")
 _OTHER_KEYS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+_ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's encoders, and those that OpenCLIP trained
 _NAMED_WORDS = 20  # dropped words spelt out in a warning; the rest are counted
 
 
@@ -188,8 +190,10 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         tokenizer: str | Path | None = None,
     ) -> None:
         super().__init__()
+        from transformers import CLIPTextConfig
+
         found = _find_version(version)
-        config = self._make_config(found.fields, version)
+        config = CLIPTextConfig(**found.fields)
         self._check_options(config, version, max_length, layer, layer_idx)
         self.max_length = max_length
         self.layer = layer
@@ -204,27 +208,6 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             self.to(device)
         if freeze:
             self.freeze()
-
-    @staticmethod
-    def _make_config(fields: Mapping[str, Any], version: str | Path) -> Any:
-        from transformers import CLIPTextConfig
-
-        try:
-            config = CLIPTextConfig(**fields)
-            sizes = (
-                config.vocab_size,
-                config.hidden_size,
-                config.intermediate_size,
-                config.max_position_embeddings,
-            )
-            whole = all(isinstance(size, int) and size > 0 for size in sizes)
-            if not whole or config.hidden_size % config.num_attention_heads:
-                raise ValueError(f"sizes {sizes} with {config.num_attention_heads} heads")
-        except (TypeError, ValueError) as error:
-            raise FormatError(
-                f"the configuration of '{version}' describes no text encoder: {error}"
-            ) from error
-        return config
 
     def _check_options(
         self, config: Any, version: str | Path, max_length: int, layer: str, layer_idx: int | None
@@ -338,7 +321,7 @@ def _find_version(version: str | Path) -> _Version:
     if not str(version):
         raise UsageError("FrozenCLIPEmbedder needs a version, got an empty string")
     folder = Path(version)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         if version == CLIP_L:
             return _Version(CLIP_L_FIELDS, _in_hub_cache(CLIP_L, "model.safetensors"), ())
         folder = _shipped_or_cached(str(version))
@@ -350,7 +333,7 @@ def _find_version(version: str | Path) -> _Version:
 def _shipped_or_cached(version: str) -> Path:
     try:
         return shipped(version)
-    except AbsentError:
+    except OSError:  # absent, or no possible path
         config = _in_hub_cache(version, "config.json")
     if config is None:
         raise AbsentError(
@@ -387,6 +370,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     fields = {name: config[name] for name in _CONFIG_FIELDS if name in config}
     if "hidden_size" not in fields and config.get("model_type") not in ("clip_text_model", "clip"):
         raise FormatError(f"'{path}' is not the configuration of a CLIP text encoder: it has no hidden_size")
+    for name, value in fields.items():
+        known = CLIP_L_FIELDS.get(name, 0.0)
+        fits = (
+            value in _ACTIVATIONS
+            if name == "hidden_act"
+            else isinstance(value, (type(known), int)) and value >= 0
+        )
+        if not fits or (name.endswith("_size") and not value):
+            raise FormatError(f"'{path}' describes no text encoder: {name} is {value!r}")
+    width, heads = (
+        fields.get("hidden_size", 512),
+        fields.get("num_attention_heads", 8),
+    )  # CLIPTextConfig's defaults
+    if not heads or width % heads:
+        raise FormatError(f"'{path}' describes no text encoder: hidden_size {width} over {heads} heads")
     return fields
 
 
