@@ -1577,10 +1577,12 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
         return torch.cat(maps, dim=1)
 
     @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def log_images(
+        self, batch: Mapping[str, Any], N: int = 8, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """Return the pictures of LatentDiffusion, and the masked ones."""
-        log = super().log_images(batch, *args, **kwargs)
-        log["masked_image"] = DDPM.get_input(self, batch, self.masked_image_key)
+        log = super().log_images(batch, N, *args, **kwargs)
+        log["masked_image"] = DDPM.get_input(self, batch, self.masked_image_key)[:N]
         return log
 
 
