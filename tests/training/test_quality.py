@@ -1,0 +1,145 @@
+"""The quality table: its rows, its distance, and a run that is taken up again."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import write_tiny
+
+from bench import quality
+from ldm.errors import FormatError, MismatchError, OutputError, UsageError
+
+
+def normal_sample(mean, spread, count=7):
+    """Points whose sample mean and covariance are exactly (mean, diag(spread^2))."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(count, len(mean)))
+    x -= x.mean(0)
+    x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
+    return x * spread + mean
+
+
+def test_the_frechet_distance_of_axis_parallel_normals_is_the_closed_form():
+    """W2^2 of diagonal normals: squared distance of means and of standard deviations."""
+    mean, spread = np.array([0.5, -1.0, 2.0]), np.array([1.0, 2.0, 0.25])
+    other, width = np.array([0.0, 1.0, 2.5]), np.array([3.0, 0.5, 0.25])
+    found = quality.frechet(normal_sample(mean, spread), normal_sample(other, width, 11))
+    wanted = ((mean - other) ** 2).sum() + ((spread - width) ** 2).sum()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-10)
+
+
+def test_the_frechet_distance_is_symmetric_and_nothing_to_itself():
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(size=(50, 5)) @ rng.normal(size=(5, 5)), rng.normal(size=(40, 5)) + 1
+    np.testing.assert_allclose(quality.frechet(a, b), quality.frechet(b, a), rtol=0, atol=1e-10)
+    np.testing.assert_allclose(quality.frechet(a, a), 0, rtol=0, atol=1e-10)
+
+
+def test_pooling_averages_blocks_of_cells():
+    z = torch.arange(2 * 3 * 8 * 12, dtype=torch.float32).reshape(2, 3, 8, 12)
+    flat = quality.pooled(z)
+    assert flat.shape == (2, 3 * 16)
+    np.testing.assert_allclose(flat[1, 16 + 5], z[1, 1, 2:4, 3:6].mean().item(), rtol=0, atol=1e-4)
+
+
+def test_the_rows_are_those_of_the_table_once_each():
+    rows = quality.all_rows(3.0)
+    keys = [row.key for row in rows]
+    assert len(set(keys)) == len(keys)
+    per_split = 1 + 6 * 5 + 3 + 3  # first stage, samplers x steps, 1000 steps, guidance beside 3
+    assert len(rows) == 2 * per_split
+    assert {
+        "ddpm/1000/g3/seen",
+        "ddim-0.5/5/g3/never-seen",
+        "ddim-0/20/g7.5/seen",
+        "first-stage/seen",
+    } <= set(keys)
+
+
+def test_rows_are_chosen_by_patterns():
+    rows = quality.all_rows(3.0)
+    chosen = [row.key for row in quality.choose_rows(rows, ["plms/*/seen", "first-stage/*"])]
+    assert chosen == [
+        "first-stage/seen",
+        "first-stage/never-seen",
+        *(f"plms/{n}/g3/seen" for n in quality.STEPS),
+    ]
+    assert quality.choose_rows(rows, None) == rows
+    with pytest.raises(UsageError, match=r"--rows 'heun/\*' matches no row; --list shows them all"):
+        quality.choose_rows(rows, ["heun/*"])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    checkpoint, config = write_tiny(tmp_path_factory.mktemp("tiny"))
+    return ["--ckpt", str(checkpoint), "--config", str(config), "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def few_references(monkeypatch):
+    monkeypatch.setattr(quality, "REFERENCE", 11)
+
+
+def test_a_run_saves_each_row_and_a_second_does_what_is_missing(tiny, tmp_path, capsys):
+    results = tmp_path / "deep" / "r.json"
+    base = [*tiny, "--prompts", "3", "--results", str(results)]
+    quality.main([*base, "--rows", "ddim-1/5/*/seen"])
+    before = json.loads(results.read_text())["rows"]
+    assert list(before) == ["ddim-1/5/g3/seen"]
+    row = before["ddim-1/5/g3/seen"]
+    assert row["prompts"] == 3 and row["right"] == 3 - len(row["wrong"]) and row["frechet"] > 0
+    # Another batch size paints the same pictures, so it may go on with the same file.
+    quality.main([*base, "--batch", "2", "--rows", "ddim-1/5/*", "first-stage/seen"])
+    after = json.loads(results.read_text())["rows"]
+    assert after["ddim-1/5/g3/seen"] == row and len(after) == 3
+    text = results.with_suffix(".md").read_text()
+    assert "| DDIM, eta 1 | 0.0 % (" in text and "| DDPM | - |" in text
+    assert results.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert "[1/3] first-stage/seen: 0.0 % right" in capsys.readouterr().out
+
+
+def test_the_batch_size_changes_no_picture(tiny):
+    pipeline = quality.load_pipeline(tiny[1], tiny[3], "cpu")
+    row = quality.Row("ddim-1", 5, 3.0, "seen")
+    prompts = ["a red star", "a blue ring", "a green cross"]
+    one, two = (torch.cat(list(quality.paint(pipeline, prompts, row, b, {}))) for b in (2, 3))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-3 * float(one.abs().max()))
+
+
+def test_results_of_another_kind_are_not_mixed(tiny, tmp_path):
+    results = tmp_path / "r.json"
+    row = ["--rows", "first-stage/seen", "--results", str(results)]
+    quality.main([*tiny, "--prompts", "3", *row])
+    with pytest.raises(MismatchError, match="has results for prompts 3, this run is for 4"):
+        quality.main([*tiny, "--prompts", "4", *row])
+    quality.main([*tiny, "--prompts", "4", "--fresh", *row])
+    assert json.loads(results.read_text())["prompts"] == 4
+    results.write_text("{}")
+    with pytest.raises(FormatError, match="is no file of quality results"):
+        quality.main([*tiny, "--prompts", "4", *row])
+
+
+def test_the_grid_has_twenty_four_labelled_pictures(tiny, tmp_path, capsys, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setattr(quality, "GRID_STEPS", 1)
+    quality.main([*tiny, "--grid", str(tmp_path / "g.png")])
+    assert Image.open(tmp_path / "g.png").size == (6 * (64 + 36), 4 * (64 + 64))
+    assert "0 of 24 right" in capsys.readouterr().out
+
+
+def test_the_list_needs_no_model(capsys):
+    quality.main(["--list", "--rows", "plms/10/*"])
+    assert capsys.readouterr().out == "plms/10/g3/seen\nplms/10/g3/never-seen\n"
+
+
+def test_a_configuration_without_a_model_is_refused():
+    with pytest.raises(UsageError, match="--config describes --ckpt, which is not given"):
+        quality.main(["--config", "x.yaml"])
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write '.*file/r.json'"):
+        quality.write(tmp_path / "file" / "r.json", b"x")
