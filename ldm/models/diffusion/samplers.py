@@ -290,7 +290,9 @@ class PLMS(DDIM):
             mean = plms_eps(eps, self.old_eps)
         else:
             guess, _ = self.move(x, eps, self.quantize(pred_x0), level)
-            mean = (eps + self.denoise(guess, level.t_next, level.alpha_bar_prev)[0]) / 2
+            # Below the lowest level there is none to tell the network; the original tells it the lowest again.
+            told = level.alpha_bar_prev if level.index > 0 else level.alpha_bar
+            mean = (eps + self.denoise(guess, level.t_next, told)[0]) / 2
         self.old_eps = [*self.old_eps, eps][-3:]
         return self.move(x, mean, self.quantize(to_x0("eps", mean, x, level.alpha_bar)), level)
 
@@ -486,12 +488,9 @@ def make_plan(t: np.ndarray, alpha_bar: np.ndarray, final: float, eta: float) ->
     """Join levels, cleanest first, into a plan whose last step goes to alpha_bar = `final`."""
     here = torch.as_tensor(alpha_bar, dtype=torch.float64)
     prev = torch.cat([here.new_tensor([final]), here[:-1]])
-    std = ddim_std(here, prev, eta)
     times = t.tolist()
-    return [
-        Level(i, len(times), times[i], times[max(i - 1, 0)], here[i], prev[i], std[i])
-        for i in range(len(times))
-    ]
+    rows = zip(here.unbind(), prev.unbind(), ddim_std(here, prev, eta).unbind(), strict=True)
+    return [Level(i, len(times), times[i], times[max(i - 1, 0)], *row) for i, row in enumerate(rows)]
 
 
 @torch.no_grad()
