@@ -14,8 +14,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from ldm.checkpoints import replacing
 from ldm.errors import OutputError
-from ldm.training.checkpointing import FORMAT, save_state, write_whole
+from ldm.images import grid, to_pil
+from ldm.training.checkpointing import FORMAT, save_state
 from ldm.training.data import Stream
 from ldm.training.objectives import Draws
 
@@ -78,7 +80,8 @@ class RunLog(AfterSteps):
                     kept.append(line)
             except (ValueError, KeyError):
                 continue
-        write_whole(self.path, lambda file: file.write("".join(kept).encode()))
+        with replacing(self.path) as file:
+            file.write("".join(kept).encode())
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Add a line for step `step` (0-based)."""
@@ -153,7 +156,8 @@ class RunLog(AfterSteps):
             axis.grid(alpha=0.3)
         axes[-1, 0].set_xlabel("optimizer step")
         figure.tight_layout()
-        write_whole(self.curve, lambda file: figure.savefig(file, format="png", dpi=100))
+        with replacing(self.curve) as file:
+            figure.savefig(file, format="png", dpi=100)
         pyplot.close(figure)
 
 
@@ -237,28 +241,12 @@ class ImageLogger(AfterSteps):
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             pictures = module.objective.pictures(batch, self.max_images)
         module.train()
-        self.folder.mkdir(parents=True, exist_ok=True)
         for name, tensor in pictures.items():
-            path = (
-                self.folder
-                / f"{name}_gs-{module.step:06d}_e-{trainer.current_epoch:06d}_b-{module.step - 1:06d}.png"
+            file_name = (
+                f"{name}_gs-{module.step:06d}_e-{trainer.current_epoch:06d}_b-{module.step - 1:06d}.png"
             )
-            image = grid(tensor)
-            write_whole(path, lambda file, image=image: image.save(file, format="PNG"))
-
-
-def grid(pictures: torch.Tensor, columns: int = 4) -> Any:
-    """Lay (n, 3, height, width) in [-1, 1] out as one PIL picture, row by row, with white gaps."""
-    from PIL import Image
-
-    pixels = ((pictures.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    n, _, height, width = pixels.shape
-    columns = min(columns, n)
-    rows = -(-n // columns)
-    sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
-    for i, picture in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
-        sheet.paste(Image.fromarray(picture), (i % columns * (width + 2), i // columns * (height + 2)))
-    return sheet
+            with replacing(self.folder / file_name) as file:
+                grid(to_pil(tensor.float().clamp(-1, 1)), nrow=4).save(file, format="PNG")
 
 
 class Checkpoints(AfterSteps):

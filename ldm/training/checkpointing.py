@@ -7,57 +7,22 @@ weights_only=True. `last.ckpt` is the newest, `previous.ckpt` the one before.
 
 import logging
 import os
-import secrets
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldm.errors import FormatError, MismatchError, NumericError, OutputError
+from ldm.checkpoints import read_object, save_object
+from ldm.errors import FormatError, MismatchError, NumericError, OutputError, UnsafeFileError
 
 logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+NEXT = ".next.part"  # the newest state between being written and taking its name
 FORMAT = 1  # of `run`; a reader refuses newer ones
 NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "run")
 NEEDED_RUN = ("format", "seed", "data", "guard")
-
-
-def write_whole(path: Path, write: Any) -> None:
-    """Call write(file) on a temporary neighbour of path, sync it, and put it in path's place.
-
-    Whatever happens, path is afterwards what it was or complete.
-
-    Raises:
-        OutputError: the folder or the disk refuses.
-    """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write '{path}': {error.strerror or error}; free some space or check the folder"
-        ) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last through a power loss, where the system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> Path:
@@ -74,11 +39,8 @@ def save_state(folder: Path, state: dict[str, Any]) -> Path:
             raise NumericError(
                 f"'{key}' is not finite at step {state['global_step']}; no checkpoint is written"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    for litter in folder.glob(".*.part"):
-        litter.unlink(missing_ok=True)
-    last, previous, fresh = folder / LAST, folder / PREVIOUS, folder / ".next.part"
-    write_whole(fresh, lambda file: torch.save(state, file))
+    last, previous, fresh = folder / LAST, folder / PREVIOUS, folder / NEXT
+    save_object(fresh, state)
     damage = find_damage(fresh)
     if damage:
         raise OutputError(f"'{fresh}' did not come back as it was written: {damage}; check the disk")
@@ -86,7 +48,6 @@ def save_state(folder: Path, state: dict[str, Any]) -> Path:
         if last.exists() and not find_damage(last):
             os.replace(last, previous)
         os.replace(fresh, last)
-        sync_folder(folder)
     except OSError as error:
         raise OutputError(f"cannot write '{last}': {error.strerror or error}; check the folder") from error
     return last
@@ -113,11 +74,10 @@ def read_state(path: Path) -> dict[str, Any]:
     if damage:
         raise FormatError(f"'{path}' is damaged: {damage}; resume from another checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        state = read_object(path)
+    except UnsafeFileError as error:
         raise FormatError(
-            f"'{path}' is no training state: {first}; resume from another checkpoint"
+            f"'{path}' is no training state: {error}; resume from another checkpoint"
         ) from error
     if not isinstance(state, dict):
         raise MismatchError(

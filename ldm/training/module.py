@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from ldm.errors import MismatchError, NumericError
+from ldm.training.attention import MatmulAttention
 from ldm.training.objectives import Batch, Draws
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,8 @@ class TrainingModule(pl.LightningModule):
         draws = self.draws(micro)
         if micro == 0:
             self.objective.prepare(batch, draws, self.gather)
-        outputs = self.objective.forward(batch, draws)
+        with MatmulAttention():
+            outputs = self.objective.forward(batch, draws)
         for index in range(len(self.made)):
             with self._only(index):
                 loss, figures = self.objective.loss(outputs, index, self.step)

@@ -7,6 +7,8 @@ and `lightning` as there, and a section `training` for what CompVis's has no wor
 import contextlib
 import logging
 import math
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,13 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from ldm.errors import FormatError, MismatchError, UsageError
+from ldm.checkpoints import replacing
+from ldm.errors import FormatError, MismatchError, ResourceError, UsageError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.training.callbacks import Checkpoints, ImageLogger, RunLog, Validation
 from ldm.training.checkpointing import RunLock, read_newest, read_state
-from ldm.training.data import DataModuleFromConfig
+from ldm.training.data import DataModuleFromConfig, Stream
 from ldm.training.export import export_run
 from ldm.training.latents import cache_latents, fingerprint
 from ldm.training.module import GradientAverage, TrainingModule
@@ -217,6 +220,7 @@ class Run:
             raise MismatchError(
                 f"data.target should be main.DataModuleFromConfig, got {type(self.data).__name__}"
             )
+        Stream(self.data.train_source, self.data.batch_size, world=self.world, shuffle=self.data.shuffle)
         self.rate, self.rate_line = learning_rate(
             float(config.model.get("base_learning_rate", 4.5e-6)),
             scale=options.scale_lr,
@@ -285,7 +289,7 @@ class Run:
             self.data.cache_latents,
             Path(self.data.latent_cache or folder / "latents"),
             name=fingerprint(self.model.first_stage_model, source),
-            report=lambda done, count: print(f"latents {done}/{count}", flush=True),
+            report=lambda done, count: say(f"latents {done}/{count}"),
         )
 
     def _state(self, folder: Path) -> tuple[dict[str, Any], Path] | None:
@@ -322,11 +326,12 @@ class Run:
             state, path = found
             self._check(state, path)
             module.load_training_state(state)
-            print(f"resuming at step {module.step} from {path}", flush=True)
+            say(f"resuming at step {module.step} from {path}")
         else:
-            print(f"starting a run in {folder}", flush=True)
-        print(self.rate_line, flush=True)
-        self._write_config(folder)
+            say(f"starting a run in {folder}")
+        say(self.rate_line)
+        if is_first_process():
+            self._write_config(folder)
         self.data.set_span(
             first=module.step * self.accumulate,
             last=self.max_steps * self.accumulate,
@@ -339,11 +344,22 @@ class Run:
             run={"seed": self.options.seed, "data": self.signature()},
         )
         if module.step < self.max_steps:
-            self._trainer(folder, [*self._observers(folder), checkpoints]).fit(module, datamodule=self.data)
+            trainer = self._trainer(folder, [*self._observers(folder), checkpoints])
+            try:
+                with quiet():
+                    trainer.fit(module, datamodule=self.data)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                checkpoints.save(trainer, module)
+                raise ResourceError(
+                    f"a loader process died at step {module.step} ({str(error).splitlines()[0]}); the run is saved: "
+                    "free memory or room in /dev/shm, or set data.params.num_workers=0, and --resume"
+                ) from error
         self.module = module
         if is_first_process() and module.step >= self.max_steps:
             export_run(folder, folder / "weights.safetensors", dtype=torch.float32)
-            print(f"weights are in {folder / 'weights.safetensors'}", flush=True)
+            say(f"weights are in {folder / 'weights.safetensors'}")
         return 0 if checkpoints.stopped_by is None else 128 + checkpoints.stopped_by
 
     def _check(self, state: dict[str, Any], path: Path) -> None:
@@ -392,6 +408,10 @@ class Run:
         return observers
 
     def _trainer(self, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
+        with quiet():
+            return self._make_trainer(folder, callbacks)
+
+    def _make_trainer(self, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
         return pl.Trainer(
             accelerator=self.settings["accelerator"],
             devices=self.settings["devices"],
@@ -412,13 +432,29 @@ class Run:
     def _write_config(self, folder: Path) -> None:
         from omegaconf import OmegaConf
 
-        from ldm.training.checkpointing import write_whole
+        with replacing(folder / "configs" / "project.yaml") as file:
+            file.write(OmegaConf.to_yaml(self.options.config).encode())
 
-        (folder / "configs").mkdir(parents=True, exist_ok=True)
-        write_whole(
-            folder / "configs" / "project.yaml",
-            lambda file: file.write(OmegaConf.to_yaml(self.options.config).encode()),
-        )
+
+def say(text: str) -> None:
+    """Print a line, once for all processes."""
+    if is_first_process():
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning's advertisements, and its warnings about what is meant to be so, off the console."""
+    chatter = logging.getLogger("lightning.pytorch")
+    level = chatter.level
+    chatter.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for message in (".*LeafSpec.*", ".*in eval mode at the start.*", ".*does not have many workers.*"):
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        finally:
+            chatter.setLevel(level)
 
 
 def is_first_process() -> bool:
