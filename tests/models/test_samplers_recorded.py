@@ -1,0 +1,155 @@
+"""The recorded results of the originals: CompVis's samplers, and ControlNet's v-prediction and inversion."""
+
+import json
+
+import pytest
+import torch
+from keyed import fill, keyed_input
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.samplers import sample_steps
+
+SHAPE = (2, 4, 8, 8)
+X_T, C, UC = keyed_input("xT", SHAPE), keyed_input("c", (2, 7, 24)), keyed_input("uc", (2, 7, 24))
+X0, NOISE = keyed_input("x0", SHAPE), keyed_input("noise", SHAPE)
+MASK = (keyed_input("mask", (2, 1, 8, 8)) > 0).float()
+MASKED = {"mask": MASK, "x0": X0}
+
+
+@pytest.fixture(scope="module")
+def golden_dir(request):
+    return request.path.parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def recorded(golden_dir):
+    return load_file(golden_dir / "diffusion.safetensors")
+
+
+@pytest.fixture(scope="module")
+def build(golden_dir):
+    config = json.loads((golden_dir / "diffusion.json").read_text())["config"]
+
+    def build(**changes):
+        model = LatentDiffusion(**OmegaConf.create({**config, **changes}))
+        return fill(model, only=("model.", "first_stage"))
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def model(build):
+    return build()
+
+
+@pytest.fixture(scope="module")
+def control(golden_dir):
+    """Results recorded from ControlNet's code, and its UNet's configuration."""
+    unet = json.loads((golden_dir / "sd2_and_control.json").read_text())["control"]["unet"]
+    target = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+    return load_file(golden_dir / "sd2_and_control.safetensors"), {"target": target, "params": unet}
+
+
+def close(got, want, rel=1e-5):
+    assert got.shape == want.shape
+    atol = rel * (1 + want.abs().max().item())
+    torch.testing.assert_close(got, want, rtol=0, atol=atol)
+
+
+CHAINS = {
+    "ddim10": (DDIMSampler, {}),
+    "ddim10_g1": (DDIMSampler, {"unconditional_guidance_scale": 1.0}),
+    "ddim10_eta05": (DDIMSampler, {"eta": 0.5, "seed": 7}),
+    "ddim10_eta1_temp": (DDIMSampler, {"eta": 1.0, "temperature": 0.8, "seed": 7}),
+    "ddim10_mask": (DDIMSampler, {**MASKED, "seed": 5}),
+    "ddim10_seeded": (DDIMSampler, {"x_T": None, "seed": 123}),
+    "ddim50": (DDIMSampler, {"S": 50}),
+    "plms1": (PLMSSampler, {"S": 1}),
+    "plms10": (PLMSSampler, {}),
+    "plms50": (PLMSSampler, {"S": 50}),
+    "dpm10": (DPMSolverSampler, {}),
+    "dpm20": (DPMSolverSampler, {"S": 20}),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_through_compvis_doors(model, recorded, name):
+    door, options = CHAINS[name]
+    options = {"S": 10, "x_T": X_T, "unconditional_guidance_scale": 3.0, **options}
+    torch.manual_seed(options.pop("seed", 0))
+    samples, _ = door(model).sample(
+        batch_size=2,
+        shape=[4, 8, 8],
+        conditioning=C,
+        verbose=False,
+        unconditional_conditioning=UC,
+        **options,
+    )
+    # Wherever seconds allow it, tighter than the 1e-4 that a chain of 50 steps is owed.
+    close(samples, recorded["sample." + name], rel=1e-4 if options["S"] == 50 else 2e-5)
+
+
+@pytest.mark.parametrize("name", ["ddim10", "ddim10_eta05", "ddim10_mask", "plms10", "dpm10"])
+def test_the_same_chains_through_the_loop_itself(model, recorded, name):
+    door, options = CHAINS[name]
+    torch.manual_seed(options.get("seed", 0))
+    *_, last = sample_steps(
+        {DDIMSampler: "ddim", PLMSSampler: "plms", DPMSolverSampler: "dpm_solver"}[door],
+        model,
+        X_T,
+        C,
+        steps=10,
+        guidance_scale=3.0,
+        unconditional_conditioning=UC,
+        **{key: value for key, value in options.items() if key != "seed"},
+    )
+    close(last.x_t, recorded["sample." + name], rel=2e-5)
+
+
+def test_img2img(model, recorded):
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(ddim_num_steps=20, ddim_eta=0.0, verbose=False)
+    noised = sampler.stochastic_encode(X0, torch.tensor([12, 12]), noise=NOISE)
+    close(noised, recorded["img2img.enc"])
+    guidance = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": UC}
+    close(sampler.decode(noised, C, 12, **guidance), recorded["img2img.dec"], rel=2e-5)
+
+
+def test_ancestral_sampling_over_all_levels(build, recorded):
+    model = build(timesteps=20)  # first: building draws from the generator
+    torch.manual_seed(3)
+    *_, last = sample_steps("ddpm", model, X_T, C, steps=20)
+    close(last.x_t, recorded["ddpm20"], rel=2e-5)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_velocity_with_dicts_of_lists(build, control, separate):
+    """Recorded with two separate passes; one batch gives the same but for rounding."""
+    recorded, unet = control
+    sampler = DDIMSampler(build(unet_config=unet, parameterization="v"), separate_passes=separate)
+    torch.manual_seed(0)
+    samples, _ = sampler.sample(
+        10,
+        2,
+        (4, 8, 8),
+        {"c_crossattn": [keyed_input("v.c", (2, 7, 24))]},
+        verbose=False,
+        eta=0.0,
+        x_T=keyed_input("v.xT", SHAPE),
+        unconditional_guidance_scale=3.0,
+        unconditional_conditioning={"c_crossattn": [keyed_input("v.uc", (2, 7, 24))]},
+    )
+    close(samples, recorded["v.ddim10"], rel=2e-5)
+
+
+def test_inversion(build, control):
+    recorded, unet = control
+    sampler = DDIMSampler(build(unet_config=unet))
+    sampler.make_schedule(20, ddim_eta=0.0, verbose=False)
+    x, _ = sampler.encode(keyed_input("inv.x0", SHAPE), keyed_input("v.c", (2, 7, 24)), 15)
+    close(x, recorded["invert.encode15"], rel=2e-5)
