@@ -361,28 +361,25 @@ def _read_config(path: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        # The file of a whole CLIP holds the text half's fields in this entry.
-        config = config.get("text_config") or config
-    except (OSError, ValueError, AttributeError) as error:
-        raise FormatError(
-            f"'{path}' should hold a JSON object with the fields of CLIPTextConfig: {error}"
-        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"'{path}' should hold JSON: {error}") from error
+    if isinstance(config, dict):
+        config = (
+            config.get("text_config") or config
+        )  # the file of a whole CLIP has an entry for the text half
+    if not isinstance(config, dict):
+        raise FormatError(f"'{path}' should hold a JSON object, the fields of CLIPTextConfig")
     fields = {name: config[name] for name in _CONFIG_FIELDS if name in config}
     if "hidden_size" not in fields and config.get("model_type") not in ("clip_text_model", "clip"):
         raise FormatError(f"'{path}' is not the configuration of a CLIP text encoder: it has no hidden_size")
     for name, value in fields.items():
-        known = CLIP_L_FIELDS.get(name, 0.0)
-        fits = (
-            value in _ACTIVATIONS
-            if name == "hidden_act"
-            else isinstance(value, (type(known), int)) and value >= 0
-        )
+        if name == "hidden_act":
+            fits = value in _ACTIVATIONS
+        else:
+            fits = isinstance(value, (type(CLIP_L_FIELDS.get(name, 0.0)), int)) and value >= 0
         if not fits or (name.endswith("_size") and not value):
             raise FormatError(f"'{path}' describes no text encoder: {name} is {value!r}")
-    width, heads = (
-        fields.get("hidden_size", 512),
-        fields.get("num_attention_heads", 8),
-    )  # CLIPTextConfig's defaults
+    width, heads = fields.get("hidden_size", 512), fields.get("num_attention_heads", 8)  # transformers' own
     if not heads or width % heads:
         raise FormatError(f"'{path}' describes no text encoder: hidden_size {width} over {heads} heads")
     return fields
@@ -420,11 +417,12 @@ def _read_weights(path: Path, transformer: CLIPTextTransformer) -> dict[str, Ten
         for name, tensor in found.items()
         if tensor.shape != wanted[name].shape
     ]
-    for wrong, names in (("lacks", missing), ("has unknown", unknown), ("has misshapen", misshapen)):
-        if names:
-            few = ", ".join(names[:3])
-            raise MismatchError(
-                f"'{path}' does not fit its config.json: it {wrong} {len(names)} tensors: {few}"
-            )
+    wrong = [
+        f"{kind} {len(names)} tensors ({', '.join(names[:3])})"
+        for kind, names in (("lacks", missing), ("has unknown", unknown), ("has misshapen", misshapen))
+        if names
+    ]
+    if wrong:
+        raise MismatchError(f"'{path}' does not fit its config.json: it {', '.join(wrong)}")
     logger.info("text encoder: %d tensors of %s, %d others ignored", len(found), path, len(ignored))
     return found
