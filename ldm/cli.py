@@ -40,6 +40,14 @@ class Terminated(BaseException):
     """SIGTERM arrived. Not an Exception, so that no `except Exception` on the way can swallow it."""
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default in (None, False, "") or "default:" in (action.help or "")
+        return action.help if silent else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Parse options as argparse does, but raise UsageError in one line and refuse what is ambiguous.
 
@@ -49,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         kwargs.setdefault("allow_abbrev", False)
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", _Help)
         super().__init__(*args, **kwargs)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 

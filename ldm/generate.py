@@ -732,8 +732,9 @@ class StableDiffusion:
 
     def _collect(self, prompt: Any, options: dict[str, Any], mode: str) -> GenerationResult:
         callback = options.pop("callback", None)
-        if mode != "txt2img" and options["image"] is None:
-            raise UsageError(f"{mode} needs a picture, got image=None")
+        for name, thing in (("image", "a picture"), ("mask", "a mask")):
+            if name in options and options[name] is None:
+                raise UsageError(f"{mode} needs {thing}, got {name}=None")
         results, interrupted = [], False
         for progress in self.stream(prompt, **options):
             if progress.result is not None:

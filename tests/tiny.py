@@ -27,6 +27,7 @@ def tiny_config(in_channels: int = 4) -> dict:
                 "conditioning_key": "hybrid" if inpaints else "crossattn",
                 "scale_factor": 0.18215,
                 "use_ema": False,
+                **({"finetune_keys": None} if inpaints else {}),
                 "unet_config": {
                     "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
                     "params": {

@@ -1,0 +1,673 @@
+"""From prompt to picture: laws of seeds, sizes, masks and strength, the recorded chain, and every refusal."""
+
+import copy
+import hashlib
+import logging
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from keyed import keyed_input
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import tiny_config, tiny_model
+from tiny_diffusion import latent_model
+
+import ldm
+from ldm import generate
+from ldm.errors import AbsentError, MismatchError, NumericError, ResourceError, UsageError
+from ldm.generate import ImageNoise, StableDiffusion
+from ldm.images import to_tensor
+from ldm.models.diffusion.ddpm import LatentDiffusion
+
+ALL = ("ddim", "plms", "ddpm", "dpm_solver", "dpmpp_2m")
+PROMPT = "a large red circle"
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return StableDiffusion(tiny_model(), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def sd9():
+    return StableDiffusion(tiny_model(in_channels=9), name="tiny9")
+
+
+@pytest.fixture
+def own(sd):
+    """A model that a test may break."""
+    return StableDiffusion(copy.deepcopy(sd.model), name="own")
+
+
+def picture(width=72, height=64, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def half_mask(width=72, height=64):
+    """White on the right, from the middle of a latent cell on."""
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (36, 0, width, height))
+    return mask
+
+
+def far(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# --- seeds ---
+
+
+def test_noise_of_seed_42_is_the_one_on_record():
+    noise = ImageNoise([42])(torch.empty(1, 4, 64, 64))
+    assert hashlib.sha256(noise.numpy().tobytes()).hexdigest().startswith("e97f3de04c7c")
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 64), (4, 65, 65), (4, 9, 9), (4, 8, 13)])
+def test_noise_of_an_image_does_not_know_its_batch(shape):
+    """At sizes, too, where torch.randn of a batch has no such prefix."""
+    batch = ImageNoise([5, 6, 7])
+    first, second = (batch(torch.empty(3, *shape)) for _ in range(2))
+    for i in range(3):
+        alone = ImageNoise([5 + i])
+        assert torch.equal(alone(torch.empty(1, *shape))[0], first[i])
+        assert torch.equal(alone(torch.empty(1, *shape))[0], second[i])
+
+
+def test_noise_takes_dtype_and_device_after_the_draw():
+    drawn = ImageNoise([3])(torch.empty(1, 4, 8, 9, dtype=torch.float16))
+    assert drawn.dtype == torch.float16
+    assert torch.equal(drawn, ImageNoise([3])(torch.empty(1, 4, 8, 9)).half())
+
+
+@pytest.mark.parametrize("sampler", ALL)
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_an_image_of_a_batch_is_the_image_alone(sd, sampler, batch_size):
+    eta = 0.7 if sampler == "ddim" else 0.0
+    options = {"steps": 4, "sampler": sampler, "eta": eta, "output_type": "latent"}
+    together = sd.txt2img(PROMPT, seed=11, num_images=3, batch_size=batch_size, **options)
+    assert together.seeds == [11, 12, 13] and together.latents.shape == (3, 4, 8, 8)
+    for i in range(3):
+        alone = sd.txt2img(PROMPT, seed=11 + i, **options)
+        assert far(together.latents[i], alone.latents[0]) <= 5e-6
+
+
+def test_img2img_and_inpaint_do_not_depend_on_the_batch_either(sd, sd9):
+    for painter, options in ((sd, {}), (sd, {"mask": half_mask()}), (sd9, {"mask": half_mask()})):
+        options |= {"image": picture(), "strength": 0.6, "steps": 5, "eta": 1.0, "output_type": "latent"}
+        together = list(painter.stream([PROMPT] * 2, seed=3, batch_size=2, **options))[-1].result
+        alone = list(painter.stream(PROMPT, seed=4, **options))[-1].result
+        assert far(together.latents[1], alone.latents[0]) <= 5e-6
+
+
+def test_five_prompts_come_out_in_order_for_every_batch_size(sd):
+    prompts = [f"a {colour} circle" for colour in ("red", "green", "blue", "white", "black")]
+    runs = [sd.txt2img(prompts, seed=1, steps=2, batch_size=size, output_type="latent") for size in (2, 3, 7)]
+    for run in runs:
+        assert [one.prompt for one in run.parameters] == prompts and run.seeds == [1, 2, 3, 4, 5]
+        assert far(run.latents, runs[0].latents) <= 5e-6
+
+
+def test_the_order_of_prompts_does_not_matter_where_seeds_go_with_them(sd):
+    a = sd.txt2img(["red", "blue"], seed=[8, 3], steps=2, output_type="latent")
+    b = sd.txt2img(["blue", "red"], seed=[3, 8], steps=2, output_type="latent")
+    assert far(a.latents, b.latents.flip(0)) <= 5e-6
+
+
+def test_num_images_repeats_each_prompt(sd):
+    out = sd.txt2img(["red", "blue"], negative_prompt=["x", "y"], num_images=2, seed=0, steps=1)
+    assert [(p.prompt, p.negative_prompt, p.seed) for p in out.parameters] == [
+        ("red", "x", 0), ("red", "x", 1), ("blue", "y", 2), ("blue", "y", 3)
+    ]  # fmt: skip
+
+
+def test_a_seed_that_was_drawn_is_told_and_paints_the_same_again(sd):
+    first = sd.txt2img(PROMPT, steps=2, num_images=2)
+    again = sd.txt2img(PROMPT, steps=2, num_images=2, seed=first.seeds[0])
+    assert first.seeds == again.seeds and torch.equal(first.latents, again.latents)
+    assert sd.txt2img(PROMPT, steps=1).seeds != first.seeds[:1]
+
+
+def test_global_generators_are_left_alone(sd):
+    torch.manual_seed(0)
+    before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+    sd.inpaint(PROMPT, picture(), half_mask(), steps=2, eta=1.0)
+    after = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+
+
+def test_fixed_code_begins_every_batch_alike(sd):
+    out = sd.txt2img(PROMPT, steps=2, num_images=5, batch_size=2, seed=7, fixed_code=True)
+    assert out.seeds == [7, 8, 7, 8, 7]
+    assert far(out.latents[2], out.latents[0]) <= 5e-6 and far(out.latents[1], out.latents[0]) > 0.01
+
+
+# --- the original's draws ---
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """The recorded latent model: f = 4, its text stage the identity, so that features are given."""
+    return StableDiffusion(latent_model())
+
+
+def chain(recorded, **options):
+    embeds = {
+        "prompt_embeds": keyed_input("c", (2, 7, 24)),
+        "negative_prompt_embeds": keyed_input("uc", (2, 7, 24)),
+    }
+    return recorded.txt2img(None, steps=10, guidance_scale=3.0, output_type="latent", **embeds, **options)
+
+
+def test_compvis_draws_reproduce_the_recorded_chain(recorded, golden):
+    """The whole way of CompVis's script after seeding: x_T, then noise at each step, drawn for the batch."""
+    want = load_file(golden / "diffusion.safetensors")["sample.ddim10_seeded"]
+    got = chain(recorded, seed=123, rng="compvis")
+    assert got.seeds == [123, 123] and [p.batch_index for p in got.parameters] == [0, 1]
+    assert far(got.latents, want) <= 1e-5
+    assert far(chain(recorded, seed=123).latents, want) > 0.1  # our own draws are others
+
+
+def test_compvis_fixed_code_draws_x_T_once(recorded):
+    free = chain(recorded, seed=5, rng="compvis", num_images=2, batch_size=2)
+    fixed = chain(recorded, seed=5, rng="compvis", num_images=2, batch_size=2, fixed_code=True)
+    torch.testing.assert_close(fixed.latents[:2], free.latents[:2], rtol=0, atol=1e-6)
+    assert far(fixed.latents[2:], free.latents[2:]) > 0.1
+
+
+def test_compvis_rng_encodes_a_picture_once_for_all_batches(sd):
+    """CompVis draws the encoder's noise before its first batch, so a second batch shares it."""
+    options = {"image": picture(), "strength": 0.5, "steps": 4, "seed": 9, "rng": "compvis"}
+    torch.manual_seed(1)
+    out = sd.img2img(PROMPT, num_images=3, batch_size=2, output_type="latent", **options)
+    torch.manual_seed(2)
+    again = sd.img2img(PROMPT, num_images=3, batch_size=2, output_type="latent", **options)
+    assert torch.equal(out.latents, again.latents) and out.latents.shape == (3, 4, 8, 9)
+
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize("size", [(64, 72), (88, 64), (104, 120)])
+def test_every_multiple_of_eight_works(sd, size):
+    height, width = size
+    assert sd.txt2img(PROMPT, height=height, width=width, steps=1)[0].size == (width, height)
+
+
+def test_the_models_own_size_is_the_default(sd):
+    out = sd.txt2img(PROMPT, steps=1)
+    assert out[0].size == (64, 64) and (out.parameters[0].width, out.parameters[0].height) == (64, 64)
+    assert generate.native_size(sd.model) == (64, 64) and generate.downsampling(sd.model) == 8
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ({"width": 500}, "width must be a multiple of 8, got 500; the nearest two that work are 496 and 504"),
+        (
+            {"height": 100},
+            "height must be a multiple of 8, got 100; the nearest two that work are 96 and 104",
+        ),
+        ({"width": 56}, "width must be a multiple of 8 from 64 to 2048, got 56"),
+        ({"width": 0}, "got 0"),
+        ({"height": -8}, "got -8"),
+        ({"height": 2056}, "from 64 to 2048, got 2056"),
+        ({"width": 512.5}, "got 512.5"),
+        ({"width": "512"}, "got '512'"),
+        ({"width": True}, "got True"),
+    ],
+)
+def test_other_sizes_are_refused(sd, size, words):
+    with pytest.raises(UsageError, match="must be") as caught:
+        sd.stream(PROMPT, **size)
+    assert words in str(caught.value)
+
+
+def test_a_picture_gives_the_size_rounded_down(sd):
+    out = sd.img2img(PROMPT, picture(77, 66), steps=2)
+    assert out[0].size == (72, 64)
+    assert sd.img2img(PROMPT, picture(200, 200), steps=2, width=64, height=80)[0].size == (64, 80)
+
+
+# --- refusals, all at the call and before any work ---
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 0}, "steps must be a whole number from 1 to 1000, got 0"),
+        ({"steps": 1001}, "got 1001"),
+        ({"steps": 2.5}, "got 2.5"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be a number from 0 to 100, got nan"),
+        ({"guidance_scale": -1}, "got -1"),
+        ({"guidance_scale": 1e30}, "got 1e+30"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale must be a number from 0 to 1, got 1.5"),
+        ({"eta": -1}, "eta must be a number from 0 to 1, got -1"),
+        ({"eta": 0.5, "sampler": "plms"}, "eta of plms must be 0"),
+        (
+            {"sampler": "magic"},
+            "the sampler must be one of ddim, plms, ddpm, dpm_solver, dpmpp_2m; got 'magic'",
+        ),
+        ({"spacing": "magic"}, "magic"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 18446744073709551615, got -1"),
+        ({"seed": 2**64 - 1, "num_images": 2}, "got 18446744073709551615"),
+        ({"seed": [1]} | {"num_images": 2}, "one for each image, wanted 2, got 1"),
+        ({"seed": "abc"}, "got 'abc'"),
+        ({"num_images": 0}, "num_images must be"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"rng": "gpu"}, "rng must be one of image, compvis; got 'gpu'"),
+        ({"output_type": "jpg"}, "output_type must be one of pil, np, pt, latent; got 'jpg'"),
+        ({"negative_prompt": ["a", "b"]}, "one for each of 1 prompts, got 2"),
+        ({"strength": 0.5}, "strength is for a picture"),
+        ({"mask": half_mask()}, "a mask needs a picture"),
+        ({"image": picture(), "strength": 1.5}, "strength must be a number from 0 to 1, got 1.5"),
+        ({"image": picture(), "strength": -0.1}, "got -0.1"),
+        ({"image": picture(), "strength": math.nan}, "got nan"),
+        ({"image": picture(), "mask": Image.new("L", (72, 64))}, "the mask marks nothing"),
+        ({"image": 3}, "image must be a PIL picture, a path or a tensor, got int"),
+        ({"image": torch.zeros(1, 4, 64, 64)}, "image must be a finite (1, 3, height, width) tensor"),
+        ({"image": torch.full((1, 3, 64, 64), math.nan)}, "must be a finite"),
+        ({"image": torch.zeros(1, 3, 64, 60)}, "width must be"),
+        ({"image": torch.zeros(1, 3, 64, 64), "width": 72}, "keeps its size"),
+        (
+            {"image": picture(), "mask": torch.ones(1, 1, 64, 64)},
+            "mask must have the picture's size (72, 64)",
+        ),
+        ({"image": picture(40, 90)}, "width of the picture must be a multiple of 8 from 64 to 2048, got 40"),
+        ({"image": "https://example.org/a.png"}, "got the URL"),
+        (
+            {"prompt_embeds": torch.zeros(1, 7, 24)},
+            "negative_prompt_embeds must be (n, tokens, d), both alike, got None",
+        ),
+        ({"prompt_embeds": torch.zeros(7, 24)}, "prompt_embeds must be (n, tokens, d)"),
+    ],
+)
+def test_values_out_of_range_are_refused(sd, options, words):
+    with pytest.raises(UsageError) as caught:
+        sd.stream(PROMPT, **options)
+    assert words in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (None, "prompt must be a text or a list of texts"),
+        ([], "with one at least, got []"),
+        ([3], "got [3]"),
+        (b"red", "got b'red'"),
+        ("a\ud800b", "lone surrogates"),
+        ("x" * 100_001, "at most 100000 characters, got 100001"),
+    ],
+)
+def test_what_is_no_text_is_refused(sd, prompt, words):
+    with pytest.raises(UsageError) as caught:
+        sd.stream(prompt)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "   ", "<|endoftext|>", "\x00\x1b[31m", "日本\U0001f600\u202e", "((((" * 500]
+)
+def test_odd_prompts_paint(sd, prompt):
+    assert len(sd.txt2img(prompt, steps=1)) == 1
+
+
+def test_pictures_and_masks_are_wanted_where_the_name_says_so(sd):
+    with pytest.raises(UsageError, match="img2img needs a picture"):
+        sd.img2img(PROMPT, None)
+    with pytest.raises(UsageError, match="inpaint needs a mask"):
+        sd.inpaint(PROMPT, picture(), None)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "toaster", "meta"])
+def test_devices_that_are_not_there(device):
+    with pytest.raises(UsageError, match=f"device '{device}' is not available; have: .*cpu"):
+        generate.pick_device(device)
+
+
+def test_devices_and_dtypes_that_are(sd, caplog):
+    assert generate.pick_device("cpu") == torch.device("cpu") and generate.pick_device("auto").type
+    assert generate.pick_dtype(torch.device("cpu"), None) == torch.float32
+    assert generate.pick_dtype(torch.device("cuda"), None) == torch.float16
+    assert generate.pick_dtype(torch.device("cpu"), torch.bfloat16) == torch.bfloat16
+    assert generate.pick_dtype(torch.device("cpu"), torch.float16) == torch.float32
+    assert "float32 is used instead" in caplog.text
+    with pytest.raises(UsageError, match="must be float32, float16 or bfloat16, got torch.int8"):
+        generate.pick_dtype(torch.device("cpu"), torch.int8)
+
+
+def test_a_unet_of_another_kind_is_refused(own):
+    own.model.channels = 3
+    with pytest.raises(MismatchError, match="the UNet takes 4 channels; wanted 3 .* or 7"):
+        own.stream(PROMPT)
+
+
+def test_from_pretrained_wants_a_folder(tmp_path):
+    with pytest.raises(UsageError, match="wants a folder in diffusers' layout"):
+        StableDiffusion.from_pretrained(tmp_path / "none")
+    with pytest.raises(AbsentError):
+        StableDiffusion.from_single_file(tmp_path / "none.safetensors")
+
+
+# --- numbers that are not finite ---
+
+
+def test_nan_from_the_unet_is_named_with_its_step(own):
+    own.model.model.diffusion_model.out[2].bias.data.fill_(math.nan)
+    with pytest.raises(
+        NumericError, match="the UNet gave values that are not finite at step 1 of 3, in float32"
+    ):
+        own.txt2img(PROMPT, steps=3)
+
+
+def test_nan_from_the_decoder_is_named(own):
+    own.model.first_stage_model.decoder.conv_out.bias.data.fill_(math.inf)
+    with pytest.raises(NumericError, match="the VAE's decoder gave values that are not finite, in float32"):
+        own.txt2img(PROMPT, steps=1)
+
+
+def test_nan_from_the_encoder_is_named(own):
+    own.model.first_stage_model.encoder.conv_out.bias.data.fill_(math.nan)
+    with pytest.raises(NumericError, match="the VAE's encoder"):
+        own.img2img(PROMPT, picture(), steps=2)
+
+
+def test_a_decoder_that_overflows_in_half_is_put_into_float32(own, caplog):
+    """Groups of equal weights make activations beyond 65504, which the norms after them bring back."""
+    decoder = own.model.first_stage_model.decoder
+    decoder.conv_in.weight.data.mul_(3e4)
+    want = own.txt2img(PROMPT, seed=0, steps=1, output_type="pt").images
+    own.model.first_stage_model.half()
+    with caplog.at_level(logging.WARNING):
+        out = own.txt2img(PROMPT, seed=0, steps=1, output_type="pt")
+    assert "the VAE's decoder overflowed in float16 and was put into float32" in caplog.text
+    assert out.parameters[0].vae_dtype == "float32"
+    assert (out.images - want).abs().max() < 0.05  # the weights were rounded to half on the way
+
+
+# --- precision ---
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_half_precision_is_the_unets_only(sd, own, how):
+    want = sd.txt2img(PROMPT, seed=1, steps=4, output_type="pt")
+    if how == "autocast":
+        own.autocast = torch.bfloat16
+    else:
+        own.to(torch.bfloat16)
+    got = own.txt2img(PROMPT, seed=1, steps=4, output_type="pt")
+    assert got.latents.dtype == torch.float32 and got.parameters[0].vae_dtype == "float32"
+    assert got.parameters[0].dtype == {"bfloat16": "bfloat16", "autocast": "float32, autocast bfloat16"}[how]
+    assert own.model.alphas_cumprod.dtype == torch.float32
+    error = (got.images - want.images).square().mean().sqrt().item()
+    assert 0 < error < 0.05  # at least 26 dB, and not the same computation
+
+
+def test_a_half_model_gets_a_float32_vae(own):
+    sd = StableDiffusion(own.model.to(torch.bfloat16))
+    assert sd.dtype == torch.bfloat16 and generate.dtype_of(sd.model.first_stage_model) == torch.float32
+    assert sd.to("cpu", torch.float32).dtype == torch.float32
+    assert repr(sd) == "StableDiffusion(unnamed, cpu, float32)"
+
+
+# --- memory ---
+
+
+def test_a_batch_that_does_not_fit_is_halved(sd, own, caplog):
+    """A device that holds three images, guidance doubling them, as torch reports its end."""
+    whole = own.model.apply_model
+
+    def small(x, *args):
+        if len(x) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(x, *args)
+
+    own.model.apply_model = small
+    out = own.txt2img(PROMPT, steps=2, seed=4, num_images=5, batch_size=5)
+    want = sd.txt2img(PROMPT, steps=2, seed=4, num_images=5, batch_size=5)
+    assert out.seeds == want.seeds and far(out.latents, want.latents) <= 5e-6
+    assert "out of memory with 5 images at once; trying 3" in caplog.text
+    with pytest.raises(ResourceError, match="out of memory at 64 x 64, 5 at once, in float32; use a smaller"):
+        own.txt2img(PROMPT, steps=2, num_images=5, batch_size=5, rng="compvis")
+
+
+def test_one_image_that_does_not_fit_is_an_error(own):
+    def none(x, *args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    own.model.apply_model = none
+    with pytest.raises(ResourceError, match="64 x 64, 1 at once"):
+        own.txt2img(PROMPT, steps=2)
+
+
+def test_other_errors_of_a_model_are_not_hidden(own):
+    def broken(x, *args):
+        raise RuntimeError("shape")
+
+    own.model.apply_model = broken
+    with pytest.raises(RuntimeError, match="^shape$"):
+        own.txt2img(PROMPT, steps=2)
+
+
+# --- guidance ---
+
+
+def test_scale_one_does_not_see_the_negative_prompt_and_others_do(sd):
+    def paint(scale, negative):
+        return sd.txt2img(PROMPT, negative_prompt=negative, guidance_scale=scale, seed=0, steps=2).latents
+
+    assert torch.equal(paint(1.0, "blue"), paint(1.0, "green"))
+    assert far(paint(3.0, "blue"), paint(3.0, "green")) > 1e-4
+    assert torch.equal(paint(0.0, PROMPT), paint(1.0, "")) or far(paint(0.0, PROMPT), paint(1.0, "")) < 1e-5
+
+
+def test_a_prompt_against_itself_is_no_guidance(sd):
+    """eps_u + s (eps_c - eps_u) with eps_u = eps_c, for any s."""
+    guided = sd.txt2img(PROMPT, negative_prompt=PROMPT, guidance_scale=9.0, seed=0, steps=3)
+    plain = sd.txt2img(PROMPT, guidance_scale=1.0, seed=0, steps=3)
+    assert far(guided.latents, plain.latents) < 1e-4
+
+
+def test_words_that_do_not_fit_are_warned_of_and_recorded(sd, caplog):
+    long = "red circle " * 20 + "omega"
+    out = sd.txt2img([long, PROMPT], steps=1)
+    assert out.parameters[0].dropped_words and not out.parameters[1].dropped_words
+    assert "dropped" in caplog.text
+
+
+# --- img2img ---
+
+
+def test_strength_zero_returns_the_picture_itself(sd):
+    image = picture()
+    for strength in (0, 0.05):  # less than one of ten steps
+        out = sd.img2img(PROMPT, image, strength, steps=10)
+        lost = np.asarray(image).astype(int) - np.asarray(out[0])
+        assert set(np.unique(lost)) <= {0, 1}  # by truncation
+    assert out.parameters[0].mode == "img2img" and out.latents.shape == (1, 4, 8, 9)
+
+
+@pytest.mark.parametrize("sampler", ALL)
+def test_strength_one_forgets_the_picture(sd, sampler):
+    a, b = (sd.img2img(PROMPT, picture(seed=s), 1.0, seed=1, steps=3, sampler=sampler) for s in (1, 2))
+    assert torch.equal(a.latents, b.latents)
+
+
+def test_strength_in_between_runs_its_share_and_nears_the_picture(sd):
+    image = picture()
+    z = generate.encode_image(sd.model, to_tensor(image), 1, torch.zeros_like)
+    steps, gaps = [], []
+    for strength in (0.2, 0.5, 0.9):
+        stream = list(
+            sd.stream(PROMPT, image=image, strength=strength, steps=10, seed=0, output_type="latent")
+        )
+        steps.append(len(stream) - 1)
+        gaps.append((stream[-1].result.latents - z).square().mean().item())
+    assert steps == [2, 5, 9] and gaps == sorted(gaps)
+
+
+def test_pictures_come_as_paths_tensors_and_pil(sd, tmp_path):
+    image = picture()
+    image.save(tmp_path / "a.png")
+    runs = [
+        sd.img2img(PROMPT, one, 0.5, seed=0, steps=2)
+        for one in (image, str(tmp_path / "a.png"), to_tensor(image))
+    ]
+    assert torch.equal(runs[0].latents, runs[1].latents) and torch.equal(runs[0].latents, runs[2].latents)
+    assert len({run.parameters[0].init_image_hash for run in runs}) == 1
+
+
+# --- inpaint ---
+
+
+@pytest.mark.parametrize("kind", [4, 9])
+def test_black_is_kept_to_the_pixel_and_white_is_painted(sd, sd9, kind):
+    painter, image = {4: sd, 9: sd9}[kind], picture()
+    out = painter.inpaint(PROMPT, image, half_mask(), seed=0, steps=3, output_type="pt")
+    want = (to_tensor(image) + 1) / 2
+    torch.testing.assert_close(out.images[..., :36], want[..., :36], rtol=0, atol=1e-6)
+    assert (out.images[..., 36:] - want[..., 36:]).abs().mean() > 0.01
+    assert out.parameters[0].mode == "inpaint" and out.parameters[0].strength == 1.0
+
+
+def test_kept_latents_are_the_pictures(sd):
+    """The cell that the mask's edge crosses is repainted, those left of it are the picture's own."""
+    generators = ImageNoise([0])
+    z = generate.encode_image(sd.model, to_tensor(picture()), 1, generators)
+    out = sd.inpaint(PROMPT, picture(), half_mask(), seed=0, steps=3, output_type="latent")
+    torch.testing.assert_close(out.latents[..., :4], z[..., :4], rtol=0, atol=1e-6)
+    assert (out.latents[..., 4] - z[..., 4]).abs().max() > 0.01
+
+
+def test_an_all_white_mask_forgets_the_picture(sd, sd9):
+    white = Image.new("L", (72, 64), 255)
+    for painter in (sd, sd9):
+        a, b = (painter.inpaint(PROMPT, picture(seed=s), white, seed=1, steps=2) for s in (1, 2))
+        # The encoder's noise is drawn per picture, but nine channels see a grey one both times.
+        assert torch.equal(a.latents, b.latents)
+
+
+def test_masks_come_as_tensors_too_and_are_resized(sd):
+    mask = torch.zeros(1, 1, 64, 72)
+    mask[..., 36:] = 1
+    a = sd.inpaint(PROMPT, picture(), mask, seed=1, steps=2)
+    b = sd.inpaint(PROMPT, picture(), half_mask().resize((144, 128)), seed=1, steps=2)
+    assert torch.equal(a.latents, b.latents)
+
+
+def test_nine_channels_see_latents_mask_and_masked_picture(sd9):
+    """The order of v1-inpainting: mask nearest-shrunk, then the picture with white parts grey."""
+    seen = []
+    model = sd9.model
+    hook = model.model.register_forward_hook(
+        lambda module, args, kwargs, out: seen.append(kwargs["c_concat"]), with_kwargs=True
+    )
+    try:
+        sd9.inpaint(PROMPT, picture(), half_mask(), seed=0, steps=1, guidance_scale=2.0)
+        sd9.txt2img(PROMPT, height=64, width=72, seed=0, steps=1, guidance_scale=1.0)
+    finally:
+        hook.remove()
+    (concat,) = seen[0]
+    assert concat.shape == (2, 5, 8, 9)  # unconditional and conditional see the same
+    assert torch.equal(concat[0], concat[1])
+    assert concat[0, 0, 0].tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1]  # pixel 32 of the cell 32..39 is black
+    noise = ImageNoise([0])
+    noise(torch.empty(1, 4, 8, 9))  # the picture itself is encoded first
+    grey = to_tensor(picture()).clone()
+    grey[..., 36:] = 0
+    want = generate.encode_image(model, grey, 1, noise)
+    torch.testing.assert_close(concat[:1, 1:], want, rtol=0, atol=1e-6)
+    assert seen[1][0][:, 0].min() == 1  # without a mask everything is repainted
+
+
+# --- the stream ---
+
+
+def test_a_stream_tells_every_step_and_every_finished_batch(sd):
+    events = list(sd.stream(PROMPT, num_images=3, batch_size=2, steps=3, seed=0))
+    assert [(e.batch, e.batches, e.step, e.steps, e.result is not None) for e in events] == [
+        (0, 2, 1, 3, False), (0, 2, 2, 3, False), (0, 2, 3, 3, False), (0, 2, 3, 3, True),
+        (1, 2, 1, 3, False), (1, 2, 2, 3, False), (1, 2, 3, 3, False), (1, 2, 3, 3, True),
+    ]  # fmt: skip
+    assert [len(e.result) for e in events if e.result] == [2, 1]
+    assert [p.size for p in events[0].preview()] == [(64, 64)] * 2
+    assert not torch.is_grad_enabled() or events[0].x_t.requires_grad is False
+
+
+def test_a_callback_that_says_false_ends_the_run_with_what_is_finished(sd):
+    out = sd.txt2img(PROMPT, num_images=3, batch_size=1, steps=2, seed=5, callback=lambda e: e.batch < 2)
+    assert out.interrupted and out.seeds == [5, 6] and len(out.images) == 2
+    none = sd.txt2img(PROMPT, steps=2, callback=lambda e: False)
+    assert none.interrupted and len(none) == 0 and none._repr_png_() is None
+    seen = []
+    whole = sd.txt2img(PROMPT, steps=2, callback=seen.append)
+    assert not whole.interrupted and len(seen) == 3
+
+
+def test_gradients_stay_off_inside_and_on_outside(sd):
+    stream = sd.stream(PROMPT, steps=2)
+    next(stream)
+    assert torch.is_grad_enabled()
+    stream.close()
+    assert torch.is_grad_enabled()
+
+
+def test_the_moving_average_paints_where_a_model_keeps_one(sd):
+    params = tiny_config()["model"]["params"] | {"use_ema": True}
+    model = LatentDiffusion(**params)
+    model.load_state_dict(sd.model.state_dict(), strict=False)
+    model.model_ema.copy_from(model.model)
+    with torch.no_grad():
+        model.model.diffusion_model.out[2].bias.add_(5.0)  # the average still has the old one
+    out = StableDiffusion(model).txt2img(PROMPT, seed=0, steps=2)
+    assert far(out.latents, sd.txt2img(PROMPT, seed=0, steps=2).latents) < 1e-6
+    assert model.model.diffusion_model.out[2].bias.mean() > 4  # and is back in its place
+
+
+# --- results ---
+
+
+def test_output_types_are_the_same_picture(sd):
+    pil, array, tensor = (sd.txt2img(PROMPT, seed=0, steps=2, output_type=t) for t in ("pil", "np", "pt"))
+    assert array.images.shape == (1, 64, 64, 3) and tensor.images.shape == (1, 3, 64, 64)
+    assert np.array_equal(array.images[0], tensor.images[0].permute(1, 2, 0).numpy())
+    assert np.array_equal(np.asarray(pil[0]), (255 * array.images[0]).astype(np.uint8))
+    for out in (array, tensor):
+        assert np.array_equal(np.asarray(out.grid()), np.asarray(pil[0]))
+    latent = sd.txt2img(PROMPT, seed=0, steps=2, output_type="latent")
+    assert torch.equal(latent.images, pil.latents)
+    with pytest.raises(UsageError, match="these are latents"):
+        latent.grid()
+
+
+def test_several_batches_join_in_every_output_type(sd):
+    for kind in ("pil", "np", "pt", "latent"):
+        assert len(sd.txt2img(PROMPT, num_images=3, batch_size=2, steps=1, output_type=kind).images) == 3
+
+
+def test_results_save_and_tell_how_they_were_made(sd, tmp_path):
+    out = sd('say "hi",\nSteps: 3, a: b, c: d', negative_prompt="ugly", num_images=2, seed=2**64 - 2, steps=2)
+    assert repr(out) == f"GenerationResult(2 images, seeds=[{2**64 - 2}, {2**64 - 1}])"
+    paths = out.save(tmp_path / "new")
+    assert [path.name for path in paths] == ["00000.png", "00001.png"]
+    for path, image, parameters in zip(paths, out, out.parameters, strict=True):
+        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
+        back = ldm.read_metadata(path)
+        assert back.pop("source") == "ldm" and back.pop("model_hash") is None
+        assert back == parameters.__dict__
+    assert str(tmp_path) not in str(back) and out.infotexts[0] == Image.open(paths[0]).info["parameters"]
+    assert out.save(tmp_path / "new", metadata=False)[0].name == "00002.png"
+    assert ldm.read_metadata(tmp_path / "new" / "00002.png") == {}
+    assert out._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n" and out.grid(1).size == (64 + 4, 2 * 66 + 2)
+
+
+def test_a_files_hash_is_a1111s_and_follows_the_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(b"weights")
+    assert generate.file_hash(path) == hashlib.sha256(b"weights").hexdigest()[:10]
+    path.write_bytes(b"other weights")
+    assert generate.file_hash(path) == hashlib.sha256(b"other weights").hexdigest()[:10]
+    assert generate.file_hash(tmp_path) is None and generate.file_hash(None) is None
