@@ -26,7 +26,9 @@ from ldm.checkpoints.load import build_empty, read_settings
 from ldm.checkpoints.names import EMA, SCHEDULE, ema_name
 from ldm.paths import shipped
 
-POOL = (1 << 20) + 7  # values of the random pool; odd, so that tensors of round sizes do not repeat each other
+POOL = (
+    1 << 20
+) + 7  # values of the random pool; odd, so that tensors of round sizes do not repeat each other
 SMALL_TEXT = "model_data/shapes/text"  # the small vocabulary that ships
 
 
@@ -54,7 +56,9 @@ def tiny_config(folder: str | Path, *, inpainting: bool = False, use_ema: bool =
     }
     (text / "config.json").write_text(json.dumps(fields), encoding="utf-8")
 
-    settings = read_settings(shipped("configs/v1-inpainting.yaml" if inpainting else "configs/v1-inference.yaml"))
+    settings = read_settings(
+        shipped("configs/v1-inpainting.yaml" if inpainting else "configs/v1-inference.yaml")
+    )
     params = settings["model"]["params"]
     params["use_ema"] = use_ema
     params["image_size"] = 8
@@ -67,8 +71,13 @@ def tiny_config(folder: str | Path, *, inpainting: bool = False, use_ema: bool =
         context_dim=fields["hidden_size"],
         use_checkpoint=False,
     )
-    params["first_stage_config"]["params"]["ddconfig"].update(ch=32, ch_mult=[1, 2], num_res_blocks=1, resolution=16)
-    params["cond_stage_config"]["params"] = {"version": str(text), "max_length": fields["max_position_embeddings"]}
+    params["first_stage_config"]["params"]["ddconfig"].update(
+        ch=32, ch_mult=[1, 2], num_res_blocks=1, resolution=16
+    )
+    params["cond_stage_config"]["params"] = {
+        "version": str(text),
+        "max_length": fields["max_position_embeddings"],
+    }
     return settings
 
 
@@ -106,7 +115,9 @@ def make_tensors(
     if position_ids:
         embedder = model.cond_stage_model
         length = embedder.transformer.text_model.embeddings.position_embedding.weight.shape[0]
-        tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(length)[None]
+        tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(length)[
+            None
+        ]
     if ema:
         for name in [name for name in tensors if name.startswith("model.")]:
             tensors[ema_name(name)] = tensors[name] * 0.5
@@ -130,13 +141,17 @@ def _draw(name: str, pool: Tensor, start: int, shape: torch.Size, dtype: torch.d
 def make_full(path: str | Path) -> None:
     """Write a file like v1-5-pruned-emaonly.safetensors: 1131 tensors, fp16, 2.13 GB."""
     settings = read_settings(shipped("configs/v1-inference.yaml"))
-    save_safetensors(path, make_tensors(settings), {"format": "pt"})
+    save_safetensors(path, make_tensors(settings, position_ids=True), {"format": "pt"})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path", type=Path)
-    parser.add_argument("--tiny", action="store_true", help="a model of 1.6 M parameters; its text folder beside it")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a model of 1.6 M parameters; its text folder beside it"
+    )
     parser.add_argument("--inpainting", action="store_true", help="nine input channels")
     parser.add_argument("--ema", action="store_true", help="with a moving average")
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
@@ -146,7 +161,8 @@ def main() -> None:
     else:
         name = "v1-inpainting" if options.inpainting else "v1-inference"
         settings = read_settings(shipped(f"configs/{name}.yaml"))
-    tensors = make_tensors(settings, dtype=getattr(torch, options.dtype), ema=options.ema)
+    dtype = getattr(torch, options.dtype)
+    tensors = make_tensors(settings, dtype=dtype, ema=options.ema, position_ids=True)
     save_safetensors(options.path, tensors, {"format": "pt"})
     print(f"{options.path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()) / 1e9:.2f} GB")
 

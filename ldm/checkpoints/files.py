@@ -41,8 +41,8 @@ class Weights(Protocol):
     metadata: dict[str, str]
     notes: list[str]
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor into memory of its own."""
+    def read(self, name: str, scratch: Tensor | None = None) -> Tensor:
+        """Read one tensor into memory of its own, or for a short life into the scratch memory given."""
 
     def close(self) -> None: ...
 

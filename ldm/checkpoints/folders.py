@@ -93,10 +93,10 @@ class FolderWeights:
                 self.infos[prefix + name] = info
                 self._where[prefix + name] = (weights, name)
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor into memory of its own."""
+    def read(self, name: str, scratch: Tensor | None = None) -> Tensor:
+        """Read one tensor into memory of its own, or for a short life into the scratch memory given."""
         weights, inner = self._where[name]
-        return weights.read(inner)
+        return weights.read(inner, scratch)
 
     def close(self) -> None:
         """Close every file."""

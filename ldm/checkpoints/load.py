@@ -442,19 +442,27 @@ def _fill(
     """Read, check, cast and move every assigned tensor, one at a time."""
     own = model.state_dict()
     parameters = {name for name, _ in model.named_parameters()}
+    wanted = {
+        name: (dtype or torch.float32) if prefix + target in parameters else own[prefix + target].dtype
+        for name, target in report.assigned.items()
+    }
+    # What is copied once more anyway is read into the same memory over and over: fresh pages cost more than bytes.
+    passing = [n for n in wanted if device.type != "cpu" or source.infos[n].dtype != wanted[n]]
+    size = max((source.infos[name].nbytes for name in passing), default=0)
+    scratch = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda" and size > 0)
+    reused = set(passing)
     for name, target in report.assigned.items():
         like = own[prefix + target]
-        wanted = (dtype or torch.float32) if prefix + target in parameters else like.dtype
-        values = source.read(name)
+        values = source.read(name, scratch if name in reused else None).to(device)
         if like.dtype.is_floating_point:
             require_float(source.path, name, values.dtype)
-            check_finite(source.path, name, values, wanted)
+            check_finite(source.path, name, values, wanted[name])
         elif values.dtype.is_floating_point:
             raise MismatchError(
                 f"'{shown(source.path)}': '{shown(name)}' should be a whole number, not {values.dtype}"
             )
-        # To the device before the cast: half the bytes travel, and an accelerator casts faster.
-        state[prefix + target] = values.to(device).to(wanted).reshape(like.shape)
+        # On the device before the cast: fewer bytes travel, and an accelerator casts faster.
+        state[prefix + target] = values.to(wanted[name]).reshape(like.shape)
 
 
 def _check_tables(model: nn.Module, report: LoadReport, source: Weights) -> None:

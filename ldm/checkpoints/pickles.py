@@ -12,6 +12,7 @@ import re
 import struct
 import warnings
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
@@ -32,7 +33,7 @@ LEGACY_PICKLES = 5  # magic number, protocol, system, object, storage keys
 
 STORAGES = {
     f"torch.{name}Storage"
-    for name in "Double Float Half BFloat16 Long Int Short Char Byte Bool Untyped ComplexFloat ComplexDouble".split()
+    for name in "Double Float Half BFloat16 Long Int Short Char Byte Bool Untyped".split()
 } | {"torch.storage.UntypedStorage", "torch.storage.TypedStorage"}
 # What a state dict is made of. Narrower than torch's own list: that has torch.Tensor and bytearray, which a file
 # can call with a size to be given uninitialised or endless memory.
@@ -52,7 +53,7 @@ HARMLESS = (
     | {str(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 )
 UNSUPPORTED = re.compile(
-    r"torch\._utils\._rebuild_(\w+)|torch\._tensor\._rebuild_from_type_v2()|builtins\.complex()"
+    r"torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|torch\.(Complex|Q)\w+Storage|builtins\.complex"
 )
 LIGHTNING_PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 LIGHTNING = [
@@ -133,9 +134,8 @@ def load_object(handle: "OpenFile", kind: str) -> Any:
     with os.fdopen(os.dup(handle.file.fileno()), "rb") as stream:
         try:
             if kind == "zip":
-                sizes = _check_zip(stream, handle.size, path)
+                _check_zip(stream, handle.size, path)
             else:
-                sizes = None
                 stream.seek(0)
                 _scan(io.BytesIO(stream.read(MAX_PICKLE)), path, pickles=LEGACY_PICKLES)
             stream.seek(0)
@@ -151,15 +151,12 @@ def load_object(handle: "OpenFile", kind: str) -> Any:
                 f"'{path}' is incomplete or damaged ({handle.size} bytes; {type(error).__name__}); download it again"
             ) from error
     handle.check_unchanged()
-    _check_tree(found, path, sizes, handle.size)
+    _check_tree(found, path, handle.size)
     return found
 
 
-def _check_zip(stream: BinaryIO, size: int, path: str) -> collections.Counter[int]:
-    """Check what torch does not: stored entries, plain names, sizes, checksums; then scan data.pkl.
-
-    Returns the sizes of the storages, to hold the loaded ones against.
-    """
+def _check_zip(stream: BinaryIO, size: int, path: str) -> None:
+    """Check what torch does not: stored entries, plain names, sizes, checksums; then scan data.pkl."""
     try:
         archive = zipfile.ZipFile(stream)
     except zipfile.BadZipFile as error:
@@ -169,8 +166,6 @@ def _check_zip(stream: BinaryIO, size: int, path: str) -> collections.Counter[in
     entries = archive.infolist()
     if len(entries) > MAX_TENSORS:
         raise UnsafeFileError(f"'{path}' has {len(entries)} zip entries; more than {MAX_TENSORS} are refused")
-    if sum(entry.file_size for entry in entries) > size:
-        raise UnsafeFileError(f"'{path}': the zip's entries claim more bytes than the file's {size}")
     names = [entry.filename for entry in entries]
     if len({name.casefold() for name in names}) != len(names):
         raise FormatError(f"'{path}' is a malformed zip: an entry stands twice; download it again")
@@ -191,6 +186,8 @@ def _check_zip(stream: BinaryIO, size: int, path: str) -> collections.Counter[in
             or entry.orig_filename != name
         ):
             raise FormatError(f"'{path}' is a malformed zip: entry '{shown(name)}'; download it again")
+    if sum(entry.file_size for entry in entries) > size:
+        raise UnsafeFileError(f"'{path}': the zip's entries claim more bytes than the file's {size}")
     pickles = [entry for entry in entries if entry.filename.split("/")[-1] == "data.pkl"]
     if len(pickles) != 1:
         raise FormatError(f"'{path}' is a zip with {len(pickles)} data.pkl; a checkpoint has exactly one")
@@ -203,10 +200,6 @@ def _check_zip(stream: BinaryIO, size: int, path: str) -> collections.Counter[in
             while body.read(1 << 20):
                 pass
     _scan(io.BytesIO(archive.read(pickles[0])), path)
-    root = pickles[0].filename.removesuffix("data.pkl")
-    return collections.Counter(
-        entry.file_size for entry in entries if entry.filename.startswith(f"{root}data/")
-    )
 
 
 def _scan(stream: io.BytesIO, path: str, pickles: int = 1) -> None:
@@ -224,14 +217,13 @@ def _scan(stream: io.BytesIO, path: str, pickles: int = 1) -> None:
                 if count > MAX_OPS:
                     raise UnsafeFileError(f"'{path}' holds a pickle of more than {MAX_OPS} steps; refused")
                 if op.name in ("GLOBAL", "INST"):
-                    name = argument.replace(" ", ".")
+                    name = _modern_global(*argument.split(" ", 1))
                 elif op.name == "STACK_GLOBAL":
                     name = ".".join(words[-2:])
                 else:
                     if isinstance(argument, str):
                         words = [*words[-1:], argument]
                     continue
-                name = re.sub(r"^__builtin__\.", "builtins.", name)
                 if name in allowed:
                     continue
                 kind = UNSUPPORTED.fullmatch(name)
@@ -251,50 +243,41 @@ def _scan(stream: io.BytesIO, path: str, pickles: int = 1) -> None:
             ) from error
 
 
-def _check_tree(found: Any, path: str, sizes: collections.Counter[int] | None, size: int) -> None:
-    """Check that only plain data came out, and that every tensor lies within bytes that the file gave."""
+def _modern_global(module: str, name: str) -> str:
+    """Read a name as the unpickler will: with Python 2's modules under their names of today."""
+    if (module, name) in NAME_MAPPING:
+        module, name = NAME_MAPPING[module, name]
+    return f"{IMPORT_MAPPING.get(module, module)}.{name}"
+
+
+def _check_tree(found: Any, path: str, size: int) -> None:
+    """Check that only plain data came out, and no more of it than the file can hold."""
     stack: list[tuple[Any, int]] = [(found, 0)]
     seen: set[int] = set()
-    storages: dict[int, int] = {}
     total = 0
     while stack:
         value, depth = stack.pop()
         if depth > MAX_DEPTH:
             raise UnsafeFileError(f"'{path}' is nested too deep: more than {MAX_DEPTH} levels are refused")
+        if id(value) in seen:
+            continue
         if isinstance(value, Tensor):
-            if value.layout is not torch.strided or value.is_quantized or value.is_complex() or value.is_meta:
-                raise MismatchError(
-                    f"'{path}' holds a tensor of an unsupported kind ({value.layout}, {value.dtype})"
-                )
+            seen.add(id(value))
+            # torch itself refuses a tensor that reaches beyond its storage, but not one that repeats it.
             storage = value.untyped_storage()
-            needed = value.numel() * value.element_size()
-            if needed > storage.nbytes():
+            if value.nbytes > storage.nbytes():
                 raise UnsafeFileError(
                     f"'{path}': a tensor {list(value.shape)} is larger than its {storage.nbytes()} bytes of data"
                 )
-            total += needed if id(value) not in seen else 0
+            total += value.nbytes
+        elif isinstance(value, dict):
             seen.add(id(value))
-            if storage.nbytes():
-                storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, dict | list | tuple | set):
-            if id(value) in seen:
-                continue
+            stack += [(item, depth + 1) for item in (*value.values(), *value)]
+        elif isinstance(value, list | tuple | set):
             seen.add(id(value))
-            if isinstance(value, dict):
-                stack += [(item, depth + 1) for item in value.values()]
-                stack += [(key, depth + 1) for key in value if isinstance(key, tuple)]
-            else:
-                stack += [(item, depth + 1) for item in value]
+            stack += [(item, depth + 1) for item in value]
     if total > 2 * size:
         raise UnsafeFileError(f"'{path}': tensors of {total} bytes out of a file of {size}; refused")
-    # A tensor that reaches beyond its storage makes torch grow it, with whatever lay in memory there.
-    grown = collections.Counter(storages.values()) - (sizes if sizes is not None else collections.Counter())
-    if sizes is not None and grown:
-        raise UnsafeFileError(
-            f"'{path}': a tensor reaches beyond its data ({next(iter(grown))} bytes); refused"
-        )
-    if sizes is None and sum(storages.values()) > size:
-        raise UnsafeFileError(f"'{path}': tensors reach beyond the file's {size} bytes; refused")
 
 
 class PickleWeights:
@@ -351,7 +334,7 @@ class PickleWeights:
             elif isinstance(value, str | int | float | bool):
                 self.metadata[shown(name, 60)] = shown(value)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, scratch: Tensor | None = None) -> Tensor:
         """Hand over one tensor as memory of its own; two names may share a storage in the file."""
         values = self._tensors[name]
         if values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes:

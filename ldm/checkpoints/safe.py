@@ -142,15 +142,19 @@ class SafetensorsWeights:
             )
         return text
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, scratch: Tensor | None = None) -> Tensor:
         """Copy one tensor out of the file.
+
+        Args:
+            name: of the tensor.
+            scratch: uint8 memory to copy into, at least as large; the tensor then lives until its next use.
 
         Raises:
             FormatError: the file was cut meanwhile, or the disk does not give it.
         """
         begin, end = self._spans[name]
         info = self.infos[name]
-        body = torch.empty(end - begin, dtype=torch.uint8)
+        body = torch.empty(end - begin, dtype=torch.uint8) if scratch is None else scratch[: end - begin]
         view, filled = memoryview(body.numpy()), 0
         try:
             self._handle.file.seek(begin)

@@ -1,0 +1,43 @@
+"""Say what a checkpoint holds, and what of it would not load and why.
+
+Ends with 0 if every file given would load, as a full model or as a VAE; else with the code of the first error.
+"""
+
+import sys
+from pathlib import Path
+
+try:
+    import ldm  # noqa: F401
+except ModuleNotFoundError:  # run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm.cli import Parser, run, say
+from ldm.errors import LdmError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="inspect_checkpoint.py", description=__doc__)
+    parser.add_argument("paths", nargs="+", metavar="path", help=".safetensors, .ckpt, or a diffusers folder")
+    parser.add_argument(
+        "--config", help="the YAML configuration that the file should fit; default: by its shapes"
+    )
+    parser.add_argument("--ema", action="store_true", help="ask for the EMA weights")
+    parser.add_argument("--quick", action="store_true", help="do not read the values in search of NaN")
+    options = parser.parse_args(argv)
+
+    from ldm.checkpoints import inspect
+
+    problem: LdmError | None = None
+    for path in options.paths:
+        summary = inspect(
+            path, config=options.config, use_ema=True if options.ema else None, check_values=not options.quick
+        )
+        say(str(summary))
+        problem = problem or summary.problem
+    if problem is not None:
+        raise problem
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

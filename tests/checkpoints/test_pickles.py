@@ -1,0 +1,524 @@
+"""Pickles of strangers: what is sound loads right, what is damaged or hostile is refused, and nothing of it runs."""
+
+import collections
+import io
+import os
+import pickle
+import re
+import shutil
+import struct
+import sys
+import zipfile
+
+import pytest
+import torch
+
+from ldm.checkpoints import open_weights, read_object, read_tensors
+from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UnsafeFileError
+
+STATE = {"e.weight": torch.arange(6.0).reshape(2, 3), "e.bias": torch.tensor([0.5, -1.5, 7.0]).half()}
+
+
+def saved(value, **options) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+def rezipped(body: bytes, change) -> bytes:
+    """Copy a zip entry by entry through change(info, data) -> list of (info, data)."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(body)) as old, zipfile.ZipFile(out, "w") as new:
+        for info in old.infolist():
+            for changed, data in change(info, old.read(info)):
+                new.writestr(changed, data)
+    return out.getvalue()
+
+
+def with_pickle(data: bytes) -> bytes:
+    """A checkpoint's zip with another data.pkl."""
+    return rezipped(saved(STATE), lambda i, d: [(i, data if i.filename.endswith("data.pkl") else d)])
+
+
+def same(found: dict) -> bool:
+    return found.keys() == STATE.keys() and all(
+        found[k].dtype == STATE[k].dtype and torch.equal(found[k], STATE[k]) for k in STATE
+    )
+
+
+class Runs:
+    """Pickles to a call."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.fixture
+def marker(tmp_path):
+    return tmp_path / "marker"
+
+
+@pytest.fixture
+def put(tmp_path):
+    def write(body: bytes, name: str = "model.ckpt"):
+        path = tmp_path / name
+        path.write_bytes(body)
+        return path
+
+    return write
+
+
+# --- what must load ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"state_dict": {"state_dict": s}}]
+)
+def test_bare_and_nested_state_dicts_of_both_formats_give_their_tensors(put, legacy, wrap):
+    tensors, _ = read_tensors(put(saved(wrap(STATE), _use_new_zipfile_serialization=not legacy)))
+    assert same(tensors)
+
+
+def test_a_true_v1_checkpoint_loads_without_lightning_or_omegaconf(put):
+    """A22, A23: callbacks keyed by Lightning's class, NumPy scalars, OmegaConf in the hyper parameters."""
+    import numpy
+    from omegaconf import OmegaConf
+
+    outer = {
+        "state_dict": STATE,
+        "global_step": 470000,
+        "epoch": 12,
+        "pytorch-lightning_version": "1.4.2",
+        "best": numpy.float64(0.25),
+        "hyper_parameters": {
+            "cfg": OmegaConf.create({"a": [1, 2], "b": "c"}),
+            "d": collections.defaultdict(dict),
+        },
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(5)}}, "param_groups": [{"lr": 1e-4}]}],
+    }
+    fake = "pytorch_lightning.callbacks.model_checkpoint"
+    data = zipfile.ZipFile(io.BytesIO(saved(outer))).read("archive/data.pkl")
+    # callbacks: {ModelCheckpoint: {}} put before the end of the pickle, as SETITEM on the outer dict.
+    callback = b"X\x09\x00\x00\x00callbacks}" + f"c{fake}\nModelCheckpoint\n".encode() + b"}ss."
+    body = rezipped(
+        saved(outer), lambda i, d: [(i, data[:-1] + callback if i.filename.endswith("data.pkl") else d)]
+    )
+    weights = open_weights(put(body))
+    assert same({name: weights.read(name) for name in weights.infos})
+    assert weights.metadata == {"global_step": "470000", "epoch": "12", "pytorch-lightning_version": "1.4.2"}
+    assert "callbacks" in weights.notes[0] and "optimizer_states" in weights.notes[0]
+    assert "pytorch_lightning" not in sys.modules
+
+
+def test_lightnings_attribute_dict_becomes_a_plain_one(put):
+    number = b"G?\xb9\x99\x99\x99\x99\x99\x9a"  # 0.1
+    data = (
+        b"\x80\x02}X\x01\0\0\0acpytorch_lightning.utilities.parsing\nAttributeDict\n)\x81X\x02\0\0\0lr"
+        + number
+        + b"ss."
+    )
+    assert read_object(put(with_pickle(data))) == {"a": {"lr": 0.1}}
+
+
+def test_read_object_keeps_the_nesting(put):
+    found = read_object(put(saved({"run": {"seed": 3, "losses": [0.5, None]}, "state_dict": STATE})))
+    assert found["run"] == {"seed": 3, "losses": [0.5, None]}
+    assert same(found["state_dict"])
+
+
+def test_safetensors_is_no_state_for_read_object(tiny):
+    with pytest.raises(FormatError, match="is safetensors; a state written by torch.save was wanted"):
+        read_object(tiny.path)
+
+
+def test_parameters_and_views_come_back_as_tensors_of_their_own(put):
+    base = torch.arange(12.0).reshape(3, 4)
+    found, _ = read_tensors(put(saved({"row": base[1], "turned": base.T, "p": torch.nn.Parameter(base)})))
+    assert torch.equal(found["row"], base[1]) and torch.equal(found["turned"], base.T)
+    assert torch.equal(found["p"], base) and not found["p"].requires_grad
+    assert found["row"].untyped_storage().nbytes() == 16
+    found["row"].zero_()
+    assert torch.equal(found["turned"], base.T)
+
+
+def test_nested_parts_get_dotted_names(put):
+    found, _ = read_tensors(put(saved({"image_proj": {"proj.weight": torch.ones(2)}, "n": 3})))
+    assert list(found) == ["image_proj.proj.weight"]
+
+
+# --- code -------------------------------------------------------------------------------------------------------
+
+
+def shell(marker) -> Runs:
+    return Runs(os.system, f"touch {marker}")
+
+
+def test_os_system_in_a_zip_is_refused_by_name(put, marker):
+    """A01."""
+    with pytest.raises(UnsafeFileError, match=r"contains code, 'posix\.system'"):
+        read_tensors(put(saved({"state_dict": STATE, "x": shell(marker)})))
+    assert not marker.exists()
+
+
+def test_os_system_in_the_legacy_format_is_refused_by_name(put, marker):
+    """A02."""
+    body = saved({"x": shell(marker)}, _use_new_zipfile_serialization=False)
+    with pytest.raises(UnsafeFileError, match=r"contains code, 'posix\.system'"):
+        read_tensors(put(body))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_os_system_in_a_plain_pickle_is_refused_by_name(put, marker, protocol):
+    """A03."""
+    with pytest.raises(UnsafeFileError, match=r"contains code, 'posix\.system'"):
+        read_tensors(put(pickle.dumps({"x": shell(marker)}, protocol), "model.bin"))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_the_oldest_pickles_are_not_read_at_all(put, marker, protocol):
+    with pytest.raises(FormatError, match="is not weights"):
+        read_tensors(put(pickle.dumps(shell(marker), protocol), "model.bin"))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "name"),
+    [
+        (eval, ("1",), "builtins.eval"),
+        (exec, ("1",), "builtins.exec"),
+        (getattr, (1, "real"), "builtins.getattr"),
+        (__import__, ("os",), "builtins.__import__"),
+        (bytearray, (1 << 40,), "builtins.bytearray"),
+        (torch.Tensor, (1000,), "torch.Tensor"),
+        (torch.load, ("x",), "torch.serialization.load"),
+        (shutil.rmtree, ("/nowhere",), "shutil.rmtree"),
+    ],
+)
+def test_calls_are_refused_by_name(put, function, args, name):
+    """A04; and two that torch's own list lets through, for uninitialised or endless memory."""
+    with pytest.raises(UnsafeFileError, match=re.escape(f"contains code, '{name}'")):
+        read_tensors(put(saved({"x": Runs(function, *args)})))
+
+
+@pytest.mark.parametrize(
+    "name", ["torch.utils.collect_env run", "numpy __builtins__", "numpy.testing._private.utils runstring"]
+)
+def test_names_inside_known_packages_are_refused(put, name):
+    """A05, A06."""
+    with pytest.raises(UnsafeFileError, match=re.escape(name.replace(" ", "."))):
+        read_tensors(put(with_pickle(b"\x80\x02c" + name.replace(" ", "\n").encode() + b"\n.")))
+
+
+def test_code_before_a_broken_end_is_refused_not_run(put, marker):
+    """A07: the nullifAI trick."""
+    data = pickle.dumps(shell(marker), 2)[:-1] + b"\xff\xff"
+    with pytest.raises(UnsafeFileError, match=r"posix\.system"):
+        read_tensors(put(with_pickle(data)))
+    with pytest.raises(UnsafeFileError, match=r"posix\.system"):
+        read_tensors(put(data, "model.pt"))
+    assert not marker.exists()
+
+
+def test_a_stack_of_protocol_4_names_is_refused(put, marker):
+    data = pickle.dumps(shell(marker), 4)
+    with pytest.raises(UnsafeFileError, match=r"posix\.system"):
+        read_tensors(put(with_pickle(data)))
+    assert not marker.exists()
+
+
+# --- bombs ------------------------------------------------------------------------------------------------------
+
+
+def test_compressed_entries_are_refused(put):
+    """A14: 200 MB in 195 kB would otherwise unpack before anybody counts."""
+
+    def squeeze(info, data):
+        info.compress_type = zipfile.ZIP_DEFLATED
+        return [(info, data + b"\0" * 200_000_000 if info.filename.endswith("data.pkl") else data)]
+
+    path = put(rezipped(saved(STATE), squeeze))
+    assert path.stat().st_size < 400_000
+    with pytest.raises(UnsafeFileError, match="'archive/data.pkl' is compressed"):
+        read_tensors(path)
+
+
+def test_a_tensor_larger_than_its_data_is_refused(put):
+    """A15: stride 0 makes 40 GB of four bytes."""
+    with pytest.raises(
+        UnsafeFileError, match=r"a tensor \[100000, 100000\] is larger than its 4 bytes of data"
+    ):
+        read_tensors(put(saved({"x": torch.zeros(1).expand(100000, 100000)})))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_tensor_that_reaches_beyond_its_data_is_refused(put, legacy):
+    """set_() on such a storage would grow it, with whatever lay in memory there."""
+    body = saved({"x": torch.arange(4.0)}, _use_new_zipfile_serialization=not legacy)
+    data = body if legacy else zipfile.ZipFile(io.BytesIO(body)).read("archive/data.pkl")
+    # Size (4,) becomes (64,).
+    longer = re.sub(rb"K\x04\x85(q.K\x01\x85)", lambda m: b"K\x40\x85" + m[1], data, flags=re.DOTALL)
+    assert longer != data
+    if not legacy:
+        longer = rezipped(body, lambda i, d: [(i, longer if i.filename.endswith("data.pkl") else d)])
+    with pytest.raises(FormatError, match="incomplete or damaged"):
+        read_tensors(put(longer))
+
+
+def test_one_storage_shown_many_times_is_refused(put):
+    one = torch.zeros(1000)
+    with pytest.raises(UnsafeFileError, match="tensors of 400000 bytes out of a file of"):
+        read_tensors(put(saved({f"t{i}": one.view(10, 100) for i in range(100)})))
+
+
+def test_claimed_sizes_beyond_the_file_are_refused(put):
+    """A18: entries that overlap."""
+    body = bytearray(saved({"x": torch.zeros(5000)}))
+    directory = body.rfind(b"PK\x01\x02", 0, body.rfind(b"data/0"))
+    for offset in (20, 24):
+        body[directory + offset : directory + offset + 4] = struct.pack("<I", 1 << 30)
+    with pytest.raises(UnsafeFileError, match="claim more bytes than the file's"):
+        read_tensors(put(bytes(body)))
+
+
+def test_deep_nesting_is_refused(put):
+    """A20, A25."""
+    deep = STATE
+    for _ in range(100):
+        deep = {"state_dict": deep}
+    with pytest.raises(UnsafeFileError, match="nested too deep: more than 16 levels"):
+        read_tensors(put(saved(deep)))
+    doubled = []
+    for _ in range(40):
+        doubled = [doubled, doubled]
+    with pytest.raises(UnsafeFileError, match="nested too deep"):
+        read_tensors(put(saved({"x": doubled})))
+
+
+def test_a_string_longer_than_the_file_is_malformed(put):
+    """A21."""
+    with pytest.raises(FormatError, match="its pickle breaks off"):
+        read_tensors(put(with_pickle(b"\x80\x02X\xff\xff\xff\x7fabc.")))
+
+
+def test_too_many_steps_are_refused(put, monkeypatch):
+    monkeypatch.setattr("ldm.checkpoints.pickles.MAX_OPS", 20)
+    with pytest.raises(UnsafeFileError, match="more than 20 steps"):
+        read_tensors(put(saved(STATE)))
+
+
+# --- damage -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_every_cut_is_incomplete(put, legacy):
+    """A11, A12."""
+    body = saved(STATE, _use_new_zipfile_serialization=not legacy)
+    for part in range(1, 64):
+        with pytest.raises(FormatError, match="incomplete|is not weights|not a weight file"):
+            read_tensors(put(body[: len(body) * part // 64]))
+
+
+def flips_silently_different(body: bytes, path, bits) -> tuple[int, int, int]:
+    path.write_bytes(body)
+    refused = equal = different = 0
+    with path.open("r+b", buffering=0) as file:
+        for bit in bits:
+            byte = body[bit // 8]
+            os.pwrite(file.fileno(), bytes([byte ^ 1 << bit % 8]), bit // 8)
+            try:
+                right = same(read_tensors(path)[0])
+                equal, different = equal + right, different + (not right)
+            except LdmError:
+                refused += 1
+            os.pwrite(file.fileno(), bytes([byte]), bit // 8)
+    return refused, equal, different
+
+
+def test_no_flipped_bit_goes_unseen(tmp_path):
+    """A13, every 41st bit; the slow test takes them all."""
+    body = saved(STATE)
+    refused, equal, different = flips_silently_different(
+        body, tmp_path / "a.ckpt", range(0, 8 * len(body), 41)
+    )
+    assert different == 0 and refused > 100 and equal > 100
+
+
+@pytest.mark.slow
+def test_no_flipped_bit_of_all_goes_unseen(tmp_path):
+    """A13."""
+    body = saved(STATE)
+    refused, equal, different = flips_silently_different(body, tmp_path / "a.ckpt", range(8 * len(body)))
+    assert different == 0 and refused + equal == 8 * len(body)
+
+
+def edited(**attributes):
+    """Set attributes on the entry of the first tensor."""
+
+    def change(info, data):
+        if info.filename.endswith("data/0"):
+            for name, value in attributes.items():
+                setattr(info, name, value)
+        return [(info, data)]
+
+    return change
+
+
+def test_a_directory_attribute_is_malformed(put):
+    """A16: torch would give uninitialised memory."""
+    with pytest.raises(FormatError, match="malformed zip: entry 'archive/data/0'"):
+        read_tensors(put(rezipped(saved(STATE), edited(external_attr=0x10))))
+
+
+def test_an_encrypted_flag_is_malformed(put):
+    """A17."""
+    body = bytearray(saved(STATE))
+    entry = body.find(b"PK\x01\x02")
+    body[entry + 8] |= 1
+    with pytest.raises(FormatError, match="malformed zip"):
+        read_tensors(put(bytes(body)))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_duplicate_entries_are_malformed(put):
+    """A17."""
+    twice = lambda info, data: [(info, data)] * (1 + info.filename.endswith("data/0"))  # noqa: E731
+    with pytest.raises(FormatError, match="an entry stands twice"):
+        read_tensors(put(rezipped(saved(STATE), twice)))
+
+
+def test_two_pickles_are_malformed(put):
+    """A17."""
+
+    def also(info, data):
+        return (
+            [(info, data), ("other/data.pkl", data)] if info.filename.endswith("data.pkl") else [(info, data)]
+        )
+
+    with pytest.raises(FormatError, match="a zip with 2 data.pkl"):
+        read_tensors(put(rezipped(saved(STATE), also)))
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a\\b", "a/../b", "a//b", "a/"])
+def test_entries_named_like_paths_are_malformed(put, name):
+    """A19."""
+
+    def also(info, data):
+        return [(info, data), (name, b"x")] if info.filename.endswith("data.pkl") else [(info, data)]
+
+    with pytest.raises(FormatError, match="malformed zip: entry"):
+        read_tensors(put(rezipped(saved(STATE), also)))
+
+
+# --- other files, other contents ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "is empty"),
+        (b"\0", "is not weights"),
+        (b"<!DOCTYPE html><html>404</html>", "is a web page, not weights"),
+        (b"\n  <html>", "is a web page, not weights"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git-lfs pointer.*git lfs pull"),
+        (b"7z\xbc\xaf\x27\x1c\0\0", "7z archive"),
+        (b"\x1f\x8b\x08\0", "gzip archive"),
+        (b"\xfd7zXZ\0\0", "xz archive"),
+        (b"\0" * 257 + b"ustar\0", "tar archive"),
+        (b"GGUF\3\0\0\0", "GGUF"),
+        (b"PK\x05\x06" + b"\0" * 18, "empty zip"),
+        (b"\x80\x02garbage", "incomplete or damaged"),
+    ],
+)
+def test_what_is_no_checkpoint_is_called_by_its_name(put, body, words):
+    """A08, A27, A28, A29."""
+    with pytest.raises(FormatError, match=words) as caught:
+        read_tensors(put(body))
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_pickle_under_a_safetensors_name_is_not_read(put):
+    """A09."""
+    with pytest.raises(FormatError, match="is a pickle, not safetensors"):
+        read_tensors(put(saved(STATE), "model.safetensors"))
+
+
+def test_safetensors_under_a_ckpt_name_loads_with_a_note(put, tiny):
+    """A10."""
+    weights = open_weights(put(tiny.path.read_bytes(), "model.ckpt"))
+    assert weights.infos.keys() == tiny.tensors.keys()
+    assert "a safetensors file under the name 'model.ckpt'" in weights.notes
+    weights.close()
+
+
+@pytest.mark.parametrize("value", [5, [1, 2], {"a": 1}, {}, {"state_dict": {}}, "text"])
+def test_a_file_without_tensors_holds_no_weights(put, value):
+    """A24, C10."""
+    with pytest.raises(MismatchError, match="holds no weights"):
+        read_tensors(put(saved(value)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(3).to_sparse(),
+        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        torch.ones(3, dtype=torch.complex64),
+        torch.empty(3, device="meta"),
+    ],
+    ids=["sparse", "quantised", "complex", "meta"],
+)
+def test_unusual_tensors_are_named(put, tensor):
+    """A26."""
+    with pytest.raises(MismatchError, match="unsupported kind"):
+        read_tensors(put(saved({"x": tensor})))
+
+
+@pytest.mark.parametrize("name", ["../../x", "a\0b", "\x1b[1m", "n" * 1000])
+def test_illegal_tensor_names_are_escaped(put, name):
+    with pytest.raises(FormatError, match="illegal tensor name") as caught:
+        read_tensors(put(saved({name: torch.ones(2)})))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    """A30."""
+    os.mkfifo(tmp_path / "fifo.ckpt")
+    os.symlink(tmp_path / "nowhere", tmp_path / "dangling.ckpt")
+    with pytest.raises(FormatError, match="is a folder, not a regular file"):
+        read_tensors(tmp_path)
+    for path in (tmp_path / "fifo.ckpt", "/dev/zero"):
+        with pytest.raises(FormatError, match="is a pipe, socket or device"):
+            read_tensors(path)
+    with pytest.raises(AbsentError, match="is a link to a file that is not there"):
+        read_tensors(tmp_path / "dangling.ckpt")
+
+
+def test_a_missing_file_gets_its_near_name(put, tmp_path):
+    """A31."""
+    put(saved(STATE), "v1-5-pruned.ckpt")
+    with pytest.raises(AbsentError, match=r"is not there; did you mean 'v1-5-pruned\.ckpt'\?"):
+        read_tensors(tmp_path / "v1-5-prund.ckpt")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_cannot_be_read(put):
+    """A31."""
+    path = put(saved(STATE))
+    path.chmod(0)
+    with pytest.raises(FormatError, match="permission denied"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cu117"])
+def test_an_old_torch_reads_no_pickle(put, monkeypatch, version):
+    """A32: CVE-2026-24747."""
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(UnsafeFileError, match=r"install torch 2\.10 or newer"):
+        read_tensors(put(saved(STATE)))
