@@ -15,7 +15,8 @@ def tiny_config(in_channels: int = 4) -> dict:
     inpaints = in_channels == 9
     return {
         "model": {
-            "target": "ldm.models.diffusion.ddpm." + ("LatentInpaintDiffusion" if inpaints else "LatentDiffusion"),
+            "target": "ldm.models.diffusion.ddpm."
+            + ("LatentInpaintDiffusion" if inpaints else "LatentDiffusion"),
             "params": {
                 "linear_start": 0.00085,
                 "linear_end": 0.012,
@@ -80,11 +81,13 @@ def tiny_model(in_channels: int = 4) -> LatentDiffusion:
     return fill(cls(**params), only=("model.", "first_stage_model.", "cond_stage_model."))
 
 
-def write_tiny(folder: Path, in_channels: int = 4, poison: str | None = None) -> tuple[Path, Path]:
+def write_tiny(
+    folder: Path, in_channels: int = 4, poison: str | None = None, value: float = float("nan")
+) -> tuple[Path, Path]:
     """Write the model as a checkpoint and its config.yaml; returns (checkpoint, config).
 
     Args:
-        poison: a key whose weights become NaN.
+        poison: a key whose weights all become `value`.
     """
     from omegaconf import OmegaConf
 
@@ -92,7 +95,7 @@ def write_tiny(folder: Path, in_channels: int = 4, poison: str | None = None) ->
 
     tensors = {key: value.contiguous() for key, value in tiny_model(in_channels).state_dict().items()}
     if poison is not None:
-        tensors[poison] = torch.full_like(tensors[poison], float("nan"))
+        tensors[poison] = torch.full_like(tensors[poison], value)
     checkpoint, config = folder / "tiny.safetensors", folder / "tiny.yaml"
     save_safetensors(checkpoint, tensors, {})
     OmegaConf.save(OmegaConf.create(tiny_config(in_channels)), config)

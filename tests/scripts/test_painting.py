@@ -1,0 +1,465 @@
+"""txt2img, img2img and inpaint as a user runs them: options, files, exit codes, and nothing left half done."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import write_tiny
+
+import ldm
+from ldm.cli import Line, read_prompts, run
+from ldm.errors import AbsentError, FormatError, UsageError
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    checkpoint, config = write_tiny(tmp_path_factory.mktemp("model"))
+    return ["--ckpt", str(checkpoint), "--config", str(config), "--device", "cpu"]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def end(capsys):
+    """Run a script to its exit: (code, stdout, stderr)."""
+
+    def ending(name, *argv):
+        with pytest.raises(SystemExit) as stop:
+            run(script(name), [str(word) for word in argv])
+        return (stop.value.code, *capsys.readouterr())
+
+    return ending
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file())
+
+
+def picture(path, size=(72, 64), seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def mask(path, box=(40, 0, 72, 64), size=(72, 64)):
+    image = Image.new("L", size)
+    image.paste(255, box)
+    image.save(path)
+
+
+# --- txt2img ---
+
+
+def test_names_numbers_and_metadata_are_as_promised(model, home, end):
+    argv = [
+        "--prompt",
+        'a "red" circle',
+        "--negative_prompt",
+        "blue",
+        "--steps",
+        2,
+        "--n_samples",
+        2,
+        "--n_iter",
+        2,
+    ]
+    code, out, err = end("txt2img", *model, *argv, "--outdir", "o")
+    assert (code, err) == (0, "")
+    assert files("o") == ["grid-0000.png", *(f"samples/{i:05}.png" for i in range(4))]
+    assert "00003.png (seed 45)" in out and out.splitlines()[-1].endswith("waiting for you here: o")
+    told = [ldm.read_metadata(f"o/samples/{i:05}.png") for i in range(4)]
+    assert [one["seed"] for one in told] == [42, 43, 44, 45]
+    assert {one["prompt"] for one in told} == {'a "red" circle'} and told[0]["guidance_scale"] == 7.5
+    assert len(told[0]["model_hash"]) == 10 and told[0]["model"] == "tiny"
+    assert Image.open("o/grid-0000.png").size == (2 * 66 + 2, 2 * 66 + 2)
+    assert ldm.read_metadata("o/grid-0000.png")["seed"] == 42
+    assert (
+        Image.open("o/samples/00000.png")
+        .info["parameters"]
+        .startswith('a "red" circle\nNegative prompt: blue\n')
+    )
+    assert end("txt2img", *model, *argv, "--outdir", "o")[0] == 0
+    assert len(files("o")) == 10  # nothing was overwritten
+
+
+def test_skips_rows_and_silence_about_the_making(model, home, end):
+    base = ["--prompt", "x", "--ddim_steps", 1, "--n_samples", 3, "--outdir"]
+    assert end("txt2img", *model, *base, "a", "--skip_grid")[0] == 0
+    assert end("txt2img", *model, *base, "b", "--skip_save", "--n_rows", 1)[0] == 0
+    assert end("txt2img", *model, *base, "c", "--skip_save", "--skip_grid", "--no_metadata")[0] == 0
+    assert end("txt2img", *model, *base, "d", "--skip_grid", "--no_metadata")[0] == 0
+    assert [len(files(f)) for f in "abcd"] == [3, 1, 0, 3]
+    assert Image.open("b/grid-0000.png").size == (68, 3 * 66 + 2)
+    assert ldm.read_metadata("d/samples/00000.png") == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sampler"),
+    [
+        ([], "ddim"),
+        (["--plms"], "plms"),
+        (["--plms", "--dpm_solver"], "dpm_solver"),
+        (["--sampler", "DPM++ 2M"], "dpmpp_2m"),
+        (["--sampler", "PNDMScheduler"], "plms"),
+    ],
+)
+def test_samplers_by_flag_and_by_name(model, home, end, flags, sampler):
+    assert end("txt2img", *model, "--prompt", "x", "--steps", 2, "--skip_grid", *flags)[0] == 0
+    told = ldm.read_metadata("outputs/txt2img-samples/samples/00000.png")
+    assert told["sampler"] == sampler and told["steps"] == 2
+
+
+def test_every_option_reaches_the_picture(model, home, end):
+    argv = [
+        "--prompt",
+        "x",
+        "--H",
+        80,
+        "--width",
+        88,
+        "--cfg-scale",
+        3,
+        "--ddim_eta",
+        0.5,
+        "--seed",
+        7,
+        "--C",
+        4,
+    ]
+    argv += ["--f", 8, "--steps", 2, "--n_samples", 2, "--n_iter", 2, "--fixed_code", "--rng", "compvis"]
+    assert end("txt2img", *model, *argv, "--precision", "bfloat16", "--outdir", "o")[0] == 0
+    told = ldm.read_metadata("o/samples/00003.png")
+    want = {
+        "width": 88,
+        "height": 80,
+        "guidance_scale": 3.0,
+        "eta": 0.5,
+        "rng": "compvis",
+        "dtype": "bfloat16",
+    }
+    assert want.items() <= told.items() and told["batch_index"] == 1 and told["seed"] == 7
+    assert Image.open("o/samples/00003.png").size == (88, 80)
+
+
+def test_a_random_seed_is_told(model, home, end):
+    for folder in "ab":
+        assert (
+            end("txt2img", *model, "--prompt", "x", "--steps", 1, "--seed", "random", "--outdir", folder)[0]
+            == 0
+        )
+    seeds = [ldm.read_metadata(f"{folder}/samples/00000.png")["seed"] for folder in "ab"]
+    assert seeds[0] != seeds[1]
+
+
+def test_the_same_command_gives_the_same_pixels(model, home, end):
+    for folder in "ab":
+        assert end("txt2img", *model, "--prompt", "x", "--steps", 2, "--outdir", folder)[0] == 0
+    a, b = (np.asarray(Image.open(f"{folder}/samples/00000.png")) for folder in "ab")
+    assert np.array_equal(a, b)
+    assert ldm.read_metadata("a/samples/00000.png") == ldm.read_metadata("b/samples/00000.png")
+
+
+# --- prompts from a file ---
+
+
+@pytest.mark.parametrize("batch", [2, 3, 7])
+def test_five_prompts_make_five_pictures_a_round(model, home, end, batch):
+    Path("p.txt").write_text("\ufeffa cat\n\r\n  a dog \n--H 9 is text\na: b, c\nlast", encoding="utf-8")
+    argv = [
+        "--from-file",
+        "p.txt",
+        "--steps",
+        1,
+        "--n_samples",
+        batch,
+        "--n_iter",
+        2,
+        "--skip_grid",
+        "--outdir",
+        "o",
+    ]
+    assert end("txt2img", *model, *argv)[0] == 0
+    told = [ldm.read_metadata(f"o/samples/{i:05}.png") for i in range(10)]
+    prompts = ["a cat", "a dog", "--H 9 is text", "a: b, c", "last"]
+    assert [one["prompt"] for one in told] == prompts * 2
+    assert [one["seed"] for one in told] == list(range(42, 52)) and len(files("o")) == 10
+
+
+def test_option_lines_and_json_lines_say_the_same(model, home, end):
+    Path("p.txt").write_text(
+        '--prompt "a cat" --negative_prompt "no \\"dogs\\"" --steps 2 --seed 5 --width 72 --cfg_scale 3 '
+        "--sampler_name 'Euler a' \n".replace("Euler a", "PLMS")
+        + "--prompt plain --n_iter 2\nb\n"
+    )
+    Path("p.jsonl").write_text(
+        '{"prompt": "a cat", "negative_prompt": "no \\"dogs\\"", "steps": 2, "seed": 5, "width": 72, '
+        '"guidance_scale": 3, "sampler": "plms"}\n{"prompt": "plain", "n_iter": 2}\n{"prompt": "b"}\n'
+    )
+    told = []
+    for name in ("p.txt", "p.jsonl"):
+        out = Path(name).suffix
+        assert (
+            end("txt2img", *model, "--from-file", name, "--steps", 1, "--skip_grid", "--outdir", out)[0] == 0
+        )
+        told.append([ldm.read_metadata(f"{out}/samples/{i:05}.png") for i in range(4)])
+    assert told[0] == told[1]
+    first = told[0][0]
+    assert (first["prompt"], first["negative_prompt"], first["seed"], first["width"]) == (
+        "a cat",
+        'no "dogs"',
+        5,
+        72,
+    )
+    assert (first["steps"], first["sampler"], first["guidance_scale"]) == (2, "plms", 3.0)
+    assert [(one["prompt"], one["seed"]) for one in told[0][1:]] == [("plain", 42), ("plain", 43), ("b", 44)]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "error", "words"),
+    [
+        ("p.txt", b"", FormatError, "holds no prompt; write one a line"),
+        ("p.txt", b"\n  \n", FormatError, "holds no prompt"),
+        ("p.txt", b"\xff\xfe\x00", FormatError, "as UTF-8"),
+        ("p.txt", b"a\0b", FormatError, "no list of prompts"),
+        ("p.txt", b"a\n" * 100_001, FormatError, "100000 lines"),
+        ("p.txt", b"x" * (10 * 2**20 + 1), FormatError, "at most 10485760 bytes"),
+        (
+            "p.txt",
+            b"ok\n--prompt x --tiling 1",
+            UsageError,
+            "line 2 of 'p.txt': unknown option 'tiling'; there are",
+        ),
+        (
+            "p.txt",
+            b"--prompt x --steps 0",
+            UsageError,
+            "line 1 of 'p.txt': steps: wanted a whole number from 1",
+        ),
+        ("p.txt", b"--prompt x --seed", UsageError, "got '--seed' without one of the two"),
+        ("p.txt", b"--prompt 'x", UsageError, "No closing quotation"),
+        ("p.txt", b"--prompt a cat now", UsageError, "got 'cat' without"),
+        ("p.txt", b"--steps 3", UsageError, "no prompt"),
+        ("p.jsonl", b"{", UsageError, "line 1 of 'p.jsonl'"),
+        ("p.jsonl", b"[1]", UsageError, "wanted a JSON object"),
+        ("p.jsonl", b'{"prompt": ["x"]}', UsageError, "prompt: wanted a text or a number, got ['x']"),
+        ("p.jsonl", b'{"prompt": "x", "seed": 1.5}', UsageError, "seed: wanted a seed"),
+        ("p.jsonl", b'{"prompt": "x", "cfg_scale": NaN}', UsageError, "cfg_scale: wanted a number"),
+    ],
+)
+def test_bad_prompt_files_are_named_with_their_line(home, name, data, error, words):
+    Path(name).write_bytes(data)
+    with pytest.raises(error) as caught:
+        read_prompts(name)
+    assert words in str(caught.value)
+
+
+def test_prompt_files_that_are_no_files(home):
+    with pytest.raises(AbsentError, match="prompt file 'none.txt' does not exist"):
+        read_prompts("none.txt")
+    with pytest.raises(FormatError, match="Is a directory"):
+        read_prompts(".")
+
+
+def test_seed_minus_one_in_a_line_is_random(home):
+    Path("p.txt").write_text("--prompt x --seed -1")
+    assert read_prompts("p.txt") == [Line("x", {"seed": None})]
+
+
+# --- img2img ---
+
+
+def test_img2img_repaints_and_strength_zero_returns_the_picture(model, home, end):
+    picture("in.png", (77, 66))
+    argv = ["--init-img", "in.png", "--prompt", "x", "--steps", 4, "--outdir", "o"]
+    assert end("img2img", *model, *argv, "--strength", 0.5, "--plms")[0] == 0
+    assert end("img2img", *model, *argv, "--strength", 0, "--H", 64, "--W", 72)[0] == 0
+    assert files("o") == ["grid-0000.png", "grid-0001.png", "samples/00000.png", "samples/00001.png"]
+    told = ldm.read_metadata("o/samples/00000.png")
+    assert (told["mode"], told["strength"], told["guidance_scale"], told["sampler"]) == (
+        "img2img",
+        0.5,
+        5.0,
+        "plms",
+    )
+    assert (told["width"], told["height"]) == (72, 64) and len(told["init_image_hash"]) == 10
+    resized = Image.open("in.png").resize((72, 64), Image.Resampling.LANCZOS)
+    back = np.asarray(Image.open("o/samples/00001.png")).astype(int)
+    assert abs(back - np.asarray(resized)).max() <= 1
+
+
+# --- inpaint ---
+
+
+def test_inpaint_keeps_what_is_black(model, home, end):
+    picture("in.png")
+    mask("m.png")
+    argv = ["--init-img", "in.png", "--mask", "m.png", "--prompt", "x", "--steps", 2, "--outdir", "o"]
+    assert end("inpaint", *model, *argv, "--n_samples", 2)[0] == 0
+    assert files("o") == ["grid-0000.png", "samples/00000.png", "samples/00001.png"]
+    before, after = (np.asarray(Image.open(p)).astype(int) for p in ("in.png", "o/samples/00001.png"))
+    assert abs(before - after)[:, :40].max() <= 1 and abs(before - after)[:, 40:].max() > 20
+    assert ldm.read_metadata("o/samples/00001.png")["mode"] == "inpaint"
+
+
+def test_inpaint_takes_a_folder_of_pairs_and_keeps_their_names(model, home, end):
+    Path("in").mkdir()
+    for i, name in enumerate("ab"):
+        picture(f"in/{name}.png", seed=i)
+        mask(f"in/{name}_mask.png")
+    for _ in range(2):
+        assert end("inpaint", *model, "--indir", "in", "--outdir", "o", "--steps", 2)[0] == 0
+    assert files("o") == ["a-1.png", "a.png", "b-1.png", "b.png"]
+    assert ldm.read_metadata("o/b.png")["prompt"] == ""
+    before, after = (np.asarray(Image.open(p)).astype(int) for p in ("in/b.png", "o/b.png"))
+    assert abs(before - after)[:, :40].max() <= 1
+
+
+# --- bad input: one line, its exit code, nothing written ---
+
+
+BAD = [
+    (
+        "txt2img",
+        ["--W", "500"],
+        2,
+        "width must be a multiple of 8, got 500; the nearest two that work are 496 and 504",
+    ),
+    ("txt2img", ["--H", "-8"], 2, "--H"),
+    ("txt2img", ["--steps", "0"], 2, "wanted a whole number from 1 to 1000, got '0'"),
+    ("txt2img", ["--scale", "nan"], 2, "got 'nan'"),
+    ("txt2img", ["--seed", "-1"], 2, "got '-1'"),
+    ("txt2img", ["--n_samples", "0"], 2, "got '0'"),
+    ("txt2img", ["--sampler", "magic"], 2, "the sampler must be one of ddim, plms"),
+    ("txt2img", ["--sampler", "ddim", "--plms"], 2, "name two samplers"),
+    ("txt2img", ["--plms", "--ddim_eta", "0.5"], 2, "eta of plms must be 0"),
+    ("txt2img", ["--precision", "int4"], 2, "invalid choice: 'int4'"),
+    ("txt2img", ["--device", "cuda:99"], 2, "device 'cuda:99' is not available; have:"),
+    ("txt2img", ["--f", "4"], 2, "--f 4 does not fit this model, whose f is 8"),
+    ("txt2img", ["--C", "3"], 2, "--C 3 does not fit this model, whose C is 4"),
+    ("txt2img", ["--from-file", "empty.txt"], 3, "prompt file 'empty.txt' holds no prompt"),
+    ("txt2img", ["--from-file", "none.txt"], 9, "prompt file 'none.txt' does not exist"),
+    ("txt2img", ["--from-file", "empty.txt", "--prompt", "x"], 2, "two sources of prompts"),
+    ("txt2img", ["--outdir", "empty.txt"], 7, "cannot write to folder 'empty.txt'"),
+    ("txt2img", ["--outdir", ""], 7, "cannot write to folder ''"),
+    ("txt2img", ["--outdir", "/proc/x"], 7, "cannot write to folder '/proc/x'"),
+    ("txt2img", ["--ckpt", "none.ckpt"], 9, "none.ckpt"),
+    ("txt2img", ["--ckpt", "empty.txt"], 3, "empty.txt"),
+    ("txt2img", ["--config", "none.yaml"], 9, "--config 'none.yaml' does not exist"),
+    ("txt2img", ["--laion400m"], 9, "txt2img-1p4B-eval.yaml' does not exist"),
+    ("txt2img", ["--ddim_stepz", "5"], 2, "did you mean '--ddim_steps'?"),
+    ("txt2img", ["red", "circle"], 2, "unexpected word"),
+    ("img2img", ["--init-img", "in.png", "--strength", "1.5"], 2, "wanted a number from 0 to 1, got '1.5'"),
+    ("img2img", [], 2, "--init-img"),
+    ("img2img", ["--init-img", "none.png"], 9, "picture 'none.png' does not exist"),
+    ("img2img", ["--init-img", "empty.txt"], 3, "picture 'empty.txt' has 0 bytes"),
+    ("img2img", ["--init-img", "http://a/b.png"], 2, "got the URL"),
+    ("img2img", ["--init-img", "thin.png"], 2, "must be a multiple of 8 from 64 to 2048, got 16"),
+    ("inpaint", [], 2, "give --init-img and --mask, or --indir"),
+    ("inpaint", ["--init-img", "in.png"], 2, "give --init-img and --mask"),
+    ("inpaint", ["--init-img", "in.png", "--mask", "black.png"], 2, "the mask marks nothing"),
+    ("inpaint", ["--indir", "none"], 9, "--indir 'none' is no folder"),
+    ("inpaint", ["--indir", "."], 9, "holds no *_mask.png"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "code", "words"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+)
+def test_bad_input_is_one_line_with_its_code_and_leaves_nothing(model, home, end, name, argv, code, words):
+    Path("empty.txt").touch()
+    picture("in.png")
+    picture("thin.png", (16, 200))
+    Image.new("L", (72, 64)).save("black.png")
+    before = files(home)
+    given = {word for word in argv if word.startswith("--")}
+    common = model[:2] if "--config" in given else [] if given & {"--ckpt", "--laion400m"} else model
+    if "--device" in given:
+        common = [word for word in model if word not in ("--device", "cpu")]
+    got, out, err = end(name, *common, *argv)
+    assert got == code, err
+    assert words in err and err.startswith("ldm: error: ") and err.count("\n") == 1 and len(err) <= 401
+    assert "Traceback" not in err and files(home) == before
+
+
+def test_a_config_needs_its_weights(home, end):
+    code, _, err = end("txt2img", "--config", "a.yaml")
+    assert code == 2 and err == "ldm: error: --config a.yaml needs --ckpt, the file with the weights\n"
+
+
+def test_nan_from_a_model_file_ends_with_8_and_no_picture(home, end):
+    """Weights that are finite but overflow to NaN; NaN weights are refused when the file is read."""
+    checkpoint, config = write_tiny(home, poison="model.diffusion_model.out.2.bias")
+    code, _, err = end("txt2img", "--ckpt", checkpoint, "--config", config, "--prompt", "x", "--outdir", "o")
+    assert code == 8 and "finite" in err and files("o") == []
+
+
+def test_overflow_in_the_unet_names_stage_step_and_dtype(home, end):
+    checkpoint, config = write_tiny(home, poison="model.diffusion_model.out.2.bias", value=3e38)
+    argv = ["--ckpt", checkpoint, "--config", config, "--prompt", "x", "--steps", 5, "--outdir", "o"]
+    code, _, err = end("txt2img", *argv)
+    assert code == 8 and files("o") == []
+    assert "the UNet gave values that are not finite at step 1 of 5, in float32; nothing was saved" in err
+
+
+# --- real processes ---
+
+
+def start(name, *argv, **options):
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, argv)]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("txt2img", []),
+        pytest.param("img2img", ["--init-img", "in.png"], marks=pytest.mark.slow),
+        pytest.param("inpaint", ["--init-img", "in.png", "--mask", "m.png"], marks=pytest.mark.slow),
+    ],
+)
+def test_scripts_run_from_any_folder_without_installation(model, home, name, more):
+    picture("in.png")
+    mask("m.png")
+    process = start(name, *model, "--prompt", "x", "--steps", 2, *more, cwd=home)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "waiting for you here" in out and "Traceback" not in err and "it/s" not in err
+    assert files("outputs") == [f"{name}-samples/grid-0000.png", f"{name}-samples/samples/00000.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_what_is_finished(model, home, number, code):
+    argv = [*model, "--prompt", "x", "--steps", 3, "--n_iter", 1000, "--outdir", "o"]
+    process = start("txt2img", *argv, cwd=home)
+    for _ in range(2):
+        assert "(seed" in process.stdout.readline()
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert process.returncode == code, err
+    assert "finished images" in err.splitlines()[-1] and "Traceback" not in err
+    saved = files("o")
+    assert len(saved) == 2 + out.count("(seed") and all(name.startswith("samples/") for name in saved)
+    for name in saved:
+        Image.open(f"o/{name}").load()
