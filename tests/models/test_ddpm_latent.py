@@ -173,6 +173,19 @@ def test_conditions_may_come_as_tensor_list_or_dict(model, inputs):
         torch.testing.assert_close(answer, answers[0], rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_in_half_precision_serves_samples_in_single(short, inputs, dtype):
+    made = latent_model(timesteps=20).to(dtype)
+    t = torch.tensor([3, 17])
+    got = made.apply_model(inputs["xT"], t, inputs["c"])
+    assert got.dtype == torch.float32
+    want = short.apply_model(inputs["xT"], t, inputs["c"])
+    close(got, want, 0.03)
+    samples = made.sample(inputs["c"], batch_size=2, verbose=False)
+    assert samples.dtype == torch.float32 and samples.isfinite().all()
+
+
 def test_the_route_decides_what_a_bare_tensor_is():
     net = Zero()
     made = bare(net, concat_mode=True, conditioning_key=None)

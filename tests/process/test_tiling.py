@@ -37,6 +37,19 @@ def test_where_two_tiles_disagree_the_one_further_from_its_border_wins():
     assert (joined.diff() >= 0).all()
 
 
+def test_ties_favour_the_middle_windows():
+    """Of three windows in a row the middle one counts more where they overlap, by the tie weights' ratio."""
+    tiles = [torch.zeros(1, 1, 1, 4), torch.ones(1, 1, 1, 4), torch.zeros(1, 1, 1, 4)]
+    flat = {"weight_range": (0.5, 0.5)}
+    plain = Tiling((1, 8), (1, 4), (1, 2), **flat).join(tiles)[0, 0, 0]
+    assert plain.tolist() == pytest.approx([0, 0, 0.5, 0.5, 0.5, 0.5, 0, 0])
+    # A single row of windows is on the map's border throughout, so two rows more are needed to tell.
+    tall = Tiling((8, 8), (4, 4), (2, 2), tie_range=(0.1, 0.5), **flat)
+    middle = [torch.full((1, 1, 4, 4), float(i == 4)) for i in range(9)]
+    joined = tall.join(middle)[0, 0]
+    assert joined[2, 2] == pytest.approx(0.5 / (0.5 + 3 * 0.1))
+
+
 def test_border_distance_is_zero_on_the_border_and_half_in_the_middle():
     distance = border_distance(3, 5)
     expected = torch.tensor([[0, 0, 0, 0, 0], [0, 0.25, 0.5, 0.25, 0], [0, 0, 0, 0, 0]])

@@ -104,23 +104,27 @@ class DiffusionWrapper(nn.Module):
     ) -> Tensor:
         """Run the network on x (b, c, h, w) at levels t (b,) with the conditions that its route takes.
 
+        x and the conditions are cast to the dtype of the network's weights, the answer to x's, so that a
+        network in half precision serves samplers that keep float32.
+
         Raises:
             UsageError: a condition that the route needs is missing.
         """
         route = self.conditioning_key
-        if route is None:
-            return self.diffusion_model(x, t)
-        if "concat" in route or "hybrid" in route:
+        dtype = x.dtype
+        if route in ("concat", "hybrid", "hybrid-adm"):
             x = torch.cat([x, *self._given("c_concat", c_concat)], dim=1)
-        if route == "concat":
-            return self.diffusion_model(x, t)
-        contexts = self._given("c_crossattn", c_crossattn)
+        kwargs: dict[str, Any] = {}
         if route == "adm":
-            return self.diffusion_model(x, t, y=contexts[0])
-        context = contexts if self.sequential_cross_attn else torch.cat(contexts, dim=1)
-        if route.endswith("-adm"):
-            return self.diffusion_model(x, t, context=context, y=self._given("c_adm", c_adm))
-        return self.diffusion_model(x, t, context=context)
+            kwargs["y"] = self._given("c_crossattn", c_crossattn)[0]
+        elif route not in (None, "concat"):
+            contexts = self._given("c_crossattn", c_crossattn)
+            kwargs["context"] = list(contexts) if self.sequential_cross_attn else torch.cat(contexts, dim=1)
+        if route in ("hybrid-adm", "crossattn-adm"):
+            kwargs["y"] = self._given("c_adm", c_adm)
+        kwargs = {name: _like_weights(value, self.diffusion_model) for name, value in kwargs.items()}
+        out = self.diffusion_model(_like_weights(x, self.diffusion_model), t, **kwargs)
+        return out.to(dtype) if isinstance(out, Tensor) else out
 
     def _given(self, name: str, value: Any) -> Any:
         if value is None:
@@ -1593,10 +1597,12 @@ def _frozen(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def _like_weights(x: Tensor, model: nn.Module) -> Tensor:
-    """Cast x to the dtype of a module's weights, if it has any."""
+def _like_weights(x: Any, model: nn.Module) -> Any:
+    """Cast x, or each of a list, to the dtype of a module's weights, if it has any; labels stay as they are."""
+    if isinstance(x, list):
+        return [_like_weights(one, model) for one in x]
     weight = next(model.parameters(), None)
-    return x if weight is None else x.to(weight.dtype)
+    return x if weight is None or not x.is_floating_point() else x.to(weight.dtype)
 
 
 def _count_downs(first_stage_config: Any) -> int:
