@@ -109,6 +109,14 @@ def _sniff(handle: OpenFile) -> str:
     if handle.size == 0:
         raise FormatError(f"'{path}' is empty; download it again")
     head = os.read(handle.file.fileno(), 512)
+    # First, for a header's length can begin with any byte, those of other formats included.
+    if head[6:9] == b"\0\0{":
+        os.lseek(handle.file.fileno(), max(0, handle.size - 22), os.SEEK_SET)
+        if os.read(handle.file.fileno(), 4) == END_OF_ZIP:
+            raise UnsafeFileError(
+                f"'{path}' is two formats at once, safetensors and zip; get it from its author anew"
+            )
+        return "safetensors"
     for offset, magic, words in FOREIGN:
         if head[offset : offset + len(magic)] == magic:
             raise FormatError(f"'{path}' {words}")
@@ -120,12 +128,7 @@ def _sniff(handle: OpenFile) -> str:
             raise FormatError(f"'{path}' is a pickle, not safetensors; its name hides what it is")
         return "zip" if head[:1] == b"P" else "pickle"
     if head[8:9] == b"{":
-        os.lseek(handle.file.fileno(), max(0, handle.size - 22), os.SEEK_SET)
-        if os.read(handle.file.fileno(), 4) == END_OF_ZIP:
-            raise UnsafeFileError(
-                f"'{path}' is two formats at once, safetensors and zip; get it from its author anew"
-            )
-        return "safetensors"
+        return "safetensors"  # with a length that its reader will refuse
     wanted = (
         "a safetensors file" if named_safetensors else "weights (safetensors, or a checkpoint of torch.save)"
     )

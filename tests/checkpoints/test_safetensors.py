@@ -67,6 +67,13 @@ def test_metadata_and_infos_are_known_before_values(put, sound):
     weights.close()
 
 
+@pytest.mark.parametrize("first", [0x80, 0x3C, 0x42, 0x37])
+def test_a_header_length_that_begins_like_another_format_is_no_hindrance(put, first):
+    header = json.dumps({"x": entry()}).encode().ljust(256 + first)
+    found, _ = read_tensors(put(struct.pack("<Q", len(header)) + header + b"\0\0\x80?\0\0\0@"))
+    assert found["x"].tolist() == [1.0, 2.0]
+
+
 def test_values_live_in_memory_of_their_own(put, sound):
     """A mapped file that is cut later would kill the process."""
     path = put(sound)
