@@ -48,7 +48,7 @@ class RunLog(AfterSteps):
         folder: of the run.
         total: steps of the whole run.
         print_every: seconds between two lines on the console.
-        curve_every: steps between two drawings of loss.png.
+        curve_every: steps between two drawings of loss.png; 0 for none.
     """
 
     def __init__(self, folder: Path, total: int, *, print_every: float = 10.0, curve_every: int = 500):
@@ -108,11 +108,11 @@ class RunLog(AfterSteps):
             else:
                 print(line, flush=True)
             self._printed, self._printed_step = now, module.step
-        if module.step % self.curve_every == 0:
+        if self.curve_every and module.step % self.curve_every == 0:
             self.draw()
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
-        if self._file is not None:
+        if self._file is not None and self.curve_every:
             self.draw()
         self.close()
 
@@ -242,6 +242,9 @@ class ImageLogger(AfterSteps):
             pictures = module.objective.pictures(batch, self.max_images)
         module.train()
         for name, tensor in pictures.items():
+            if not torch.isfinite(tensor).all():
+                logger.warning("step %d: '%s' is not finite and is not shown", module.step, name)
+                continue
             file_name = (
                 f"{name}_gs-{module.step:06d}_e-{trainer.current_epoch:06d}_b-{module.step - 1:06d}.png"
             )

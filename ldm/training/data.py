@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.errors import MismatchError, UsageError
-from ldm.training.shapes import ShapesDataset
+from ldm.training.shapes import ShapesDataset, as_array, render_crowd
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ class Shapes(Dataset):
         split: "train" leaves the held-out pairs away, "test" has only them, "any" has all.
         crop_size: cut a random square of so many pixels instead of the whole picture.
         crop_until_step: whole pictures from this optimizer step on (None: always crops).
+        crowd_until_step: before this optimizer step, the crowds of `shapes.render_crowd` instead of scenes, in
+            squares of crop_size (or whole); for first stages, as a crowd has no caption.
         paraphrase: share of captions in other words than the grammar's.
 
     Raises:
@@ -50,6 +52,7 @@ class Shapes(Dataset):
         split: str = "train",
         crop_size: int | None = None,
         crop_until_step: int | None = None,
+        crowd_until_step: int = 0,
         paraphrase: float = 0.0,
     ):
         if crop_size is not None and not 0 < crop_size <= image_size:
@@ -58,6 +61,7 @@ class Shapes(Dataset):
             length=length, seed=seed, split=split, image_size=image_size, paraphrase=paraphrase
         )
         self.crop_size, self.crop_until_step = crop_size, crop_until_step
+        self.image_size, self.crowd_until_step = image_size, crowd_until_step
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -67,6 +71,9 @@ class Shapes(Dataset):
 
     def item(self, index: int, rng: np.random.Generator, step: int) -> Item:
         """Make scene `index`, cropped at a place drawn from rng while crops are due at this step."""
+        if step < self.crowd_until_step:
+            size = self.crop_size or self.image_size
+            return {"image": as_array(render_crowd(rng, size, self.image_size)), "caption": "", "txt": ""}
         made = self.scenes[index]
         if self.crop_size is not None and (self.crop_until_step is None or step < self.crop_until_step):
             made["image"] = crop(made["image"], self.crop_size, rng)
@@ -166,7 +173,7 @@ def collate(items: list[Item]) -> Item:
     for key in items[0]:
         values = [item[key] for item in items]
         if isinstance(values[0], np.ndarray):
-            values = [torch.from_numpy(np.ascontiguousarray(value)) for value in values]
+            values = [torch.from_numpy(value.copy()) for value in values]
         joined[key] = torch.stack(values) if isinstance(values[0], torch.Tensor) else values
     return joined
 

@@ -115,6 +115,12 @@ class TrainingModule(pl.LightningModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return self.made
 
+    def on_fit_start(self) -> None:
+        """Let the loss weigh its gradients over all processes."""
+        loss = getattr(self.model, "loss", None)
+        if hasattr(loss, "average"):
+            loss.average = self._averaged
+
     def draws(self, micro: int) -> Draws:
         return Draws(self.seed, micro, rank=self.global_rank, world=self.trainer.world_size)
 

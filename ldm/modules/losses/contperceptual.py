@@ -1,5 +1,6 @@
 """The loss of the KL first stages: pixels, perceptual distance, KL and an adversarial part."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,11 +90,13 @@ class LPIPSWithDiscriminator(nn.Module):
         self.disc_loss = hinge_d_loss if disc_loss == "hinge" else vanilla_d_loss
         self.disc_factor, self.discriminator_weight = disc_factor, disc_weight
         self.disc_conditional = disc_conditional
+        # Averages a gradient over processes that share a batch; a trainer with several sets it.
+        self.average: Callable[[Tensor], Tensor] = lambda gradient: gradient
 
     def calculate_adaptive_weight(self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor) -> Tensor:
         """Weigh the adversarial loss so that both losses pull the last layer equally hard (times disc_weight)."""
-        nll_grads = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)[0]
-        g_grads = torch.autograd.grad(g_loss, last_layer, retain_graph=True)[0]
+        nll_grads = self.average(torch.autograd.grad(nll_loss, last_layer, retain_graph=True)[0])
+        g_grads = self.average(torch.autograd.grad(g_loss, last_layer, retain_graph=True)[0])
         weight = nll_grads.norm() / (g_grads.norm() + 1e-4)
         return weight.clamp(0.0, MAX_ADAPTIVE_WEIGHT).detach() * self.discriminator_weight
 
