@@ -5,7 +5,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from ldm.errors import UsageError
-from ldm.process.spacing import COMPVIS_METHODS, EXACT_METHODS, compvis_levels, exact_levels
+from ldm.process.schedule import NoiseSchedule
+from ldm.process.spacing import (
+    COMPVIS_METHODS,
+    CONTINUOUS_METHODS,
+    EXACT_METHODS,
+    compvis_levels,
+    continuous_levels,
+    exact_levels,
+)
 
 
 @pytest.mark.parametrize("method", COMPVIS_METHODS)
@@ -79,3 +87,29 @@ def test_unknown_methods_are_answered_with_the_known_ones():
         compvis_levels("linear", 10, 1000)
     with pytest.raises(UsageError, match="uniform, quad, leading, trailing, linspace; got 'karras'"):
         exact_levels("karras", 10, 1000)
+
+
+ALPHA_BAR = NoiseSchedule.named("linear", 1000, linear_start=0.00085, linear_end=0.012).alpha_bar
+
+
+@pytest.mark.parametrize("method", CONTINUOUS_METHODS)
+@pytest.mark.parametrize("num_steps", [1, 7, 20, 1000])
+def test_continuous_levels_divide_the_whole_range(method, num_steps):
+    t, alpha_bar = continuous_levels(method, num_steps, ALPHA_BAR)
+    assert t.shape == alpha_bar.shape == (num_steps + 1,)
+    np.testing.assert_allclose(t[[0, -1]], [0, 999], atol=1e-9)
+    np.testing.assert_allclose(alpha_bar[[0, -1]], ALPHA_BAR[[0, 999]], rtol=1e-12)
+    np.testing.assert_allclose(np.log(alpha_bar), np.interp(t, np.arange(1000), np.log(ALPHA_BAR)), rtol=1e-9)
+    evenly = {
+        "time_uniform": t,
+        "time_quadratic": np.sqrt((t + 1) / 1000),
+        "logSNR": np.log(alpha_bar) - np.log1p(-alpha_bar),
+    }[method]
+    np.testing.assert_allclose(np.diff(evenly), np.diff(evenly)[0], rtol=1e-7)
+
+
+def test_continuous_levels_refuse_what_they_cannot_divide():
+    with pytest.raises(UsageError, match="time_uniform, time_quadratic, logSNR; got 'uniform'"):
+        continuous_levels("uniform", 5, ALPHA_BAR)
+    with pytest.raises(UsageError, match="from 1 to 1000, got 1001"):
+        continuous_levels("logSNR", 1001, ALPHA_BAR)
