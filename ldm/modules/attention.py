@@ -263,6 +263,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | list[Tensor] | None = None) -> Tensor:
         contexts = context if isinstance(context, list) else [context] * len(self.transformer_blocks)
+        contexts = [seen if seen is None else seen.to(x.dtype) for seen in contexts]
         height, width = x.shape[2:]
         tokens = self.norm(x)
         if self.use_linear:

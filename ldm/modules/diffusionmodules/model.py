@@ -4,6 +4,7 @@ Everything works on (b, c, h, w). Group norms have 32 groups and an eps of 1e-6.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,16 +95,17 @@ class ResnetBlock(nn.Module):
         conv_shortcut: bool = False,
         dropout: float,
         temb_channels: int = 512,
+        num_groups: int = 32,
     ):
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels = in_channels if out_channels is None else out_channels
         self.use_conv_shortcut = conv_shortcut
-        self.norm1 = Normalize(in_channels)
+        self.norm1 = Normalize(in_channels, num_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         if temb_channels > 0:
             self.temb_proj = nn.Linear(temb_channels, out_channels)
-        self.norm2 = Normalize(out_channels)
+        self.norm2 = Normalize(out_channels, num_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -132,10 +134,10 @@ class LinAttnBlock(LinearAttention):
 class AttnBlock(nn.Module):
     """Self-attention over all cells of the map, with one head as wide as the map is deep."""
 
-    def __init__(self, in_channels: int):
+    def __init__(self, in_channels: int, num_groups: int = 32):
         super().__init__()
         self.in_channels = in_channels
-        self.norm = Normalize(in_channels)
+        self.norm = Normalize(in_channels, num_groups)
         self.q = nn.Conv2d(in_channels, in_channels, 1)
         self.k = nn.Conv2d(in_channels, in_channels, 1)
         self.v = nn.Conv2d(in_channels, in_channels, 1)
@@ -152,10 +154,10 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(out.transpose(2, 3).reshape(b, c, h, w))
 
 
-def make_attn(in_channels: int, attn_type: str = "vanilla") -> nn.Module:
+def make_attn(in_channels: int, attn_type: str = "vanilla", num_groups: int = 32) -> nn.Module:
     """Make the attention that a configuration names: "vanilla", "linear" or "none"."""
     if attn_type == "vanilla":
-        return AttnBlock(in_channels)
+        return AttnBlock(in_channels, num_groups)
     if attn_type == "linear":
         return LinAttnBlock(in_channels)
     if attn_type == "none":
@@ -164,17 +166,17 @@ def make_attn(in_channels: int, attn_type: str = "vanilla") -> nn.Module:
 
 
 class _Level(nn.Module):
-    """The blocks that work at one resolution; `attn` is empty where the level has no attention."""
+    """The blocks that work at one resolution; `attn` is empty where the level has no attention.
 
-    def __init__(
-        self, channels: list[tuple[int, int]], attn_type: str | None, dropout: float, temb_channels: int
-    ):
+    `options` are the ResnetBlocks' dropout, temb_channels and num_groups.
+    """
+
+    def __init__(self, channels: list[tuple[int, int]], attn_type: str | None, options: dict[str, Any]):
         super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(in_channels=a, out_channels=b, temb_channels=temb_channels, dropout=dropout)
-            for a, b in channels
+        self.block = nn.ModuleList(ResnetBlock(in_channels=a, out_channels=b, **options) for a, b in channels)
+        self.attn = nn.ModuleList(
+            make_attn(b, attn_type, options["num_groups"]) for _, b in channels if attn_type is not None
         )
-        self.attn = nn.ModuleList(make_attn(b, attn_type) for _, b in channels if attn_type is not None)
 
     def step(self, i: int, h: Tensor, temb: Tensor | None) -> Tensor:
         h = self.block[i](h, temb)
@@ -184,12 +186,11 @@ class _Level(nn.Module):
 class _Middle(nn.Module):
     """Block, attention, block at the lowest resolution."""
 
-    def __init__(self, channels: int, attn_type: str, dropout: float, temb_channels: int):
+    def __init__(self, channels: int, attn_type: str, options: dict[str, Any]):
         super().__init__()
-        same = {"in_channels": channels, "out_channels": channels, "temb_channels": temb_channels}
-        self.block_1 = ResnetBlock(dropout=dropout, **same)
-        self.attn_1 = make_attn(channels, attn_type)
-        self.block_2 = ResnetBlock(dropout=dropout, **same)
+        self.block_1 = ResnetBlock(in_channels=channels, out_channels=channels, **options)
+        self.attn_1 = make_attn(channels, attn_type, options["num_groups"])
+        self.block_2 = ResnetBlock(in_channels=channels, out_channels=channels, **options)
 
     def forward(self, h: Tensor, temb: Tensor | None) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(h, temb)), temb)
@@ -206,6 +207,8 @@ class Encoder(nn.Module):
         z_channels: of the latents; double_z gives twice as many (means and log variances).
         out_ch: the decoder's; accepted because both are built from one configuration.
         use_linear_attn: short for attn_type="linear".
+        num_groups: of every norm. The original's 32 leave one channel to a group where a level has 32 channels,
+            which wipes out how bright a picture is; narrow models want fewer.
     """
 
     def __init__(
@@ -226,17 +229,19 @@ class Encoder(nn.Module):
         attn_type: str = "vanilla",
         tanh_out: bool = False,
         give_pre_end: bool = False,
+        num_groups: int = 32,
     ):
         super().__init__()
         attn_type = "linear" if use_linear_attn else attn_type
         self.ch, self.temb_ch, self.in_channels, self.resolution = ch, 0, in_channels, resolution
         self.num_resolutions, self.num_res_blocks = len(ch_mult), num_res_blocks
+        options = {"dropout": dropout, "temb_channels": self.temb_ch, "num_groups": num_groups}
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down, width = _down_path(
-            ch, ch_mult, num_res_blocks, attn_resolutions, resolution, attn_type, dropout, 0, resamp_with_conv
+            ch, ch_mult, num_res_blocks, attn_resolutions, resolution, attn_type, resamp_with_conv, options
         )
-        self.mid = _Middle(width, attn_type, dropout, 0)
-        self.norm_out = Normalize(width)
+        self.mid = _Middle(width, attn_type, options)
+        self.norm_out = Normalize(width, num_groups)
         self.conv_out = nn.Conv2d(width, 2 * z_channels if double_z else z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -256,16 +261,15 @@ def _down_path(
     attn_resolutions: tuple[int, ...],
     resolution: int,
     attn_type: str,
-    dropout: float,
-    temb_channels: int,
     resamp_with_conv: bool,
+    options: dict[str, Any],
 ) -> tuple[nn.ModuleList, int]:
     """Build the levels from high to low resolution; return them and the width of the last."""
     levels, width = nn.ModuleList(), ch
     for i, mult in enumerate(ch_mult):
         channels = [(width if j == 0 else ch * mult, ch * mult) for j in range(num_res_blocks)]
         here = attn_type if resolution // 2**i in attn_resolutions else None
-        level = _Level(channels, here, dropout, temb_channels)
+        level = _Level(channels, here, options)
         width = ch * mult
         if i != len(ch_mult) - 1:
             level.downsample = Downsample(width, resamp_with_conv)
@@ -300,6 +304,7 @@ class Decoder(nn.Module):
         use_linear_attn: bool = False,
         attn_type: str = "vanilla",
         double_z: bool = True,
+        num_groups: int = 32,
     ):
         super().__init__()
         attn_type = "linear" if use_linear_attn else attn_type
@@ -308,21 +313,22 @@ class Decoder(nn.Module):
         self.give_pre_end, self.tanh_out = give_pre_end, tanh_out
         lowest, width = resolution // 2 ** (len(ch_mult) - 1), ch * ch_mult[-1]
         self.z_shape = (1, z_channels, lowest, lowest)
+        options = {"dropout": dropout, "temb_channels": self.temb_ch, "num_groups": num_groups}
         self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
-        self.mid = _Middle(width, attn_type, dropout, 0)
+        self.mid = _Middle(width, attn_type, options)
         levels = []
         for i in reversed(range(len(ch_mult))):
             channels = [
                 (width if j == 0 else ch * ch_mult[i], ch * ch_mult[i]) for j in range(num_res_blocks + 1)
             ]
             here = attn_type if resolution // 2**i in attn_resolutions else None
-            level = _Level(channels, here, dropout, 0)
+            level = _Level(channels, here, options)
             width = ch * ch_mult[i]
             if i != 0:
                 level.upsample = Upsample(width, resamp_with_conv)
             levels.insert(0, level)  # stored from high to low resolution, as the checkpoints number them
         self.up = nn.ModuleList(levels)
-        self.norm_out = Normalize(width)
+        self.norm_out = Normalize(width, num_groups)
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -340,7 +346,7 @@ class Decoder(nn.Module):
 
 
 class Model(nn.Module):
-    """The pixel UNet of the DDPM paper (arXiv:2006.11239): skips after every block, levels embedded by get_timestep_embedding.
+    """The pixel UNet of the DDPM paper (arXiv:2006.11239), with a skip from every block.
 
     forward takes x (b, in_channels, h, w), t (b,) where use_timestep is set, and an optional context that is
     concatenated to x along the channels; it returns (b, out_ch, h, w).
@@ -361,6 +367,7 @@ class Model(nn.Module):
         use_timestep: bool = True,
         use_linear_attn: bool = False,
         attn_type: str = "vanilla",
+        num_groups: int = 32,
     ):
         super().__init__()
         attn_type = "linear" if use_linear_attn else attn_type
@@ -372,19 +379,12 @@ class Model(nn.Module):
             self.temb.dense = nn.ModuleList(
                 [nn.Linear(ch, self.temb_ch), nn.Linear(self.temb_ch, self.temb_ch)]
             )
+        options = {"dropout": dropout, "temb_channels": self.temb_ch, "num_groups": num_groups}
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down, width = _down_path(
-            ch,
-            ch_mult,
-            num_res_blocks,
-            attn_resolutions,
-            resolution,
-            attn_type,
-            dropout,
-            self.temb_ch,
-            resamp_with_conv,
+            ch, ch_mult, num_res_blocks, attn_resolutions, resolution, attn_type, resamp_with_conv, options
         )
-        self.mid = _Middle(width, attn_type, dropout, self.temb_ch)
+        self.mid = _Middle(width, attn_type, options)
         levels = []
         for i in reversed(range(len(ch_mult))):
             own = ch * ch_mult[i]
@@ -393,13 +393,13 @@ class Model(nn.Module):
             skips = [own] * num_res_blocks + [entered]
             channels = [((width if j == 0 else own) + skip, own) for j, skip in enumerate(skips)]
             here = attn_type if resolution // 2**i in attn_resolutions else None
-            level = _Level(channels, here, dropout, self.temb_ch)
+            level = _Level(channels, here, options)
             width = own
             if i != 0:
                 level.upsample = Upsample(width, resamp_with_conv)
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)
-        self.norm_out = Normalize(width)
+        self.norm_out = Normalize(width, num_groups)
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor | None = None, context: Tensor | None = None) -> Tensor:

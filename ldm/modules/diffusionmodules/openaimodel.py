@@ -28,18 +28,18 @@ from ldm.util import exists
 
 
 def convert_module_to_f16(module: nn.Module) -> None:
-    """Turn a convolution's weights into half precision; other modules stay, as the original leaves norms alone."""
+    """Turn the weights of one layer (a convolution, linear layer or norm) into half precision."""
     _convert(module, torch.float16)
 
 
 def convert_module_to_f32(module: nn.Module) -> None:
-    """Turn a convolution's weights back into single precision."""
+    """Turn the weights of one layer back into single precision."""
     _convert(module, torch.float32)
 
 
 def _convert(module: nn.Module, dtype: torch.dtype) -> None:
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | nn.LayerNorm | nn.GroupNorm):
-        # Linear layers and the transformers' norms follow, too: half maps run through all of them here.
+        # The original turns convolutions alone, and its transformers then fail on half maps.
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
 
@@ -235,7 +235,7 @@ class ResBlock(TimestepBlock):
             x = self.x_upd(x, *reach)
         else:
             h = self.in_layers(x)
-        shift = self.emb_layers(emb).type(h.dtype)
+        shift = self.emb_layers(emb.type(self.emb_layers[1].weight.dtype)).type(h.dtype)
         shift = shift.reshape(*shift.shape, *(1 for _ in h.shape[2:]))  # (b, c or 2c, 1, ...)
         if self.use_scale_shift_norm:
             norm, rest = self.out_layers[0], self.out_layers[1:]
