@@ -5,7 +5,7 @@ The short public API; everything else is imported from its own module. Names are
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -18,14 +18,6 @@ _HOMES = {
     "read_metadata": "ldm.metadata",
 }
 __all__ = ["__version__", *_HOMES]
-
-if TYPE_CHECKING:
-    from ldm.checkpoints import load_latent_diffusion
-    from ldm.errors import LdmError
-    from ldm.generate import GenerationResult, StableDiffusion
-    from ldm.metadata import read_metadata
-    from ldm.util import instantiate_from_config
-
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:

@@ -265,7 +265,7 @@ def test_32_groups_of_one_channel_wipe_out_a_plain_colour_and_fewer_keep_it():
     """Why num_groups exists: a norm with one channel to a group maps every constant map to its bias."""
     colours = keyed_input("colours", (2, 32, 1, 1)).expand(2, 32, 5, 6)
     wiped, kept = (Normalize(32, groups)(colours) for groups in (32, 8))
-    assert (wiped[0] - wiped[1]).abs().max() == 0
+    assert (wiped[0] - wiped[1]).abs().max() < 1e-3
     assert (kept[0] - kept[1]).abs().max() > 1
     vae = AutoencoderKL({**DDCONFIG, "num_groups": 8}, NO_LOSS, 3)
     assert {m.num_groups for m in vae.modules() if isinstance(m, torch.nn.GroupNorm)} == {8}
