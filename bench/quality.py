@@ -382,7 +382,7 @@ def make_grid(bench: Bench, guidance: float) -> tuple["Image.Image", int]:
             note += "wrong: " + ", ".join(lacks) if lacks else "right"
             tiles.append((picture, prompt, note, verdict.holds))
     size = tiles[0][0].width
-    width, height = size + 36, size + 64
+    width, height = size + 36, size + 54
     lines = -(-len(tiles) // GRID_COLUMNS)
     sheet = Image.new("RGB", (GRID_COLUMNS * width, lines * height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -391,7 +391,7 @@ def make_grid(bench: Bench, guidance: float) -> tuple["Image.Image", int]:
         sheet.paste(picture, (x, y))
         caption = "\n".join(textwrap.wrap(prompt, (size + 20) // 5))
         draw.text((x, y + size + 2), caption, fill=(30, 30, 30), font_size=9, spacing=1)
-        draw.text((x, y + size + 47), note, fill=(0, 120, 40) if holds else (200, 0, 0), font_size=9)
+        draw.text((x, y + size + 37), note, fill=(0, 120, 40) if holds else (200, 0, 0), font_size=9)
     return sheet, sum(tile[3] for tile in tiles)
 
 

@@ -125,7 +125,7 @@ def test_the_grid_has_twenty_four_labelled_pictures(tiny, tmp_path, capsys, monk
 
     monkeypatch.setattr(quality, "GRID_STEPS", 1)
     quality.main([*tiny, "--grid", str(tmp_path / "g.png")])
-    assert Image.open(tmp_path / "g.png").size == (6 * (64 + 36), 4 * (64 + 64))
+    assert Image.open(tmp_path / "g.png").size == (6 * (64 + 36), 4 * (64 + 54))
     assert "0 of 24 right" in capsys.readouterr().out
 
 
