@@ -29,7 +29,8 @@ from ldm.paths import shipped
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ldm.generate import GenerationResult, Progress, StableDiffusion
+    from ldm.generate import StableDiffusion
+    from ldm.results import GenerationResult, Progress
 
 MAX_LINE = 400  # characters of an error line, so that it stays readable in a log
 MAX_SEED = 2**64 - 1  # what torch.Generator takes
@@ -421,7 +422,8 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
         raise UsageError(f"--config {args.config} needs --ckpt, the file with the weights")
     import torch
 
-    from ldm.generate import StableDiffusion, downsampling, pick_device
+    from ldm.generate import StableDiffusion
+    from ldm.wish import downsampling, pick_device
 
     device = pick_device(args.device)
     options: dict[str, Any] = {"device": device, "dtype": torch.float32}

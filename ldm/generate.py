@@ -1,30 +1,28 @@
 """The story from prompt to picture: encode the prompt, draw noise, denoise step by step, decode.
 
-Read `StableDiffusion._paint` first; everything above it is one word of that story, everything below it
-turns a person's wish (prompt, size, strength, seed) into its arguments.
+Read `StableDiffusion._paint_batch` first; the functions above it are the words of that story. What may be asked
+is judged in ldm.wish, what comes out is in ldm.results.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
+import contextlib
 import logging
 import math
 import os
 import random
-import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm import images as pictures
-from ldm.errors import LdmError, MismatchError, NumericError, ResourceError, UsageError
+from ldm.errors import LdmError, NumericError, ResourceError, UsageError
 from ldm.models.diffusion.samplers import (
     SAMPLERS,
     Step,
@@ -35,17 +33,30 @@ from ldm.models.diffusion.samplers import (
 )
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.paths import shipped
+from ldm.results import GenerationParameters, GenerationResult, Progress, join
+from ldm.wish import (
+    Job,
+    Shot,
+    check_size,
+    choice,
+    downsampling,
+    dtype_name,
+    dtype_of,
+    is_inpainting,
+    list_prompts,
+    list_seeds,
+    native_size,
+    pick_device,
+    pick_dtype,
+    read_pictures,
+    real,
+    whole,
+)
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 log = logging.getLogger(__name__)
-
-MAX_SEED = 2**64 - 1
-MAX_PROMPT = 100_000  # characters; the tokenizer would read on for seconds and keep 75 tokens
-CELLS = (8, 256)  # latent cells a side: 64 to 2048 pixels at 8 pixels a cell
 
 # --- the words of the story -----------------------------------------------------------------------
 
@@ -149,7 +160,7 @@ def denoise(
         if on_show and not torch.isfinite(step.x_t).all():
             raise NumericError(
                 f"the UNet gave values that are not finite at step {step.index + 1} of {step.total}, in "
-                f"{_name(dtype_of(model))}; nothing was saved; use float32 or another model file"
+                f"{dtype_name(dtype_of(model))}; nothing was saved; use float32 or another model file"
             )
         yield step
 
@@ -176,13 +187,13 @@ def _in_finite_precision(model: LatentDiffusion, stage: str, work: Callable[[], 
     dtype = dtype_of(vae)
     result = work()
     if not torch.isfinite(result).all() and dtype != torch.float32:
-        log.warning("%s overflowed in %s and was put into float32", stage, _name(dtype))
+        log.warning("%s overflowed in %s and was put into float32", stage, dtype_name(dtype))
         vae.float()
         dtype = torch.float32
         result = work()
     if not torch.isfinite(result).all():
         raise NumericError(
-            f"{stage} gave values that are not finite, in {_name(dtype)}; nothing was saved; check the model file"
+            f"{stage} gave values that are not finite, in {dtype_name(dtype)}; nothing was saved; check the model file"
         )
     return result
 
@@ -212,360 +223,6 @@ class _AtUNetPrecision:
         on = self._autocast is not None
         with torch.autocast(x.device.type, dtype=self._autocast, enabled=on):
             return self._model.apply_model(self._cast(x), t, self._cast(cond), *args, **kwargs).float()
-
-
-# --- what a model says about itself ---------------------------------------------------------------
-
-
-def dtype_of(module: nn.Module) -> torch.dtype:
-    """Tell what a module computes in: the dtype of its first floating-point weight; of a model, its UNet's."""
-    module = getattr(module, "model", module)
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-
-
-def downsampling(model: LatentDiffusion) -> int:
-    """Tell how many pixels a latent cell is wide: 8 for Stable Diffusion v1."""
-    encoder = getattr(model.first_stage_model, "encoder", None)
-    return 2 ** (encoder.num_resolutions - 1) if encoder is not None else 1
-
-
-def is_inpainting(model: LatentDiffusion) -> bool:
-    """Tell a 9-channel inpainting UNet (noisy latents, mask, masked picture) from a 4-channel one.
-
-    Raises:
-        MismatchError: the UNet takes neither.
-    """
-    unet = model.model.diffusion_model
-    wants = unet.input_blocks[0][0].weight.shape[1]
-    if wants == model.channels:
-        return False
-    if wants == 2 * model.channels + 1:
-        return True
-    raise MismatchError(
-        f"the UNet takes {wants} channels; wanted {model.channels} (a plain model) or "
-        f"{2 * model.channels + 1} (an inpainting model)"
-    )
-
-
-def native_size(model: LatentDiffusion) -> tuple[int, int]:
-    """Tell the (height, width) in pixels that the model was trained at: 512 x 512 for Stable Diffusion v1."""
-    sides = model.image_size
-    h, w = (sides, sides) if isinstance(sides, int) else sides
-    f = downsampling(model)
-    return h * f, w * f
-
-
-def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """Choose a device by name, or the best there is for None and "auto": cuda, then mps, then cpu.
-
-    Raises:
-        UsageError: a device that this machine or this torch does not have.
-    """
-    have = ["cpu"]
-    if torch.backends.mps.is_available():
-        have.insert(0, "mps")
-    if torch.cuda.is_available():
-        have[:0] = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if device is None or device == "auto":
-        return torch.device(have[0])
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        wanted = None
-    names = {name: name for name in have} | {name.split(":")[0]: name for name in reversed(have)}
-    if wanted is None or str(wanted) not in names:
-        raise UsageError(f"device '{device}' is not available; have: {', '.join(have)}")
-    return wanted
-
-
-def pick_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
-    """Choose what the UNet computes in: float16 on CUDA, else float32; float16 on a CPU is refused gently."""
-    if dtype is None:
-        return torch.float16 if device.type == "cuda" else torch.float32
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise UsageError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-    if dtype == torch.float16 and device.type == "cpu":
-        log.warning("float16 is slow and overflows on a CPU; float32 is used instead (bfloat16 works)")
-        return torch.float32
-    return dtype
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-# --- what comes out -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GenerationParameters:
-    """How one image was made: all that is needed to make it again, as it is written into its PNG."""
-
-    mode: Literal["txt2img", "img2img", "inpaint"]
-    prompt: str
-    negative_prompt: str
-    seed: int
-    steps: int
-    sampler: str
-    spacing: str | None
-    guidance_scale: float
-    guidance_rescale: float
-    eta: float
-    width: int
-    height: int
-    strength: float | None
-    rng: Literal["image", "compvis"]
-    batch_size: int
-    batch_index: int  # place within its batch; matters for rng="compvis" only
-    dropped_words: list[str]  # of the prompt and the negative prompt, beyond what the text encoder reads
-    model: str | None
-    init_image_hash: str | None
-    device: str
-    dtype: str
-    vae_dtype: str
-    threads: int
-    torch: str
-    version: str
-
-
-@dataclass
-class GenerationResult:
-    """Finished pictures with what made them; a notebook shows them as a grid.
-
-    Attributes:
-        images: list of PIL pictures, or what output_type asked for.
-        seeds: one for each image.
-        parameters: one GenerationParameters for each image.
-        latents: (n, c, h, w) float32 on the CPU, scaled units.
-        interrupted: a callback ended the run; these are the pictures that were finished.
-    """
-
-    images: Any
-    seeds: list[int]
-    parameters: list[GenerationParameters]
-    latents: Tensor
-    model_file: Path | None = field(default=None, repr=False)
-    interrupted: bool = False
-
-    def __len__(self) -> int:
-        return len(self.seeds)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.images)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.images[index]
-
-    def __repr__(self) -> str:
-        return f"GenerationResult({len(self)} images, seeds={self.seeds})"
-
-    def metadata(self, index: int) -> dict[str, Any]:
-        """Collect what goes into the PNG of one image, its model's hash included."""
-        return asdict(self.parameters[index]) | {"model_hash": file_hash(self.model_file)}
-
-    @property
-    def infotexts(self) -> list[str]:
-        """A1111's text for each image."""
-        from ldm.metadata import to_infotext
-
-        return [to_infotext(self.metadata(i)) for i in range(len(self))]
-
-    def grid(self, nrow: int | None = None) -> Image.Image:
-        """Lay the pictures out as one, nrow in a row (default: near a square)."""
-        return pictures.grid(self._pil(), nrow)
-
-    def save(
-        self, folder: str | os.PathLike, pattern: str = "{:05}.png", *, metadata: bool = True
-    ) -> list[Path]:
-        """Save each picture as a PNG with its metadata, numbered on from what the folder holds; returns paths.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
-        from ldm.metadata import png_info
-
-        folder = pictures.prepare_folder(folder)
-        return [
-            pictures.save_numbered(image, folder, pattern, png_info(self.metadata(i)) if metadata else None)
-            for i, image in enumerate(self._pil())
-        ]
-
-    def _pil(self) -> list[Image.Image]:
-        from PIL import Image
-
-        if isinstance(self.images, list):
-            return self.images
-        if isinstance(self.images, Tensor) and self.images.shape[1] != 3:
-            raise UsageError("these are latents, not pictures; decode them, or ask for another output_type")
-        array = self.images.permute(0, 2, 3, 1).numpy() if isinstance(self.images, Tensor) else self.images
-        return [Image.fromarray((255.0 * one).astype(np.uint8)) for one in array]
-
-    def _repr_png_(self) -> bytes | None:
-        if not len(self):
-            return None
-        buffer = io.BytesIO()
-        self.grid().save(buffer, format="PNG")
-        return buffer.getvalue()
-
-
-def _join(results: Sequence[GenerationResult], empty: Any) -> GenerationResult:
-    """Put the results of several batches into one."""
-    if not results:
-        return GenerationResult(empty, [], [], torch.empty(0))
-    kinds = [result.images for result in results]
-    if isinstance(kinds[0], list):
-        images = [image for kind in kinds for image in kind]
-    else:
-        images = torch.cat(kinds) if isinstance(kinds[0], Tensor) else np.concatenate(kinds)
-    return GenerationResult(
-        images,
-        [seed for result in results for seed in result.seeds],
-        [one for result in results for one in result.parameters],
-        torch.cat([result.latents for result in results]),
-        results[0].model_file,
-    )
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One step of one batch, or (`result` set) the end of a batch.
-
-    Attributes:
-        step, steps: steps done and wanted in this batch.
-        batch, batches: this batch (from 0) and how many there are.
-        x_t, pred_x0: (b, c, h, w) latents after the step, and what they promise to become.
-        result: the finished pictures of this batch, in its last Progress.
-    """
-
-    step: int
-    steps: int
-    batch: int
-    batches: int
-    x_t: Tensor
-    pred_x0: Tensor
-    result: GenerationResult | None = None
-    _sd: StableDiffusion | None = field(default=None, repr=False)
-
-    def preview(self) -> list[Image.Image]:
-        """Paint what is to come, small and at once, by a linear stand-in for the decoder."""
-        return pictures.preview(self.pred_x0, *self._sd.latent_rgb)
-
-
-_HASHES: dict[tuple, str] = {}
-
-
-def file_hash(path: Path | None) -> str | None:
-    """Give the first 10 hex digits of a file's sha256, as A1111 names models; a folder or no file gives None."""
-    if path is None or not path.is_file():
-        return None
-    status = path.stat()
-    key = (path.resolve(), status.st_size, status.st_mtime_ns)
-    if key not in _HASHES:
-        with open(path, "rb") as file:
-            _HASHES[key] = hashlib.file_digest(file, "sha256").hexdigest()[:10]
-    return _HASHES[key]
-
-
-# --- wishes ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Shot:
-    """One image that is wanted."""
-
-    prompt: str
-    negative: str
-    seed: int
-    row: int | None = None  # into prompt_embeds, where those were given
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A wish whose every part was checked."""
-
-    mode: Literal["txt2img", "img2img", "inpaint"]
-    shots: list[_Shot]
-    batch_size: int
-    height: int
-    width: int
-    image: Tensor | None  # (1, 3, height, width) in [-1, 1]
-    image_hash: str | None
-    mask: Tensor | None  # (1, 1, height, width), 1 = repaint
-    strength: float | None
-    steps: int
-    sampler: str
-    spacing: str | None
-    guidance_scale: float
-    guidance_rescale: float
-    eta: float
-    rng: Literal["image", "compvis"]
-    fixed_code: bool
-    output_type: Literal["pil", "np", "pt", "latent"]
-    embeds: Tensor | None
-    negative_embeds: Tensor | None
-
-
-def _whole(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise UsageError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
-    return int(value)
-
-
-def _real(name: str, value: Any, low: float, high: float) -> float:
-    sound = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
-    if not sound or not math.isfinite(value) or not low <= value <= high:
-        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
-    return float(value)
-
-
-def _choice(name: str, value: Any, choices: Sequence[str]) -> Any:
-    if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-    return value
-
-
-def check_size(name: str, value: int, f: int) -> int:
-    """Return a side in pixels if the model can paint it.
-
-    Raises:
-        UsageError: it is no multiple of f, or out of range; the nearest two sides that work are named.
-    """
-    low, high = (cells * f for cells in CELLS)
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise UsageError(f"{name} must be a multiple of {f} from {low} to {high}, got {value!r}")
-    if value % f:
-        below = value - value % f
-        raise UsageError(
-            f"{name} must be a multiple of {f}, got {value}; the nearest two that work are {below} and {below + f}"
-        )
-    return int(value)
-
-
-def _texts(name: str, value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else None
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise UsageError(f"{name} must be a text or a list of texts with one at least, got {value!r:.80}")
-    for text in texts:
-        if len(text) > MAX_PROMPT:
-            raise UsageError(f"{name} must have at most {MAX_PROMPT} characters, got {len(text)}; shorten it")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UsageError(
-                f"{name} holds characters that are no text (lone surrogates): {text!r:.80}"
-            ) from None
-    return texts
-
-
-def _seeds(seed: Any, count: int) -> list[int]:
-    """List one seed for each of count images: seed + i, a list as given, or from a random one for None."""
-    if isinstance(seed, Sequence) and not isinstance(seed, str):
-        if len(seed) != count:
-            raise UsageError(f"a list of seeds must name one for each image, wanted {count}, got {len(seed)}")
-        return [_whole("seed", one, 0, MAX_SEED) for one in seed]
-    seed = secrets.randbelow(2**32 - count) if seed is None else seed
-    first = _whole("seed", seed, 0, MAX_SEED - count + 1)
-    return [first + i for i in range(count)]
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -601,6 +258,7 @@ class StableDiffusion:
         self.name = name
         self.report = report
         self.autocast = autocast
+        self._averaged = False
         self._latent_rgb: tuple[Tensor, Tensor] | None = None
         if dtype_of(model) != torch.float32:
             # Half-precision decoders overflow into black pictures; the VAE is a tenth of the work.
@@ -703,7 +361,7 @@ class StableDiffusion:
         return self._latent_rgb
 
     def __repr__(self) -> str:
-        return f"StableDiffusion({self.name or 'unnamed'}, {self.device}, {_name(self.dtype)})"
+        return f"StableDiffusion({self.name or 'unnamed'}, {self.device}, {dtype_name(self.dtype)})"
 
     # --- doors ---
 
@@ -743,7 +401,7 @@ class StableDiffusion:
                 interrupted = True
                 break
         empty = [] if options.get("output_type", "pil") == "pil" else torch.empty(0)
-        return replace(_join(results, empty), interrupted=interrupted)
+        return replace(join(results, empty), interrupted=interrupted)
 
     def stream(
         self,
@@ -799,12 +457,12 @@ class StableDiffusion:
             UsageError: a value out of range. NumericError: NaN. ResourceError: out of memory at batch size 1.
         """
         f = downsampling(self.model)
-        rng = _choice("rng", rng, ("image", "compvis"))
-        num_images = _whole("num_images", num_images, 1, 100_000)
-        batch_size = _whole("batch_size", batch_size, 1, 1024)
-        prompts, negatives = self._prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        rng = choice("rng", rng, ("image", "compvis"))
+        num_images = whole("num_images", num_images, 1, 100_000)
+        batch_size = whole("batch_size", batch_size, 1, 1024)
+        prompts, negatives = list_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         count = len(prompts) * num_images
-        seeds = _seeds(seed, count)
+        seeds = list_seeds(seed, count)
         if rng == "compvis":
             seeds = [seeds[0]] * count
         elif fixed_code:
@@ -813,7 +471,7 @@ class StableDiffusion:
             None if width is None else check_size("width", width, f),
             None if height is None else check_size("height", height, f),
         )
-        pixels, marks, image_hash = self._picture(image, mask, size, f)
+        pixels, marks, image_hash = read_pictures(image, mask, size, f)
         if pixels is not None:
             height, width = pixels.shape[2:]
         else:
@@ -826,10 +484,10 @@ class StableDiffusion:
         mode = "txt2img" if pixels is None else "img2img" if marks is None else "inpaint"
         if strength is None and pixels is not None:
             strength = 0.75 if marks is None else 1.0
-        job = _Job(
+        job = Job(
             mode=mode,
             shots=[
-                _Shot(
+                Shot(
                     prompts[i],
                     negatives[i],
                     seeds[i * num_images + j],
@@ -844,31 +502,34 @@ class StableDiffusion:
             image=pixels,
             image_hash=image_hash,
             mask=marks,
-            strength=None if strength is None else _real("strength", strength, 0, 1),
-            steps=_whole("steps", steps, 1, self.model.num_timesteps),
+            strength=None if strength is None else real("strength", strength, 0, 1),
+            steps=whole("steps", steps, 1, self.model.num_timesteps),
             sampler=resolve_sampler(sampler),
             spacing=spacing,
-            guidance_scale=_real("guidance_scale", guidance_scale, 0, 100),
-            guidance_rescale=_real("guidance_rescale", guidance_rescale, 0, 1),
-            eta=_real("eta", eta, 0, 1),
+            guidance_scale=real("guidance_scale", guidance_scale, 0, 100),
+            guidance_rescale=real("guidance_rescale", guidance_rescale, 0, 1),
+            eta=real("eta", eta, 0, 1),
             rng=rng,
             fixed_code=fixed_code,
-            output_type=_choice("output_type", output_type, ("pil", "np", "pt", "latent")),
+            output_type=choice("output_type", output_type, ("pil", "np", "pt", "latent")),
             embeds=prompt_embeds,
             negative_embeds=negative_prompt_embeds,
         )
         check_eta(SAMPLERS[job.sampler], job.eta)
-        start_level(
-            job.sampler, self.model, job.steps, job.strength or 0.0, spacing=spacing
-        )  # refuses spacings
-        is_inpainting(self.model)  # refuses UNets that are neither
+        # Both refuse what does not fit: spacings without a name, UNets of other kinds.
+        start_level(job.sampler, self.model, job.steps, job.strength or 0.0, spacing=spacing)
+        is_inpainting(self.model)
         return self._paint(job)
 
     # --- the story ---
 
     @torch.no_grad()
-    def _paint(self, job: _Job) -> Iterator[Progress]:
+    def _paint(self, job: Job) -> Iterator[Progress]:
         """Paint a job batch by batch; a batch that does not fit into memory is halved."""
+        if self._averaged:
+            raise UsageError(
+                "this model's moving average paints another stream; finish or close that one first"
+            )
         if job.rng == "compvis":
             seed_everything(job.shots[0].seed)
         shared: dict[str, Any] = {}  # what later batches use again
@@ -876,11 +537,9 @@ class StableDiffusion:
         done = 0
         while pending:
             batch = pending.popleft()
-            place = {"batch": done, "batches": done + 1 + len(pending), "_sd": self}
+            place = {"batch": done, "batches": done + 1 + len(pending), "sd": self}
             try:
-                with (
-                    self.model.ema_scope()
-                ):  # as CompVis's scripts: the average paints where a model keeps one
+                with self._averages():
                     yield from self._paint_batch(job, batch, shared, place)
                 done += 1
                 continue
@@ -892,7 +551,7 @@ class StableDiffusion:
                 if len(batch) == 1 or job.rng == "compvis":
                     raise ResourceError(
                         f"out of memory at {job.width} x {job.height}, {len(batch)} at once, in "
-                        f"{_name(self.dtype)}; use a smaller size or batch, or half precision"
+                        f"{dtype_name(self.dtype)}; use a smaller size or batch, or half precision"
                     ) from None
             # Outside the except block, so that the failed batch's tensors are free by now.
             half = (len(batch) + 1) // 2
@@ -901,7 +560,20 @@ class StableDiffusion:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _paint_batch(self, job: _Job, batch: list[_Shot], shared: dict, place: dict) -> Iterator[Progress]:
+    @contextlib.contextmanager
+    def _averages(self) -> Iterator[None]:
+        """Paint with the moving average where a model keeps one, as CompVis's scripts do.
+
+        The scope has one place for the present weights, so that a second stream within it would lose them.
+        """
+        self._averaged = self.model.use_ema
+        try:
+            with self.model.ema_scope():
+                yield
+        finally:
+            self._averaged = False
+
+    def _paint_batch(self, job: Job, batch: list[Shot], shared: dict, place: dict) -> Iterator[Progress]:
         """Paint one batch: words, noise, steps, pixels."""
         model, b = self.model, len(batch)
         noise = ImageNoise([shot.seed for shot in batch]) if job.rng == "image" else CompVisNoise()
@@ -957,7 +629,7 @@ class StableDiffusion:
         yield self._finish(job, batch, latents, dropped, place)
 
     def _contexts(
-        self, job: _Job, batch: list[_Shot], known: dict[str, Tensor]
+        self, job: Job, batch: list[Shot], known: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None, list[list[str]]]:
         """Encode prompts and, if guidance needs them, negative prompts; list the words that did not fit."""
         guided = job.guidance_scale != 1.0
@@ -978,7 +650,7 @@ class StableDiffusion:
         dropped = [dropped_words(s.prompt) + (dropped_words(s.negative) if guided else []) for s in batch]
         return context, unconditional, dropped
 
-    def _encoded(self, key: str, job: _Job, image: Tensor, b: int, noise, shared: dict) -> Tensor:
+    def _encoded(self, key: str, job: Job, image: Tensor, b: int, noise, shared: dict) -> Tensor:
         """Encode a picture for b images; CompVis encodes it once, before its first batch."""
         if job.rng == "image":
             return encode_image(self.model, image, b, noise)
@@ -986,7 +658,7 @@ class StableDiffusion:
             shared[key] = encode_image(self.model, image, min(job.batch_size, len(job.shots)), noise)
         return shared[key][:b]
 
-    def _masked_picture(self, job: _Job, b: int, noise, shared: dict) -> Tensor:
+    def _masked_picture(self, job: Job, b: int, noise, shared: dict) -> Tensor:
         """Make what a 9-channel UNet sees beside its latents, (b, 1 + c, h, w): mask, then masked picture.
 
         Without a mask everything is to be repainted and the picture is grey, as its training had it.
@@ -1000,7 +672,7 @@ class StableDiffusion:
         )
 
     def _finish(
-        self, job: _Job, batch: list[_Shot], latents: Tensor | None, dropped: list[list[str]], place: dict
+        self, job: Job, batch: list[Shot], latents: Tensor | None, dropped: list[list[str]], place: dict
     ) -> Progress:
         """Turn the latents of a batch into what was asked for; None stands for the picture itself (strength 0)."""
         b = len(batch)
@@ -1028,73 +700,8 @@ class StableDiffusion:
         )
         return Progress(job.steps, job.steps, x_t=latents, pred_x0=latents, result=result, **place)
 
-    def _prompts(self, prompt, negative, embeds, negative_embeds) -> tuple[list[str], list[str]]:
-        """List as many negative prompts as prompts; features given in their place are checked."""
-        if embeds is None:
-            prompts = _texts("prompt", prompt)
-        else:
-            for name, one in (("prompt_embeds", embeds), ("negative_prompt_embeds", negative_embeds)):
-                if not isinstance(one, Tensor) or one.dim() != 3 or one.shape != embeds.shape:
-                    got = tuple(one.shape) if isinstance(one, Tensor) else one
-                    raise UsageError(f"{name} must be (n, tokens, d), both alike, got {got}")
-            prompts = _texts("prompt", "" if prompt is None else prompt)
-            prompts = prompts * len(embeds) if len(prompts) == 1 else prompts
-            if len(prompts) != len(embeds):
-                raise UsageError(
-                    f"prompt_embeds holds {len(embeds)} prompts, but {len(prompts)} prompts were given"
-                )
-        negatives = _texts("negative_prompt", negative)
-        if len(negatives) == 1:
-            negatives = negatives * len(prompts)
-        if len(negatives) != len(prompts):
-            raise UsageError(
-                f"negative_prompt must be one text, or one for each of {len(prompts)} prompts, got {len(negatives)}"
-            )
-        return prompts, negatives
-
-    def _picture(
-        self, image: Any, mask: Any, size: tuple[int | None, int | None], f: int
-    ) -> tuple[Tensor | None, Tensor | None, str | None]:
-        """Read picture and mask into tensors of one size, with the picture's hash."""
-        if image is None:
-            if mask is not None:
-                raise UsageError("a mask needs a picture to repaint, got mask and image=None")
-            return None, None, None
-        if isinstance(image, Tensor):
-            pixels = _as_picture("image", image, 3)
-            for name, side in zip(("width", "height"), (pixels.shape[3], pixels.shape[2]), strict=True):
-                check_size(name, side, f)
-            if size[0] not in (None, pixels.shape[3]) or size[1] not in (None, pixels.shape[2]):
-                raise UsageError(
-                    f"an image given as a tensor keeps its size, got {tuple(pixels.shape)} and {size}"
-                )
-            pixels = pixels.float().cpu()
-        else:
-            image = _open("image", image)
-            sides = [side or own - own % f for side, own in zip(size, image.size, strict=True)]
-            for name, side in zip(("width of the picture", "height of the picture"), sides, strict=True):
-                check_size(name, side, f)
-            if tuple(sides) != image.size:
-                log.info("the picture was resized from %s to %s", image.size, tuple(sides))
-            pixels = pictures.to_tensor(pictures.fit_size(pictures.to_rgb(image), f, tuple(sides)))
-        marks = None
-        if mask is not None:
-            at = (pixels.shape[3], pixels.shape[2])
-            if isinstance(mask, Tensor):
-                marks = (_as_picture("mask", mask, 1).float().cpu() >= 0.5).float()
-                if marks.shape[2:] != pixels.shape[2:]:
-                    raise UsageError(f"mask must have the picture's size {at}, got {tuple(marks.shape)}")
-            else:
-                mask = _open("mask", mask)
-                if mask.size != at:
-                    log.info("the mask was resized from %s to %s", mask.size, at)
-                marks = pictures.to_mask(mask, at)
-            if not marks.any():
-                raise UsageError("the mask marks nothing; paint white what is to be repainted")
-        return pixels, marks, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:10]
-
     def _parameters(
-        self, job: _Job, shot: _Shot, index: int, batch_size: int, dropped: list[str]
+        self, job: Job, shot: Shot, index: int, batch_size: int, dropped: list[str]
     ) -> GenerationParameters:
         from ldm import __version__
 
@@ -1119,27 +726,10 @@ class StableDiffusion:
             model=self.name,
             init_image_hash=job.image_hash,
             device=str(self.device),
-            dtype=_name(self.dtype) + (f", autocast {_name(self.autocast)}" if self.autocast else ""),
-            vae_dtype=_name(dtype_of(self.model.first_stage_model)),
+            dtype=dtype_name(self.dtype)
+            + (f", autocast {dtype_name(self.autocast)}" if self.autocast else ""),
+            vae_dtype=dtype_name(dtype_of(self.model.first_stage_model)),
             threads=torch.get_num_threads(),
             torch=torch.__version__,
             version=__version__,
         )
-
-
-def _as_picture(name: str, value: Tensor, channels: int) -> Tensor:
-    if value.dim() != 4 or value.shape[:2] != (1, channels) or not torch.isfinite(value).all():
-        raise UsageError(
-            f"{name} must be a finite (1, {channels}, height, width) tensor, got {tuple(value.shape)}"
-        )
-    return value
-
-
-def _open(name: str, value: Any) -> Image.Image:
-    from PIL import Image, ImageOps
-
-    if isinstance(value, str | os.PathLike):
-        return pictures.open_image(value)
-    if isinstance(value, Image.Image):
-        return ImageOps.exif_transpose(value)
-    raise UsageError(f"{name} must be a PIL picture, a path or a tensor, got {type(value).__name__}")

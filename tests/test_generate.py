@@ -21,6 +21,8 @@ from ldm.errors import AbsentError, MismatchError, NumericError, ResourceError, 
 from ldm.generate import ImageNoise, StableDiffusion
 from ldm.images import to_tensor
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.results import file_hash
+from ldm.wish import downsampling, dtype_of, native_size, pick_device, pick_dtype
 
 ALL = ("ddim", "plms", "ddpm", "dpm_solver", "dpmpp_2m")
 PROMPT = "a large red circle"
@@ -200,7 +202,7 @@ def test_every_multiple_of_eight_works(sd, size):
 def test_the_models_own_size_is_the_default(sd):
     out = sd.txt2img(PROMPT, steps=1)
     assert out[0].size == (64, 64) and (out.parameters[0].width, out.parameters[0].height) == (64, 64)
-    assert generate.native_size(sd.model) == (64, 64) and generate.downsampling(sd.model) == 8
+    assert native_size(sd.model) == (64, 64) and downsampling(sd.model) == 8
 
 
 @pytest.mark.parametrize(
@@ -325,18 +327,18 @@ def test_pictures_and_masks_are_wanted_where_the_name_says_so(sd):
 @pytest.mark.parametrize("device", ["cuda:99", "toaster", "meta"])
 def test_devices_that_are_not_there(device):
     with pytest.raises(UsageError, match=f"device '{device}' is not available; have: .*cpu"):
-        generate.pick_device(device)
+        pick_device(device)
 
 
 def test_devices_and_dtypes_that_are(sd, caplog):
-    assert generate.pick_device("cpu") == torch.device("cpu") and generate.pick_device("auto").type
-    assert generate.pick_dtype(torch.device("cpu"), None) == torch.float32
-    assert generate.pick_dtype(torch.device("cuda"), None) == torch.float16
-    assert generate.pick_dtype(torch.device("cpu"), torch.bfloat16) == torch.bfloat16
-    assert generate.pick_dtype(torch.device("cpu"), torch.float16) == torch.float32
+    assert pick_device("cpu") == torch.device("cpu") and pick_device("auto").type
+    assert pick_dtype(torch.device("cpu"), None) == torch.float32
+    assert pick_dtype(torch.device("cuda"), None) == torch.float16
+    assert pick_dtype(torch.device("cpu"), torch.bfloat16) == torch.bfloat16
+    assert pick_dtype(torch.device("cpu"), torch.float16) == torch.float32
     assert "float32 is used instead" in caplog.text
     with pytest.raises(UsageError, match="must be float32, float16 or bfloat16, got torch.int8"):
-        generate.pick_dtype(torch.device("cpu"), torch.int8)
+        pick_dtype(torch.device("cpu"), torch.int8)
 
 
 def test_a_unet_of_another_kind_is_refused(own):
@@ -408,7 +410,7 @@ def test_half_precision_is_the_unets_only(sd, own, how):
 
 def test_a_half_model_gets_a_float32_vae(own):
     sd = StableDiffusion(own.model.to(torch.bfloat16))
-    assert sd.dtype == torch.bfloat16 and generate.dtype_of(sd.model.first_stage_model) == torch.float32
+    assert sd.dtype == torch.bfloat16 and dtype_of(sd.model.first_stage_model) == torch.float32
     assert sd.to("cpu", torch.float32).dtype == torch.float32
     assert repr(sd) == "StableDiffusion(unnamed, cpu, float32)"
 
@@ -615,16 +617,32 @@ def test_gradients_stay_off_inside_and_on_outside(sd):
     assert torch.is_grad_enabled()
 
 
-def test_the_moving_average_paints_where_a_model_keeps_one(sd):
-    params = tiny_config()["model"]["params"] | {"use_ema": True}
-    model = LatentDiffusion(**params)
+def averaged(sd):
+    """A model whose moving average is sd's weights, while its present ones have gone elsewhere."""
+    model = LatentDiffusion(**tiny_config()["model"]["params"] | {"use_ema": True})
     model.load_state_dict(sd.model.state_dict(), strict=False)
     model.model_ema.copy_from(model.model)
     with torch.no_grad():
-        model.model.diffusion_model.out[2].bias.add_(5.0)  # the average still has the old one
+        model.model.diffusion_model.out[2].bias.add_(5.0)
+    return model
+
+
+def test_the_moving_average_paints_where_a_model_keeps_one(sd):
+    model = averaged(sd)
     out = StableDiffusion(model).txt2img(PROMPT, seed=0, steps=2)
     assert far(out.latents, sd.txt2img(PROMPT, seed=0, steps=2).latents) < 1e-6
     assert model.model.diffusion_model.out[2].bias.mean() > 4  # and is back in its place
+
+
+def test_a_second_stream_cannot_lose_the_present_weights(sd):
+    painter = StableDiffusion(averaged(sd))
+    first, second = (painter.stream(PROMPT, steps=2) for _ in range(2))
+    next(first)
+    with pytest.raises(UsageError, match="finish or close that one first"):
+        next(second)
+    first.close()
+    assert painter.model.model.diffusion_model.out[2].bias.mean() > 4
+    assert len(painter.txt2img(PROMPT, steps=2)) == 1
 
 
 # --- results ---
@@ -667,7 +685,7 @@ def test_results_save_and_tell_how_they_were_made(sd, tmp_path):
 def test_a_files_hash_is_a1111s_and_follows_the_file(tmp_path):
     path = tmp_path / "m.safetensors"
     path.write_bytes(b"weights")
-    assert generate.file_hash(path) == hashlib.sha256(b"weights").hexdigest()[:10]
+    assert file_hash(path) == hashlib.sha256(b"weights").hexdigest()[:10]
     path.write_bytes(b"other weights")
-    assert generate.file_hash(path) == hashlib.sha256(b"other weights").hexdigest()[:10]
-    assert generate.file_hash(tmp_path) is None and generate.file_hash(None) is None
+    assert file_hash(path) == hashlib.sha256(b"other weights").hexdigest()[:10]
+    assert file_hash(tmp_path) is None and file_hash(None) is None

@@ -1,0 +1,192 @@
+"""What painting gives: finished pictures with what made them, and the steps on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm import images as pictures
+from ldm.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ldm.generate import StableDiffusion
+
+
+@dataclass(frozen=True)
+class GenerationParameters:
+    """How one image was made: all that is needed to make it again, as it is written into its PNG."""
+
+    mode: Literal["txt2img", "img2img", "inpaint"]
+    prompt: str
+    negative_prompt: str
+    seed: int
+    steps: int
+    sampler: str
+    spacing: str | None
+    guidance_scale: float
+    guidance_rescale: float
+    eta: float
+    width: int
+    height: int
+    strength: float | None
+    rng: Literal["image", "compvis"]
+    batch_size: int
+    batch_index: int  # place within its batch; matters for rng="compvis" only
+    dropped_words: list[str]  # of the prompt and the negative prompt, beyond what the text encoder reads
+    model: str | None
+    init_image_hash: str | None
+    device: str
+    dtype: str
+    vae_dtype: str
+    threads: int
+    torch: str
+    version: str
+
+
+@dataclass
+class GenerationResult:
+    """Finished pictures with what made them; a notebook shows them as a grid.
+
+    Attributes:
+        images: list of PIL pictures, or what output_type asked for.
+        seeds: one for each image.
+        parameters: one GenerationParameters for each image.
+        latents: (n, c, h, w) float32 on the CPU, scaled units.
+        interrupted: a callback ended the run; these are the pictures that were finished.
+    """
+
+    images: Any
+    seeds: list[int]
+    parameters: list[GenerationParameters]
+    latents: Tensor
+    model_file: Path | None = field(default=None, repr=False)
+    interrupted: bool = False
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images[index]
+
+    def __repr__(self) -> str:
+        return f"GenerationResult({len(self)} images, seeds={self.seeds})"
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        """Collect what goes into the PNG of one image, its model's hash included."""
+        return asdict(self.parameters[index]) | {"model_hash": file_hash(self.model_file)}
+
+    @property
+    def infotexts(self) -> list[str]:
+        """A1111's text for each image."""
+        from ldm.metadata import to_infotext
+
+        return [to_infotext(self.metadata(i)) for i in range(len(self))]
+
+    def grid(self, nrow: int | None = None) -> Image.Image:
+        """Lay the pictures out as one, nrow in a row (default: near a square)."""
+        return pictures.grid(self._pil(), nrow)
+
+    def save(
+        self, folder: str | os.PathLike, pattern: str = "{:05}.png", *, metadata: bool = True
+    ) -> list[Path]:
+        """Save each picture as a PNG with its metadata, numbered on from what the folder holds; returns paths.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        from ldm.metadata import png_info
+
+        folder = pictures.prepare_folder(folder)
+        return [
+            pictures.save_numbered(image, folder, pattern, png_info(self.metadata(i)) if metadata else None)
+            for i, image in enumerate(self._pil())
+        ]
+
+    def _pil(self) -> list[Image.Image]:
+        from PIL import Image
+
+        if isinstance(self.images, list):
+            return self.images
+        if isinstance(self.images, Tensor) and self.images.shape[1] != 3:
+            raise UsageError("these are latents, not pictures; decode them, or ask for another output_type")
+        array = self.images.permute(0, 2, 3, 1).numpy() if isinstance(self.images, Tensor) else self.images
+        return [Image.fromarray((255.0 * one).astype(np.uint8)) for one in array]
+
+    def _repr_png_(self) -> bytes | None:
+        if not len(self):
+            return None
+        buffer = io.BytesIO()
+        self.grid().save(buffer, format="PNG")
+        return buffer.getvalue()
+
+
+def join(results: Sequence[GenerationResult], empty: Any) -> GenerationResult:
+    """Put the results of several batches into one."""
+    if not results:
+        return GenerationResult(empty, [], [], torch.empty(0))
+    kinds = [result.images for result in results]
+    if isinstance(kinds[0], list):
+        images = [image for kind in kinds for image in kind]
+    else:
+        images = torch.cat(kinds) if isinstance(kinds[0], Tensor) else np.concatenate(kinds)
+    return GenerationResult(
+        images,
+        [seed for result in results for seed in result.seeds],
+        [one for result in results for one in result.parameters],
+        torch.cat([result.latents for result in results]),
+        results[0].model_file,
+    )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of one batch, or (`result` set) the end of a batch.
+
+    Attributes:
+        step, steps: steps done and wanted in this batch.
+        batch, batches: this batch (from 0) and how many there are.
+        x_t, pred_x0: (b, c, h, w) latents after the step, and what they promise to become.
+        result: the finished pictures of this batch, in its last Progress.
+    """
+
+    step: int
+    steps: int
+    batch: int
+    batches: int
+    x_t: Tensor
+    pred_x0: Tensor
+    result: GenerationResult | None = None
+    sd: StableDiffusion | None = field(default=None, repr=False)
+
+    def preview(self) -> list[Image.Image]:
+        """Paint what is to come, small and at once, by a linear stand-in for the decoder."""
+        return pictures.preview(self.pred_x0, *self.sd.latent_rgb)
+
+
+_HASHES: dict[tuple, str] = {}
+
+
+def file_hash(path: Path | None) -> str | None:
+    """Give the first 10 hex digits of a file's sha256, as A1111 names models; a folder or no file gives None."""
+    if path is None or not path.is_file():
+        return None
+    status = path.stat()
+    key = (path.resolve(), status.st_size, status.st_mtime_ns)
+    if key not in _HASHES:
+        with open(path, "rb") as file:
+            _HASHES[key] = hashlib.file_digest(file, "sha256").hexdigest()[:10]
+    return _HASHES[key]

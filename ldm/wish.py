@@ -1,0 +1,302 @@
+"""What a person may ask of a model, checked before any work is done."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm import images as pictures
+from ldm.errors import MismatchError, UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+log = logging.getLogger(__name__)
+
+MAX_SEED = 2**64 - 1
+MAX_PROMPT = 100_000  # characters; the tokenizer would read on for seconds and keep 75 tokens
+CELLS = (8, 256)  # latent cells a side: 64 to 2048 pixels at 8 pixels a cell
+
+# --- what a model says about itself ---------------------------------------------------------------
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Tell what a module computes in: the dtype of its first floating-point weight; of a model, its UNet's."""
+    module = getattr(module, "model", module)
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def downsampling(model: LatentDiffusion) -> int:
+    """Tell how many pixels a latent cell is wide: 8 for Stable Diffusion v1."""
+    encoder = getattr(model.first_stage_model, "encoder", None)
+    return 2 ** (encoder.num_resolutions - 1) if encoder is not None else 1
+
+
+def is_inpainting(model: LatentDiffusion) -> bool:
+    """Tell a 9-channel inpainting UNet (noisy latents, mask, masked picture) from a 4-channel one.
+
+    Raises:
+        MismatchError: the UNet takes neither.
+    """
+    unet = model.model.diffusion_model
+    wants = unet.input_blocks[0][0].weight.shape[1]
+    if wants == model.channels:
+        return False
+    if wants == 2 * model.channels + 1:
+        return True
+    raise MismatchError(
+        f"the UNet takes {wants} channels; wanted {model.channels} (a plain model) or "
+        f"{2 * model.channels + 1} (an inpainting model)"
+    )
+
+
+def native_size(model: LatentDiffusion) -> tuple[int, int]:
+    """Tell the (height, width) in pixels that the model was trained at: 512 x 512 for Stable Diffusion v1."""
+    sides = model.image_size
+    h, w = (sides, sides) if isinstance(sides, int) else sides
+    f = downsampling(model)
+    return h * f, w * f
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """Choose a device by name, or the best there is for None and "auto": cuda, then mps, then cpu.
+
+    Raises:
+        UsageError: a device that this machine or this torch does not have.
+    """
+    have = ["cpu"]
+    if torch.backends.mps.is_available():
+        have.insert(0, "mps")
+    if torch.cuda.is_available():
+        have[:0] = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if device is None or device == "auto":
+        return torch.device(have[0])
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or str(wanted) not in {*have, *(name.split(":")[0] for name in have)}:
+        raise UsageError(f"device '{device}' is not available; have: {', '.join(have)}")
+    return wanted
+
+
+def pick_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
+    """Choose what the UNet computes in: float16 on CUDA, else float32; float16 on a CPU is refused gently."""
+    if dtype is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise UsageError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    if dtype == torch.float16 and device.type == "cpu":
+        log.warning("float16 is slow and overflows on a CPU; float32 is used instead (bfloat16 works)")
+        return torch.float32
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype for people: "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+# --- wishes ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One image that is wanted."""
+
+    prompt: str
+    negative: str
+    seed: int
+    row: int | None = None  # into prompt_embeds, where those were given
+
+
+@dataclass(frozen=True)
+class Job:
+    """A wish whose every part was checked."""
+
+    mode: Literal["txt2img", "img2img", "inpaint"]
+    shots: list[Shot]
+    batch_size: int
+    height: int
+    width: int
+    image: Tensor | None  # (1, 3, height, width) in [-1, 1]
+    image_hash: str | None
+    mask: Tensor | None  # (1, 1, height, width), 1 = repaint
+    strength: float | None
+    steps: int
+    sampler: str
+    spacing: str | None
+    guidance_scale: float
+    guidance_rescale: float
+    eta: float
+    rng: Literal["image", "compvis"]
+    fixed_code: bool
+    output_type: Literal["pil", "np", "pt", "latent"]
+    embeds: Tensor | None
+    negative_embeds: Tensor | None
+
+
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    """Return a whole number within low and high, both included, or raise UsageError."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise UsageError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+    return int(value)
+
+
+def real(name: str, value: Any, low: float, high: float) -> float:
+    """Return a finite number within low and high, both included, or raise UsageError."""
+    sound = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
+    if not sound or not math.isfinite(value) or not low <= value <= high:
+        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
+    return float(value)
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> Any:
+    """Return a value that is one of the choices, or raise UsageError with all of them."""
+    if value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    return value
+
+
+def check_size(name: str, value: int, f: int) -> int:
+    """Return a side in pixels if the model can paint it.
+
+    Raises:
+        UsageError: it is no multiple of f, or out of range; the nearest two sides that work are named.
+    """
+    low, high = (cells * f for cells in CELLS)
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise UsageError(f"{name} must be a multiple of {f} from {low} to {high}, got {value!r}")
+    if value % f:
+        below = value - value % f
+        raise UsageError(
+            f"{name} must be a multiple of {f}, got {value}; the nearest two that work are {below} and {below + f}"
+        )
+    return int(value)
+
+
+def list_texts(name: str, value: Any) -> list[str]:
+    """List one text, or several, that the tokenizer can read, or raise UsageError."""
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else None
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"{name} must be a text or a list of texts with one at least, got {value!r:.80}")
+    for text in texts:
+        if len(text) > MAX_PROMPT:
+            raise UsageError(f"{name} must have at most {MAX_PROMPT} characters, got {len(text)}; shorten it")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"{name} holds characters that are no text (lone surrogates): {text!r:.80}"
+            ) from None
+    return texts
+
+
+def list_seeds(seed: Any, count: int) -> list[int]:
+    """List one seed for each of count images: seed + i, a list as given, or from a random one for None."""
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != count:
+            raise UsageError(f"a list of seeds must name one for each image, wanted {count}, got {len(seed)}")
+        return [whole("seed", one, 0, MAX_SEED) for one in seed]
+    seed = secrets.randbelow(2**32 - count) if seed is None else seed
+    first = whole("seed", seed, 0, MAX_SEED - count + 1)
+    return [first + i for i in range(count)]
+
+
+def list_prompts(
+    prompt: Any, negative: Any, embeds: Any, negative_embeds: Any
+) -> tuple[list[str], list[str]]:
+    """List as many negative prompts as prompts; features given in their place are checked."""
+    if embeds is None:
+        prompts = list_texts("prompt", prompt)
+    else:
+        for name, one in (("prompt_embeds", embeds), ("negative_prompt_embeds", negative_embeds)):
+            if not isinstance(one, Tensor) or one.dim() != 3 or one.shape != embeds.shape:
+                got = tuple(one.shape) if isinstance(one, Tensor) else one
+                raise UsageError(f"{name} must be (n, tokens, d), both alike, got {got}")
+        prompts = list_texts("prompt", "" if prompt is None else prompt)
+        prompts = prompts * len(embeds) if len(prompts) == 1 else prompts
+        if len(prompts) != len(embeds):
+            raise UsageError(
+                f"prompt_embeds holds {len(embeds)} prompts, but {len(prompts)} prompts were given"
+            )
+    negatives = list_texts("negative_prompt", negative)
+    if len(negatives) == 1:
+        negatives = negatives * len(prompts)
+    if len(negatives) != len(prompts):
+        raise UsageError(
+            f"negative_prompt must be one text, or one for each of {len(prompts)} prompts, got {len(negatives)}"
+        )
+    return prompts, negatives
+
+
+def read_pictures(
+    image: Any, mask: Any, size: tuple[int | None, int | None], f: int
+) -> tuple[Tensor | None, Tensor | None, str | None]:
+    """Read picture and mask into tensors of one size, with the picture's hash."""
+    if image is None:
+        if mask is not None:
+            raise UsageError("a mask needs a picture to repaint, got mask and image=None")
+        return None, None, None
+    if isinstance(image, Tensor):
+        pixels = _as_picture("image", image, 3)
+        for name, side in zip(("width", "height"), (pixels.shape[3], pixels.shape[2]), strict=True):
+            check_size(name, side, f)
+        if size[0] not in (None, pixels.shape[3]) or size[1] not in (None, pixels.shape[2]):
+            raise UsageError(
+                f"an image given as a tensor keeps its size, got {tuple(pixels.shape)} and {size}"
+            )
+        pixels = pixels.float().cpu()
+    else:
+        image = _open("image", image)
+        sides = [side or own - own % f for side, own in zip(size, image.size, strict=True)]
+        for name, side in zip(("width of the picture", "height of the picture"), sides, strict=True):
+            check_size(name, side, f)
+        if tuple(sides) != image.size:
+            log.info("the picture was resized from %s to %s", image.size, tuple(sides))
+        pixels = pictures.to_tensor(pictures.fit_size(pictures.to_rgb(image), f, tuple(sides)))
+    marks = None
+    if mask is not None:
+        at = (pixels.shape[3], pixels.shape[2])
+        if isinstance(mask, Tensor):
+            marks = (_as_picture("mask", mask, 1).float().cpu() >= 0.5).float()
+            if marks.shape[2:] != pixels.shape[2:]:
+                raise UsageError(f"mask must have the picture's size {at}, got {tuple(marks.shape)}")
+        else:
+            mask = _open("mask", mask)
+            if mask.size != at:
+                log.info("the mask was resized from %s to %s", mask.size, at)
+            marks = pictures.to_mask(mask, at)
+        if not marks.any():
+            raise UsageError("the mask marks nothing; paint white what is to be repainted")
+    return pixels, marks, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:10]
+
+
+def _as_picture(name: str, value: Tensor, channels: int) -> Tensor:
+    if value.dim() != 4 or value.shape[:2] != (1, channels) or not torch.isfinite(value).all():
+        raise UsageError(
+            f"{name} must be a finite (1, {channels}, height, width) tensor, got {tuple(value.shape)}"
+        )
+    return value
+
+
+def _open(name: str, value: Any) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    if isinstance(value, str | os.PathLike):
+        return pictures.open_image(value)
+    if isinstance(value, Image.Image):
+        return ImageOps.exif_transpose(value)
+    raise UsageError(f"{name} must be a PIL picture, a path or a tensor, got {type(value).__name__}")
