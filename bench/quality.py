@@ -11,6 +11,7 @@ row is saved at once; a second run does what is missing.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -293,7 +294,7 @@ def make_tables(results: dict[str, Any], guidance: float) -> str:
         "",
         f"Share of {results['prompts']} fixed prompts whose every attribute holds; in brackets the Frechet distance",
         f"between their latents, averaged to {POOLED} x {POOLED} cells, and those of {REFERENCE:,} other renders of",
-        f"the same split. Weights {results['weights']}. Made by `python bench/quality.py`.",
+        f"the same split. Weights {results['weights'][:10]}. Made by `python bench/quality.py`.",
         "",
     ]
     steps = (*STEPS, 1000)
@@ -429,6 +430,18 @@ def load_pipeline(ckpt: str | None, config: str | None, device: str) -> "StableD
     return StableDiffusion.from_single_file(ckpt, config=config, device=device, dtype=torch.float32)
 
 
+def weights_hash(path: Path) -> str:
+    """Give the sha256 of the model file, by which results know their weights.
+
+    Raises:
+        UsageError: a folder.
+    """
+    if not path.is_file():
+        raise UsageError(f"--ckpt wants one file, got the folder '{path}'; convert it to a single file")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def machine_name(pipeline: "StableDiffusion") -> str:
     import torch
 
@@ -447,8 +460,6 @@ def main(argv: list[str] | None = None) -> None:
     if opt.config and not opt.ckpt:
         raise UsageError("--config describes --ckpt, which is not given; add it or leave --config away")
 
-    from ldm.generate import file_hash
-
     pipeline = load_pipeline(opt.ckpt, opt.config, opt.device)
     bench = Bench(pipeline, opt.prompts, opt.batch)
     if opt.grid:
@@ -463,7 +474,7 @@ def main(argv: list[str] | None = None) -> None:
 
     head = {
         "model": pipeline.name,
-        "weights": file_hash(pipeline.file),
+        "weights": weights_hash(pipeline.file),
         "prompts": opt.prompts,
     }
     results = {**head, "rows": {}} if opt.fresh else load_results(opt.results, head)

@@ -139,6 +139,11 @@ def test_a_configuration_without_a_model_is_refused():
         quality.main(["--config", "x.yaml"])
 
 
+def test_a_folder_of_weights_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="--ckpt wants one file, got the folder"):
+        quality.weights_hash(tmp_path)
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write '.*file/r.json'"):
