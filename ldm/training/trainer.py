@@ -41,6 +41,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "scheduler": None,  # {target, params} of a factor of the rate, instead of the model's own
     "channels_last": False,
     "posterior_logvar_start": None,
+    "identity_start": False,
     "image_guidance": 3.0,  # of the samples that are shown while a diffusion model trains
     "image_steps": 20,
     "checkpoint_every": 500,
@@ -264,6 +265,7 @@ class Run:
                 self.model,
                 memory_format=self.memory_format,
                 posterior_logvar_start=self.training["posterior_logvar_start"],
+                identity_start=self.training["identity_start"],
             )
         if isinstance(self.model, DDPM):
             return DiffusionObjective(
