@@ -511,6 +511,22 @@ def test_strength_in_between_runs_its_share_and_nears_the_picture(sd):
     assert steps == [2, 5, 9] and gaps == sorted(gaps)
 
 
+def test_the_start_is_the_sampled_latents_noised_to_the_level_above(own):
+    """sqrt(a) z + sqrt(1 - a) n, z drawn from the encoder's Gaussian first, n second, level 13 of 20 (CompVis)."""
+    seen = []
+    whole = own.model.apply_model
+    own.model.apply_model = lambda x, *args: seen.append(x) or whole(x, *args)
+    own.img2img(PROMPT, picture(), 0.6, seed=3, steps=20, guidance_scale=1.0)
+    noise, like = ImageNoise([3]), torch.empty(1, 4, 8, 9)
+    posterior = own.model.encode_first_stage(to_tensor(picture()))
+    z = 0.18215 * (posterior.mean + posterior.std * noise(like))
+    level = own.model.alphas_cumprod[12 * 50 + 1]
+    assert len(seen) == 12
+    torch.testing.assert_close(
+        seen[0], level.sqrt() * z + (1 - level).sqrt() * noise(like), rtol=0, atol=1e-5
+    )
+
+
 def test_pictures_come_as_paths_tensors_and_pil(sd, tmp_path):
     image = picture()
     image.save(tmp_path / "a.png")
