@@ -154,6 +154,30 @@ def test_a_wholly_converted_unet_runs(dtype):
     torch.testing.assert_close(out.float(), single, rtol=0, atol=0.06 * single.abs().max().item())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("change", [{}, {"n_embed": 11}])
+def test_a_wholly_converted_unet_answers_single_precision_in_kind(dtype, change):
+    """Samplers keep float32 latents; a network in half precision takes them and gives float32 back."""
+    unet = fill(UNetModel(**TINY, **change), "u.")
+    single = tiny_call(unet)
+    half = tiny_call(unet.to(dtype))
+    assert half.dtype == torch.float32 and half.shape == single.shape
+    torch.testing.assert_close(half, single, rtol=0, atol=0.06 * single.abs().max().item())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith("enc.")])
+def test_a_half_precision_encoder_unet_answers_single_precision_in_kind(name):
+    x, t = keyed_input(name + ".x", (2, 4, 8, 8)), torch.tensor([3, 757])
+    unet = fill(EncoderUNetModel(**CONFIGS[name]["config"]), name + ".")
+    single, torso = unet(x, t), unet.convert_to_fp16() or unet(x, t)
+    whole = unet.half()(x, t)
+    for half in (torso, whole):
+        assert half.dtype == torch.float32
+        torch.testing.assert_close(half, single, rtol=0, atol=0.03 * single.abs().max().item())
+
+
 def test_rebinding_the_timestep_embedding_takes_effect(monkeypatch):
     unet = fill(UNetModel(**TINY), "u.")
     before = tiny_call(unet)

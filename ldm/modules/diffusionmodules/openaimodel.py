@@ -366,6 +366,12 @@ class _UNetBase(nn.Module):
         weight = self.input_blocks[0][0].weight
         return x.type(self.dtype if self.dtype == torch.float16 else weight.dtype)
 
+    @staticmethod
+    def _answer(head: nn.Sequential, h: Tensor, dtype: torch.dtype) -> Tensor:
+        """Run the last layers in the dtype of their own weights, and give the answer in the caller's."""
+        *_, last = head.parameters()
+        return head(h.type(last.dtype)).type(dtype)
+
 
 class UNetModel(_UNetBase):
     """The UNet of latent diffusion: residual blocks and attention at several resolutions, with skips.
@@ -611,8 +617,7 @@ class UNetModel(_UNetBase):
             # Sides that do not halve evenly: the map has to reach its skip's size, not twice its own.
             uneven = any(r not in (s, 2 * s) for r, s in zip(reach, h.shape[2:], strict=True))
             h = module(h, emb, context, reach) if uneven else module(h, emb, context)
-        h = h.type(x.dtype)
-        return self.id_predictor(h) if self.predict_codebook_ids else self.out(h)
+        return self._answer(self.id_predictor if self.predict_codebook_ids else self.out, h, x.dtype)
 
 
 class EncoderUNetModel(_UNetBase):
@@ -746,8 +751,8 @@ class EncoderUNetModel(_UNetBase):
             if self.pool.startswith("spatial"):
                 pooled.append(h.type(x.dtype).mean(dim=tuple(range(2, h.dim()))))
         if self.pool.startswith("spatial"):
-            return self.out(torch.cat(pooled, dim=-1))
-        return self.out(h.type(x.dtype))
+            h = torch.cat(pooled, dim=-1)
+        return self._answer(self.out, h, x.dtype)
 
     def _path(self) -> Iterator[TimestepEmbedSequential]:
         yield from self.input_blocks
