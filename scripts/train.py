@@ -34,6 +34,13 @@ def make_parser() -> cli.Parser:
         const="",
         help="go on with the run in LOGDIR, or with the run or file named here",
     )
+    parser.add_argument("-f", "--postfix", default="", help="end of the run folder's name, with --name")
+    parser.add_argument(
+        "-t", "--train", nargs="?", const=True, type=boolean, help="as CompVis; training is all this does"
+    )
+    parser.add_argument(
+        "--no-test", nargs="?", const=True, type=boolean, help="as CompVis; nothing is tested after"
+    )
     parser.add_argument("-s", "--seed", type=cli.integer(0, 2**32 - 1), default=23, help="of everything")
     parser.add_argument(
         "--scale_lr", type=boolean, default=True, help="rate = accumulate x devices x batch x base"
@@ -54,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.name:
         from datetime import datetime
 
-        folder = folder / f"{datetime.now():%Y-%m-%dT%H-%M-%S}_{options.name}"
+        folder = folder / f"{datetime.now():%Y-%m-%dT%H-%M-%S}_{options.name}{options.postfix}"
     if resume:
         folder = Path(resume) if Path(resume).is_dir() else Path(resume).parents[1]
     if options.export:

@@ -255,6 +255,8 @@ class ImageLogger(AfterSteps):
 class Checkpoints(AfterSteps):
     """Saves the run now and then and at its end; on SIGINT or SIGTERM finishes the step, saves and stops.
 
+    SIGUSR1 saves after the step and goes on, as CompVis's main.py does.
+
     Args:
         folder: of the run; states go to its checkpoints/.
         every: steps between two.
@@ -268,12 +270,18 @@ class Checkpoints(AfterSteps):
         self.folder, self.every, self.run = folder / "checkpoints", every, run
         self.stopped_by: int | None = None
         self._saved_step = -1
+        self._is_asked_to_save = False
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         # Now, and not earlier, because Lightning has just installed its own handler for SIGTERM.
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._ask_to_stop)
+        if hasattr(signal, "SIGUSR1"):
+            self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._ask_to_save)
+
+    def _ask_to_save(self, number: int, frame: Any) -> None:
+        self._is_asked_to_save = True
 
     def _ask_to_stop(self, number: int, frame: Any) -> None:
         if self.stopped_by is not None:  # the second one: at once, with whatever is on the disk
@@ -286,7 +294,8 @@ class Checkpoints(AfterSteps):
         if asked:
             self.stopped_by = asked
             trainer.should_stop = True
-        if asked or module.step % self.every == 0:
+        if asked or self._is_asked_to_save or module.step % self.every == 0:
+            self._is_asked_to_save = False
             self.save(trainer, module)
 
     def save(self, trainer: pl.Trainer, module: Any) -> None:
@@ -298,6 +307,8 @@ class Checkpoints(AfterSteps):
         if not trainer.is_global_zero or module.step == self._saved_step:
             return
         state = module.training_state()
+        data = self.run["data"]
+        state["epoch"] = module.step * data["accumulate"] * data["global_batch"] // data["length"]
         state["run"] = {"format": FORMAT, "guard": state.pop("guard"), **self.run}
         for attempt in range(SAVE_ATTEMPTS):
             try:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.errors import AbsentError, FormatError, LdmError, UsageError
+from ldm.errors import AbsentError, FormatError, LdmError, UnsafeFileError, UsageError
 from ldm.images import open_image, to_rgb
 from ldm.training.data import Item
 
@@ -37,6 +37,7 @@ class ImageFolder(Dataset):
         AbsentError: no folder, or no picture in it.
         FormatError: metadata.jsonl is not what it should be; a caption is missing; more than 1 % (or 100) of the
             pictures cannot be read.
+        UnsafeFileError: the folder is an address, or metadata.jsonl names a picture outside it.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class ImageFolder(Dataset):
         if image_size < 8:
             raise UsageError(f"image_size should be at least 8, got {image_size}")
         if "://" in str(folder):
-            raise UsageError(
+            raise UnsafeFileError(
                 f"data folder '{folder}' is an address; nothing is downloaded, name a folder on disk"
             )
         if not self.folder.is_dir():
@@ -85,7 +86,7 @@ class ImageFolder(Dataset):
                 raise FormatError(f"{where}: file_name and text should be strings")
             picture = self.folder / name
             if root not in picture.resolve().parents:
-                raise FormatError(f"{where}: '{name}' lies outside the folder; keep the pictures inside")
+                raise UnsafeFileError(f"{where}: '{name}' lies outside the folder; keep the pictures inside")
             samples.append((picture, text))
         return samples
 

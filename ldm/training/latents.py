@@ -56,6 +56,7 @@ def cache_latents(
     *,
     name: str,
     batch_size: int = 32,
+    device: torch.device | str = "cpu",
     report: Any = None,
 ) -> CachedLatents:
     """Encode the first `count` samples of a source, or read them where an earlier call has written them.
@@ -67,6 +68,7 @@ def cache_latents(
         folder: where the parts lie.
         name: fingerprint of model and source.
         batch_size: pictures encoded at a time.
+        device: where the first stage goes to encode; it comes back.
         report: called with (done, count) after each part.
 
     Raises:
@@ -87,7 +89,10 @@ def cache_latents(
             tensors, metadata = read_tensors(path)
             moments, texts = tensors["moments"], json.loads(metadata["captions"])
         if moments is None or len(texts) < length:
+            home = next(model.first_stage_model.parameters()).device
+            model.first_stage_model.to(device)
             moments, texts = encode(model, source, range(first, first + length), batch_size)
+            model.first_stage_model.to(home)
             save_safetensors(path, {"moments": moments}, {"captions": json.dumps(texts)})
         parts.append(moments[:length])
         captions += texts[:length]
@@ -102,7 +107,7 @@ def encode(model: nn.Module, source: Dataset, indices: range, batch_size: int) -
     for start in range(0, len(indices), batch_size):
         batch = collate([source[i] for i in indices[start : start + batch_size]])
         image = batch[model.first_stage_key].permute(0, 3, 1, 2).contiguous()
-        posterior = model.encode_first_stage(image.to(model.device))
+        posterior = model.encode_first_stage(image.to(next(model.first_stage_model.parameters()).device))
         if not hasattr(posterior, "parameters"):
             raise UsageError(
                 "cache_latents needs a first stage with a Gaussian posterior; set cache_latents: 0"

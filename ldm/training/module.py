@@ -222,7 +222,6 @@ class TrainingModule(pl.LightningModule):
             "optimizer_states": [optimizer.state_dict() for optimizer in self.made],
             "lr_schedulers": [None if s is None else plain(s.state_dict()) for s in self.schedulers],
             "global_step": self.step,
-            "epoch": 0,
             "guard": self.guard.state_dict(),
         }
 

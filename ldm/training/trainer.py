@@ -291,6 +291,9 @@ class Run:
             self.data.cache_latents,
             Path(self.data.latent_cache or folder / "latents"),
             name=fingerprint(self.model.first_stage_model, source),
+            device="cpu"
+            if self.settings["accelerator"] == "cpu" or not torch.cuda.is_available()
+            else "cuda",
             report=lambda done, count: say(f"latents {done}/{count}"),
         )
 

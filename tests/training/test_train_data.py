@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tiny_training import DDCONFIG
 
-from ldm.errors import AbsentError, FormatError, MismatchError, UsageError
+from ldm.errors import AbsentError, FormatError, MismatchError, UnsafeFileError, UsageError
 from ldm.training.data import DataModuleFromConfig, Shapes, Stream
 from ldm.training.folder import ImageFolder
 from ldm.training.latents import cache_latents, fingerprint
@@ -164,7 +164,7 @@ def test_folders_that_cannot_be_used_say_why(tmp_path):
         ImageFolder(tmp_path / "none")
     with pytest.raises(AbsentError, match=r"holds no pictures"):
         ImageFolder(tmp_path)
-    with pytest.raises(UsageError, match=r"is an address; nothing is downloaded"):
+    with pytest.raises(UnsafeFileError, match=r"is an address; nothing is downloaded"):
         ImageFolder("https://example.org/pictures")
     with pytest.raises(UsageError, match=r"image_size should be at least 8, got 7"):
         ImageFolder(tmp_path, image_size=7)
@@ -184,7 +184,7 @@ def test_folders_that_cannot_be_used_say_why(tmp_path):
     with pytest.raises(FormatError, match=r"line 2 should be"):
         ImageFolder(tmp_path)
     listed.write_text('{"file_name": "../../x.png", "text": "a"}\n')
-    with pytest.raises(FormatError, match=r"lies outside the folder"):
+    with pytest.raises(UnsafeFileError, match=r"lies outside the folder"):
         ImageFolder(tmp_path)
 
 

@@ -172,6 +172,19 @@ def test_after_kill_9_the_losses_are_those_of_the_uninterrupted_run(tmp_path, st
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt"}
 
 
+def test_sigusr1_saves_and_goes_on(tmp_path, stage_run):
+    config = first_stage()
+    config["training"]["checkpoint_every"] = 100
+    signals = {"step": 3, "number": int(signal.SIGUSR1)}
+    kill = {"step": 5, "number": int(signal.SIGKILL)}
+    config["lightning"]["callbacks"] = {
+        "a": {"target": "tiny_training.SignalAt", "params": signals},
+        "b": {"target": "tiny_training.SignalAt", "params": kill},
+    }
+    assert in_child(lambda: run(config, tmp_path)) == -signal.SIGKILL
+    assert state(tmp_path)["global_step"] == 3
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_ends(tmp_path, stage_run, number):
     config = first_stage()
@@ -512,6 +525,7 @@ def test_cached_latents_train_like_pictures(tmp_path, stage_run):
         run(config, tmp_path / str(cached))
         losses.append(figures(tmp_path / str(cached)))
     assert len(list((tmp_path / "-1" / "latents").glob("*.safetensors"))) == 1
+    assert state(tmp_path / "-1")["epoch"] == 1  # 8 samples of 5
     for step in range(4):
         assert losses[1][step] == pytest.approx(losses[0][step], rel=2e-3)
 
