@@ -19,6 +19,7 @@ __all__ = [
     "Downsample",
     "Encoder",
     "LinAttnBlock",
+    "MemoryEfficientAttnBlock",
     "Model",
     "Normalize",
     "ResnetBlock",
@@ -152,6 +153,10 @@ class AttnBlock(nn.Module):
         )
         out = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(out.transpose(2, 3).reshape(b, c, h, w))
+
+
+# Stable Diffusion 2 gave the memory-saving path a class of its own; here AttnBlock saves memory itself.
+MemoryEfficientAttnBlock = AttnBlock
 
 
 def make_attn(in_channels: int, attn_type: str = "vanilla", num_groups: int = 32) -> nn.Module:
