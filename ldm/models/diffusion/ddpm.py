@@ -1,7 +1,8 @@
 """The diffusion models: a network, its noise schedule, and for latent diffusion the stages around it.
 
 CompVis calls this file ddpm after the paper (arXiv:2006.11239). Everything here is a plain nn.Module with plain
-methods; the arithmetic is in ldm.process, a trainer lives in ldm.training.
+methods; sampling level by level is in ancestral.py, pictures to look at are in image_log.py, the arithmetic is in
+ldm.process, a trainer in ldm.training.
 """
 
 import copy
@@ -16,17 +17,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ldm.errors import MismatchError, UsageError
 from ldm.models.autoencoder import VQModelInterface
-from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule, noise_like
+from ldm.models.diffusion.ancestral import AncestralSampling, LatentAncestralSampling, first_of
+from ldm.models.diffusion.image_log import ImageLog, LatentImageLog
+from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
 from ldm.modules.ema import LitEma
 from ldm.process import gaussian, prediction
 from ldm.process.schedule import NoiseSchedule
 from ldm.process.tiling import Tiling
-from ldm.util import count_params, default, instantiate_from_config, isimage, ismap, log_txt_as_img, mean_flat
+from ldm.util import count_params, default, instantiate_from_config, mean_flat
 
 if TYPE_CHECKING:
     from ldm.checkpoints.account import LoadReport
@@ -135,7 +137,7 @@ class DiffusionWrapper(nn.Module):
         return value
 
 
-class DDPM(nn.Module):
+class DDPM(AncestralSampling, ImageLog, nn.Module):
     """Denoising diffusion on pictures themselves: noise schedule, losses and ancestral sampling.
 
     The constructor takes CompVis's keywords. Levels run from 0 (cleanest) to timesteps - 1.
@@ -370,88 +372,6 @@ class DDPM(nn.Module):
         """Return the velocity between clean samples x and their noise."""
         return prediction.velocity(x, noise, *self._level(t, x))
 
-    # -- sampling ------------------------------------------------------------------------------------------
-
-    def _mean_variance(
-        self, model_out: Tensor, x: Tensor, t: Tensor, clip_denoised: bool, quantize: Callable | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Turn the network's answer into the Gaussian of one step back, and the clean sample behind it."""
-        x_recon = prediction.to_x0(self.parameterization, model_out, x, *self._level(t, x))
-        if clip_denoised:
-            x_recon = x_recon.clamp(-1.0, 1.0)
-        if quantize is not None:
-            x_recon = quantize(x_recon)[0]
-        return (*self.q_posterior(x_recon, x, t), x_recon)
-
-    def _draw(self, mean: Tensor, log_variance: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Draw one step back; the step to the cleanest level adds no noise."""
-        is_noisy = (t != 0).reshape(-1, *(1 for _ in mean.shape[1:])).to(mean.dtype)  # (b, 1, 1, 1)
-        return gaussian.draw(mean, log_variance, is_noisy * noise)
-
-    def p_mean_variance(self, x: Tensor, t: Tensor, clip_denoised: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean, variance and log variance of the model's p(x_{t-1} | x_t)."""
-        return self._mean_variance(self.model(x, t), x, t, clip_denoised)[:3]
-
-    @torch.no_grad()
-    def p_sample(
-        self, x: Tensor, t: Tensor, clip_denoised: bool = True, repeat_noise: bool = False
-    ) -> Tensor:
-        """Take one ancestral step from level t (DDPM Algorithm 2); repeat_noise shares it over the batch."""
-        mean, _, log_variance = self.p_mean_variance(x, t, clip_denoised)
-        return self._draw(mean, log_variance, t, noise_like(x.shape, x.device, repeat_noise))
-
-    def _descend(
-        self,
-        step: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]],
-        x_t: Tensor,
-        timesteps: int,
-        *,
-        mask: Tensor | None = None,
-        x0: Tensor | None = None,
-        verbose: bool = False,
-    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Walk down all levels below `timesteps`, yielding (level left, samples, predicted clean samples).
-
-        `step(x_t, t, level)` takes one step. Where `mask` is 1, x0, noised to the level left, replaces the
-        result after each step.
-        """
-        if mask is not None and x0 is None:
-            raise UsageError("a mask needs x0, the samples to keep where the mask is 1; got none")
-        levels = tqdm(
-            range(timesteps - 1, -1, -1), desc="Sampling", total=timesteps, disable=None if verbose else True
-        )
-        for level in levels:
-            t = torch.full((len(x_t),), level, device=x_t.device, dtype=torch.long)
-            x_t, pred_x0 = step(x_t, t, level)
-            if mask is not None:
-                x_t = self.q_sample(x0, t) * mask + (1.0 - mask) * x_t
-            yield level, x_t, pred_x0
-
-    @torch.no_grad()
-    def p_sample_loop(self, shape: Sequence[int], return_intermediates: bool = False) -> Any:
-        """Sample from noise through all levels.
-
-        Returns:
-            samples of `shape`; with return_intermediates also the list of samples every log_every_t levels,
-            the noise first.
-        """
-
-        def step(x_t: Tensor, t: Tensor, level: int) -> tuple[Tensor, None]:
-            return self.p_sample(x_t, t, clip_denoised=self.clip_denoised), None
-
-        x_T = torch.randn(tuple(shape), device=self.device)
-        intermediates = [x_T]
-        for level, x_t, _ in self._descend(step, x_T, self.num_timesteps):
-            if level % self.log_every_t == 0 or level == self.num_timesteps - 1:
-                intermediates.append(x_t)
-        return (x_t, intermediates) if return_intermediates else x_t
-
-    @torch.no_grad()
-    def sample(self, batch_size: int = 16, return_intermediates: bool = False) -> Any:
-        """Make batch_size pictures; see p_sample_loop."""
-        shape = (batch_size, self.channels, self.image_size, self.image_size)
-        return self.p_sample_loop(shape, return_intermediates=return_intermediates)
-
     # -- training ------------------------------------------------------------------------------------------
 
     def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
@@ -642,37 +562,8 @@ class DDPM(nn.Module):
         """Adapt a file's tensors to this model before they are accounted for."""
         return tensors
 
-    # -- pictures to look at -------------------------------------------------------------------------------
 
-    def _logged_levels(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield every log_every_t-th level and the last, each as (batch_size,)."""
-        for level in range(self.num_timesteps):
-            if level % self.log_every_t == 0 or level == self.num_timesteps - 1:
-                yield torch.full((batch_size,), level, device=self.device, dtype=torch.long)
-
-    @torch.no_grad()
-    def log_images(
-        self,
-        batch: Mapping[str, Any],
-        N: int = 8,
-        n_row: int = 2,
-        sample: bool = True,
-        return_keys: Iterable[str] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """Return pictures to look at: inputs, their noising level by level, samples and their denoising."""
-        x = self.get_input(batch, self.first_stage_key)[:N].to(self.device)
-        log = {"inputs": x}
-        start = x[:n_row]
-        log["diffusion_row"] = _rows([self.q_sample(start, t) for t in self._logged_levels(len(start))])
-        if sample:
-            with self.ema_scope("Plotting"):
-                log["samples"], row = self.sample(batch_size=len(x), return_intermediates=True)
-            log["denoise_row"] = _rows(row)
-        return _only(log, return_keys)
-
-
-class LatentDiffusion(DDPM):
+class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
     """Diffusion on the latents of a first stage, conditioned on what a condition stage makes of a caption.
 
     Takes CompVis's keywords, and those of DDPM behind them.
@@ -959,12 +850,12 @@ class LatentDiffusion(DDPM):
             elif key in RAW_KEYS:
                 if key not in batch:
                     raise UsageError(f"a batch needs the key '{key}', got {', '.join(map(repr, batch))}")
-                original = _first_of(batch[key], bs)
+                original = first_of(batch[key], bs)
             else:
                 original = super().get_input(batch, key)[:bs].to(self.device)
             encode_now = not self.cond_stage_trainable or force_c_encode
             c = self.get_learned_conditioning(original) if encode_now else original
-            c = _first_of(c, bs)
+            c = first_of(c, bs)
         out = [z, c]
         if return_first_stage_outputs:
             out += [x, self.decode_first_stage(z)]
@@ -1068,385 +959,6 @@ class LatentDiffusion(DDPM):
         if self.cond_stage_trainable:
             parameters += list(self.cond_stage_model.parameters())
         return parameters + ([self.logvar] if self.learn_logvar else [])
-
-    # -- sampling ------------------------------------------------------------------------------------------
-
-    def p_mean_variance(
-        self,
-        x: Tensor,
-        c: Any,
-        t: Tensor,
-        clip_denoised: bool,
-        return_codebook_ids: bool = False,
-        quantize_denoised: bool = False,
-        return_x0: bool = False,
-        score_corrector: Any = None,
-        corrector_kwargs: Mapping[str, Any] | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Return mean, variance and log variance of the model's p(x_{t-1} | x_t, c).
-
-        Args:
-            return_codebook_ids: append the second item of the network's (output, logits).
-            quantize_denoised: pass the predicted clean sample through the first stage's codebook.
-            return_x0: append the predicted clean sample.
-            score_corrector, corrector_kwargs: an object whose modify_score changes predicted noise.
-
-        Raises:
-            UsageError: a score_corrector for a network that does not predict noise.
-        """
-        out = self.apply_model(x, t, c, return_ids=return_codebook_ids)
-        logits = None
-        if return_codebook_ids:
-            out, logits = out
-        if score_corrector is not None:
-            if self.parameterization != "eps":
-                raise UsageError(
-                    f"a score_corrector needs a network that predicts eps, not {self.parameterization}"
-                )
-            out = score_corrector.modify_score(self, out, x, t, c, **(corrector_kwargs or {}))
-        quantize = self.first_stage_model.quantize if quantize_denoised else None
-        *moments, x_recon = self._mean_variance(out, x, t, clip_denoised, quantize)
-        if return_codebook_ids:
-            return (*moments, logits)
-        return (*moments, x_recon) if return_x0 else tuple(moments)
-
-    @torch.no_grad()
-    def p_sample(
-        self,
-        x: Tensor,
-        c: Any,
-        t: Tensor,
-        clip_denoised: bool = False,
-        repeat_noise: bool = False,
-        return_codebook_ids: bool = False,
-        quantize_denoised: bool = False,
-        return_x0: bool = False,
-        temperature: float = 1.0,
-        noise_dropout: float = 0.0,
-        score_corrector: Any = None,
-        corrector_kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Take one ancestral step from level t; temperature multiplies the noise, noise_dropout thins it.
-
-        Returns:
-            x_{t-1}, with return_codebook_ids and the indices, or with return_x0 and the predicted clean sample.
-        """
-        mean, _, log_variance, *extra = self.p_mean_variance(
-            x,
-            c,
-            t,
-            clip_denoised,
-            return_codebook_ids=return_codebook_ids,
-            quantize_denoised=quantize_denoised,
-            return_x0=return_x0,
-            score_corrector=score_corrector,
-            corrector_kwargs=corrector_kwargs,
-        )
-        noise = noise_like(x.shape, x.device, repeat_noise) * temperature
-        if noise_dropout > 0.0:
-            noise = F.dropout(noise, p=noise_dropout)
-        x_prev = self._draw(mean, log_variance, t, noise)
-        if return_codebook_ids:
-            return x_prev, extra[0].argmax(dim=1)
-        return (x_prev, extra[0]) if return_x0 else x_prev
-
-    def _denoise(
-        self,
-        cond: Any,
-        x_T: Tensor,
-        timesteps: int,
-        *,
-        verbose: bool,
-        mask: Tensor | None,
-        x0: Tensor | None,
-        temperature: float | Sequence[float] = 1.0,
-        **options: Any,
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Walk the ancestral chain; both loops below look at what it yields: (level, samples, clean samples)."""
-
-        def step(x_t: Tensor, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
-            # The original noises the condition it noised the step before; each step's own level was meant.
-            c = self._noise_condition(cond, t) if self.shorten_cond_schedule else cond
-            heat = temperature if isinstance(temperature, int | float) else temperature[level]
-            return self.p_sample(
-                x_t, c, t, clip_denoised=self.clip_denoised, return_x0=True, temperature=heat, **options
-            )
-
-        return self._descend(step, x_T, timesteps, mask=mask, x0=x0, verbose=verbose)
-
-    def _levels_to_walk(self, timesteps: int | None, start_T: int | None) -> int:
-        timesteps = default(timesteps, self.num_timesteps)
-        timesteps = timesteps if start_T is None else min(timesteps, start_T)
-        if not 1 <= timesteps <= self.num_timesteps:
-            raise UsageError(f"timesteps should lie in 1..{self.num_timesteps}, got {timesteps}")
-        return timesteps
-
-    @torch.no_grad()
-    def progressive_denoising(
-        self,
-        cond: Any,
-        shape: Sequence[int],
-        verbose: bool = True,
-        callback: Callable[[int], None] | None = None,
-        quantize_denoised: bool = False,
-        img_callback: Callable[[Tensor, int], None] | None = None,
-        mask: Tensor | None = None,
-        x0: Tensor | None = None,
-        temperature: float | Sequence[float] = 1.0,
-        noise_dropout: float = 0.0,
-        score_corrector: Any = None,
-        corrector_kwargs: Mapping[str, Any] | None = None,
-        batch_size: int | None = None,
-        x_T: Tensor | None = None,
-        start_T: int | None = None,
-        log_every_t: int | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Sample through all levels and keep the clean samples predicted on the way.
-
-        Args:
-            cond: conditions as in apply_model; of more than the batch, the first are taken.
-            shape: (b, c, h, w), or (c, h, w) with batch_size.
-            verbose: show a progress bar on a terminal.
-            callback, img_callback: called with the level, and with (samples, level), after each step.
-            mask, x0: keep x0 where mask is 1, blended in after each step.
-            temperature: multiplies the noise; one for all levels or one each.
-            x_T: the noise to begin with; drawn where none is given.
-            start_T: begin at this many levels instead of all.
-            log_every_t: instead of the model's.
-
-        Returns:
-            samples (b, c, h, w), and the predicted clean samples every log_every_t levels.
-        """
-        timesteps = self._levels_to_walk(None, start_T)
-        log_every_t = default(log_every_t, self.log_every_t)
-        full = tuple(shape) if batch_size is None else (batch_size, *tuple(shape)[-3:])
-        x_t = torch.randn(full, device=self.device) if x_T is None else x_T
-        intermediates = []
-        chain = self._denoise(
-            _first_of(cond, full[0]),
-            x_t,
-            timesteps,
-            verbose=verbose,
-            mask=mask,
-            x0=x0,
-            temperature=temperature,
-            quantize_denoised=quantize_denoised,
-            noise_dropout=noise_dropout,
-            score_corrector=score_corrector,
-            corrector_kwargs=corrector_kwargs,
-        )
-        for level, x_t, pred_x0 in chain:
-            if level % log_every_t == 0 or level == timesteps - 1:
-                intermediates.append(pred_x0)
-            if callback is not None:
-                callback(level)
-            if img_callback is not None:
-                img_callback(x_t, level)
-        return x_t, intermediates
-
-    @torch.no_grad()
-    def p_sample_loop(
-        self,
-        cond: Any,
-        shape: Sequence[int],
-        return_intermediates: bool = False,
-        x_T: Tensor | None = None,
-        verbose: bool = True,
-        callback: Callable[[int], None] | None = None,
-        timesteps: int | None = None,
-        quantize_denoised: bool = False,
-        mask: Tensor | None = None,
-        x0: Tensor | None = None,
-        img_callback: Callable[[Tensor, int], None] | None = None,
-        start_T: int | None = None,
-        log_every_t: int | None = None,
-    ) -> Any:
-        """Sample through the lowest `timesteps` levels (all by default), ancestrally.
-
-        Arguments as in progressive_denoising; shape is (b, c, h, w).
-
-        Returns:
-            samples; with return_intermediates also the samples every log_every_t levels, the noise first.
-        """
-        timesteps = self._levels_to_walk(timesteps, start_T)
-        log_every_t = default(log_every_t, self.log_every_t)
-        x_t = torch.randn(tuple(shape), device=self.device) if x_T is None else x_T
-        intermediates = [x_t]
-        chain = self._denoise(
-            cond, x_t, timesteps, verbose=verbose, mask=mask, x0=x0, quantize_denoised=quantize_denoised
-        )
-        for level, x_t, _ in chain:
-            if level % log_every_t == 0 or level == timesteps - 1:
-                intermediates.append(x_t)
-            if callback is not None:
-                callback(level)
-            if img_callback is not None:
-                img_callback(x_t, level)
-        return (x_t, intermediates) if return_intermediates else x_t
-
-    @torch.no_grad()
-    def sample(
-        self,
-        cond: Any,
-        batch_size: int = 16,
-        return_intermediates: bool = False,
-        x_T: Tensor | None = None,
-        verbose: bool = True,
-        timesteps: int | None = None,
-        quantize_denoised: bool = False,
-        mask: Tensor | None = None,
-        x0: Tensor | None = None,
-        shape: Sequence[int] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Make batch_size latents; of more conditions than that, the first are taken. See p_sample_loop."""
-        shape = default(shape, (batch_size, self.channels, self.image_size, self.image_size))
-        return self.p_sample_loop(
-            _first_of(cond, batch_size),
-            shape,
-            return_intermediates=return_intermediates,
-            x_T=x_T,
-            verbose=verbose,
-            timesteps=timesteps,
-            quantize_denoised=quantize_denoised,
-            mask=mask,
-            x0=x0,
-            **kwargs,
-        )
-
-    @torch.no_grad()
-    def sample_log(
-        self, cond: Any, batch_size: int, ddim: bool, ddim_steps: int, **kwargs: Any
-    ) -> tuple[Tensor, Any]:
-        """Make latents for a look, with DDIM in ddim_steps or ancestrally; return (samples, intermediates)."""
-        if not ddim:
-            return self.sample(cond, batch_size=batch_size, return_intermediates=True, **kwargs)
-        from ldm.models.diffusion.ddim import DDIMSampler
-
-        shape = (self.channels, self.image_size, self.image_size)
-        return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **kwargs)
-
-    # -- pictures to look at -------------------------------------------------------------------------------
-
-    def _get_denoise_row_from_list(
-        self, samples: Iterable[Tensor], desc: str = "", force_no_decoder_quantization: bool = False
-    ) -> Tensor:
-        """Decode latents of successive levels into one grid, a row for each sample."""
-        decode = partial(self.decode_first_stage, force_not_quantize=force_no_decoder_quantization)
-        return _rows([decode(z.to(self.device)) for z in samples])
-
-    @torch.no_grad()
-    def log_images(
-        self,
-        batch: Mapping[str, Any],
-        N: int = 8,
-        n_row: int = 4,
-        sample: bool = True,
-        ddim_steps: int | None = 200,
-        ddim_eta: float = 1.0,
-        return_keys: Iterable[str] | None = None,
-        quantize_denoised: bool = True,
-        inpaint: bool = True,
-        plot_denoise_rows: bool = False,
-        plot_progressive_rows: bool = True,
-        plot_diffusion_rows: bool = True,
-        unconditional_guidance_scale: float = 1.0,
-        unconditional_guidance_label: Any = None,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """Return pictures to look at, each (b, c, height, width) or a grid (c, height, width).
-
-        Args:
-            N, n_row: at most so many samples, and so many in rows of levels.
-            ddim_steps, ddim_eta: of DDIM; None samples ancestrally.
-            return_keys: give back only these.
-            quantize_denoised: show samples through the codebook too, where the first stage has one.
-            inpaint: show the middle repainted, and everything but the middle.
-            plot_denoise_rows, plot_progressive_rows, plot_diffusion_rows: show sampling and noising by level.
-            unconditional_guidance_scale, unconditional_guidance_label: above 1, show guided samples too.
-        """
-        z, c, x, xrec, original = self.get_input(
-            batch,
-            self.first_stage_key,
-            return_first_stage_outputs=True,
-            force_c_encode=True,
-            return_original_cond=True,
-            bs=N,
-        )
-        N, n_row = len(x), min(len(x), n_row)
-        log = {"inputs": x, "reconstruction": xrec}
-        if self.model.conditioning_key is not None:
-            log.update(self._log_conditions(x, c, original))
-        if plot_diffusion_rows:
-            noised = [self.q_sample(z[:n_row], t) for t in self._logged_levels(n_row)]
-            log["diffusion_row"] = self._get_denoise_row_from_list(noised)
-        draw = partial(
-            self.sample_log, cond=c, batch_size=N, ddim=ddim_steps is not None, ddim_steps=ddim_steps
-        )
-        if ddim_steps is not None:
-            draw = partial(draw, eta=ddim_eta)
-        if sample:
-            with self.ema_scope("Plotting"):
-                samples, row = draw()
-            log["samples"] = self.decode_first_stage(samples)
-            if plot_denoise_rows:
-                row = row["x_inter"] if isinstance(row, Mapping) else row
-                log["denoise_row"] = self._get_denoise_row_from_list(row)
-            if quantize_denoised and isinstance(self.first_stage_model, VQModelInterface):
-                with self.ema_scope("Plotting quantized"):
-                    samples, _ = draw(quantize_denoised=True)
-                log["samples_x0_quantized"] = self.decode_first_stage(samples)
-            if unconditional_guidance_scale > 1.0:
-                empty = self.get_unconditional_conditioning(N, unconditional_guidance_label)
-                if isinstance(c, Mapping):
-                    empty = {**c, "c_crossattn": empty if isinstance(empty, list) else [empty]}
-                with self.ema_scope("Plotting guided"):
-                    samples, _ = draw(
-                        unconditional_guidance_scale=unconditional_guidance_scale,
-                        unconditional_conditioning=empty,
-                    )
-                name = f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"
-                log[name] = self.decode_first_stage(samples)
-            if inpaint:
-                h, w = z.shape[2:]
-                mask = torch.ones(N, 1, h, w, device=z.device, dtype=z.dtype)
-                mask[:, :, h // 4 : 3 * h // 4, w // 4 : 3 * w // 4] = 0.0
-                log["mask"] = mask
-                for name, keep in (("inpainting", mask), ("outpainting", 1.0 - mask)):
-                    with self.ema_scope(f"Plotting {name}"):
-                        samples, _ = draw(x0=z, mask=keep)
-                    log[f"samples_{name}"] = self.decode_first_stage(samples)
-        if plot_progressive_rows:
-            with self.ema_scope("Plotting progressives"):
-                shape = (self.channels, self.image_size, self.image_size)
-                _, row = self.progressive_denoising(c, shape=shape, batch_size=N, verbose=False)
-            log["progressive_row"] = self._get_denoise_row_from_list(row)
-        return _only(log, return_keys)
-
-    def _log_conditions(self, x: Tensor, c: Any, original: Any) -> dict[str, Tensor]:
-        """Show conditions as pictures: captions and classes drawn, maps coloured, pictures as they are."""
-        size = (x.shape[3], x.shape[2])
-        if callable(getattr(self.cond_stage_model, "decode", None)):
-            c = c["c_concat"][0] if isinstance(c, Mapping) else c
-            return {"conditioning": self.cond_stage_model.decode(c)}
-        if self.cond_stage_key in ("caption", "txt"):
-            return {"conditioning": log_txt_as_img(size, original)}
-        if self.cond_stage_key in WHOLE_BATCH_KEYS:
-            names = original["human_label"] if "human_label" in original else original[self.cond_stage_key]
-            names = [str(n.item()) if isinstance(n, Tensor) else str(n) for n in names]
-            return {"conditioning": log_txt_as_img(size, names[: len(x)])}
-        if isimage(original):
-            return {"conditioning": original}
-        if ismap(original):
-            return {"original_conditioning": self.to_rgb(original)}
-        return {}
-
-    def to_rgb(self, x: Tensor) -> Tensor:
-        """Show maps with many channels as colours in [-1, 1], by fixed random weights."""
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(3, x.shape[1], 1, 1, generator=generator).to(x)
-        x = F.conv2d(x, weight)
-        return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
 
 
 class LatentFinetuneDiffusion(LatentDiffusion):
@@ -1611,34 +1123,3 @@ def _count_downs(first_stage_config: Any) -> int:
         return len(first_stage_config["params"]["ddconfig"]["ch_mult"]) - 1
     except (KeyError, TypeError):
         return 0
-
-
-def _first_of(cond: Any, count: int | None) -> Any:
-    """Take the first `count` of a batch of conditions: tensor, list of strings, list of tensors, or dict."""
-    if cond is None or count is None:
-        return cond
-    if isinstance(cond, Mapping):
-        return {key: _first_of(value, count) for key, value in cond.items()}
-    if isinstance(cond, list) and any(isinstance(c, Tensor) for c in cond):
-        return [c[:count] for c in cond]
-    return cond[:count]
-
-
-def _rows(levels: Sequence[Tensor], padding: int = 2) -> Tensor:
-    """Lay pictures of successive levels, each (b, c, h, w), out as one (c, height, width) grid, a row a sample."""
-    pictures = torch.stack(list(levels), dim=1)  # (b, n, c, h, w)
-    if pictures.shape[2] == 1:
-        pictures = pictures.expand(-1, -1, 3, -1, -1)
-    b, n, c, h, w = pictures.shape
-    grid = pictures.new_zeros(c, b * (h + padding) + padding, n * (w + padding) + padding)
-    for i in range(b):
-        for j in range(n):
-            top, left = i * (h + padding) + padding, j * (w + padding) + padding
-            grid[:, top : top + h, left : left + w] = pictures[i, j]
-    return grid
-
-
-def _only(log: dict[str, Tensor], keys: Iterable[str] | None) -> dict[str, Tensor]:
-    """Keep the asked-for pictures, or all of them where none of those is there."""
-    chosen = {key: log[key] for key in keys or () if key in log}
-    return chosen or log
