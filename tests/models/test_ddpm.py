@@ -202,6 +202,15 @@ def test_predicted_pictures_are_clamped_only_where_asked(pixel):
     assert clamped.abs().max() <= 1 < free.abs().max()
 
 
+def test_a_step_tells_the_clean_picture_it_aimed_at(pixel):
+    """The step to level 0 draws no noise and its posterior is a point: it ends on that picture."""
+    x, t = torch.full((2, 3, 8, 8), 0.5), torch.tensor([0, 0])
+    x_prev, pred_x0 = pixel.p_sample(x, t, return_x0=True)
+    torch.testing.assert_close(x_prev, pred_x0, rtol=0, atol=1e-5)
+    assert pred_x0.abs().max() <= 1
+    torch.testing.assert_close(pixel.p_sample(x, t), x_prev, rtol=0, atol=0)
+
+
 def test_the_cleanest_step_adds_no_noise_and_repeated_noise_is_shared(pixel):
     x = torch.zeros(2, 3, 8, 8)
     with torch.no_grad():

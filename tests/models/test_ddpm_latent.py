@@ -331,6 +331,29 @@ def test_of_more_conditions_than_asked_for_the_first_are_taken():
     assert made.sample(c, batch_size=3, verbose=False, timesteps=1).shape == (3, 4, 8, 8)
 
 
+def test_nothing_is_printed_and_progress_is_told(capfd):
+    levels = []
+    bare(Zero()).sample(torch.zeros(2, 7, 24), batch_size=2, verbose=True, callback=levels.append)
+    assert levels == list(range(19, -1, -1))
+    assert capfd.readouterr() == ("", "")
+
+
+@torch.no_grad()
+def test_the_mask_has_the_last_word(inputs):
+    """It is blended after each step, so the end shows x0 as the cleanest level has it, exactly."""
+    made = bare(Zero())
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[:, :, :3] = 1.0
+    torch.manual_seed(5)
+    end = made.sample(torch.zeros(2, 7, 24), batch_size=2, mask=mask, x0=inputs["x0"], timesteps=1)
+    torch.manual_seed(5)
+    torch.randn(2, 4, 8, 8)  # where the chain begins
+    torch.randn(2, 4, 8, 8)  # of its only step
+    kept = made.q_sample(inputs["x0"], torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(end[:, :, :3], kept[:, :, :3], rtol=0, atol=0)
+    assert (end[:, :, 3:] - kept[:, :, 3:]).abs().min() > 1e-6
+
+
 def test_a_mask_without_its_samples_is_refused():
     with pytest.raises(
         UsageError, match="a mask needs x0, the samples to keep where the mask is 1; got none"

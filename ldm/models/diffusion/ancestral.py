@@ -1,14 +1,15 @@
-"""Ancestral sampling: CompVis's p_mean_variance, p_sample and the chains over all levels, as mixins of ddpm.py."""
+"""Ancestral sampling with CompVis's methods and numbers, on the shared loop of samplers.py: mixins of ddpm.py."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.errors import UsageError
+from ldm.models.diffusion import samplers
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.modules.diffusionmodules.util import noise_like
 from ldm.process import gaussian, prediction
 from ldm.util import default
@@ -33,44 +34,75 @@ class AncestralSampling:
         is_noisy = (t != 0).reshape(-1, *(1 for _ in mean.shape[1:])).to(mean.dtype)  # (b, 1, 1, 1)
         return gaussian.draw(mean, log_variance, is_noisy * noise)
 
-    def p_mean_variance(self, x: Tensor, t: Tensor, clip_denoised: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean, variance and log variance of the model's p(x_{t-1} | x_t)."""
-        return self._mean_variance(self.model(x, t), x, t, clip_denoised)[:3]
+    def p_mean_variance(
+        self, x: Tensor, t: Tensor, clip_denoised: bool, return_x0: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Return mean, variance and log variance of the model's p(x_{t-1} | x_t).
+
+        With return_x0, the predicted clean sample comes fourth.
+        """
+        *moments, x_recon = self._mean_variance(self.model(x, t), x, t, clip_denoised)
+        return (*moments, x_recon) if return_x0 else tuple(moments)
 
     @torch.no_grad()
     def p_sample(
-        self, x: Tensor, t: Tensor, clip_denoised: bool = True, repeat_noise: bool = False
-    ) -> Tensor:
-        """Take one ancestral step from level t (DDPM Algorithm 2); repeat_noise shares it over the batch."""
-        mean, _, log_variance = self.p_mean_variance(x, t, clip_denoised)
-        return self._draw(mean, log_variance, t, noise_like(x.shape, x.device, repeat_noise))
-
-    def _descend(
         self,
-        step: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]],
-        x_t: Tensor,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        repeat_noise: bool = False,
+        return_x0: bool = False,
+    ) -> Any:
+        """Take one ancestral step from level t (DDPM Algorithm 2); repeat_noise shares it over the batch.
+
+        Returns:
+            x_{t-1}, with return_x0 and the predicted clean sample.
+        """
+        mean, _, log_variance, *x0 = self.p_mean_variance(x, t, clip_denoised, return_x0=return_x0)
+        x_prev = self._draw(mean, log_variance, t, noise_like(x.shape, x.device, repeat_noise))
+        return (x_prev, *x0) if return_x0 else x_prev
+
+    def _walk(
+        self,
+        take: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+        x_T: Tensor,
         timesteps: int,
         *,
         mask: Tensor | None = None,
         x0: Tensor | None = None,
-        verbose: bool = False,
-    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Walk down all levels below `timesteps`, yielding (level left, samples, predicted clean samples).
+        log_every_t: int | None = None,
+        callback: Callable[[int], Any] | None = None,
+        img_callback: Callable[[Tensor, int], Any] | None = None,
+    ) -> tuple[Tensor, list[samplers.Step]]:
+        """Walk x_T down all levels below `timesteps`; the other arguments are those of progressive_denoising.
 
-        `step(x_t, t, level)` takes one step. Where `mask` is 1, x0, noised to the level left, replaces the
-        result after each step.
+        Args:
+            take: from samples, their level (b,) and the same as a number to (x_{t-1}, predicted clean samples).
+
+        Returns:
+            the samples, and the steps whose results are kept: the first, and every log_every_t-th level's.
         """
         if mask is not None and x0 is None:
             raise UsageError("a mask needs x0, the samples to keep where the mask is 1; got none")
-        levels = tqdm(
-            range(timesteps - 1, -1, -1), desc="Sampling", total=timesteps, disable=None if verbose else True
-        )
-        for level in levels:
-            t = torch.full((len(x_t),), level, device=x_t.device, dtype=torch.long)
-            x_t, pred_x0 = step(x_t, t, level)
-            if mask is not None:
-                x_t = self.q_sample(x0, t) * mask + (1.0 - mask) * x_t
-            yield level, x_t, pred_x0
+        log_every_t = default(log_every_t, self.log_every_t)
+
+        def step(x_t: Tensor, level: samplers.Level) -> tuple[Tensor, Tensor]:
+            t = torch.full((len(x_t),), level.t, device=x_t.device, dtype=torch.long)
+            x_t, pred_x0 = take(x_t, t, level.t)
+            # After the step, where CompVis's DDIM blends before it; each kept, for its seeds' images.
+            return (x_t if mask is None else self.q_sample(x0, t) * mask + (1.0 - mask) * x_t), pred_x0
+
+        plan = samplers.DDPM.plan(samplers.alpha_bar_table(self), self.num_timesteps)
+        kept = []
+        for done in samplers.run_levels(reversed(plan[:timesteps]), x_T, step):
+            level = int(done.t)
+            if done.index == 0 or level % log_every_t == 0:
+                kept.append(done)
+            if callback is not None:
+                callback(level)
+            if img_callback is not None:
+                img_callback(done.x_t, level)
+        return done.x_t, kept
 
     @torch.no_grad()
     def p_sample_loop(self, shape: Sequence[int], return_intermediates: bool = False) -> Any:
@@ -81,15 +113,12 @@ class AncestralSampling:
             the noise first.
         """
 
-        def step(x_t: Tensor, t: Tensor, level: int) -> tuple[Tensor, None]:
-            return self.p_sample(x_t, t, clip_denoised=self.clip_denoised), None
+        def take(x_t: Tensor, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
+            return self.p_sample(x_t, t, clip_denoised=self.clip_denoised, return_x0=True)
 
         x_T = torch.randn(tuple(shape), device=self.device)
-        intermediates = [x_T]
-        for level, x_t, _ in self._descend(step, x_T, self.num_timesteps):
-            if level % self.log_every_t == 0 or level == self.num_timesteps - 1:
-                intermediates.append(x_t)
-        return (x_t, intermediates) if return_intermediates else x_t
+        samples, kept = self._walk(take, x_T, self.num_timesteps)
+        return (samples, [x_T, *(step.x_t for step in kept)]) if return_intermediates else samples
 
     @torch.no_grad()
     def sample(self, batch_size: int = 16, return_intermediates: bool = False) -> Any:
@@ -180,21 +209,12 @@ class LatentAncestralSampling:
             return x_prev, extra[0].argmax(dim=1)
         return (x_prev, extra[0]) if return_x0 else x_prev
 
-    def _denoise(
-        self,
-        cond: Any,
-        x_T: Tensor,
-        timesteps: int,
-        *,
-        verbose: bool,
-        mask: Tensor | None,
-        x0: Tensor | None,
-        temperature: float | Sequence[float] = 1.0,
-        **options: Any,
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Walk the ancestral chain; both loops below look at what it yields: (level, samples, clean samples)."""
+    def _taker(
+        self, cond: Any, temperature: float | Sequence[float] = 1.0, **options: Any
+    ) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+        """Fix what p_sample is told at every level of a walk."""
 
-        def step(x_t: Tensor, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        def take(x_t: Tensor, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
             # The original noises the condition it noised the step before; each step's own level was meant.
             c = self._noise_condition(cond, t) if self.shorten_cond_schedule else cond
             heat = temperature if isinstance(temperature, int | float) else temperature[level]
@@ -202,7 +222,7 @@ class LatentAncestralSampling:
                 x_t, c, t, clip_denoised=self.clip_denoised, return_x0=True, temperature=heat, **options
             )
 
-        return self._descend(step, x_T, timesteps, mask=mask, x0=x0, verbose=verbose)
+        return take
 
     def _levels_to_walk(self, timesteps: int | None, start_T: int | None) -> int:
         timesteps = default(timesteps, self.num_timesteps)
@@ -236,7 +256,7 @@ class LatentAncestralSampling:
         Args:
             cond: conditions as in apply_model; of more than the batch, the first are taken.
             shape: (b, c, h, w), or (c, h, w) with batch_size.
-            verbose: show a progress bar on a terminal.
+            verbose: no effect: nothing is printed, a progress bar is the caller's (see callback).
             callback, img_callback: called with the level, and with (samples, level), after each step.
             mask, x0: keep x0 where mask is 1, blended in after each step.
             temperature: multiplies the noise; one for all levels or one each.
@@ -248,31 +268,26 @@ class LatentAncestralSampling:
             samples (b, c, h, w), and the predicted clean samples every log_every_t levels.
         """
         timesteps = self._levels_to_walk(None, start_T)
-        log_every_t = default(log_every_t, self.log_every_t)
         full = tuple(shape) if batch_size is None else (batch_size, *tuple(shape)[-3:])
-        x_t = torch.randn(full, device=self.device) if x_T is None else x_T
-        intermediates = []
-        chain = self._denoise(
+        take = self._taker(
             first_of(cond, full[0]),
-            x_t,
-            timesteps,
-            verbose=verbose,
-            mask=mask,
-            x0=x0,
-            temperature=temperature,
+            temperature,
             quantize_denoised=quantize_denoised,
             noise_dropout=noise_dropout,
             score_corrector=score_corrector,
             corrector_kwargs=corrector_kwargs,
         )
-        for level, x_t, pred_x0 in chain:
-            if level % log_every_t == 0 or level == timesteps - 1:
-                intermediates.append(pred_x0)
-            if callback is not None:
-                callback(level)
-            if img_callback is not None:
-                img_callback(x_t, level)
-        return x_t, intermediates
+        samples, kept = self._walk(
+            take,
+            torch.randn(full, device=self.device) if x_T is None else x_T,
+            timesteps,
+            mask=mask,
+            x0=x0,
+            log_every_t=log_every_t,
+            callback=callback,
+            img_callback=img_callback,
+        )
+        return samples, [step.pred_x0 for step in kept]
 
     @torch.no_grad()
     def p_sample_loop(
@@ -299,20 +314,18 @@ class LatentAncestralSampling:
             samples; with return_intermediates also the samples every log_every_t levels, the noise first.
         """
         timesteps = self._levels_to_walk(timesteps, start_T)
-        log_every_t = default(log_every_t, self.log_every_t)
-        x_t = torch.randn(tuple(shape), device=self.device) if x_T is None else x_T
-        intermediates = [x_t]
-        chain = self._denoise(
-            cond, x_t, timesteps, verbose=verbose, mask=mask, x0=x0, quantize_denoised=quantize_denoised
+        x_T = torch.randn(tuple(shape), device=self.device) if x_T is None else x_T
+        samples, kept = self._walk(
+            self._taker(cond, quantize_denoised=quantize_denoised),
+            x_T,
+            timesteps,
+            mask=mask,
+            x0=x0,
+            log_every_t=log_every_t,
+            callback=callback,
+            img_callback=img_callback,
         )
-        for level, x_t, _ in chain:
-            if level % log_every_t == 0 or level == timesteps - 1:
-                intermediates.append(x_t)
-            if callback is not None:
-                callback(level)
-            if img_callback is not None:
-                img_callback(x_t, level)
-        return (x_t, intermediates) if return_intermediates else x_t
+        return (samples, [x_T, *(step.x_t for step in kept)]) if return_intermediates else samples
 
     @torch.no_grad()
     def sample(
@@ -351,8 +364,6 @@ class LatentAncestralSampling:
         """Make latents for a look, with DDIM in ddim_steps or ancestrally; return (samples, intermediates)."""
         if not ddim:
             return self.sample(cond, batch_size=batch_size, return_intermediates=True, **kwargs)
-        from ldm.models.diffusion.ddim import DDIMSampler
-
         shape = (self.channels, self.image_size, self.image_size)
         return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **kwargs)
 

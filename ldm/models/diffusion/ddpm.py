@@ -1,8 +1,8 @@
 """The diffusion models: a network, its noise schedule, and for latent diffusion the stages around it.
 
 CompVis calls this file ddpm after the paper (arXiv:2006.11239). Everything here is a plain nn.Module with plain
-methods; sampling level by level is in ancestral.py, pictures to look at are in image_log.py, the arithmetic is in
-ldm.process, a trainer in ldm.training.
+methods. Sampling through all levels is in ancestral.py, pictures to look at are in image_log.py, the arithmetic
+is in ldm.process, a trainer in ldm.training.
 """
 
 import copy
