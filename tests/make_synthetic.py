@@ -22,7 +22,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.checkpoints import save_safetensors
-from ldm.checkpoints.load import build_empty, read_settings
+from ldm.checkpoints.build import build_empty, read_settings
 from ldm.checkpoints.names import EMA, SCHEDULE, ema_name
 from ldm.paths import shipped
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.checkpoints.account import TensorInfo, shown
 from ldm.checkpoints.pickles import PickleWeights, load_object
 from ldm.checkpoints.safe import SafetensorsWeights
-from ldm.errors import AbsentError, FormatError, MismatchError, UnsafeFileError
+from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UnsafeFileError
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 END_OF_ZIP = b"PK\x05\x06"
@@ -162,6 +162,11 @@ def open_weights(path: str | os.PathLike) -> Weights:
         weights = PickleWeights(handle, load_object(handle, kind), kind)
         handle.file.close()
         return weights
+    except OSError as error:
+        handle.file.close()
+        if isinstance(error, LdmError):
+            raise
+        raise FormatError(f"'{shown(handle.path)}' cannot be read: {shown(error)}") from error
     except BaseException:
         handle.file.close()
         raise

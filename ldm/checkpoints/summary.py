@@ -10,9 +10,11 @@ from typing import Any
 
 from ldm.checkpoints import names
 from ldm.checkpoints.account import LoadReport, TensorInfo, shown
+from ldm.checkpoints.build import build_empty, open_model
 from ldm.checkpoints.files import Weights, open_weights
 from ldm.checkpoints.folders import FolderWeights, is_diffusers_folder
-from ldm.checkpoints.load import account_model, build_empty, check_finite, open_model
+from ldm.checkpoints.load import check_finite
+from ldm.checkpoints.pair import account_model
 from ldm.errors import LdmError, MismatchError
 
 FOLDER_PARTS = {"UNet": "unet/", "VAE": "vae/", "text encoder": "text_encoder/"}

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from make_synthetic import make_full
 
 from ldm.checkpoints import inspect, load_latent_diffusion, open_weights
-from ldm.checkpoints.load import build_empty, read_settings
+from ldm.checkpoints.build import build_empty, read_settings
 from ldm.checkpoints.names import SCHEDULE, TEXT, UNET, VAE, unet_to_diffusers, vae_to_diffusers
 from ldm.paths import shipped
 
