@@ -298,7 +298,14 @@ class StableDiffusion:
         device = pick_device(device)
         dtype = pick_dtype(device, dtype)
         model, report = load_latent_diffusion(
-            path, config=config, device="cpu", use_ema=use_ema, tokenizer=tokenizer, vae=vae
+            path,
+            config=config,
+            device="cpu",
+            dtype=dtype,
+            use_ema=use_ema,
+            tokenizer=tokenizer,
+            vae=vae,
+            vae_dtype=torch.float32,
         )
         sd = cls(model, file=path, report=report, autocast=autocast)
         return sd.to(dtype=dtype, device=device)

@@ -37,6 +37,7 @@ def load_latent_diffusion(
     use_ema: bool | None = None,
     tokenizer: str | Path | None = None,
     vae: str | Path | None = None,
+    vae_dtype: torch.dtype | None = None,
 ) -> tuple["LatentDiffusion", LoadReport]:
     """Load a latent diffusion model of the v1 family from a single file or a diffusers folder.
 
@@ -54,6 +55,7 @@ def load_latent_diffusion(
             A model that keeps an average and is not given one has it seeded from the loaded weights.
         tokenizer: folder or file of the tokenizer, if not the one that the text encoder finds.
         vae: a file or folder whose VAE replaces this file's.
+        vae_dtype: of the first stage's parameters; None = dtype.
 
     Returns:
         The model in evaluation mode, and the account of every tensor.
@@ -64,8 +66,10 @@ def load_latent_diffusion(
         NumericError: weights that are not finite, or not any more in dtype.
         ResourceError: out of memory.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype should be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    for asked in (dtype, vae_dtype):
+        if asked is not None and asked not in DTYPES:
+            raise UsageError(f"dtype should be one of {', '.join(map(str, DTYPES))}, got {asked}")
+    vae_dtype = vae_dtype or dtype
     device = _usable(device)
     with contextlib.ExitStack() as opened:
         source, family, settings = open_model(Path(path), config, opened)
@@ -76,10 +80,10 @@ def load_latent_diffusion(
             if vae is not None:
                 replacement = opened.enter_context(contextlib.closing(_open_vae(vae)))
                 inner = account_vae(model.first_stage_model, replacement)
-                _fill(state, model, inner, replacement, device, dtype, prefix=names.VAE)
+                _fill(state, model, inner, replacement, device, dtype, vae_dtype, prefix=names.VAE)
                 report.notes.append(inner.summary())
             _check_tables(model, report, source)
-            _fill(state, model, report, source, device, dtype)
+            _fill(state, model, report, source, device, dtype, vae_dtype)
             _finish(model, state, report, device)
     logger.info("%s", report.summary())
     return model, report
@@ -103,7 +107,7 @@ def load_vae(model: nn.Module, path: str | Path, *, ignore_keys: Iterable[str] =
     with contextlib.closing(_open_vae(path)) as source, _memory_named(path, module):
         report = account_vae(module, source, tuple(ignore_keys))
         state: dict[str, Tensor] = {}
-        _fill(state, module, report, source, weight.device, weight.dtype)
+        _fill(state, module, report, source, weight.device, weight.dtype, weight.dtype)
         own = module.state_dict()
         module.load_state_dict({name: state.get(name, value) for name, value in own.items()})
     logger.info("%s", report.summary())
@@ -153,15 +157,19 @@ def _fill(
     source: Weights,
     device: torch.device,
     dtype: torch.dtype | None,
+    vae_dtype: torch.dtype | None,
     prefix: str = "",
 ) -> None:
     """Read, check, cast and move every assigned tensor, one at a time."""
     own = model.state_dict()
     parameters = {name for name, _ in model.named_parameters()}
-    wanted = {
-        name: (dtype or torch.float32) if prefix + target in parameters else own[prefix + target].dtype
-        for name, target in report.assigned.items()
-    }
+
+    def kind(target: str) -> torch.dtype:
+        if target not in parameters:
+            return own[target].dtype
+        return (vae_dtype if target.startswith(names.VAE) else dtype) or torch.float32
+
+    wanted = {name: kind(prefix + target) for name, target in report.assigned.items()}
     # What is copied once more anyway is read into the same memory over and over: fresh pages cost more than bytes.
     passing = [n for n in wanted if device.type != "cpu" or source.infos[n].dtype != wanted[n]]
     size = max((source.infos[name].nbytes for name in passing), default=0)

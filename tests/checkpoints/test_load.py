@@ -407,6 +407,17 @@ def test_parameters_are_cast_and_tables_are_not(tiny, dtype):
     assert torch.equal(model.state_dict()[FIRST], tiny.tensors[FIRST].to(dtype))
 
 
+def test_the_first_stage_can_have_a_dtype_of_its_own(tiny):
+    model, _ = load_latent_diffusion(
+        tiny.path, config=tiny.config, dtype=torch.float16, vae_dtype=torch.float32, vae=tiny.path
+    )
+    assert {p.dtype for p in model.model.parameters()} == {torch.float16}
+    assert {p.dtype for p in model.cond_stage_model.parameters()} == {torch.float16}
+    assert {p.dtype for p in model.first_stage_model.parameters()} == {torch.float32}
+    name = "first_stage_model.quant_conv.weight"
+    assert torch.equal(model.state_dict()[name], tiny.tensors[name].float())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite_are_named(tiny, tmp_path, value):
     """B15."""
