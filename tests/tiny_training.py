@@ -131,9 +131,11 @@ def run(config: dict[str, Any], folder: Path, **options: Any) -> Any:
 
 
 def figures(folder: Path, name: str = "train/loss") -> dict[int, float]:
-    """Read one figure of every step from a run's log."""
+    """Read one figure of every step from a run's log; no step may be there twice."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[name] for line in lines if name in line}
+    points = [(line["step"], line[name]) for line in lines if name in line]
+    assert len(dict(points)) == len(points), points
+    return dict(points)
 
 
 class NotFinite(Shapes):

@@ -429,6 +429,19 @@ def test_accumulation_takes_its_batches_before_one_step(tmp_path):
     assert sorted(figures(tmp_path)) == [0, 1]
 
 
+def test_accumulated_gradients_are_averaged(tmp_path):
+    """Where every batch is the whole data and the posterior has no width, more batches change nothing."""
+    norms = []
+    for accumulate in (1, 3):
+        config = until(first_stage(), 1)
+        config["data"]["params"]["train"]["params"]["length"] = 2
+        config["training"]["posterior_logvar_start"] = -30.0
+        config["lightning"]["trainer"]["accumulate_grad_batches"] = accumulate
+        run(config, tmp_path / str(accumulate))
+        norms.append(figures(tmp_path / str(accumulate), "grad_norm")[0])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
 def test_clipping_bounds_the_step(tmp_path):
     config = until(first_stage(), 2)
     config["training"]["optimizer"] = {"target": "torch.optim.SGD", "params": {"lr": 1.0}}
@@ -476,6 +489,7 @@ def test_a_diffusion_run_leaves_averaged_weights_in_the_v1_layout(tmp_path, diff
     name = "model.diffusion_model.input_blocks.0.0.weight"
     assert torch.equal(tensors[name], saved["model_ema.diffusion_modelinput_blocks00weight"])
     assert not torch.equal(tensors[name], saved[name])
+    assert saved["model_ema.num_updates"] == 6
     roots = {key.split(".")[0] for key in tensors}
     assert roots == {"model", "first_stage_model", "cond_stage_model", "scale_factor"}
     assert "cond_stage_model.transformer.text_model.final_layer_norm.weight" in tensors
