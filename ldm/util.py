@@ -8,6 +8,8 @@ import difflib
 import importlib
 import inspect
 import logging
+import os
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -18,12 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import AbsentError, FormatError, MismatchError, UnsafeFileError, UsageError
+from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UnsafeFileError, UsageError
 
 logger = logging.getLogger(__name__)
 
 DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
+# Of a configuration file; v1-inference.yaml has 3 kB, 141 nodes and 7 levels.
 MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_VALUES = 10_000
+MAX_CONFIG_DEPTH = 64
 # Kinds of class that a target may be; Lightning's are recognised by name so that it need not be imported.
 PLAIN_KINDS = (
     nn.Module,
@@ -63,7 +68,7 @@ def isimage(x: object) -> bool:
 
 def mean_flat(tensor: Tensor) -> Tensor:
     """Average over every axis but the first."""
-    return tensor.mean(dim=tuple(range(1, tensor.dim())))
+    return tensor.mean(dim=tuple(range(1, tensor.dim()))) if tensor.dim() > 1 else tensor
 
 
 def count_params(model: nn.Module, verbose: bool = False) -> int:
@@ -112,43 +117,97 @@ def load_config(path: str | Path) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False, too, for what can be no path at all
         raise AbsentError(
             f"configuration '{path}' is not a file; name a YAML file such as configs/v1-inference.yaml"
         )
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise FormatError(
-            f"configuration '{path}' has {path.stat().st_size} bytes; at most {MAX_CONFIG_BYTES} are read"
-        )
     try:
-        config = OmegaConf.create(path.read_text(encoding="utf-8"))
-    except yaml.constructor.ConstructorError as error:
-        if "tag:yaml.org,2002:python" in str(error):
-            raise UnsafeFileError(
-                f"configuration '{path}' carries a Python tag; only plain YAML is read"
-            ) from error
-        raise FormatError(f"configuration '{path}' is not plain YAML: {_first_line(error)}") from error
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError, ValueError) as error:
+        size = os.path.getsize(path)
+        if size > MAX_CONFIG_BYTES:
+            raise FormatError(f"configuration '{path}' has {size} bytes; at most {MAX_CONFIG_BYTES} are read")
+        text = Path(path).read_text(encoding="utf-8")
+        _check_yaml(text, path)
+        config = OmegaConf.create(text)
+    except LdmError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        place = error.problem_mark or error.context_mark
+        where = f"line {place.line + 1}, column {place.column + 1}: " if place else ""
+        raise FormatError(
+            f"configuration '{path}' is not readable YAML: {where}{_first_line(error.problem or error.context)}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise FormatError(f"configuration '{path}' is not text in UTF-8; save it as such") from error
+    except OSError as error:
+        raise FormatError(f"configuration '{path}' cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise FormatError(f"configuration '{path}' is not readable YAML: {_first_line(error)}") from error
-    if not OmegaConf.is_dict(config) or not len(config):
-        raise FormatError(f"configuration '{path}' should be a mapping with a 'model:' key, but holds none")
-    refuse_resolvers(config, str(path))
+    refuse_resolvers(config, f"configuration '{path}'")
     return config
 
 
-def _first_line(error: Exception) -> str:
-    """Squeeze an error into one line, with the line number that YAML gives."""
-    text = re.sub(r"\s+", " ", str(error)) or type(error).__name__
+def _check_yaml(text: str, path: str | Path) -> None:
+    """Look through a YAML text before anything is built from it: one mapping, plain tags, and of sane size.
+
+    The events of a text cost no more than its length, whatever its aliases would multiply to.
+    """
+    import yaml
+
+    sizes: dict[str, int] = {}  # values below each anchor, its aliases multiplied out
+    open_nodes: list[tuple[str | None, int]] = []
+    root, total = None, 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1
+        if (getattr(event, "tag", None) or "").startswith("tag:yaml.org,2002:python"):
+            raise UnsafeFileError(
+                f"configuration '{path}' carries a Python tag in line {line}; only plain YAML is read"
+            )
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor is not None:
+                sizes[anchor] = total - before
+            continue
+        if not isinstance(event, yaml.NodeEvent):
+            continue
+        root = event if root is None else root
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise FormatError(
+                    f"configuration '{path}': alias '{event.anchor}' in line {line} stands for nothing before it"
+                )
+            total += sizes[event.anchor]
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, total))
+            total += 1
+        else:
+            total += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        if len(open_nodes) > MAX_CONFIG_DEPTH or total > MAX_CONFIG_VALUES:
+            raise FormatError(
+                f"configuration '{path}' is too large: by line {line} it has {total} values "
+                f"{len(open_nodes)} levels deep; at most {MAX_CONFIG_VALUES} and {MAX_CONFIG_DEPTH} are read"
+            )
+    if not isinstance(root, yaml.MappingStartEvent) or total == 1:
+        raise FormatError(f"configuration '{path}' should be a mapping with a 'model:' key, but holds none")
+
+
+def _first_line(error: object) -> str:
+    """Squeeze an error into one line of at most 200 characters."""
+    text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
     return text[:200]
 
 
 def refuse_resolvers(config: Any, where: str = "configuration") -> None:
-    """Raise UnsafeFileError if any value asks a resolver (${oc.env:...}); plain ${node} references may stay."""
+    """Raise UnsafeFileError if any value asks a resolver (${oc.env:...}); plain ${node} references may stay.
+
+    The whole tree that a part belongs to is looked at, for the part may refer to any of it.
+    """
     from omegaconf import OmegaConf
 
-    raw = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config
-    stack = [raw]
+    if OmegaConf.is_config(config):
+        config = OmegaConf.to_container(config._get_root(), resolve=False)
+    stack = [config]
     while stack:
         value = stack.pop()
         if isinstance(value, Mapping):
@@ -156,10 +215,20 @@ def refuse_resolvers(config: Any, where: str = "configuration") -> None:
             stack.extend(value.values())
         elif isinstance(value, list | tuple):
             stack.extend(value)
-        elif isinstance(value, str) and re.search(r"\$\{[^}]*:", value):
+        elif isinstance(value, str) and _asks_resolver(value):
             raise UnsafeFileError(
-                f"{where}: '{value}' asks a resolver for a value; only plain ${{node}} references are read"
+                f"{where}: '{value[:80]}' asks a resolver for a value; only plain ${{node}} references are read"
             )
+
+
+def _asks_resolver(value: str) -> bool:
+    """Tell whether a colon stands anywhere inside ${...}, however nested: ${oc.${name}:...} counts."""
+    depth = 0
+    for part in re.findall(r"\$\{|\}|:", value):
+        if part == ":" and depth:
+            return True
+        depth = depth + 1 if part == "${" else max(0, depth - 1) if part == "}" else depth
+    return False
 
 
 def get_obj_from_str(string: str, reload: bool = False, *, allow: Iterable[str] = ()) -> type:
@@ -176,11 +245,11 @@ def get_obj_from_str(string: str, reload: bool = False, *, allow: Iterable[str] 
     """
     if not isinstance(string, str) or not DOTTED_NAME.fullmatch(string):
         raise UnsafeFileError(
-            f"target {string!r} is not a dotted class name such as 'ldm.models.autoencoder.AutoencoderKL'"
+            f"target {string!r:.80} is not a dotted class name such as 'ldm.models.autoencoder.AutoencoderKL'"
         )
     string = HISTORIC_NAMES.get(string, string)
     module_name, class_name = string.rsplit(".", 1)
-    allowed = string in set(allow)
+    allowed = string in ({allow} if isinstance(allow, str) else set(allow))
     if not (allowed or _may_import(module_name)):
         raise UnsafeFileError(
             f"target '{string}' is not allowed: it is from neither ldm, torch.nn, nor a package that this program "
@@ -188,12 +257,19 @@ def get_obj_from_str(string: str, reload: bool = False, *, allow: Iterable[str] 
         )
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        if module_name.startswith(str(getattr(error, "name", None) or "?")):
-            raise MismatchError(
-                f"target '{string}' names no module that exists: {_first_line(error)}"
+    except ModuleNotFoundError as error:
+        if not error.name or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        if not module_name.startswith("ldm.") or not hasattr(
+            sys.modules.get(_parent(error.name)), "__path__"
+        ):
+            # A way through what another module has imported, such as ldm.util.importlib, is no name of a class.
+            raise UnsafeFileError(
+                f"target '{string}' is not allowed: '{error.name}' is no module that can be imported"
             ) from error
-        raise
+        near = difflib.get_close_matches(error.name, _siblings(_parent(error.name)), n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise MismatchError(f"target '{string}': there is no module '{error.name}'{hint}") from error
     if reload:
         module = importlib.reload(module)
     found = getattr(module, class_name, None)
@@ -209,14 +285,26 @@ def get_obj_from_str(string: str, reload: bool = False, *, allow: Iterable[str] 
 
 
 def _may_import(module_name: str) -> bool:
-    if module_name == "torch.nn" or module_name.startswith("torch.nn."):
-        return True
-    root = module_name.split(".", 1)[0]
-    if root == "ldm" or module_name in sys.modules:
+    if (
+        module_name in sys.modules
+        or module_name.split(".")[0] == "ldm"
+        or f"{module_name}.".startswith("torch.nn.")
+    ):
         return True
     # The submodules of an imported package may follow it; those of the standard library and torch may not,
-    # for they are always imported and importing some of them acts.
-    return root in sys.modules and root not in sys.stdlib_module_names and root != "torch"
+    # for they are always imported and importing some of them acts, as importing any __main__ does.
+    root = module_name.split(".")[0]
+    tame = root not in sys.stdlib_module_names and root != "torch" and "__" not in module_name
+    return tame and root in sys.modules
+
+
+def _parent(module_name: str) -> str:
+    return module_name.rpartition(".")[0]
+
+
+def _siblings(package: str) -> list[str]:
+    """List the modules of an imported package by their full names."""
+    return [found.name for found in pkgutil.iter_modules(sys.modules[package].__path__, f"{package}.")]
 
 
 def _is_buildable(cls: type) -> bool:
@@ -241,27 +329,46 @@ def instantiate_from_config(config: Any, *, allow: Iterable[str] = ()) -> Any:
     """
     if isinstance(config, str) and config in ("__is_first_stage__", "__is_unconditional__"):
         return None
-    if not isinstance(config, Mapping) and not hasattr(config, "keys"):
-        raise MismatchError(f"a configuration needs 'target' and 'params', got {config!r}")
+    if not hasattr(config, "keys"):
+        raise MismatchError(f"a configuration needs 'target' and 'params', got {config!r:.80}")
     if "target" not in config:
-        raise MismatchError(f"a configuration needs the key 'target', got only {sorted(map(str, config))}")
+        found = ", ".join(map(repr, config)) or "nothing"
+        raise MismatchError(f"a configuration needs the key 'target', got only {found:.80}")
     refuse_resolvers(config)
+    _check_references(config)
     target = config["target"]
     cls = get_obj_from_str(target, allow=allow)
     params = config.get("params") or {}
-    if not hasattr(params, "keys"):
-        raise MismatchError(f"params of '{target}' should be a mapping of names to values, got {params!r}")
+    if not hasattr(params, "keys") or not all(isinstance(name, str) for name in params):
+        raise MismatchError(
+            f"params of '{target}' should be a mapping of names to values, got {params!r:.80}"
+        )
     try:
         return cls(**params)
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if not unknown:
-            raise
-        name = unknown.group(1)
-        known = _keywords(cls)
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(known)}"
-        raise MismatchError(f"'{target}' has no parameter '{name}'; {hint}") from error
+        if unknown and unknown.group(1) in params:
+            name, known = unknown.group(1), _keywords(cls)
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(known) or 'none'}"
+            raise MismatchError(f"'{target}' has no parameter '{name}'; {hint:.300}") from error
+        lacking = re.search(r"__init__\(\) missing \d+ required [a-z-]+ arguments?: (.+)", str(error))
+        if lacking and not set(re.findall(r"'(\w+)'", lacking.group(1))) & set(params):
+            raise MismatchError(f"params of '{target}' lack {lacking.group(1):.300}") from error
+        raise
+
+
+def _check_references(config: Any) -> None:
+    """Raise FormatError for a ${node} that leads nowhere or in a circle, and for a value left as ???."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not OmegaConf.is_config(config):
+        return
+    try:
+        OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise FormatError(f"configuration cannot be resolved: {_first_line(error)}") from error
 
 
 def _keywords(cls: type) -> list[str]:
