@@ -41,7 +41,9 @@ def test_unet_of_860_million_weights(golden):
     recorded = load_file(golden / "full.safetensors")
     unet = full_size("unet_config", golden)
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
-    out = unet(keyed_input("full.x", (1, 4, 32, 32)), torch.tensor([501]), keyed_input("full.c", (1, 77, 768)))
+    out = unet(
+        keyed_input("full.x", (1, 4, 32, 32)), torch.tensor([501]), keyed_input("full.c", (1, 77, 768))
+    )
     agrees(out, recorded["unet.32"])
     x, context = keyed_input("full.x2", (2, 4, 24, 40)), keyed_input("full.c2", (2, 77, 768))
     agrees(unet(x, torch.tensor([1, 981]), context=context), recorded["unet.24x40b2"])
