@@ -158,7 +158,10 @@ def test_timestep_embedding_is_the_recorded_one(golden):
     recorded = load_file(golden / "modules.safetensors")["temb"]
     embedded = util.timestep_embedding(torch.tensor([0, 1, 500, 999]), 33)
     torch.testing.assert_close(embedded, recorded, rtol=0, atol=1e-6)
-    assert util.timestep_embedding(torch.tensor([2.5, 3.0]), 3, repeat_only=True).tolist() == [[2.5] * 3, [3.0] * 3]
+    assert util.timestep_embedding(torch.tensor([2.5, 3.0]), 3, repeat_only=True).tolist() == [
+        [2.5] * 3,
+        [3.0] * 3,
+    ]
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "sqrt_linear", "sqrt"])
