@@ -426,7 +426,14 @@ def start(name, *argv, **options):
     command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, argv)]
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        # A shell's background job, as which these tests may run, hands an ignored Ctrl-C on to its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
     )
 
 
