@@ -6,7 +6,8 @@ they are halved or doubled.
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -343,7 +344,7 @@ class QKVAttention(nn.Module):
 
 
 class _UNetBase(nn.Module):
-    """What the UNet and the encoder UNet share: the path down, the middle, and the dtype of the maps."""
+    """What the UNet and the encoder UNet share: the dtype of the maps."""
 
     dtype: torch.dtype
 
@@ -371,6 +372,47 @@ class _UNetBase(nn.Module):
         """Run the last layers in the dtype of their own weights, and give the answer in the caller's."""
         *_, last = head.parameters()
         return head(h.type(last.dtype)).type(dtype)
+
+
+def _path_down(
+    dims: int,
+    in_channels: int,
+    widths: list[int],
+    num_res_blocks: list[int],
+    res_block: Callable[..., ResBlock],
+    attention: Callable[[int, int, int, int], nn.Module | None],
+    conv_resample: bool,
+    resblock_updown: bool,
+) -> tuple[nn.ModuleList, list[int], int]:
+    """Build the blocks from the input to the lowest resolution.
+
+    Args:
+        widths: channels of each level.
+        attention: gives what follows a residual block, from (channels, level, block, downsampling factor).
+
+    Returns:
+        The blocks, the channels after each of them, and the downsampling factor reached.
+    """
+    ch, ds = widths[0], 1
+    blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))])
+    after = [ch]
+    for level, width in enumerate(widths):
+        for block in range(num_res_blocks[level]):
+            layers: list[nn.Module] = [res_block(ch, out_channels=width)]
+            ch = width
+            attending = attention(ch, level, block, ds)
+            if attending is not None:
+                layers.append(attending)
+            blocks.append(TimestepEmbedSequential(*layers))
+            after.append(ch)
+        if level != len(widths) - 1:
+            smaller = (
+                res_block(ch, down=True) if resblock_updown else Downsample(ch, conv_resample, dims=dims)
+            )
+            blocks.append(TimestepEmbedSequential(smaller))
+            after.append(ch)
+            ds *= 2
+    return blocks, after, ds
 
 
 class UNetModel(_UNetBase):
@@ -477,17 +519,14 @@ class UNetModel(_UNetBase):
                 raise UsageError(f"num_classes should be a number, 'continuous' or None, got {num_classes!r}")
             self.label_emb = nn.Embedding(num_classes, embed_dim)
 
-        def res_block(channels: int, out: int, **kwargs: Any) -> ResBlock:
-            return ResBlock(
-                channels,
-                embed_dim,
-                dropout,
-                out_channels=out,
-                dims=dims,
-                use_checkpoint=use_checkpoint,
-                use_scale_shift_norm=use_scale_shift_norm,
-                **kwargs,
-            )
+        res_block = partial(
+            ResBlock,
+            emb_channels=embed_dim,
+            dropout=dropout,
+            dims=dims,
+            use_checkpoint=use_checkpoint,
+            use_scale_shift_norm=use_scale_shift_norm,
+        )
 
         def attention(channels: int, block_heads: int, context_only: bool) -> nn.Module:
             # num_heads_upsample counts only where no width decides: in the legacy rule of AttentionBlocks.
@@ -523,46 +562,36 @@ class UNetModel(_UNetBase):
         def context_only(level: int) -> bool:
             return bool(disable_self_attentions[level]) if exists(disable_self_attentions) else False
 
-        ch = int(channel_mult[0] * model_channels)
-        self.input_blocks = nn.ModuleList(
-            [TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))]
+        def attention_down(channels: int, level: int, block: int, ds: int) -> nn.Module | None:
+            return attention(channels, num_heads, context_only(level)) if attends(level, block, ds) else None
+
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        self.input_blocks, skips, ds = _path_down(
+            dims,
+            in_channels,
+            widths,
+            num_res_blocks,
+            res_block,
+            attention_down,
+            conv_resample,
+            resblock_updown,
         )
-        skips, ds = [ch], 1
-        for level, mult in enumerate(channel_mult):
-            for block in range(num_res_blocks[level]):
-                layers = [res_block(ch, int(mult * model_channels))]
-                ch = int(mult * model_channels)
-                if attends(level, block, ds):
-                    layers.append(attention(ch, num_heads, context_only(level)))
-                self.input_blocks.append(TimestepEmbedSequential(*layers))
-                skips.append(ch)
-            if level != levels - 1:
-                smaller = (
-                    res_block(ch, ch, down=True)
-                    if resblock_updown
-                    else Downsample(ch, conv_resample, dims=dims)
-                )
-                self.input_blocks.append(TimestepEmbedSequential(smaller))
-                skips.append(ch)
-                ds *= 2
+        ch = skips[-1]
 
         self.middle_block = TimestepEmbedSequential(
-            res_block(ch, ch), attention(ch, num_heads, disable_middle_self_attn), res_block(ch, ch)
+            res_block(ch), attention(ch, num_heads, disable_middle_self_attn), res_block(ch)
         )
 
         self.output_blocks = nn.ModuleList([])
-        for level, mult in reversed(list(enumerate(channel_mult))):
+        for level, out in reversed(list(enumerate(widths))):
             for block in range(num_res_blocks[level] + 1):
-                out = int(model_channels * mult)
-                layers = [res_block(ch + skips.pop(), out)]
+                layers = [res_block(ch + skips.pop(), out_channels=out)]
                 ch = out
                 if attends(level, block, ds):
                     layers.append(attention(ch, self.num_heads_upsample, context_only(level)))
                 if level and block == num_res_blocks[level]:
                     layers.append(
-                        res_block(ch, ch, up=True)
-                        if resblock_updown
-                        else Upsample(ch, conv_resample, dims=dims)
+                        res_block(ch, up=True) if resblock_updown else Upsample(ch, conv_resample, dims=dims)
                     )
                     ds //= 2
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
@@ -667,17 +696,14 @@ class EncoderUNetModel(_UNetBase):
             linear(model_channels, embed_dim), nn.SiLU(), linear(embed_dim, embed_dim)
         )
 
-        def res_block(channels: int, out: int, **kwargs: Any) -> ResBlock:
-            return ResBlock(
-                channels,
-                embed_dim,
-                dropout,
-                out_channels=out,
-                dims=dims,
-                use_checkpoint=use_checkpoint,
-                use_scale_shift_norm=use_scale_shift_norm,
-                **kwargs,
-            )
+        res_block = partial(
+            ResBlock,
+            emb_channels=embed_dim,
+            dropout=dropout,
+            dims=dims,
+            use_checkpoint=use_checkpoint,
+            use_scale_shift_norm=use_scale_shift_norm,
+        )
 
         def attention(channels: int) -> AttentionBlock:
             return AttentionBlock(
@@ -688,29 +714,16 @@ class EncoderUNetModel(_UNetBase):
                 use_new_attention_order=use_new_attention_order,
             )
 
-        ch = int(channel_mult[0] * model_channels)
-        self.input_blocks = nn.ModuleList(
-            [TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))]
+        def attention_down(channels: int, level: int, block: int, ds: int) -> nn.Module | None:
+            return attention(channels) if ds in attention_resolutions else None
+
+        blocks = [num_res_blocks] * len(channel_mult)
+        level_widths = [int(mult * model_channels) for mult in channel_mult]
+        self.input_blocks, widths, ds = _path_down(
+            dims, in_channels, level_widths, blocks, res_block, attention_down, conv_resample, resblock_updown
         )
-        widths, ds = [ch], 1
-        for level, mult in enumerate(channel_mult):
-            for _ in range(num_res_blocks):
-                layers = [res_block(ch, int(mult * model_channels))]
-                ch = int(mult * model_channels)
-                if ds in attention_resolutions:
-                    layers.append(attention(ch))
-                self.input_blocks.append(TimestepEmbedSequential(*layers))
-                widths.append(ch)
-            if level != len(channel_mult) - 1:
-                smaller = (
-                    res_block(ch, ch, down=True)
-                    if resblock_updown
-                    else Downsample(ch, conv_resample, dims=dims)
-                )
-                self.input_blocks.append(TimestepEmbedSequential(smaller))
-                widths.append(ch)
-                ds *= 2
-        self.middle_block = TimestepEmbedSequential(res_block(ch, ch), attention(ch), res_block(ch, ch))
+        ch = widths[-1]
+        self.middle_block = TimestepEmbedSequential(res_block(ch), attention(ch), res_block(ch))
         features = sum(widths) + ch
 
         if pool == "adaptive":
