@@ -23,8 +23,9 @@ if __name__ == "__main__":
 
 from ldm.checkpoints import save_safetensors
 from ldm.checkpoints.build import build_empty, read_settings
-from ldm.checkpoints.names import EMA, SCHEDULE, ema_name
+from ldm.checkpoints.names import EMA, ema_name
 from ldm.paths import shipped
+from ldm.process.schedule import SCHEDULE_BUFFERS
 
 POOL = (
     1 << 20
@@ -106,7 +107,7 @@ def make_tensors(
     tensors: dict[str, Tensor] = {}
     start = 0
     for name, value in model.state_dict().items():
-        if name in SCHEDULE:
+        if name in SCHEDULE_BUFFERS:
             if schedule:
                 tensors[name] = value.clone()
         elif value.is_meta:

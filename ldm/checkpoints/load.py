@@ -17,6 +17,7 @@ from ldm.checkpoints.files import Weights, open_weights, require_float
 from ldm.checkpoints.folders import FolderWeights
 from ldm.checkpoints.pair import account_model, account_vae
 from ldm.errors import LdmError, MismatchError, NumericError, ResourceError, UsageError
+from ldm.process.schedule import SCHEDULE_BUFFERS
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -192,7 +193,7 @@ def _fill(
 def _check_tables(model: nn.Module, report: LoadReport, source: Weights) -> None:
     """Hold the schedule and scale that a file states against those that the configuration gives."""
     own = model.state_dict()
-    for name in [*names.SCHEDULE, "scale_factor"]:
+    for name in [*SCHEDULE_BUFFERS, "scale_factor"]:
         if name not in report.ignored or name not in source.infos:
             continue
         ours = own[name] if name in own else getattr(model, name, None)

@@ -12,21 +12,6 @@ EMA = "model_ema."
 CONTROL = "control_model."
 PARTS = {"UNet": UNET, "VAE": VAE, "text encoder": TEXT, "EMA": EMA, "ControlNet": CONTROL}
 POSITION_IDS = "embeddings.position_ids"
-# Tables that CompVis registers as buffers; a function of the schedule in the configuration.
-SCHEDULE = (
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-)
 
 RESNET = {
     "in_layers.0": "norm1",

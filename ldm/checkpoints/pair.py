@@ -11,6 +11,7 @@ from ldm.checkpoints.account import LoadReport, match, shown
 from ldm.checkpoints.files import Weights
 from ldm.checkpoints.folders import modern_name
 from ldm.errors import MismatchError
+from ldm.process.schedule import SCHEDULE_BUFFERS
 
 COMPUTED = "computed from the configuration"
 # Left over from a training that is not resumed, or from another reader; none of them is used in sampling.
@@ -102,7 +103,7 @@ def _reason_to_ignore(name: str, wanted: Mapping[str, Any]) -> str | None:
     """Say why a tensor of the file, under its name in the model, is left out; None if it is not."""
     if name.endswith(names.POSITION_IDS):
         return "a constant, made anew"
-    if name in names.SCHEDULE and name in wanted:
+    if name in SCHEDULE_BUFFERS and name in wanted:
         return f"{COMPUTED}, and equal"
     if name in wanted:
         return None

@@ -11,6 +11,22 @@ from ldm.errors import UsageError
 
 SCHEDULES = ("linear", "sqrt_linear", "sqrt", "cosine", "openai-linear", "openai-cosine")
 
+# Tables of a schedule that CompVis's models register as buffers and that its files may hold.
+SCHEDULE_BUFFERS = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
+
 # Both cosine schedules stop short of replacing all signal in one step (arXiv:2102.09672, section 3.2).
 MAX_COSINE_BETA = 0.999
 

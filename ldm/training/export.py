@@ -6,23 +6,8 @@ import torch
 from torch import Tensor
 
 from ldm.errors import AbsentError
+from ldm.process.schedule import SCHEDULE_BUFFERS
 from ldm.training.checkpointing import read_newest
-
-SCHEDULE = (
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-    "logvar",
-)
 
 
 def plain_weights(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -34,7 +19,7 @@ def plain_weights(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str
     weights = {}
     for name, tensor in state_dict.items():
         is_loss = name.startswith(("loss.", "first_stage_model.loss."))
-        if is_loss or name.startswith("model_ema.") or name in SCHEDULE:
+        if is_loss or name.startswith("model_ema.") or name in SCHEDULE_BUFFERS or name == "logvar":
             continue
         averaged = "model_ema." + name.removeprefix("model.").replace(".", "")
         if name.startswith("model.") and averaged in state_dict:

@@ -10,8 +10,9 @@ from make_synthetic import make_full
 
 from ldm.checkpoints import inspect, load_latent_diffusion, open_weights
 from ldm.checkpoints.build import build_empty, read_settings
-from ldm.checkpoints.names import SCHEDULE, TEXT, UNET, VAE, unet_to_diffusers, vae_to_diffusers
+from ldm.checkpoints.names import TEXT, UNET, VAE, unet_to_diffusers, vae_to_diffusers
 from ldm.paths import shipped
+from ldm.process.schedule import SCHEDULE_BUFFERS
 
 RECORDED = Path(__file__).parents[1] / "golden" / "v1_keys_without_text_encoder.json"
 POSITIONS = f"{TEXT}transformer.text_model.embeddings.position_ids"
@@ -72,7 +73,7 @@ def test_all_1131_tensors_of_a_full_file_are_accounted_for(tmp_path):
     model, report = load_latent_diffusion(path, dtype=torch.float16)
     assert report.family == "v1" and report.total == 1131
     assert len(report.assigned) == 1130 and report.ignored == {POSITIONS: "a constant, made anew"}
-    assert set(report.initialised) == {*SCHEDULE, "logvar"}
+    assert set(report.initialised) == {*SCHEDULE_BUFFERS, "logvar"}
     assert sum(name.startswith(f"{TEXT}transformer.text_model.") for name in report.assigned.values()) == 196
     state = model.state_dict()
     weights = open_weights(path)

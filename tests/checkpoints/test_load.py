@@ -8,9 +8,10 @@ import torch
 from make_synthetic import make_tensors, tiny_config
 
 from ldm.checkpoints import load_latent_diffusion, load_vae, read_tensors
-from ldm.checkpoints.names import EMA, SCHEDULE, TEXT, UNET, VAE, ema_name, family_of
+from ldm.checkpoints.names import EMA, TEXT, UNET, VAE, ema_name, family_of
 from ldm.errors import MismatchError, NumericError, ResourceError, UnsafeFileError, UsageError
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.process.schedule import SCHEDULE_BUFFERS
 
 FIRST = f"{UNET}input_blocks.0.0.weight"
 POSITIONS = f"{TEXT}transformer.text_model.embeddings.position_ids"
@@ -42,7 +43,7 @@ def test_every_tensor_is_assigned_and_equal(tiny):
     state = model.state_dict()
     assert report.assigned == {name: name for name in tiny.tensors} and not report.ignored
     assert all(torch.equal(state[name], value) for name, value in tiny.tensors.items())
-    assert set(report.initialised) == {*SCHEDULE, "logvar"} and state.keys() == {
+    assert set(report.initialised) == {*SCHEDULE_BUFFERS, "logvar"} and state.keys() == {
         *report.initialised,
         *tiny.tensors,
     }
@@ -127,9 +128,13 @@ def test_what_sampling_does_not_need_is_ignored_with_a_reason(tiny, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_schedule_tables_in_the_file_are_compared(tiny, tmp_path, dtype):
-    tables = {n: v.to(dtype) for n, v in make_tensors(tiny.config, schedule=True).items() if n in SCHEDULE}
+    tables = {
+        n: v.to(dtype) for n, v in make_tensors(tiny.config, schedule=True).items() if n in SCHEDULE_BUFFERS
+    }
     _, report = load_latent_diffusion(tiny.save(tmp_path, {**tiny.tensors, **tables}), config=tiny.config)
-    assert [report.ignored[name] for name in SCHEDULE] == ["computed from the configuration, and equal"] * 12
+    assert [report.ignored[name] for name in SCHEDULE_BUFFERS] == [
+        "computed from the configuration, and equal"
+    ] * 12
 
 
 @pytest.mark.parametrize("factor", [1.01, 0.5])

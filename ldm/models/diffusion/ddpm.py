@@ -26,7 +26,7 @@ from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_sch
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
 from ldm.modules.ema import LitEma
 from ldm.process import gaussian, prediction
-from ldm.process.schedule import NoiseSchedule
+from ldm.process.schedule import SCHEDULE_BUFFERS, NoiseSchedule
 from ldm.process.tiling import Tiling
 from ldm.util import count_params, default, instantiate_from_config, mean_flat
 
@@ -44,21 +44,6 @@ WHOLE_BATCH_KEYS = ("class_label", "cls")
 
 FIRST_STAGE = "__is_first_stage__"
 UNCONDITIONAL = "__is_unconditional__"
-
-SCHEDULE_BUFFERS = (
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-)
 
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
