@@ -68,7 +68,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         args = list(sys.argv[1:] if args is None else args)
         self._refuse_repeats(args)
-        found, unknown = self.parse_known_args(args, namespace)
+        # Intermixed: words without an option may stand anywhere, also parted by options.
+        found, unknown = self.parse_known_intermixed_args(args, namespace)
         if unknown:
             self._refuse_unknown(unknown)
         return found

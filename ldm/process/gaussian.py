@@ -35,7 +35,9 @@ class Posterior(NamedTuple):
     variance: Tensor
 
 
-def posterior(alpha_bar: Tensor, alpha_bar_prev: Tensor, *, v_posterior: float = 0.0) -> Posterior:
+def posterior(
+    alpha_bar: Tensor, alpha_bar_prev: Tensor, *, v_posterior: float = 0.0, beta: Tensor | None = None
+) -> Posterior:
     """Work out the posterior between two levels, by Bayes (Eq. 6 and 7).
 
     The levels need not be neighbours: over a respaced chain the step's beta is 1 - alpha_bar / alpha_bar_prev.
@@ -44,9 +46,11 @@ def posterior(alpha_bar: Tensor, alpha_bar_prev: Tensor, *, v_posterior: float =
         alpha_bar: level of x_t, in (0, 1); any shape. Give float64: 1 - alpha_bar loses digits in float32.
         alpha_bar_prev: level stepped to, not below alpha_bar; same shape.
         v_posterior: 0 = the posterior's variance, 1 = beta (both ends of DDPM section 3.2), or between.
+        beta: 1 - alpha_bar / alpha_bar_prev, where the caller has it more exactly: a chain whose signal is
+            gone (alpha_bar = alpha_bar_prev = 0) does not show it.
     """
-    alpha = alpha_bar / alpha_bar_prev
-    beta = 1 - alpha
+    beta = 1 - alpha_bar / alpha_bar_prev if beta is None else beta
+    alpha = 1 - beta
     coef_x0 = beta * alpha_bar_prev.sqrt() / (1 - alpha_bar)
     coef_x_t = (1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar)
     least = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
@@ -56,6 +60,37 @@ def posterior(alpha_bar: Tensor, alpha_bar_prev: Tensor, *, v_posterior: float =
 def posterior_mean(x0: Tensor, x_t: Tensor, *, coef_x0: Tensor, coef_x_t: Tensor) -> Tensor:
     """Mix clean and noisy sample into the mean of q(x_{t-1} | x_t, x_0) (Eq. 7)."""
     return coef_x0 * x0 + coef_x_t * x_t
+
+
+def x0_from_posterior_mean(mean: Tensor, x_t: Tensor, *, coef_x0: Tensor, coef_x_t: Tensor) -> Tensor:
+    """Solve `posterior_mean` for the clean sample: Eq. 7 read backwards."""
+    return (mean - coef_x_t * x_t) / coef_x0
+
+
+def finite_start(variance: Tensor, *, betas: Tensor, posterior_variance: Tensor) -> Tensor:
+    """Give the first level a variance above 0: the posterior's of the second level.
+
+    The posterior of the first level has variance 0, which has no logarithm and as a decoder no likelihood; this
+    is what Improved DDPM (arXiv:2102.09672) took instead, for both ends of DDPM's section 3.2. A chain of one
+    level has but its beta.
+
+    Args:
+        variance: (num_steps,) the table to mend: the posterior's variances, or betas.
+        betas, posterior_variance: (num_steps,).
+    """
+    first = posterior_variance[1:2] if len(betas) > 1 else betas
+    return torch.cat([first, variance[1:]])
+
+
+def range_log_variance(values: Tensor, *, least: Tensor, most: Tensor) -> Tensor:
+    """Turn a network's values into log variances between two ends (arXiv:2102.09672, Eq. 15).
+
+    Args:
+        values: -1 = least, 1 = most; the network is not held to that range.
+        least, most: log of the posterior's variance and of beta, broadcastable to values.
+    """
+    share = (values + 1) / 2
+    return share * most + (1 - share) * least
 
 
 def clipped_log(variance: Tensor) -> Tensor:

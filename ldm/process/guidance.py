@@ -1,4 +1,4 @@
-"""Classifier-free guidance: joining conditions into one batch, and mixing the two answers."""
+"""Guidance: joining conditions into one batch and mixing the two answers, and a classifier's push."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -67,6 +67,27 @@ def rescale(guided: Tensor, cond: Tensor, mix: float) -> Tensor:
     axes = tuple(range(1, cond.dim()))
     ratio = cond.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True)
     return guided * (mix * ratio + (1 - mix))
+
+
+def classifier_mean(mean: Tensor, variance: Tensor, gradient: Tensor) -> Tensor:
+    """Move the mean of p(x_{t-1} | x_t) towards a class: algorithm 1 of arXiv:2105.05233.
+
+    Args:
+        mean, variance: of the step, (b, ...).
+        gradient: of log p(class | x_t) by x_t, times the scale of guidance, shaped like mean.
+    """
+    return mean + variance * gradient
+
+
+def classifier_eps(eps: Tensor, gradient: Tensor, sigma: Tensor) -> Tensor:
+    """Move the predicted noise towards a class: algorithm 2 of arXiv:2105.05233, for DDIM.
+
+    Args:
+        eps: predicted noise, (b, ...).
+        gradient: as for `classifier_mean`.
+        sigma: sqrt(1 - alpha_bar), broadcastable to eps.
+    """
+    return eps - sigma * gradient
 
 
 def _is_row(condition: Any) -> bool:

@@ -106,6 +106,19 @@ def betas_for_alpha_bar(
     )
 
 
+def respaced_betas(alpha_bar: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Make the betas of a chain that visits only some levels, with the same alpha_bar at each.
+
+    beta_i = 1 - alpha_bar[S_i] / alpha_bar[S_{i-1}] (arXiv:2102.09672, Eq. 19).
+
+    Args:
+        alpha_bar: (num_steps,) float64, of the whole chain.
+        levels: (n,) int, ascending.
+    """
+    kept = np.asarray(alpha_bar, dtype=np.float64)[levels]
+    return 1 - kept / np.append(1.0, kept[:-1])
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
     """A schedule seen four ways, one value a level, float64, level 0 the cleanest.
@@ -119,17 +132,23 @@ class NoiseSchedule:
     alpha_bar_prev: np.ndarray
 
     @classmethod
-    def from_betas(cls, betas: np.ndarray) -> "NoiseSchedule":
+    def from_betas(cls, betas: np.ndarray, *, up_to_one: bool = False) -> "NoiseSchedule":
         """Accumulate betas into alpha_bar.
 
+        Args:
+            up_to_one: take betas from (0, 1] instead of [0, 1), as OpenAI's diffusion does: every level adds
+                noise, and a beta of 1 leaves no signal.
+
         Raises:
-            UsageError: betas are not a non-empty row of numbers in [0, 1).
+            UsageError: betas are not a non-empty row of numbers in that range.
         """
         betas = np.array(betas, dtype=np.float64)
         if betas.ndim != 1 or betas.size == 0:
             raise UsageError(f"betas must be one non-empty row of numbers, got shape {betas.shape}")
-        if not (np.all(betas >= 0) and np.all(betas < 1)):
-            raise UsageError(f"betas must lie in [0, 1), got {betas.min():g} to {betas.max():g}")
+        inside = (betas > 0) & (betas <= 1) if up_to_one else (betas >= 0) & (betas < 1)
+        if not inside.all():
+            wanted = "(0, 1]" if up_to_one else "[0, 1)"
+            raise UsageError(f"betas must lie in {wanted}, got {betas.min():g} to {betas.max():g}")
         alpha_bar = np.cumprod(1 - betas)
         return cls(betas, alpha_bar, np.append(1.0, alpha_bar[:-1]))
 

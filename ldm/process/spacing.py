@@ -1,6 +1,7 @@
 """Which levels a sampler visits: the historic DDIM lists, and lists of exactly the length asked for."""
 
 import operator
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -85,6 +86,63 @@ def exact_levels(method: str, num_steps: int, num_train: int) -> np.ndarray:
     levels = _quadratic(steps, train)
     levels = np.maximum.accumulate(levels - index) + index  # no two equal
     return np.minimum(levels, train - steps + index)  # room for those above
+
+
+def section_levels(num_train: int, counts: Sequence[int]) -> np.ndarray:
+    """Divide the levels into sections of equal length and visit so many of each, evenly, both ends included.
+
+    Improved DDPM (arXiv:2102.09672, section 4), as in its code: sections that cannot be equal are longer by one
+    from the cleanest on, fractions are rounded half to even, and a section's single level is its cleanest.
+
+    Args:
+        num_train: number of levels of the model.
+        counts: how many levels of each section, the cleanest section first; each at least 0.
+
+    Returns:
+        int64 (sum(counts),), strictly ascending.
+
+    Raises:
+        UsageError: a section shorter than its count, a negative count, or nothing to visit.
+    """
+    if sum(counts) < 1:
+        raise UsageError(f"a chain needs at least 1 level to visit, got section counts {list(counts)}")
+    length, longer = divmod(num_train, len(counts))
+    levels, start = [], 0
+    for i, count in enumerate(counts):
+        size = length + (i < longer)
+        if not 0 <= count <= size:
+            raise UsageError(
+                f"section {i + 1} of {len(counts)} has {size} of {num_train} levels, so its count must be from "
+                f"0 to {size}; got {count}"
+            )
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        levels += [start + round(j * stride) for j in range(count)]
+        start += size
+    return np.array(levels, dtype=np.int64)
+
+
+def stride_levels(num_train: int, num_steps: int) -> np.ndarray:
+    """Visit exactly num_steps levels, a whole stride apart, from level 0 on: DDIM's spacing in OpenAI's code.
+
+    The stride is the smallest that gives this number.
+
+    Returns:
+        int64 (num_steps,), ascending.
+
+    Raises:
+        UsageError: no whole stride from 1 to num_train - 1 gives so many; the message names the numbers near
+            it that one gives.
+    """
+    possible = {len(range(0, num_train, stride)): stride for stride in range(num_train - 1, 0, -1)}
+    if num_steps not in possible:
+        below = max((n for n in possible if n < num_steps), default=None)
+        above = min((n for n in possible if n > num_steps), default=None)
+        near = " or ".join(str(n) for n in (below, above) if n is not None) or "none"
+        raise UsageError(
+            f"{num_train} levels have no whole stride that visits exactly {num_steps} of them; possible near "
+            f"it: {near}"
+        )
+    return np.arange(0, num_train, possible[num_steps], dtype=np.int64)
 
 
 def continuous_levels(method: str, num_steps: int, alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

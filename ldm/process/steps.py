@@ -73,7 +73,14 @@ def ddim_step(
     return x_prev + _factor(std, x_t) * noise, pred_x0
 
 
-def ddim_inverse_step(x_t: Tensor, eps: Tensor, *, alpha_bar_t: Tensor, alpha_bar_next: Tensor) -> Tensor:
+def ddim_inverse_step(
+    x_t: Tensor,
+    eps: Tensor,
+    *,
+    alpha_bar_t: Tensor,
+    alpha_bar_next: Tensor,
+    pred_x0: Tensor | None = None,
+) -> Tensor:
     """Step to a noisier level along the deterministic path: DDIM's Eq. 13 read backwards.
 
     Undoes `ddim_step` exactly when both are given the same eps. In practice eps is the network's answer at
@@ -82,7 +89,8 @@ def ddim_inverse_step(x_t: Tensor, eps: Tensor, *, alpha_bar_t: Tensor, alpha_ba
     Args:
         x_t: (b, ...) sample at alpha_bar_t, in (0, 1].
         eps: predicted noise, shaped like x_t.
-        alpha_bar_next: level stepped to, in (0, 1), not above alpha_bar_t.
+        alpha_bar_next: level stepped to, in [0, 1), not above alpha_bar_t.
+        pred_x0: predicted clean sample, as for `ddim_step`.
 
     Raises:
         ValueError: levels in the wrong order (checked for levels on the CPU).
@@ -95,7 +103,8 @@ def ddim_inverse_step(x_t: Tensor, eps: Tensor, *, alpha_bar_t: Tensor, alpha_ba
             "ddim_inverse_step goes from clean to noisy, so alpha_bar_next must be <= alpha_bar_t; "
             f"got {alpha_bar_next.tolist()} > {alpha_bar_t.tolist()}. To remove noise, see ddim_step."
         )
-    pred_x0 = _clean(x_t, eps, alpha_bar_t)
+    if pred_x0 is None:
+        pred_x0 = _clean(x_t, eps, alpha_bar_t)
     return _mix(pred_x0, eps, alpha_bar_next.sqrt(), (1 - alpha_bar_next).sqrt())
 
 

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 PRECISIONS = {"32": "32-true", "32-true": "32-true", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
 MAX_LEARNING_RATE = 10.0  # beyond this a rate is a slip of the pen
 TORCH_OPTIMIZERS = tuple(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "RAdam", "NAdam"))
+SECTIONS = ("model", "data", "training", "lightning")
 # What is known under `training`, with its default.
 TRAINING_DEFAULTS: dict[str, Any] = {
     "optimizer": None,  # {target, params}: instead of the model's own kind of optimizer
@@ -193,6 +194,7 @@ class Run:
                 raise FormatError(
                     f"a training configuration needs 'model' and 'data', but '{key}' is missing"
                 )
+        take(config, dict.fromkeys(SECTIONS), "the configuration")
         lightning = config.get("lightning") or {}
         self.training = take(config.get("training"), TRAINING_DEFAULTS, "training")
         self.settings = take(lightning.get("trainer"), TRAINER_DEFAULTS, "lightning.trainer")

@@ -314,6 +314,8 @@ def test_the_script_knows_its_options():
         7,
         True,
     )
+    words = ["a.b=1", "--logdir", "x", "c.d=2", "--seed", "7", "e.f=3"]
+    assert parse(words).words == ["a.b=1", "c.d=2", "e.f=3"] and parse(words).seed == 7
     assert parse(["--scale_lr", "False"]).scale_lr is False and parse([]).seed == 23
     with pytest.raises(UsageError, match="wanted true or false, got 'maybe'"):
         parse(["--scale_lr", "maybe"])

@@ -634,6 +634,12 @@ def changed(path, value):
         ("lightning.trainer.precision", "16-mixed", UsageError, "'32-true' or 'bf16-mixed', got '16-mixed'"),
         ("lightning.trainer.accumulate_grad_batches", 0, UsageError, "should be at least 1, got 0"),
         ("lightning.trainer.max_epoch", 3, UsageError, "'lightning.trainer' has no option 'max_epoch'"),
+        (
+            "+model.base_learning_rate",
+            1.0,
+            UsageError,
+            "'the configuration' has no option '.model'; did you mean 'model'",
+        ),
         ("training.chanels_last", True, UsageError, "no option 'chanels_last'; did you mean 'channels_last'"),
         ("data.params.train.params.length", 1, MismatchError, "holds 1 samples but one batch takes 2"),
         (

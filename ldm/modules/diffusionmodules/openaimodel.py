@@ -64,6 +64,11 @@ class AttentionPool2d(nn.Module):
         self.attention = QKVAttention(self.num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2:].numel() + 1 != self.positional_embedding.shape[1]:
+            raise MismatchError(
+                f"the attention pool was made for {self.positional_embedding.shape[1] - 1} cells, got a map of "
+                f"{' x '.join(map(str, x.shape[2:]))}; the classifier takes pictures of its own size only"
+            )
         x = x.flatten(2)  # (b, c, h*w)
         x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding.to(x.dtype)
         return self.c_proj(self.attention(self.qkv_proj(x)))[:, :, 0]
@@ -285,8 +290,10 @@ class AttentionBlock(nn.Module):
 
 def _heads(channels: int, num_heads: int, num_head_channels: int) -> int:
     if num_head_channels == -1:
+        if num_heads < 1 or channels % num_heads:
+            raise MismatchError(f"{channels} channels do not divide into num_heads={num_heads} heads")
         return num_heads
-    if channels % num_head_channels:
+    if num_head_channels < 1 or channels % num_head_channels:
         raise MismatchError(
             f"{channels} channels do not divide into heads of num_head_channels={num_head_channels}"
         )
@@ -620,6 +627,9 @@ class UNetModel(_UNetBase):
 
         Returns:
             (b, out_channels, *space) in x's dtype.
+
+        Raises:
+            MismatchError: y is missing, not wanted, not one label for each map, or no label of this model.
         """
         if exists(y) != exists(self.num_classes):
             raise MismatchError(
@@ -629,10 +639,7 @@ class UNetModel(_UNetBase):
         emb = timestep_embedding(timesteps, self.model_channels)
         emb = self.time_embed(emb.to(self.time_embed[0].weight.dtype))  # (b, 4 * model_channels)
         if exists(y):
-            if y.shape[0] != x.shape[0]:
-                raise MismatchError(
-                    f"y should hold one label for each of {x.shape[0]} maps, got shape {tuple(y.shape)}"
-                )
+            _check_labels(y, x.shape[0], self.num_classes)
             emb = emb + self.label_emb(y)
         h = self._torso_input(x)
         skips = []
@@ -647,6 +654,64 @@ class UNetModel(_UNetBase):
             uneven = any(r not in (s, 2 * s) for r, s in zip(reach, h.shape[2:], strict=True))
             h = module(h, emb, context, reach) if uneven else module(h, emb, context)
         return self._answer(self.id_predictor if self.predict_codebook_ids else self.out, h, x.dtype)
+
+
+def _check_labels(y: Tensor, maps: int, num_classes: int | str) -> None:
+    """Raise MismatchError unless y is one label for each map, whole numbers below num_classes (or "continuous")."""
+    discrete = isinstance(num_classes, int)
+    if y.shape[0] != maps or (discrete and y.dim() != 1):
+        raise MismatchError(f"y should hold one label for each of {maps} maps, got shape {tuple(y.shape)}")
+    if not discrete:
+        return
+    if y.is_floating_point():
+        raise MismatchError(f"labels y should be whole numbers from 0 to {num_classes - 1}, got {y.dtype}")
+    # An embedding that is asked for more than it has takes the whole CUDA context with it, so this is worth a wait.
+    if y.numel() and not (y.is_meta or torch.compiler.is_compiling()):
+        lowest, highest = torch.stack(torch.aminmax(y)).tolist()
+        if lowest < 0 or highest >= num_classes:
+            raise MismatchError(
+                f"labels y should be from 0 to {num_classes - 1} for {num_classes} classes, "
+                f"got {lowest if lowest < 0 else highest}"
+            )
+
+
+class SuperResModel(UNetModel):
+    """A UNet that also sees a small picture, enlarged to the size of its own and joined to it on channels.
+
+    The upsampler of Improved DDPM and ADM (arXiv:2102.09672, arXiv:2105.05233).
+
+    Args:
+        image_size: side of the large pictures.
+        in_channels: of one picture; the network takes twice as many.
+        The others are UNetModel's.
+    """
+
+    def __init__(self, image_size: int, in_channels: int, *args: Any, **kwargs: Any):
+        super().__init__(image_size, in_channels * 2, *args, **kwargs)
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor | None = None, low_res: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Predict from large maps and the small pictures that they belong to.
+
+        Args:
+            x: (b, c, height, width).
+            timesteps: (b,) levels.
+            low_res: (b, c, any height, any width), enlarged bilinearly.
+            kwargs: UNetModel's y.
+
+        Raises:
+            MismatchError: no low_res, or one with another batch or other channels than x.
+        """
+        wanted = (x.shape[0], self.in_channels - x.shape[1])
+        if low_res is None or low_res.dim() != 4 or tuple(low_res.shape[:2]) != wanted:
+            came = "none was given" if low_res is None else f"got shape {tuple(low_res.shape)}"
+            raise MismatchError(
+                f"low_res should be {wanted[0]} small pictures of {wanted[1]} channels, for x has shape "
+                f"{tuple(x.shape)} and the model {self.in_channels} input channels; {came}"
+            )
+        enlarged = F.interpolate(low_res, x.shape[2:], mode="bilinear")
+        return super().forward(torch.cat([x, enlarged], dim=1), timesteps, **kwargs)
 
 
 class EncoderUNetModel(_UNetBase):
