@@ -67,25 +67,24 @@ def load_latent_diffusion(
         NumericError: weights that are not finite, or not any more in dtype.
         ResourceError: out of memory.
     """
-    for asked in (dtype, vae_dtype):
-        if asked is not None and asked not in DTYPES:
-            raise UsageError(f"dtype should be one of {', '.join(map(str, DTYPES))}, got {asked}")
+    check_dtype(dtype)
+    check_dtype(vae_dtype)
     vae_dtype = vae_dtype or dtype
-    device = _usable(device)
+    device = usable(device)
     with contextlib.ExitStack() as opened:
         source, family, settings = open_model(Path(path), config, opened)
         model = build_empty(settings, tokenizer)
         report = account_model(model, source, family, use_ema, given_vae=vae)
         state = {}
-        with _memory_named(path, model):
+        with memory_named(path, model):
             if vae is not None:
                 replacement = opened.enter_context(contextlib.closing(_open_vae(vae)))
                 inner = account_vae(model.first_stage_model, replacement)
-                _fill(state, model, inner, replacement, device, dtype, vae_dtype, prefix=names.VAE)
+                fill(state, model, inner, replacement, device, dtype, vae_dtype, prefix=names.VAE)
                 report.notes.append(inner.summary())
             _check_tables(model, report, source)
-            _fill(state, model, report, source, device, dtype, vae_dtype)
-            _finish(model, state, report, device)
+            fill(state, model, report, source, device, dtype, vae_dtype)
+            finish(model, state, report, device)
     logger.info("%s", report.summary())
     return model, report
 
@@ -105,10 +104,10 @@ def load_vae(model: nn.Module, path: str | Path, *, ignore_keys: Iterable[str] =
     """
     module = getattr(model, "first_stage_model", model)
     weight = next(module.parameters())
-    with contextlib.closing(_open_vae(path)) as source, _memory_named(path, module):
+    with contextlib.closing(_open_vae(path)) as source, memory_named(path, module):
         report = account_vae(module, source, tuple(ignore_keys))
         state: dict[str, Tensor] = {}
-        _fill(state, module, report, source, weight.device, weight.dtype, weight.dtype)
+        fill(state, module, report, source, weight.device, weight.dtype, weight.dtype)
         own = module.state_dict()
         module.load_state_dict({name: state.get(name, value) for name, value in own.items()})
     logger.info("%s", report.summary())
@@ -132,6 +131,12 @@ class _VaeFolder(FolderWeights):
         self._add("vae/", path, "diffusion_pytorch_model")
 
 
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise UsageError unless weights can be loaded as this, or None."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype should be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+
+
 def check_finite(path: str, name: str, values: Tensor, dtype: torch.dtype | None = None) -> None:
     """Raise NumericError if a weight is not finite, or would not be in dtype.
 
@@ -151,7 +156,7 @@ def check_finite(path: str, name: str, values: Tensor, dtype: torch.dtype | None
         )
 
 
-def _fill(
+def fill(
     state: dict[str, Tensor],
     model: nn.Module,
     report: LoadReport,
@@ -214,7 +219,7 @@ def _check_tables(model: nn.Module, report: LoadReport, source: Weights) -> None
             )
 
 
-def _finish(model: nn.Module, state: dict[str, Tensor], report: LoadReport, device: torch.device) -> None:
+def finish(model: nn.Module, state: dict[str, Tensor], report: LoadReport, device: torch.device) -> None:
     """Assign the gathered tensors, strictly; what the report calls initialised is computed or seeded here."""
     for name, value in model.state_dict().items():
         if name in state:
@@ -234,7 +239,7 @@ def _finish(model: nn.Module, state: dict[str, Tensor], report: LoadReport, devi
     model.eval()
 
 
-def _usable(device: str | torch.device) -> torch.device:
+def usable(device: str | torch.device) -> torch.device:
     """Check that a device is there before anything is read.
 
     Raises:
@@ -254,7 +259,7 @@ def _usable(device: str | torch.device) -> torch.device:
 
 
 @contextlib.contextmanager
-def _memory_named(path: str | Path, model: nn.Module) -> Iterator[None]:
+def memory_named(path: str | Path, model: nn.Module) -> Iterator[None]:
     """Turn an allocation that failed into a ResourceError with sizes."""
     try:
         yield
