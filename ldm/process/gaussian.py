@@ -49,8 +49,8 @@ def posterior(
         beta: 1 - alpha_bar / alpha_bar_prev, where the caller has it more exactly: a chain whose signal is
             gone (alpha_bar = alpha_bar_prev = 0) does not show it.
     """
-    beta = 1 - alpha_bar / alpha_bar_prev if beta is None else beta
-    alpha = 1 - beta
+    alpha = alpha_bar / alpha_bar_prev if beta is None else 1 - beta
+    beta = 1 - alpha if beta is None else beta
     coef_x0 = beta * alpha_bar_prev.sqrt() / (1 - alpha_bar)
     coef_x_t = (1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar)
     least = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)

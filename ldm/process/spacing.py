@@ -133,7 +133,7 @@ def stride_levels(num_train: int, num_steps: int) -> np.ndarray:
         UsageError: no whole stride from 1 to num_train - 1 gives so many; the message names the numbers near
             it that one gives.
     """
-    possible = {len(range(0, num_train, stride)): stride for stride in range(num_train - 1, 0, -1)}
+    possible = {len(range(0, num_train, stride)): stride for stride in range(max(num_train - 1, 1), 0, -1)}
     if num_steps not in possible:
         below = max((n for n in possible if n < num_steps), default=None)
         above = min((n for n in possible if n > num_steps), default=None)
