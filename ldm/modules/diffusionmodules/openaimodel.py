@@ -490,6 +490,9 @@ class UNetModel(_UNetBase):
             )
         if num_heads == -1 and num_head_channels == -1:
             raise MismatchError("one of num_heads and num_head_channels has to be set, both are -1")
+        for name, value in (("num_heads", num_heads), ("num_head_channels", num_head_channels)):
+            if value < 1 and value != -1:
+                raise MismatchError(f"{name} should be at least 1, or -1 for the other to decide; got {value}")
         if exists(context_dim) and not isinstance(context_dim, int):
             context_dim = list(context_dim)
         num_res_blocks = (
@@ -629,7 +632,8 @@ class UNetModel(_UNetBase):
             (b, out_channels, *space) in x's dtype.
 
         Raises:
-            MismatchError: y is missing, not wanted, not one label for each map, or no label of this model.
+            MismatchError: y is missing, not wanted, or not one label for each map.
+            UsageError: a label that the model does not have.
         """
         if exists(y) != exists(self.num_classes):
             raise MismatchError(
@@ -657,19 +661,20 @@ class UNetModel(_UNetBase):
 
 
 def _check_labels(y: Tensor, maps: int, num_classes: int | str) -> None:
-    """Raise MismatchError unless y is one label for each map, whole numbers below num_classes (or "continuous")."""
+    """Refuse what is not one label for each map, or no label of this many classes (or of "continuous" ones)."""
     discrete = isinstance(num_classes, int)
     if y.shape[0] != maps or (discrete and y.dim() != 1):
         raise MismatchError(f"y should hold one label for each of {maps} maps, got shape {tuple(y.shape)}")
     if not discrete:
         return
     if y.is_floating_point():
-        raise MismatchError(f"labels y should be whole numbers from 0 to {num_classes - 1}, got {y.dtype}")
-    # An embedding that is asked for more than it has takes the whole CUDA context with it, so this is worth a wait.
-    if y.numel() and not (y.is_meta or torch.compiler.is_compiling()):
+        raise UsageError(f"labels y should be whole numbers from 0 to {num_classes - 1}, got {y.dtype}")
+    # On a GPU this waits for the labels; a wrong one would otherwise end the whole CUDA context, without its number.
+    capturing = y.is_cuda and torch.cuda.is_current_stream_capturing()
+    if y.numel() and not (y.is_meta or capturing or torch.compiler.is_compiling()):
         lowest, highest = torch.stack(torch.aminmax(y)).tolist()
         if lowest < 0 or highest >= num_classes:
-            raise MismatchError(
+            raise UsageError(
                 f"labels y should be from 0 to {num_classes - 1} for {num_classes} classes, "
                 f"got {lowest if lowest < 0 else highest}"
             )
