@@ -43,6 +43,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "channels_last": False,
     "posterior_logvar_start": None,
     "identity_start": False,
+    "cond_stage_rate": 1.0,  # times the learning rate, for a condition stage that is trained along
     "image_guidance": 3.0,  # of the samples that are shown while a diffusion model trains
     "image_steps": 20,
     "checkpoint_every": 500,
@@ -143,6 +144,9 @@ def build_optimizers(model: nn.Module, rate: float, training: dict[str, Any]) ->
             ]
         except TypeError as error:
             raise MismatchError(f"training.optimizer: {error}") from error
+    if training["cond_stage_rate"] != 1.0:
+        part_condition_stage(model, optimizers, float(training["cond_stage_rate"]))
+    if training["optimizer"] is not None or training["cond_stage_rate"] != 1.0:
         schedules = [rebuilt(s, o) for s, o in zip(schedules, optimizers, strict=False)]
     schedulers = [s["scheduler"] if isinstance(s, dict) else s for s in schedules]
     if training["scheduler"] is not None:
@@ -152,10 +156,40 @@ def build_optimizers(model: nn.Module, rate: float, training: dict[str, Any]) ->
     return optimizers, schedulers
 
 
+def part_condition_stage(model: nn.Module, optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Give the condition stage's parameters a group of their own, at `factor` times the rate.
+
+    Raises:
+        UsageError: the factor is not within (0, 1000], or no parameter of a condition stage is trained.
+    """
+    if not (math.isfinite(factor) and 0 < factor <= 1000):
+        raise UsageError(f"training.cond_stage_rate should be above 0 and at most 1000, got {factor:g}")
+    stage = getattr(model, "cond_stage_model", None)
+    theirs = {id(p) for p in stage.parameters()} if stage is not None else set()
+    is_found = False
+    for optimizer in optimizers:
+        for group in list(optimizer.param_groups):
+            moved = [p for p in group["params"] if id(p) in theirs]
+            if not moved:
+                continue
+            is_found = True
+            group["params"] = [p for p in group["params"] if id(p) not in theirs]
+            rate = group.get("initial_lr", group["lr"])  # a schedule may have touched "lr" already
+            options = {name: value for name, value in group.items() if name != "initial_lr"}
+            optimizer.add_param_group({**options, "params": moved, "lr": factor * rate})
+    if not is_found:
+        raise UsageError(
+            f"training.cond_stage_rate is {factor:g}, but no condition stage is trained; set "
+            "model.params.cond_stage_trainable: true, or leave it at 1"
+        )
+
+
 def rebuilt(schedule: Any, optimizer: torch.optim.Optimizer) -> Any:
-    """Put a LambdaLR's factors on another optimizer."""
+    """Put a LambdaLR's factor on an optimizer as it now is; all of its groups share one."""
     scheduler = schedule["scheduler"] if isinstance(schedule, dict) else schedule
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=scheduler.lr_lambdas)
+    for group in optimizer.param_groups:
+        group["lr"] = group.pop("initial_lr", group["lr"])
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=scheduler.lr_lambdas[0])
 
 
 @dataclass(frozen=True)
@@ -273,6 +307,7 @@ class Run:
             return DiffusionObjective(
                 self.model,
                 memory_format=self.memory_format,
+                identity_start=self.training["identity_start"],
                 guidance_scale=float(self.training["image_guidance"]),
                 sample_steps=int(self.training["image_steps"]),
             )

@@ -1,6 +1,7 @@
 """Whole training runs at tiny size: exact resumption, kills, signals, NaN, schedules, exports and errors."""
 
 import os
+import re
 import signal
 import zipfile
 
@@ -474,6 +475,82 @@ def test_a_narrow_posterior_start_is_set_once(tmp_path):
     saved = state(tmp_path)["state_dict"]
     torch.testing.assert_close(saved["quant_conv.bias"][3:], torch.full((3,), -7.0), rtol=0, atol=1e-6)
     assert saved["quant_conv.weight"][3:].abs().max() < 1e-6 < saved["quant_conv.weight"][:3].abs().max()
+
+
+def test_the_text_encoder_has_a_rate_of_its_own(tmp_path, stage_run):
+    """Plain gradient descent moves it by that factor of what it moves otherwise, and the network as before.
+
+    Layers that start at zero keep its gradient at zero for two steps, so the third is its first.
+    """
+    ends = []
+    for factor in (1.0, 0.5, 0.25):
+        config = until(diffusion(str(stage_run / "weights.safetensors")), 3)
+        config["training"].update(
+            optimizer={"target": "torch.optim.SGD", "params": {"lr": 0.5}}, cond_stage_rate=factor
+        )
+        run(config, tmp_path / str(factor))
+        ends.append(state(tmp_path / str(factor))["state_dict"])
+    network = "model.diffusion_model.out.2.weight"
+    assert torch.equal(ends[0][network], ends[1][network]) and torch.equal(ends[0][network], ends[2][network])
+    bias = (
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias"  # starts at zero, so small moves show
+    )
+    assert ends[2][bias].abs().max() > 0
+    for end, times in ((ends[0], 4), (ends[1], 2)):
+        torch.testing.assert_close(end[bias], times * ends[2][bias], rtol=1e-6, atol=0)
+
+
+def test_a_resumed_run_with_two_rates_is_the_uninterrupted_one(tmp_path, stage_run):
+    config = diffusion(str(stage_run / "weights.safetensors"))
+    config["training"]["cond_stage_rate"] = 0.25
+    run(until(config, 3), tmp_path / "whole")
+    run(until(config, 1), tmp_path / "parts")
+    run(until(config, 3), tmp_path / "parts", resume=True)
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert all(torch.equal(whole["state_dict"][k], parts["state_dict"][k]) for k in whole["state_dict"])
+    rates = [[g["lr"] for g in s["optimizer_states"][0]["param_groups"]] for s in (whole, parts)]
+    assert rates[0] == rates[1] and rates[0][1] == pytest.approx(0.25 * rates[0][0], rel=1e-12)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), 1e9])
+def test_a_rate_factor_out_of_range_is_refused(tmp_path, factor):
+    config = diffusion()
+    config["training"]["cond_stage_rate"] = factor
+    with pytest.raises(UsageError, match=rf"above 0 and at most 1000, got {re.escape(f'{factor:g}')}"):
+        run(config, tmp_path)
+
+
+def test_a_rate_for_a_text_encoder_that_is_not_trained_is_refused(tmp_path):
+    config = diffusion(cond_stage_trainable=False)
+    config["training"]["cond_stage_rate"] = 0.5
+    with pytest.raises(UsageError, match="cond_stage_rate is 0.5, but no condition stage is trained"):
+        run(config, tmp_path)
+
+
+def test_a_text_encoder_can_start_from_bare_words(tmp_path, stage_run):
+    """Then a word's features depend on the word and its place alone."""
+    config = until(diffusion(str(stage_run / "weights.safetensors")), 1)
+    config["training"]["identity_start"] = True
+    config["model"]["base_learning_rate"] = 1e-12
+    made = run(config, tmp_path)
+    encoder = made.model.cond_stage_model
+    table = encoder.transformer.state_dict()
+    for name in ("token_embedding.weight", "position_embedding.weight"):
+        found = next(v for k, v in table.items() if k.endswith(name))
+        assert found.std() == pytest.approx(1.0, rel=0.05)
+    with torch.no_grad():
+        one, other = encoder(["a red circle above a blue ring"]), encoder(["a red square above a pink ring"])
+    torch.testing.assert_close(one[0, [1, 2, 4, 5, 7]], other[0, [1, 2, 4, 5, 7]], rtol=0, atol=1e-5)
+    assert (one[0, [3, 6]] - other[0, [3, 6]]).abs().amax(dim=-1).min() > 0.5
+
+
+def test_bare_words_need_a_text_encoder(tmp_path, stage_run):
+    config = until(diffusion(str(stage_run / "weights.safetensors"), cond_stage_trainable=False), 1)
+    config["training"]["identity_start"] = True
+    config["model"]["params"]["conditioning_key"] = None
+    config["model"]["params"]["cond_stage_config"] = "__is_unconditional__"
+    with pytest.raises(UsageError, match=r"identity_start wants a CLIP text encoder .*, got NoneType"):
+        run(config, tmp_path)
 
 
 # -- what a run leaves -------------------------------------------------------------------------------------
