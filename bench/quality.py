@@ -152,6 +152,12 @@ def pooled(latents: "Tensor") -> np.ndarray:
     return adaptive_avg_pool2d(latents.float(), POOLED).flatten(1).cpu().numpy().astype(np.float64)
 
 
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Measure the peak signal-to-noise ratio of two pictures of bytes, in dB; at most that of half a step."""
+    mse = np.square(a.astype(np.float64) - b).mean()
+    return float(10 * np.log10(255**2 / max(mse, 0.25)))
+
+
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """Measure the Frechet distance between the normal laws of two samples (n, d) and (m, d).
 
@@ -189,7 +195,7 @@ class Bench:
         from ldm.generate import decode
         from ldm.images import to_uint8
         from ldm.training.checker import judge, see
-        from ldm.training.shapes import evaluation_scenes
+        from ldm.training.shapes import evaluation_scenes, render
 
         reference = self.reference(row.split)
         began = time.monotonic()
@@ -199,11 +205,14 @@ class Bench:
         else:
             captions = [scene.caption for scene in scenes]
             source = paint(self.pipeline, captions, row, self.batch, self.known)
-        features, verdicts = [], []
+        features, verdicts, decibels = [], [], []
         for latents in source:
             features.append(pooled(latents))
             for pixels in to_uint8(decode(self.pipeline.model, latents)):
-                verdicts.append(judge(see(pixels), scenes[len(verdicts)].claim))
+                scene = scenes[len(verdicts)]
+                if row.steps == 0:
+                    decibels.append(psnr(pixels, np.asarray(render(scene, pixels.shape[0]))))
+                verdicts.append(judge(see(pixels), scene.claim))
         failing: dict[str, int] = {}
         for verdict in verdicts:
             # Both objects' colours count as one kind of attribute.
@@ -219,6 +228,7 @@ class Bench:
             "failing": dict(sorted(failing.items())),
             "wrong": [i for i, verdict in enumerate(verdicts) if not verdict.holds],
             "frechet": round(frechet(np.concatenate(features), reference), 5),
+            **({"psnr": round(sum(decibels) / len(decibels), 2)} if decibels else {}),
             "seconds": round(time.monotonic() - began, 2),
             "machine": machine_name(self.pipeline),
         }
@@ -283,7 +293,8 @@ def make_tables(results: dict[str, Any], guidance: float) -> str:
         if row.key not in rows:
             return "-"
         found = rows[row.key]
-        return f"{100 * found['right'] / found['prompts']:.1f} % ({found['frechet']:.3f})"
+        decibels = f", {found['psnr']:.1f} dB" if "psnr" in found else ""
+        return f"{100 * found['right'] / found['prompts']:.1f} % ({found['frechet']:.3f}){decibels}"
 
     def table(title: str, head: list[str], lines: list[list[str]]) -> list[str]:
         ruler = ["---"] + ["---:"] * (len(head) - 1)
@@ -379,8 +390,9 @@ def make_grid(bench: Bench, guidance: float) -> tuple["Image.Image", int]:
         for picture, prompt in zip(pictures, prompts, strict=True):
             verdict = check(picture, prompt)
             lacks = [name for name, held in verdict.attributes.items() if not held]
-            note = "never-seen pair, " if split == "never-seen" else ""
+            note = "never seen, " if split == "never-seen" else ""
             note += "wrong: " + ", ".join(lacks) if lacks else "right"
+            note = textwrap.shorten(note, (picture.width + 20) // 5, placeholder=" ...")
             tiles.append((picture, prompt, note, verdict.holds))
     size = tiles[0][0].width
     width, height = size + 36, size + 54

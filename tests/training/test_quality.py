@@ -36,6 +36,13 @@ def test_the_frechet_distance_is_symmetric_and_nothing_to_itself():
     np.testing.assert_allclose(quality.frechet(a, a), 0, rtol=0, atol=1e-10)
 
 
+def test_the_signal_to_noise_ratio_is_that_of_the_error_and_ends_at_half_a_step():
+    dark, light = np.zeros((2, 3, 3), np.uint8), np.full((2, 3, 3), 255, np.uint8)
+    np.testing.assert_allclose(quality.psnr(dark, light), 0.0, atol=1e-12)
+    np.testing.assert_allclose(quality.psnr(light, light - 51), 20 * np.log10(5), rtol=1e-12)
+    np.testing.assert_allclose(quality.psnr(light, light), 20 * np.log10(510), rtol=1e-12)
+
+
 def test_pooling_averages_blocks_of_cells():
     z = torch.arange(2 * 3 * 8 * 12, dtype=torch.float32).reshape(2, 3, 8, 12)
     flat = quality.pooled(z)
@@ -94,6 +101,8 @@ def test_a_run_saves_each_row_and_a_second_does_what_is_missing(tiny, tmp_path, 
     after = json.loads(results.read_text())["rows"]
     assert after["ddim-1/5/g3/seen"] == row and len(after) == 3
     text = results.with_suffix(".md").read_text()
+    assert 0 < after["first-stage/seen"]["psnr"] < 30 and "psnr" not in row
+    assert f", {after['first-stage/seen']['psnr']:.1f} dB |" in text
     assert "| DDIM, eta 1 | 0.0 % (" in text and "| DDPM | - |" in text
     assert results.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert "[1/3] first-stage/seen: 0.0 % right" in capsys.readouterr().out
