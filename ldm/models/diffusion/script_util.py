@@ -190,8 +190,10 @@ def parse_channel_mult(
         sizes: the usual ones.
 
     Raises:
-        UsageError: no usual one, or not numbers above 0.
+        UsageError: no usual one, or not numbers above 0; a size below 1.
     """
+    if image_size < 1:
+        raise UsageError(f"the pictures' size should be at least 1, got {image_size}")
     if text == "":
         if image_size not in sizes:
             known = ", ".join(map(str, sorted(sizes)))
@@ -230,11 +232,7 @@ def parse_attention_resolutions(text: str, image_size: int) -> tuple[int, ...]:
     return tuple(factors)
 
 
-def _check_sizes(
-    image_size: int, num_channels: int, num_res_blocks: int, multiples: tuple[float, ...]
-) -> None:
-    if image_size < 1:
-        raise UsageError(f"the pictures' size should be at least 1, got {image_size}")
+def _check_widths(num_channels: int, num_res_blocks: int, multiples: tuple[float, ...]) -> None:
     if num_res_blocks < 1:
         raise UsageError(f"each level needs at least 1 residual block, got {num_res_blocks}")
     for multiple in multiples:
@@ -250,7 +248,7 @@ def _unet(
     kind: type[UNetModel], size: int, sizes: Mapping[int, tuple[float, ...]], flags: Mapping[str, Any]
 ) -> UNetModel:
     multiples = parse_channel_mult(flags["channel_mult"], size, sizes)
-    _check_sizes(size, flags["num_channels"], flags["num_res_blocks"], multiples)
+    _check_widths(flags["num_channels"], flags["num_res_blocks"], multiples)
     num_classes = flags["num_classes"]
     if num_classes is not None and not flags["class_cond"]:
         raise MismatchError(f"num_classes={num_classes} needs class_cond=True")
@@ -387,7 +385,7 @@ def create_classifier(
         UsageError, MismatchError: as create_model.
     """
     multiples = parse_channel_mult(channel_mult, image_size)
-    _check_sizes(image_size, classifier_width, classifier_depth, multiples)
+    _check_widths(classifier_width, classifier_depth, multiples)
     return EncoderUNetModel(
         image_size=image_size,
         in_channels=COLOURS,
