@@ -2,9 +2,12 @@
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from ldm.process.likelihood import normal_kl
+
+__all__ = ["AbstractDistribution", "DiagonalGaussianDistribution", "DiracDistribution", "normal_kl"]
 
 
 class AbstractDistribution:
@@ -87,19 +90,3 @@ class DiagonalGaussianDistribution:
             return torch.zeros(1)
         per_value = math.log(2 * math.pi) + self.logvar + (sample - self.mean).square() / self.var
         return 0.5 * per_value.sum(dim=tuple(dims))
-
-
-def normal_kl(
-    mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float
-) -> Tensor:
-    """Return the KL divergence of one Gaussian from another in nats, element by element; shapes broadcast."""
-    device = next((x.device for x in (mean1, logvar1, mean2, logvar2) if isinstance(x, Tensor)), None)
-    if device is None:
-        raise TypeError("normal_kl needs at least one tensor, got only numbers")
-    logvar1, logvar2 = (
-        x if isinstance(x, Tensor) else torch.tensor(float(np.float32(x)), device=device)
-        for x in (logvar1, logvar2)
-    )
-    return 0.5 * (
-        -1.0 + logvar2 - logvar1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2)
-    )
