@@ -15,12 +15,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.errors import MismatchError, UsageError
-from ldm.training.shapes import ShapesDataset, as_array, render_crowd
+from ldm.training.shapes import COLOURS, SHAPES, ShapesDataset, as_array, render_crowd
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
 Item = dict[str, Any]
+LABELS = {"shape": SHAPES, "colour": tuple(COLOURS)}
 MAX_SHUFFLED = 1 << 24  # a permutation of more items than this is refused: 128 MiB of indices per epoch
 
 
@@ -37,9 +38,11 @@ class Shapes(Dataset):
         crowd_until_step: before this optimizer step, the crowds of `shapes.render_crowd` instead of scenes, in
             squares of crop_size (or whole); for first stages, as a crowd has no caption.
         paraphrase: share of captions in other words than the grammar's.
+        label: "shape" or "colour" of the object that the caption names first: its number in shapes.SHAPES or
+            shapes.COLOURS becomes the item's "class_label".
 
     Raises:
-        UsageError: crop_size is larger than image_size.
+        UsageError: crop_size is larger than image_size; an unknown label, or one with crowds, which have none.
     """
 
     is_endless = True  # scenes are independent draws, so their order needs no shuffling
@@ -54,12 +57,20 @@ class Shapes(Dataset):
         crop_until_step: int | None = None,
         crowd_until_step: int = 0,
         paraphrase: float = 0.0,
+        label: str | None = None,
     ):
+        if label is not None and label not in LABELS:
+            raise UsageError(f"label should be {' or '.join(LABELS)}, or left out; got {label!r}")
+        if label is not None and crowd_until_step:
+            raise UsageError(
+                f"crowds have no label, got label={label!r} and crowd_until_step={crowd_until_step}"
+            )
         if crop_size is not None and not 0 < crop_size <= image_size:
             raise UsageError(f"crop_size should be between 1 and image_size ({image_size}), got {crop_size}")
         self.scenes = ShapesDataset(
             length=length, seed=seed, split=split, image_size=image_size, paraphrase=paraphrase
         )
+        self.label = label
         self.crop_size, self.crop_until_step = crop_size, crop_until_step
         self.image_size, self.crowd_until_step = image_size, crowd_until_step
 
@@ -67,14 +78,18 @@ class Shapes(Dataset):
         return len(self.scenes)
 
     def __getitem__(self, index: int) -> Item:
-        return self.scenes[index]
+        made = self.scenes[index]
+        if self.label is not None:
+            said = self.scenes.scene(index).claim.objects[0]
+            made["class_label"] = np.array(LABELS[self.label].index(getattr(said, self.label)))
+        return made
 
     def item(self, index: int, rng: np.random.Generator, step: int) -> Item:
         """Make scene `index`, cropped at a place drawn from rng while crops are due at this step."""
         if step < self.crowd_until_step:
             size = self.crop_size or self.image_size
             return {"image": as_array(render_crowd(rng, size, self.image_size)), "caption": "", "txt": ""}
-        made = self.scenes[index]
+        made = self[index]
         if self.crop_size is not None and (self.crop_until_step is None or step < self.crop_until_step):
             made["image"] = crop(made["image"], self.crop_size, rng)
         return made
