@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UsageError
+from ldm.models.diffusion.resample import ScheduleSampler
 from ldm.modules.diffusionmodules.model import AttnBlock, ResnetBlock
 
 Batch = dict[str, Any]
@@ -48,6 +49,14 @@ class Draws:
         return self._mine(
             torch.randint(0, high, (self.world * like.shape[0],), generator=self.generator), like
         )
+
+    def weighted_levels(self, sampler: ScheduleSampler, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw (b,) levels from a schedule sampler, and the (b,) weights of their losses."""
+        before = np.random.get_state()
+        np.random.seed(int(torch.randint(0, 1 << 32, (), generator=self.generator)))
+        levels, weights = sampler.sample(self.world * like.shape[0], "cpu")
+        np.random.set_state(before)  # which differs between processes, as what else draws from it may rely on
+        return self._mine(levels, like), self._mine(weights, like)
 
     def uniform(self, like: Tensor) -> Tensor:
         """Draw (b,) numbers in [0, 1)."""

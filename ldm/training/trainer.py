@@ -21,10 +21,12 @@ from ldm.checkpoints import replacing
 from ldm.errors import FormatError, MismatchError, ResourceError, UsageError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
+from ldm.models.diffusion.pixel_diffusion import PixelDiffusion
 from ldm.training.callbacks import Checkpoints, ImageLogger, RunLog, Validation
 from ldm.training.checkpointing import RunLock, read_newest, read_state
 from ldm.training.data import DataModuleFromConfig, Stream
 from ldm.training.export import export_run
+from ldm.training.gaussian import GaussianObjective
 from ldm.training.latents import cache_latents, fingerprint
 from ldm.training.module import GradientAverage, TrainingModule
 from ldm.training.objectives import AutoencoderObjective, DiffusionObjective
@@ -311,6 +313,17 @@ class Run:
                 guidance_scale=float(self.training["image_guidance"]),
                 sample_steps=int(self.training["image_steps"]),
             )
+        if isinstance(self.model, PixelDiffusion):
+            for name in ("identity_start", "posterior_logvar_start"):
+                if self.training[name] != TRAINING_DEFAULTS[name]:
+                    raise UsageError(
+                        f"training.{name} is not for pixel models, got {self.training[name]}; leave it out"
+                    )
+            return GaussianObjective(
+                self.model,
+                memory_format=self.memory_format,
+                sample_steps=int(self.training["image_steps"]),
+            )
         raise MismatchError(
             f"model.target should be an AutoencoderKL or a diffusion model, got {type(self.model).__name__}"
         )
@@ -404,6 +417,10 @@ class Run:
         if is_first_process() and module.step >= self.max_steps:
             export_run(folder, folder / "weights.safetensors", dtype=torch.float32)
             say(f"weights are in {folder / 'weights.safetensors'}")
+            for rate in getattr(self.model, "ema_rates", [])[1:]:
+                path = folder / f"weights-ema_{rate!r}.safetensors"
+                export_run(folder, path, dtype=torch.float32, ema_rate=rate)
+                say(f"weights averaged at rate {rate!r} are in {path}")
         return 0 if checkpoints.stopped_by is None else 128 + checkpoints.stopped_by
 
     def _check(self, state: dict[str, Any], path: Path) -> None:
