@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -287,7 +287,7 @@ def save_numbered(
             yield folder / pattern.format(number)
             number += 1
 
-    return _place(_encode(image, info), folder, names())
+    return _place(_png(image, info), folder, names())
 
 
 def save_png(
@@ -298,15 +298,25 @@ def save_png(
     Raises:
         OutputError: the name is taken, or cannot be written.
     """
+    return save_file(_png(image, info), path, rename=rename)
+
+
+def save_file(write: Callable[[BinaryIO], object], path: str | os.PathLike, *, rename: bool = False) -> Path:
+    """Let `write` fill a file that gets this name when it is whole; with rename, name-1, name-2, ... if it is taken.
+
+    Raises:
+        OutputError: the name is taken, or cannot be written.
+    """
     path = Path(path)
     others = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(1)) if rename else ()
-    return _place(_encode(image, info), path.parent, itertools.chain([path], others))
+    return _place(write, path.parent, itertools.chain([path], others))
 
 
-def _encode(image: Image.Image, info: PngInfo | None) -> bytes:
+def _png(image: Image.Image, info: PngInfo | None) -> Callable[[BinaryIO], object]:
+    """Encode a picture now, and give what writes it."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=info)
-    return buffer.getvalue()
+    return lambda file: file.write(buffer.getbuffer())
 
 
 def _open_part(folder: Path) -> tuple[Path, int]:
@@ -329,15 +339,15 @@ def _cannot(path: Path, error: OSError) -> OutputError:
     )
 
 
-def _place(data: bytes, folder: Path, names) -> Path:
-    """Write data beside its place, make sure it is on disk, then give it the first name that is free."""
+def _place(write: Callable[[BinaryIO], object], folder: Path, names) -> Path:
+    """Write a file beside its place, make sure it is on disk, then give it the first name that is free."""
     try:
         part, handle = _open_part(folder)
     except (OSError, ValueError) as error:
         raise _cannot(folder, error if isinstance(error, OSError) else OSError(str(error))) from None
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         for name in names:
