@@ -22,7 +22,7 @@ ROOMS = (
     ("checkpoints", "adapters", "images"),
     ("stories",),
 )
-STORIES = ("cli", "edit", "generate", "metadata", "results", "training", "web", "wish")
+STORIES = ("cli", "edit", "generate", "metadata", "pixels", "results", "training", "web", "wish")
 # The one arrow that points up, inside functions only: CompVis's constructors take `ckpt_path` and so read files.
 UPWARD = {("models", "checkpoints")}
 CORE_FORBIDS = ("accelerate", "diffusers", "lightning", "pytorch_lightning")

@@ -1,0 +1,65 @@
+"""Measure how well a diffusion model knows pictures, in bits per dimension: OpenAI's image_nll.py.
+
+python scripts/image_nll.py --model_path model.pt --data_dir pictures --timestep_respacing 250
+python scripts/image_nll.py --shapes 16 --timestep_respacing 50
+"""
+
+import sys
+from pathlib import Path
+
+try:
+    import ldm  # noqa: F401
+except ModuleNotFoundError:  # run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ldm.cli import diffusion_parser, given_flags, integer, run, say
+from ldm.errors import UsageError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, measure, save."""
+    parser = diffusion_parser(
+        "image_nll.py",
+        "Measure a model's variational bound on pictures, in bits per dimension; of a latent model, on their latents, "
+        "as a density, which is no number of bits of pixels.",
+        outdir="outputs/nll",
+        classifies=False,
+    )
+    what = parser.add_argument_group("what to measure")
+    what.add_argument(
+        "--data_dir", metavar="FOLDER", help="pictures, with captions as scripts/train.py reads them"
+    )
+    what.add_argument("--shapes", type=integer(1, 10**6), metavar="N", help="N scenes that no training saw")
+    what.add_argument("--num_samples", type=integer(1, 10**6), default=1000, help="of the folder, at most")
+    parser.add_argument("--skip_plot", action="store_true", help="save no plot of the terms over the levels")
+    args = parser.parse_args(argv)
+    if (args.data_dir is None) == (args.shapes is None):
+        raise UsageError("pictures come from --data_dir FOLDER or from --shapes N; give one of the two")
+
+    from ldm import pixels
+    from ldm.images import prepare_folder
+    from ldm.wish import list_seeds, pick_device
+
+    if not args.skip_plot:
+        pixels.need_matplotlib()
+    device, outdir = pick_device(args.device), prepare_folder(args.outdir)
+    path, _ = pixels.find_model(args.model_path)
+    flags = given_flags(parser, args, argv)
+    model = pixels.open_model(path, config=args.config, device=device, flags=flags)
+    for note in model.report.notes:
+        say(f"note: {note}")
+    if args.shapes is not None:
+        pictures = pixels.shapes_to_measure(model, args.shapes)
+    else:
+        pictures = pixels.folder_to_measure(model, args.data_dir, args.num_samples)
+    seeds = list_seeds(args.seed, len(pictures))
+    result = pixels.measure(model, pictures, seeds=seeds, batch_size=args.batch_size, say=say)
+    result = {"model": str(path), "data": args.data_dir or "shapes", **result}
+    say(f"total {result['total_bpd']:.4f}, of them prior {result['prior_bpd']:.4g}; {result['unit']}")
+    figure = None if args.skip_plot else pixels.draw_terms(result)
+    for saved in pixels.save_measures(outdir, result, figure):
+        say(str(saved))
+
+
+if __name__ == "__main__":
+    run(main)

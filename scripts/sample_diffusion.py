@@ -1,0 +1,128 @@
+"""Sample from a pixel model of OpenAI's family or from a latent model: OpenAI's image_sample.py, CompVis's own script.
+
+python scripts/sample_diffusion.py -n 4 -c 20 --prompt "a large red circle on the left on a white background"
+python scripts/sample_diffusion.py --model_path 64x64_diffusion.pt --timestep_respacing 250 --class 207
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+try:
+    import ldm  # noqa: F401
+except ModuleNotFoundError:  # run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ldm.cli import Parser, diffusion_parser, given_flags, integer, number, run, say
+from ldm.errors import UsageError
+
+CUSTOM_STEPS = 50  # of a latent model, where nothing is said: CompVis's
+
+
+def make_parser() -> Parser:
+    from ldm.models.diffusion.script_util import str2bool
+
+    p = diffusion_parser(
+        "sample_diffusion.py", "Sample from a diffusion model.", outdir="outputs/samples", classifies=True
+    )
+    what = p.add_argument_group("what to sample")
+    what.add_argument(
+        "--num_samples", "-n", "--n_samples", type=integer(1, 10**6),
+        help="how many (default: 16, or as many as base samples)",
+    )  # fmt: skip
+    what.add_argument(
+        "--class", dest="classes", type=integer(0, 10**6), nargs="+", default=[], metavar="LABEL",
+        help="labels, over and over; without it each is drawn from its sample's seed",
+    )  # fmt: skip
+    what.add_argument("--base_samples", metavar="NPZ", help="small pictures to enlarge, samples_*.npz")
+    what.add_argument("--classifier_path", metavar="FILE", help="a classifier that guides towards the labels")
+    what.add_argument("--classifier_scale", type=number(-1000, 1000), help="how strongly (default: 1)")
+    what.add_argument("--prompt", help="what a latent model is to paint")
+    what.add_argument("--scale", type=number(0, 100), default=1.0, help="how strictly to follow the prompt")
+    how = p.add_argument_group("how")
+    how.add_argument(
+        "--use_ddim", type=str2bool, metavar="BOOL", help="DDIM, not DDPM (default: for latent models)"
+    )
+    how.add_argument(
+        "-e", "--eta", type=number(0, 1), help="fresh noise in DDIM (default: 0; latent models: 1)"
+    )
+    how.add_argument("-v", "--vanilla_sample", action="store_true", help="DDPM over all levels")
+    how.add_argument("-c", "--custom_steps", type=integer(1, 10**6), help="DDIM over so many levels")
+    how.add_argument(
+        "--clip_denoised", type=str2bool, metavar="BOOL",
+        help="keep predicted clean samples in [-1, 1] (default: for pixels)",
+    )  # fmt: skip
+    return p
+
+
+def settle_steps(args: argparse.Namespace, flags: dict, is_latent: bool) -> tuple[bool, float]:
+    """Say whether to use DDIM and with which eta, and put the levels into the flags."""
+    respacing = "timestep_respacing" in flags
+    if args.vanilla_sample and (args.custom_steps or respacing or args.use_ddim):
+        raise UsageError("-v is DDPM over all levels; leave -c, --timestep_respacing and --use_ddim out")
+    if args.custom_steps and (respacing or args.use_ddim is False):
+        raise UsageError(
+            f"-c {args.custom_steps} is short for --use_ddim True --timestep_respacing ddim{args.custom_steps}; "
+            "give one of the two"
+        )
+    use_ddim = bool(args.custom_steps) or (is_latent if args.use_ddim is None else args.use_ddim)
+    use_ddim = use_ddim and not args.vanilla_sample
+    if args.eta is not None and not use_ddim:
+        raise UsageError(f"--eta {args.eta} is DDIM's; give --use_ddim True or -c as well")
+    steps = args.custom_steps or (CUSTOM_STEPS if is_latent and use_ddim and not respacing else None)
+    if steps:
+        flags["timestep_respacing"] = f"ddim{steps}"
+    return use_ddim, float(is_latent) if args.eta is None else args.eta
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, sample, save."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.classifier_scale is not None and args.classifier_path is None:
+        raise UsageError(
+            f"--classifier_scale {args.classifier_scale} needs --classifier_path, the classifier's file"
+        )
+
+    import numpy as np
+
+    from ldm import pixels
+    from ldm.images import prepare_folder
+    from ldm.wish import list_seeds, pick_device
+
+    flags = given_flags(parser, args, argv)
+    guide_flags = {name: flags.pop(name) for name in list(flags) if name.startswith("classifier_")}
+    device, outdir = pick_device(args.device), prepare_folder(args.outdir)
+    base = None if args.base_samples is None else pixels.read_samples(args.base_samples)
+    path, is_latent = pixels.find_model(args.model_path)
+    use_ddim, eta = settle_steps(args, flags, is_latent)
+    model = pixels.open_model(path, config=args.config, device=device, flags=flags)
+    guide = None
+    if args.classifier_path is not None:
+        scale = 1.0 if args.classifier_scale is None else args.classifier_scale
+        guide = pixels.Classifier(args.classifier_path, model, scale=scale, **guide_flags)
+    for note in [*model.report.notes, *(guide.report.notes if guide else [])]:
+        say(f"note: {note}")
+
+    count = args.num_samples or (16 if base is None else len(base[0]))
+    seeds = list_seeds(args.seed, count)
+    ask, labels = pixels.what_to_tell(
+        model,
+        seeds,
+        classes=args.classes,
+        guide=guide,
+        base=base,
+        prompt=args.prompt,
+        guidance_scale=args.scale,
+    )
+    recipe = pixels.Recipe(use_ddim=use_ddim, eta=eta, clip_denoised=args.clip_denoised)
+    batches = []
+    for batch in pixels.sample(model, ask, recipe, seeds=seeds, batch_size=args.batch_size, guide=guide):
+        batches.append(batch)
+        say(f"{sum(map(len, batches))} of {count} samples (seed {seeds[0]} and on)")
+    for path in pixels.save_samples(outdir, np.concatenate(batches), labels):
+        say(str(path))
+
+
+if __name__ == "__main__":
+    run(main)
