@@ -37,6 +37,7 @@ from ldm.paths import shipped
 from ldm.wish import check_size, downsampling, is_inpainting, native_size
 
 MAX_IN_GRID = 64
+MAX_BASE_BYTES = 4 * 2**30  # 10,000 pictures of 256 pixels are half of it
 SHAPES_SEED = 2_000_003  # of scenes that no configuration here trains or validates on
 CLASS_STREAM = 1  # keeps the draw of sample i's class apart from the draws of its noise
 PIXEL_UNIT = "bits per dimension of pictures in 8 bits: of a code that names them exactly, never negative"
@@ -291,7 +292,7 @@ class Classifier:
         """Give scale times the gradient of log p(y | x_t) by x_t, shaped like x."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            chosen = self.network(x, t).float().log_softmax(dim=-1)[torch.arange(len(y)), y]
+            chosen = self.network(x, t).float().log_softmax(dim=-1).gather(1, y[:, None])  # (b, 1)
             return self.scale * torch.autograd.grad(chosen.sum(), x)[0]
 
 
@@ -329,6 +330,9 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
         raise AbsentError(f"samples file '{name}' does not exist; check the path")
     try:
         with np.load(path, allow_pickle=False) as arrays:
+            unpacked = sum(member.file_size for member in arrays.zip.infolist())
+            if unpacked > MAX_BASE_BYTES:
+                raise ValueError(f"{unpacked} bytes unpacked, at most {MAX_BASE_BYTES} are read")
             pictures = arrays["arr_0"]
             labels = arrays["arr_1"] if "arr_1" in arrays else None
     except Exception as error:  # numpy and zipfile raise nearly every kind of error on damaged files

@@ -21,14 +21,15 @@ from tiny_pixels import (
     write_network,
 )
 
+from ldm import pixels
 from ldm.checkpoints import load_latent_diffusion
 from ldm.checkpoints.openai import load_openai_model
 from ldm.cli import run
+from ldm.errors import FormatError
 from ldm.images import to_uint8
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.gaussian_bridge import as_gaussian_diffusion
 from ldm.models.diffusion.script_util import diffusion_from_flags
-from ldm.pixels import choose_labels
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,8 @@ def files(tmp_path_factory):
         "absent": folder / "absent.pt",
     }
     made["cut"].write_bytes(made["plain"].read_bytes()[:3000])
-    pixels = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-    np.savez(made["base"], pixels)
+    small = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    np.savez(made["base"], small)
     made["cut_base"].write_bytes(made["base"].read_bytes()[:200])
     return made
 
@@ -111,7 +112,7 @@ def test_samples_are_the_chain_s_own_and_the_batch_size_changes_nothing(files, e
     assert (code, err) == (0, "")
     assert "4 of 5 samples" in out and out.endswith("o/samples_5x16x16x3.npz\no/samples_5x16x16x3.png\n")
     pictures, labels = read("o/samples_5x16x16x3.npz")
-    drawn = choose_labels(6, [], range(42, 47)).numpy()
+    drawn = pixels.choose_labels(6, [], range(42, 47)).numpy()
     assert (labels == drawn).all() and len(set(labels.tolist())) > 1 and 0 <= labels.min() <= labels.max() < 6
     same(
         pictures[3], alone(files["labelled"], 45, "p_sample_loop", label=labels[3], flags={"image_size": 16})
@@ -222,6 +223,18 @@ def test_compvis_s_folders_of_unconditional_models_are_sampled(end, tmp_path):
     x = diffusion.ddim_sample_loop(network, (1, 4, 8, 8), eta=0.3)
     same(pictures, to_uint8(model.decode_first_stage(x)))
 
+    code, _, err = end("-r", folder, "-l", "none", "--prompt", "x")
+    assert code == 2 and "this model is unconditional; leave --prompt and --scale out" in err
+    code, _, err = end("-r", folder, "-l", "none", "--class", 1)
+    assert code == 2 and "--class is for OpenAI's pixel models, the model is a latent one" in err
+    assert written(tmp_path / "none") == []
+
+
+def test_base_samples_that_would_fill_the_memory_are_not_unpacked(files, monkeypatch):
+    monkeypatch.setattr(pixels, "MAX_BASE_BYTES", 500)
+    with pytest.raises(FormatError, match=r"base.npz' cannot be read \(512 bytes unpacked, at most 500"):
+        pixels.read_samples(files["base"])
+
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
@@ -312,8 +325,8 @@ def test_the_commands_of_the_page_run(end, tmp_path):
     write_network(tmp_path / "64_256_upsampler.pt", **upsampler)
     (tmp_path / "pictures").mkdir()
     for i in range(2):
-        pixels = np.random.default_rng(i).integers(0, 256, (70, 66, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{'ab'[i]}_{i}.png")
+        noise = np.random.default_rng(i).integers(0, 256, (70, 66, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "pictures" / f"{'ab'[i]}_{i}.png")
     assert {language for language, _ in BLOCKS} == {"bash", "python"} and len(COMMANDS) >= 6
     for command in COMMANDS:
         command = stand_in(command)
