@@ -263,8 +263,8 @@ class Layout:
             "resblock_updown": bool(self.resblock_updown),
         }
         flags = {self.kind.flags[word]: value for word, value in common.items()}
-        multiples = (_multiple(width, self.num_channels) for width in self.widths)
-        flags |= {"channel_mult": ",".join(map(repr, multiples)), "num_classes": self.num_classes}
+        multiples = (f"{width / self.num_channels!r}".removesuffix(".0") for width in self.widths)
+        flags |= {"channel_mult": ",".join(multiples), "num_classes": self.num_classes}
         if self.kind is CLASSIFIER:
             return {**flags, "classifier_pool": self.pool}
         return {**flags, "class_cond": self.num_classes is not None, "learn_sigma": self.learn_sigma}
@@ -277,14 +277,6 @@ class Layout:
 
 def _widths(multiples: Iterable[float], num_channels: int) -> tuple[int, ...]:
     return tuple(int(multiple * num_channels) for multiple in multiples)
-
-
-def _multiple(width: int, num_channels: int) -> float:
-    """Divide so that the width comes back when multiplied and rounded down."""
-    multiple = width / num_channels
-    if int(multiple * num_channels) != width:
-        multiple = math.nextafter(multiple, math.inf)
-    return int(multiple) if multiple.is_integer() else multiple
 
 
 class _Held:
@@ -506,9 +498,8 @@ def _unseen_flags(layout: Layout, given: Mapping[str, Any]) -> tuple[dict[str, A
     }
     decided = {*given, *(HEADS if given.keys() & set(HEADS) else ())}  # one of the two decides for both
     if published:
-        first, *others = published.values()
-        agreed = {n: first[n] for n in UNSEEN if n in first and all(o[n] == first[n] for o in others)}
-        unseen = {name: value for name, value in agreed.items() if name not in decided}
+        first = next(iter(published.values()))  # those of one layout differ only in how they were trained
+        unseen = {name: first[name] for name in UNSEEN if name in first and name not in decided}
         whose = f"taken from OpenAI's {', '.join(published)}, which has this layout; no tensor shows it"
     else:
         unseen = {name: defaults[name] for name in HEADS if name not in decided}

@@ -507,6 +507,28 @@ def test_a_classifier_whose_depth_the_shapes_leave_open_asks_for_it():
         assert infos_of(build_empty("classifier", settle_flags("f", infos, given)[1])) == infos
 
 
+def test_blocks_of_one_width_are_told_apart_by_attention_or_by_the_way_up():
+    classifier = {
+        "image_size": 24,
+        "classifier_width": 64,
+        "classifier_depth": 2,
+        "classifier_pool": "adaptive",
+        "classifier_attention_resolutions": "12",
+        "channel_mult": "1,1",
+    }
+    infos = infos_of(build_empty("classifier", classifier))
+    assert settle_flags("f", infos, {"image_size": 24})[1] == full("classifier", classifier)
+    model = {
+        "image_size": 24,
+        "num_channels": 32,
+        "channel_mult": "1,1",
+        "attention_resolutions": "",
+        "resblock_updown": True,
+    }
+    infos = infos_of(build_empty("model", model))
+    assert settle_flags("f", infos, {"image_size": 24})[1] == full("model", model)
+
+
 # Other files
 
 
