@@ -291,7 +291,7 @@ COMMANDS = [
 ]
 # Fewer steps and samples than the page asks for.
 STAND_INS = {
-    "--timestep_respacing 250": "--timestep_respacing 1",
+    "--timestep_respacing 250": "--timestep_respacing 2",
     "-c 20": "-c 2",
     "-n 16": "-n 2",
     "--shapes 16": "--shapes 2",
