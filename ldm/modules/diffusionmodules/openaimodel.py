@@ -492,7 +492,9 @@ class UNetModel(_UNetBase):
             raise MismatchError("one of num_heads and num_head_channels has to be set, both are -1")
         for name, value in (("num_heads", num_heads), ("num_head_channels", num_head_channels)):
             if value < 1 and value != -1:
-                raise MismatchError(f"{name} should be at least 1, or -1 for the other to decide; got {value}")
+                raise MismatchError(
+                    f"{name} should be at least 1, or -1 for the other to decide; got {value}"
+                )
         if exists(context_dim) and not isinstance(context_dim, int):
             context_dim = list(context_dim)
         num_res_blocks = (
