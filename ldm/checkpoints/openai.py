@@ -375,7 +375,6 @@ def read_layout(path: str, infos: Mapping[str, TensorInfo], depth: int | None = 
     ]
     for wanted in (
         [layout for layout in layouts if layout.num_res_blocks == depth],
-        [layout for layout in layouts if layout.image_size in (None, *layout.usual_sizes())],
         [layout for layout in layouts if layout.usual_sizes()],
     ):
         layouts = wanted if len(layouts) > 1 and wanted else layouts

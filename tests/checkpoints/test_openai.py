@@ -409,6 +409,14 @@ def test_flags_of_a_published_model_yield_to_the_callers():
     ]
 
 
+def test_an_upsamplers_flags_are_not_those_of_a_model_with_its_widths():
+    """The layout of upsample_cond_500K, but for 64 pixels and three channels in."""
+    infos = infos_of(build_empty("model", {"num_channels": 192, "class_cond": True, "learn_sigma": True}))
+    _, flags, notes = settle_flags("f", infos, {})
+    assert flags["diffusion_steps"] == 1000 and flags["image_size"] == 64
+    assert notes[0].startswith("num_heads=4: the original's default")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -505,6 +513,26 @@ def test_a_classifier_whose_depth_the_shapes_leave_open_asks_for_it():
     for depth in (1, 2, 5):
         given = {"image_size": 24, "classifier_depth": depth}
         assert infos_of(build_empty("classifier", settle_flags("f", infos, given)[1])) == infos
+
+
+@pytest.mark.parametrize("pool", ["adaptive", "attention"])
+def test_of_two_readings_the_usual_one_is_taken(pool):
+    """Without attention, 18 blocks in pairs of levels of one width may be 6 levels of 2 or 3 of 5."""
+    flags = {
+        "image_size": 256,
+        "classifier_width": 64,
+        "classifier_depth": 2,
+        "classifier_pool": pool,
+        "classifier_attention_resolutions": "",
+    }
+    infos = infos_of(build_empty("classifier", flags))
+    assert settle_flags("f", infos, {})[1] == full("classifier", flags)
+    other = {"classifier_depth": 5, "image_size": 256}
+    if pool == "adaptive":
+        assert settle_flags("f", infos, other)[1]["channel_mult"] == "1,2,4"
+    else:  # whose pool has a place for each of 8 x 8 cells, and two halvings before that begin at 32
+        with pytest.raises(MismatchError, match="image_size is 32 there, not 256"):
+            settle_flags("f", infos, other)
 
 
 def test_blocks_of_one_width_are_told_apart_by_attention_or_by_the_way_up():

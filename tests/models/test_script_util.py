@@ -208,6 +208,17 @@ def test_the_two_attention_orders_are_one_function_of_permuted_weights():
     torch.testing.assert_close(new(x, t), old(x, t), rtol=0, atol=2e-5)
 
 
+def test_flags_of_the_machine_reach_the_networks():
+    with torch.device("meta"):
+        model = small(use_checkpoint=True, use_fp16=True)
+        classifier = create_classifier(
+            **{**flags_for(create_classifier, TINY_CLASSIFIER), "classifier_use_fp16": True}
+        )
+    assert model.middle_block[0].use_checkpoint and model.middle_block[1].use_checkpoint
+    assert model.dtype == classifier.dtype == torch.float16
+    assert small().dtype == torch.float32 and not small().middle_block[0].use_checkpoint
+
+
 def test_heads_follow_their_three_flags():
     def heads(model, part):
         return {
