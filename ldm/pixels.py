@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoints import load_latent_diffusion, open_weights
 from ldm.checkpoints.account import shown
@@ -403,24 +402,6 @@ def what_to_tell(
 # --- sampling -------------------------------------------------------------------------------------
 
 
-class ChainNoise(TorchFunctionMode):
-    """A block in which torch.randn_like draws row i of a batch from generator i.
-
-    The methods of GaussianDiffusion have the original's signatures, and draw what they need by this function alone.
-    """
-
-    def __init__(self, seeds: Sequence[int]):
-        super().__init__()
-        self.noise = ImageNoise(seeds)
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.randn_like:
-            return self.noise(args[0])
-        return func(*args, **(kwargs or {}))
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How a chain is walked.
@@ -456,23 +437,23 @@ def sample(
     for start in range(0, len(seeds), batch_size):
         rows = slice(start, min(start + batch_size, len(seeds)))
         shape = (rows.stop - start, *model.shape)
-        chain = ChainNoise(seeds[rows])
-        x_T = chain.noise(torch.empty(shape, device=model.device))
+        noise = ImageNoise(seeds[rows])
+        x_T = noise(torch.empty(shape, device=model.device))
         with torch.no_grad(), model.averages():
             asked = ask(rows)
-            walk, options = asked.diffusion.p_sample_loop, {}
+            diffusion = asked.diffusion.drawing(noise)
+            walk, options = diffusion.p_sample_loop, {}
             if recipe.use_ddim:
-                walk, options = asked.diffusion.ddim_sample_loop, {"eta": recipe.eta}
-            with chain:
-                x = walk(
-                    asked.network,
-                    shape,
-                    noise=x_T,
-                    clip_denoised=recipe.clip_denoised,
-                    cond_fn=guide,
-                    model_kwargs=asked.kwargs,
-                    **options,
-                )
+                walk, options = diffusion.ddim_sample_loop, {"eta": recipe.eta}
+            x = walk(
+                asked.network,
+                shape,
+                noise=x_T,
+                clip_denoised=recipe.clip_denoised,
+                cond_fn=guide,
+                model_kwargs=asked.kwargs,
+                **options,
+            )
             yield model.paint(x)
 
 
@@ -606,12 +587,12 @@ def measure(
     found: dict[str, list[Tensor]] = {}
     for start in range(0, len(pictures), batch_size):
         rows = slice(start, min(start + batch_size, len(pictures)))
-        chain = ChainNoise(seeds[rows])
+        noise = ImageNoise(seeds[rows])
         with torch.no_grad(), model.averages():
-            x = model.encode(torch.stack([pictures.read(i) for i in range(start, rows.stop)]), chain.noise)
+            x = model.encode(torch.stack([pictures.read(i) for i in range(start, rows.stop)]), noise)
             asked = _told(model, pictures, rows)
-            with chain:
-                bound = asked.diffusion.calc_bpd_loop(asked.network, x, model_kwargs=asked.kwargs)
+            diffusion = asked.diffusion.drawing(noise)
+            bound = diffusion.calc_bpd_loop(asked.network, x, model_kwargs=asked.kwargs)
         for name, values in bound.items():
             found.setdefault(name, []).append(values.double().cpu())
         say(f"{rows.stop} of {len(pictures)}: {torch.cat(found['total_bpd']).mean():.4f} bits per dimension")

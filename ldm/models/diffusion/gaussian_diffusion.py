@@ -5,10 +5,11 @@ The names, signatures and order of draws are those of Improved DDPM (arXiv:2102.
 behind it.
 """
 
+import copy
 import enum
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -173,6 +174,18 @@ class GaussianDiffusion:
         self.posterior_mean_coef1 = q.coef_x0.numpy()
         self.posterior_mean_coef2 = q.coef_x_t.numpy()
 
+    # -- chance --------------------------------------------------------------------------------------------
+
+    def noise_like(self, x: Tensor) -> Tensor:
+        """Draw unit normals of x's shape, dtype and device; all that the methods draw comes from here."""
+        return torch.randn_like(x)
+
+    def drawing(self, noise_like: Callable[[Tensor], Tensor]) -> Self:
+        """Return the same diffusion with another source of noise, such as one generator for each picture."""
+        other = copy.copy(self)
+        other.noise_like = noise_like
+        return other
+
     def _finite_start(self, variance: np.ndarray) -> np.ndarray:
         tables = (variance, self.betas, self.posterior_variance)
         variance, betas, posterior_variance = map(torch.from_numpy, tables)
@@ -220,7 +233,7 @@ class GaussianDiffusion:
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Noise clean samples to levels t (b,); the noise is drawn where none is given."""
         self._check_levels(t, x_start)
-        noise = torch.randn_like(x_start) if noise is None else noise
+        noise = self.noise_like(x_start) if noise is None else noise
         _check_shape("noise", noise, x_start)
         alpha_bar, sigma = self._level(t, x_start)
         return gaussian.q_sample(x_start, noise, alpha_bar=alpha_bar, sigma=sigma)
@@ -381,7 +394,7 @@ class GaussianDiffusion:
             {"sample", "pred_xstart"}.
         """
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        noise = torch.randn_like(x)
+        noise = self.noise_like(x)
         mean = out["mean"]
         if cond_fn is not None:
             mean = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
@@ -468,7 +481,7 @@ class GaussianDiffusion:
             alpha_bar_t=alpha_bar,
             alpha_bar_prev=alpha_bar_prev,
             std=ddim_std(alpha_bar, alpha_bar_prev, eta),
-            noise=torch.randn_like(x),
+            noise=self.noise_like(x),
             pred_x0=out["pred_xstart"],
         )
         return {"sample": sample, "pred_xstart": pred_xstart}
@@ -611,7 +624,7 @@ class GaussianDiffusion:
         Returns:
             {"loss": (b,)}, with "mse" and, for learned variances, "vb" where the loss is an error.
         """
-        noise = torch.randn_like(x_start) if noise is None else noise
+        noise = self.noise_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise=noise)
         if self.loss_type.is_vb():
             bound = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=False, model_kwargs=model_kwargs)
@@ -662,7 +675,7 @@ class GaussianDiffusion:
         terms: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
         for level in reversed(range(self.num_timesteps)):
             t = torch.full((len(x_start),), level, device=x_start.device)
-            noise = torch.randn_like(x_start)
+            noise = self.noise_like(x_start)
             x_t = self.q_sample(x_start, t, noise=noise)
             out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
             eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
