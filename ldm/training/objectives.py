@@ -52,10 +52,8 @@ class Draws:
 
     def weighted_levels(self, sampler: ScheduleSampler, like: Tensor) -> tuple[Tensor, Tensor]:
         """Draw (b,) levels from a schedule sampler, and the (b,) weights of their losses."""
-        before = np.random.get_state()
-        np.random.seed(int(torch.randint(0, 1 << 32, (), generator=self.generator)))
-        levels, weights = sampler.sample(self.world * like.shape[0], "cpu")
-        np.random.set_state(before)  # which differs between processes, as what else draws from it may rely on
+        seed = int(torch.randint(0, 1 << 32, (), generator=self.generator))  # alike in every process
+        levels, weights = sampler.sample(self.world * like.shape[0], "cpu", rng=np.random.RandomState(seed))
         return self._mine(levels, like), self._mine(weights, like)
 
     def uniform(self, like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Which levels a training batch is asked about: all alike, or those with large losses more often.
 
-Improved DDPM (arXiv:2102.09672), section 3.3. Levels are drawn from numpy's global generator, as in OpenAI's code:
-a trainer that seeds it anew for every step, or saves its state, resumes with the same levels.
+Improved DDPM (arXiv:2102.09672), section 3.3. Levels are drawn from numpy's global generator, as in OpenAI's code,
+or from one that a trainer gives, so that a resumed run draws the same levels.
 """
 
 from abc import ABC, abstractmethod
@@ -34,15 +34,17 @@ class ScheduleSampler(ABC):
     def weights(self) -> np.ndarray:
         """Return how often each level is wanted, (num_timesteps,) positive, in any unit."""
 
-    def sample(self, batch_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """Draw levels for a batch.
+    def sample(
+        self, batch_size: int, device: torch.device | str, *, rng: np.random.RandomState | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw levels for a batch, from numpy's global generator or from `rng`.
 
         Returns:
             (levels (b,) int64, what to multiply their losses by (b,) float32), on the device.
         """
         weights = self.weights()
         p = weights / weights.sum()
-        levels = np.random.choice(len(p), size=(batch_size,), p=p)
+        levels = (rng or np.random).choice(len(p), size=(batch_size,), p=p)
         factors = 1 / (len(p) * p[levels])
         return torch.from_numpy(levels).long().to(device), torch.from_numpy(factors).float().to(device)
 
