@@ -16,8 +16,8 @@ from ldm.models.diffusion.gaussian_diffusion import (
     check_labels,
 )
 from ldm.models.diffusion.respace import SpacedDiffusion, space_timesteps
-from ldm.models.diffusion.samplers import alpha_bar_table
-from ldm.process.guidance import first_tensor, guide, join
+from ldm.models.diffusion.samplers import alpha_bar_table, ask_both
+from ldm.process.guidance import first_tensor, guide
 
 # How far a model's alphas_cumprod may be from what its betas add up to: both may have been through half precision.
 TABLE_TOLERANCE = 1e-3
@@ -75,12 +75,7 @@ class GuidedNetwork:
         """Ask about samples x (b, c, ...) at levels t (b,)."""
         if self.scale == 1:
             return self._ask(x, t, self.conditioning)
-        if self.separate_passes:
-            cond = self._ask(x, t, self.conditioning)
-            uncond = self._ask(x, t, self.unconditional)
-        else:
-            both = join(self.unconditional, self.conditioning)
-            uncond, cond = self._ask(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        uncond, cond = ask_both(self._ask, x, t, self.unconditional, self.conditioning, self.separate_passes)
         c = x.shape[1]
         return torch.cat([guide(uncond[:, :c], cond[:, :c], self.scale), cond[:, c:]], dim=1)
 

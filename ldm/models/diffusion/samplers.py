@@ -85,6 +85,27 @@ def unit_noise(like: Tensor) -> Tensor:
     return torch.randn(like.shape, device=like.device, dtype=like.dtype)
 
 
+def ask_both(
+    ask: Callable[[Tensor, Tensor, Any], Tensor],
+    x: Tensor,
+    t: Tensor,
+    unconditional: Any,
+    conditioning: Any,
+    separate_passes: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Ask a model for its (unconditional, conditional) answers about samples x (b, ...) at levels t (b,).
+
+    In one batch, the unconditional half first, as CompVis's samplers do; or one after the other, the conditional
+    first, as ControlNet's does: see `separate_passes` of Denoiser.
+    """
+    if separate_passes:
+        cond = ask(x, t, conditioning)
+        return ask(x, t, unconditional), cond
+    both = join(unconditional, conditioning)
+    uncond, cond = ask(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+    return uncond, cond
+
+
 class Denoiser:
     """A model with its conditions and guidance, asked for the noise and the clean sample at a level.
 
@@ -146,12 +167,9 @@ class Denoiser:
     def _guided(self, x: Tensor, t: Tensor) -> Tensor:
         if self.unconditional is None or self.scale == 1:
             return self.model.apply_model(x, t, self.conditioning)
-        if self.separate_passes:
-            cond = self.model.apply_model(x, t, self.conditioning)
-            uncond = self.model.apply_model(x, t, self.unconditional)
-        else:
-            both = join(self.unconditional, self.conditioning)
-            uncond, cond = self.model.apply_model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        uncond, cond = ask_both(
+            self.model.apply_model, x, t, self.unconditional, self.conditioning, self.separate_passes
+        )
         guided = guide(uncond, cond, self.scale)
         return rescale(guided, cond, self.rescale) if self.rescale else guided
 
