@@ -1,6 +1,5 @@
 """Train a first stage or a latent diffusion model: python scripts/train.py --base configs/shapes-first-stage.yaml."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -10,16 +9,9 @@ from ldm import cli  # noqa: E402
 from ldm.errors import UsageError  # noqa: E402
 
 
-def boolean(text: str) -> bool:
-    """Read CompVis's yes and no."""
-    answers = {"yes": True, "true": True, "t": True, "y": True, "1": True}
-    answers |= {"no": False, "false": False, "f": False, "n": False, "0": False}
-    if text.lower() not in answers:
-        raise argparse.ArgumentTypeError(f"wanted true or false, got {text!r}")
-    return answers[text.lower()]
-
-
 def make_parser() -> cli.Parser:
+    from ldm.models.diffusion.script_util import str2bool
+
     parser = cli.Parser(prog="train.py", description="Train in the manner of CompVis's main.py.")
     parser.add_argument("words", nargs="*", metavar="a.b=c", help="override a value of the configuration")
     parser.add_argument("-b", "--base", nargs="+", default=[], help="YAML files, merged from left to right")
@@ -36,14 +28,14 @@ def make_parser() -> cli.Parser:
     )
     parser.add_argument("-f", "--postfix", default="", help="end of the run folder's name, with --name")
     parser.add_argument(
-        "-t", "--train", nargs="?", const=True, type=boolean, help="as CompVis; training is all this does"
+        "-t", "--train", nargs="?", const=True, type=str2bool, help="as CompVis; training is all this does"
     )
     parser.add_argument(
-        "--no-test", nargs="?", const=True, type=boolean, help="as CompVis; nothing is tested after"
+        "--no-test", nargs="?", const=True, type=str2bool, help="as CompVis; nothing is tested after"
     )
     parser.add_argument("-s", "--seed", type=cli.integer(0, 2**32 - 1), default=23, help="of everything")
     parser.add_argument(
-        "--scale_lr", type=boolean, default=True, help="rate = accumulate x devices x batch x base"
+        "--scale_lr", type=str2bool, default=True, help="rate = accumulate x devices x batch x base"
     )
     parser.add_argument("--export", metavar="FILE", help="write the run's weights in half precision and end")
     return parser
