@@ -1,6 +1,7 @@
 """The quality table: its rows, its distance, and a run that is taken up again."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_the_rows_are_those_of_the_table_once_each():
     rows = quality.all_rows(3.0)
     keys = [row.key for row in rows]
     assert len(set(keys)) == len(keys)
-    per_split = 1 + 6 * 5 + 3 + 3  # first stage, samplers x steps, 1000 steps, guidance beside 3
+    per_split = 1 + 6 * 5 + 2 + 3  # first stage, samplers x steps, 1000 steps, guidance beside 3
     assert len(rows) == 2 * per_split
     assert {
         "ddpm/1000/g3/seen",
@@ -127,6 +128,43 @@ def test_results_of_another_kind_are_not_mixed(tiny, tmp_path):
     results.write_text("{}")
     with pytest.raises(FormatError, match="is no file of quality results"):
         quality.main([*tiny, "--prompts", "4", *row])
+
+
+def test_results_of_another_precision_are_not_mixed(tiny, tmp_path):
+    results = tmp_path / "r.json"
+    rest = ["--rows", "ddim-0/5/*/seen", "--prompts", "3", "--results", str(results)]
+    quality.main([*tiny, *rest, "--precision", "bfloat16"])
+    assert "UNet in bfloat16" in results.with_suffix(".md").read_text()
+    assert (
+        f"torch {torch.__version__}" in json.loads(results.read_text())["rows"]["ddim-0/5/g3/seen"]["machine"]
+    )
+    with pytest.raises(MismatchError, match="has results for precision bfloat16, this run is for float32"):
+        quality.main([*tiny, *rest])
+
+
+def paint_three(tiny, **options):
+    pipeline = quality.load_pipeline(tiny[1], tiny[3], "cpu", **options)
+    row = quality.Row("ddim-1", 5, 3.0, "seen")
+    return torch.cat(
+        list(quality.paint(pipeline, ["a red star", "a blue ring", "a green cross"], row, 3, {}))
+    )
+
+
+def test_bfloat16_paints_almost_the_same(tiny):
+    exact, rounded = paint_three(tiny), paint_three(tiny, precision="bfloat16")
+    error = ((rounded - exact).norm() / exact.norm()).item()
+    assert rounded.dtype == torch.float32 and 1e-5 < error < 3e-2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_model_paints_the_same(tiny, monkeypatch):
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor, "freezing", False)  # put back afterwards
+    one, two = paint_three(tiny), paint_three(tiny, compiled=True)
+    assert inductor.freezing
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-3 * float(one.abs().max()))
 
 
 def test_the_grid_has_twenty_four_labelled_pictures(tiny, tmp_path, capsys, monkeypatch):
