@@ -38,6 +38,11 @@ def make_parser() -> cli.Parser:
         "--scale_lr", type=str2bool, default=True, help="rate = accumulate x devices x batch x base"
     )
     parser.add_argument("--export", metavar="FILE", help="write the run's weights in half precision and end")
+    parser.add_argument(
+        "--ema_rate",
+        type=cli.number(0, 1),
+        help="with --export: which of a pixel model's averages; default: the one that was named first",
+    )
     return parser
 
 
@@ -49,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     resume = options.resume
     if resume is not None and "=" in resume:
         words, resume = [resume, *words], ""
+    if options.ema_rate is not None and not options.export:
+        raise UsageError("--ema_rate says what --export writes; set model.params.ema_rate=... for a run")
     folder = Path(options.logdir)
     if options.name:
         from datetime import datetime
@@ -59,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.export:
         from ldm.training.export import export_run
 
-        metadata = export_run(folder, Path(options.export))
+        metadata = export_run(folder, Path(options.export), ema_rate=options.ema_rate)
         cli.say(f"{options.export}: weights of step {metadata['global_step']} of {folder}")
         return 0
     if not files:

@@ -20,6 +20,7 @@ from ldm.training.gaussian import GaussianObjective
 from ldm.training.objectives import Draws
 from ldm.training.shapes import COLOURS, SHAPES, parse_caption
 from ldm.training.trainer import Run, RunOptions, merge_configs
+from scripts import train
 
 LEVELS = 3  # so few that a run of 6 steps fills every level's history
 FLAGS = {
@@ -296,6 +297,15 @@ def test_a_run_leaves_every_average_under_openais_names(tmp_path, pixel_run):
     assert torch.equal(halves["out.2.bias"], saved["averages.0_5.out2bias"].half())
     with pytest.raises(MismatchError, match=r"averages of rate 0\.9, 0\.5, but not of 0\.7"):
         export_run(folder, tmp_path / "none.safetensors", ema_rate=0.7)
+    train.main(
+        ["--logdir", str(folder), "--export", str(tmp_path / "by_script.safetensors"), "--ema_rate", "0.5"]
+    )
+    assert_same(read_tensors(tmp_path / "by_script.safetensors")[0], halves)
+
+
+def test_a_rate_without_an_export_is_refused():
+    with pytest.raises(UsageError, match="--ema_rate says what --export writes"):
+        train.main(["--base", "a.yaml", "--ema_rate", "0.5"])
 
 
 def test_a_run_can_begin_with_the_weights_of_another(pixel_run):
