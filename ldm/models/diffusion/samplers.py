@@ -39,6 +39,7 @@ from ldm.process.steps import (
 logger = logging.getLogger(__name__)
 
 Noise = Callable[[Tensor], Tensor]
+WHOLE_INTERVAL = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,17 @@ class Denoiser:
         unconditional_conditioning: of the same structure; None switches guidance off.
         guidance_scale: weight of the condition; at 1 the unconditional pass is skipped.
         guidance_rescale: 0 to 1, how much of the conditional answer's spread to restore.
+        guidance_interval: (low, high), where guidance is worth its cost (arXiv:2404.07724): levels t of T with
+            low <= t / T < high are guided, at all others the conditional answer is taken as it is and the
+            unconditional one not asked for. (0, 1) holds every level; an interval that ends where it begins
+            holds none, and two that meet share none.
         separate_passes: ask for both answers one after the other, the conditional first, as ControlNet's
             sampler does: needed where the two conditions do not join into one batch, and half the memory.
         score_corrector: object with modify_score(model, eps, x, t, conditioning, **corrector_kwargs).
 
     Raises:
-        UsageError: a guidance_scale or guidance_rescale out of range, or a score_corrector for a model that
-            does not predict eps.
+        UsageError: a guidance_scale, guidance_rescale or guidance_interval out of range, or a score_corrector
+            for a model that does not predict eps.
     """
 
     def __init__(
@@ -132,6 +137,7 @@ class Denoiser:
         unconditional_conditioning: Any = None,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] = WHOLE_INTERVAL,
         separate_passes: bool = False,
         score_corrector: Any = None,
         corrector_kwargs: dict[str, Any] | None = None,
@@ -148,30 +154,50 @@ class Denoiser:
         self.unconditional = unconditional_conditioning
         self.scale = guidance_scale
         self.rescale = guidance_rescale
+        self.interval = check_interval(guidance_interval)
         self.separate_passes = separate_passes
         self.score_corrector = score_corrector
         self.corrector_kwargs = corrector_kwargs or {}
 
     def __call__(self, x: Tensor, t: float | Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
         """Predict (eps, x0) for a sample (b, ...) at one level."""
+        guided = self.is_guided(t)
         if not isinstance(t, Tensor):
             dtype = torch.long if isinstance(t, int) else torch.float32
             t = torch.full(x.shape[:1], t, device=x.device, dtype=dtype)
-        output = self._guided(x, t)
+        output = self._ask(x, t, guided)
         if self.score_corrector is not None:
             output = self.score_corrector.modify_score(
                 self.model, output, x, t, self.conditioning, **self.corrector_kwargs
             )
         return to_eps(self.kind, output, x, alpha_bar), to_x0(self.kind, output, x, alpha_bar)
 
-    def _guided(self, x: Tensor, t: Tensor) -> Tensor:
+    def is_guided(self, t: float | Tensor) -> bool | Tensor:
+        """Tell whether level t is guided; for levels (b,) of which only some are, tell which."""
         if self.unconditional is None or self.scale == 1:
+            return False
+        if self.interval == WHOLE_INTERVAL:
+            return True
+        low, high = self.interval
+        share = t / self.model.num_timesteps
+        within = (share >= low) & (share < high)
+        if not isinstance(within, Tensor):
+            return bool(within)
+        if within.all():
+            return True
+        return within if within.any() else False
+
+    def _ask(self, x: Tensor, t: Tensor, guided: bool | Tensor) -> Tensor:
+        if guided is False:
             return self.model.apply_model(x, t, self.conditioning)
         uncond, cond = ask_both(
             self.model.apply_model, x, t, self.unconditional, self.conditioning, self.separate_passes
         )
-        guided = guide(uncond, cond, self.scale)
-        return rescale(guided, cond, self.rescale) if self.rescale else guided
+        answer = guide(uncond, cond, self.scale)
+        answer = rescale(answer, cond, self.rescale) if self.rescale else answer
+        if guided is True:
+            return answer
+        return torch.where(guided.reshape(-1, *(1 for _ in x.shape[1:])), answer, cond)
 
 
 @dataclass
@@ -548,6 +574,7 @@ def sample_steps(
     mask: Tensor | None = None,
     x0: Tensor | None = None,
     guidance_rescale: float = 0.0,
+    guidance_interval: Sequence[float] = WHOLE_INTERVAL,
     separate_passes: bool = False,
     score_corrector: Any = None,
     corrector_kwargs: dict[str, Any] | None = None,
@@ -563,7 +590,8 @@ def sample_steps(
             to the level that `start_level` tells. Its dtype and device are kept.
         conditioning, unconditional_conditioning: tensor, list, or dict of lists, for apply_model.
         steps: exactly so many, 1 to the model's number of levels.
-        guidance_scale, guidance_rescale, separate_passes, score_corrector, corrector_kwargs: see `Denoiser`.
+        guidance_scale, guidance_rescale, guidance_interval, separate_passes, score_corrector,
+            corrector_kwargs: see `Denoiser`.
         eta: 0 to 1 for ddim; other samplers have no choice.
         noise: makes unit noise shaped like its argument, for every draw of the run: per step first the noise
             of the blended image (with mask), then the sampler's own. None = `unit_noise`.
@@ -597,6 +625,7 @@ def sample_steps(
         unconditional_conditioning=unconditional_conditioning,
         guidance_scale=guidance_scale,
         guidance_rescale=guidance_rescale,
+        guidance_interval=guidance_interval,
         separate_passes=separate_passes,
         score_corrector=score_corrector,
         corrector_kwargs=corrector_kwargs,
@@ -641,6 +670,20 @@ def check_eta(cls: type[Sampler], eta: float) -> None:
     """Raise UsageError unless eta means something to the sampler."""
     if not cls.accepts_eta(eta):
         raise UsageError(f"eta of {cls.name} {cls.etas}; got {eta}")
+
+
+def check_interval(interval: Any) -> tuple[float, float]:
+    """Return a guidance interval as two floats, or raise UsageError."""
+    sound = (
+        isinstance(interval, Sequence)
+        and len(interval) == 2
+        and all(isinstance(end, Real) and not isinstance(end, bool) for end in interval)
+    )
+    if not sound or not 0 <= interval[0] <= interval[1] <= 1:
+        raise UsageError(
+            f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {interval!r:.80}"
+        )
+    return float(interval[0]), float(interval[1])
 
 
 def check_mask(mask: Tensor | None, x0: Tensor | None, shape: Sequence[int]) -> None:
