@@ -358,6 +358,8 @@ def _line(values: dict[str, Any]) -> Line:
 DEFAULT_PROMPT = "a large red circle above a small blue square on a white background"
 COMPVIS_PROMPT = "a painting of a virus monster playing guitar"
 GRID_AT_MOST = 64  # pictures in one grid
+# What trades a little fidelity for time, in the words of StableDiffusion.stream: docs/knobs.md.
+KNOBS = ("guidance_interval", "cache_interval", "cache_depth", "merge_ratio", "merge_seed")
 
 
 def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Parser:
@@ -392,6 +394,24 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
         "--rng", choices=("image", "compvis"), default="image",
         help="a generator for each picture, or one for all in the order of CompVis's scripts",
     )  # fmt: skip
+
+    knobs = p.add_argument_group("faster, for a little fidelity (docs/knobs.md)")
+    knobs.add_argument(
+        "--guidance_interval", nargs=2, metavar=("LOW", "HIGH"), type=number(0, 1), default=(0.0, 1.0),
+        help="guide only levels of this part of the noise schedule; 0 is its clean end",
+    )  # fmt: skip
+    knobs.add_argument(
+        "--cache_interval", type=integer(1, 1000), default=1, help="steps from one whole UNet to the next"
+    )
+    knobs.add_argument(
+        "--cache_depth", type=integer(1, 1000), default=1, help="blocks computed at the steps between"
+    )
+    knobs.add_argument(
+        "--merge_ratio", type=number(0, 0.75), default=0.0, help="share of tokens merged where most are"
+    )
+    knobs.add_argument(
+        "--merge_seed", type=integer(0, MAX_SEED), help="draws the tokens that others are merged into"
+    )
 
     model = p.add_argument_group("with what")
     model.add_argument("--ckpt", help="model file or diffusers folder (default: the model in the box)")
@@ -535,6 +555,7 @@ def paint(
         for group in _groups(args, lines):
             options = {"steps": args.ddim_steps, "guidance_scale": args.scale, "sampler": sampler}
             options |= {"height": args.H, "width": args.W, "eta": args.ddim_eta, "rng": args.rng}
+            options |= {name: getattr(args, name) for name in KNOBS}
             options |= {"batch_size": args.n_samples, "fixed_code": args.fixed_code, **group.options, **wish}
             # Each stream is checked here, before the first picture of the first one is begun.
             stream = sd.stream(group.prompts, negative_prompt=group.negatives, seed=group.seeds, **options)

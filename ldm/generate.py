@@ -23,10 +23,14 @@ from torch import Tensor
 
 from ldm import images as pictures
 from ldm.errors import LdmError, NumericError, ResourceError, UsageError
+from ldm.kernels.deepcache import DeepCache
+from ldm.kernels.tome import TokenMerging
 from ldm.models.diffusion.samplers import (
     SAMPLERS,
+    WHOLE_INTERVAL,
     Step,
     check_eta,
+    check_interval,
     resolve_sampler,
     sample_steps,
     start_level,
@@ -142,19 +146,29 @@ def denoise(
     sampler: str,
     steps: int,
     autocast: torch.dtype | None = None,
+    cache_interval: int = 1,
+    cache_depth: int = 1,
+    merge_ratio: float = 0.0,
+    merge_seed: int | None = None,
     **options: Any,
 ) -> Iterator[Step]:
     """Step from noise to clean latents, one Step at a time; latents stay float32 whatever the UNet computes in.
 
     Args:
         x_T: (b, c, h, w) noise, or noised latents with run_last.
+        cache_interval, cache_depth: see ldm.kernels.deepcache.DeepCache; 1 = everything at every level.
+        merge_ratio, merge_seed: see ldm.kernels.tome.TokenMerging; 0 = every token.
         options: those of ldm.models.diffusion.samplers.sample_steps.
 
     Raises:
         NumericError: latents that are not finite; checked at the first and last step, on a CPU at each.
     """
-    seen = _AtUNetPrecision(model, autocast)
+    unet = model.model.diffusion_model
+    cache = DeepCache(unet, cache_interval, cache_depth)
+    merging = TokenMerging(unet, merge_ratio, merge_seed)
+    seen = _AtUNetPrecision(model, autocast, cache, merging)
     for step in sample_steps(sampler, seen, x_T, conditioning, steps=steps, **options):
+        cache.next_level()
         # On a GPU a check waits for the work that is queued, so only the first and last step are looked at.
         on_show = step.index in (0, step.total - 1) or step.x_t.device.type == "cpu"
         if on_show and not torch.isfinite(step.x_t).all():
@@ -199,11 +213,19 @@ def _in_finite_precision(model: LatentDiffusion, stage: str, work: Callable[[], 
 
 
 class _AtUNetPrecision:
-    """A model as samplers see it, that takes and gives float32 and computes in the UNet's own precision."""
+    """A model as samplers see it, that takes and gives float32 and computes in the UNet's own precision.
 
-    def __init__(self, model: LatentDiffusion, autocast: torch.dtype | None):
+    Args:
+        shortcuts: what is attached to the UNet while it answers, and only then: between two steps the model
+            may be used for anything else.
+    """
+
+    def __init__(
+        self, model: LatentDiffusion, autocast: torch.dtype | None, *shortcuts: DeepCache | TokenMerging
+    ):
         self._model = model
         self._autocast = autocast
+        self._shortcuts = shortcuts
         self._dtype = dtype_of(model)
 
     def __getattr__(self, name: str) -> Any:
@@ -221,7 +243,10 @@ class _AtUNetPrecision:
     def apply_model(self, x: Tensor, t: Tensor, cond: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Predict as the model does; t keeps its dtype, since half cannot hold every level."""
         on = self._autocast is not None
-        with torch.autocast(x.device.type, dtype=self._autocast, enabled=on):
+        with contextlib.ExitStack() as stack:
+            for shortcut in self._shortcuts:
+                stack.enter_context(shortcut.attached())
+            stack.enter_context(torch.autocast(x.device.type, dtype=self._autocast, enabled=on))
             return self._model.apply_model(self._cast(x), t, self._cast(cond), *args, **kwargs).float()
 
 
@@ -425,6 +450,11 @@ class StableDiffusion:
         spacing: str | None = None,
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] = WHOLE_INTERVAL,
+        cache_interval: int = 1,
+        cache_depth: int = 1,
+        merge_ratio: float = 0.0,
+        merge_seed: int | None = None,
         eta: float = 0.0,
         seed: int | Sequence[int] | None = None,
         num_images: int = 1,
@@ -450,6 +480,12 @@ class StableDiffusion:
             sampler: "ddim", "plms", "ddpm", "dpm_solver", "dpmpp_2m", in any usual spelling.
             spacing: which levels are visited, a name of ldm.process.spacing; None is the sampler's own.
             guidance_scale: 0 to 100; 1 ignores the negative prompt and takes half the time.
+            guidance_interval: (low, high): only levels t of T with low <= t / T < high are guided, the others
+                take half the time; 0 is the cleanest.
+            cache_interval: ask the whole UNet at every so many-th step only, and at the steps between its
+                outermost `cache_depth` blocks on either way.
+            merge_ratio: 0 to 0.75, the share of tokens that are merged before the finest self-attentions;
+                merge_seed draws which ones may be merged into. All five: docs/knobs.md.
             eta: 0 to 1, fresh noise in each DDIM step.
             seed: image i has seed + i; a list names each; None draws one, which the result tells.
             batch_size: how many are painted at once; no image depends on it (rng="image").
@@ -488,6 +524,10 @@ class StableDiffusion:
                 raise UsageError(
                     f"strength is for a picture to start from, got strength={strength} and image=None"
                 )
+        unet = self.model.model.diffusion_model
+        # Both are made anew for every batch; here they say whether they can be.
+        cache = DeepCache(unet, cache_interval, cache_depth)
+        merging = TokenMerging(unet, merge_ratio, merge_seed)
         mode = "txt2img" if pixels is None else "img2img" if marks is None else "inpaint"
         if strength is None and pixels is not None:
             strength = 0.75 if marks is None else 1.0
@@ -515,6 +555,11 @@ class StableDiffusion:
             spacing=spacing,
             guidance_scale=real("guidance_scale", guidance_scale, 0, 100),
             guidance_rescale=real("guidance_rescale", guidance_rescale, 0, 1),
+            guidance_interval=check_interval(guidance_interval),
+            cache_interval=cache.interval,
+            cache_depth=cache.depth,
+            merge_ratio=merging.ratio,
+            merge_seed=merging.seed,
             eta=real("eta", eta, 0, 1),
             rng=rng,
             fixed_code=fixed_code,
@@ -585,7 +630,7 @@ class StableDiffusion:
         model, b = self.model, len(batch)
         noise = ImageNoise([shot.seed for shot in batch]) if job.rng == "image" else CompVisNoise()
         context, unconditional, dropped = self._contexts(job, batch, shared.setdefault("features", {}))
-        options: dict[str, Any] = {"noise": noise, "eta": job.eta, "guidance_rescale": job.guidance_rescale}
+        options: dict[str, Any] = {"noise": noise, "eta": job.eta}
 
         # Where to start: pure noise, or the picture noised to the level of its strength.
         level, z = None, None
@@ -624,6 +669,12 @@ class StableDiffusion:
             steps=job.steps,
             autocast=self.autocast,
             guidance_scale=job.guidance_scale,
+            guidance_rescale=job.guidance_rescale,
+            guidance_interval=job.guidance_interval,
+            cache_interval=job.cache_interval,
+            cache_depth=job.cache_depth,
+            merge_ratio=job.merge_ratio,
+            merge_seed=job.merge_seed,
             unconditional_conditioning=unconditional,
             **options,
         ):
@@ -722,6 +773,11 @@ class StableDiffusion:
             spacing=job.spacing,
             guidance_scale=job.guidance_scale,
             guidance_rescale=job.guidance_rescale,
+            guidance_interval=list(job.guidance_interval),
+            cache_interval=job.cache_interval,
+            cache_depth=job.cache_depth,
+            merge_ratio=job.merge_ratio,
+            merge_seed=job.merge_seed,
             eta=job.eta,
             width=job.width,
             height=job.height,

@@ -37,6 +37,11 @@ KEYS = (
     ("Denoising strength", "strength"),
     ("Eta", "eta"),
     ("Init image hash", "init_image_hash"),
+    ("Guidance interval", "guidance_interval"),
+    ("Cache interval", "cache_interval"),
+    ("Cache depth", "cache_depth"),
+    ("Token merging ratio", "merge_ratio"),
+    ("Token merging seed", "merge_seed"),
     ("RNG", "rng"),
     ("Version", "version"),
 )
@@ -47,8 +52,8 @@ SAMPLER_WORDS = {
     "dpm_solver": "DPM-Solver",
     "dpmpp_2m": "DPM++ 2M",
 }
-_WHOLE = {"steps", "seed", "width", "height"}
-_REAL = {"guidance_scale", "strength", "eta"}
+_WHOLE = {"steps", "seed", "width", "height", "cache_interval", "cache_depth", "merge_seed"}
+_REAL = {"guidance_scale", "strength", "eta", "merge_ratio"}
 
 
 def clean(text: str) -> str:
@@ -86,6 +91,13 @@ def to_infotext(parameters: Mapping[str, Any]) -> str:
     values["rng"] = {"image": "CPU", "compvis": "CompVis"}.get(values.get("rng"), values.get("rng"))
     if not values.get("eta"):
         values["eta"] = None
+    # Knobs that are off say nothing, so that other programs' readers are told of nothing they do not know.
+    low, high = values.get("guidance_interval") or (0, 1)
+    values["guidance_interval"] = f"{low} to {high}" if (low, high) != (0, 1) else None
+    if values.get("cache_interval", 1) == 1:
+        values["cache_interval"] = values["cache_depth"] = None
+    if not values.get("merge_ratio"):
+        values["merge_ratio"] = values["merge_seed"] = None
     if values.get("version"):
         values["version"] = f"ldm {values['version']}"
     options = ", ".join(f"{key}: {quote(values[name])}" for key, name in KEYS if values.get(name) is not None)
@@ -132,12 +144,21 @@ def _typed(name: str, value: str) -> dict[str, Any]:
     if name in _WHOLE:
         return {name: int(value)} if re.fullmatch(r"\d{1,20}", value) else {}
     if name in _REAL:
-        try:
-            number = float(value)
-        except ValueError:
-            return {}
-        return {name: number} if math.isfinite(number) else {}
+        numbers = _numbers(value)
+        return {name: numbers[0]} if len(numbers) == 1 else {}
+    if name == "guidance_interval":
+        numbers = _numbers(*value.split(" to "))
+        return {name: numbers} if len(numbers) == 2 else {}
     return {name: value}
+
+
+def _numbers(*texts: str) -> list[float]:
+    """Read finite numbers; [] if one of the texts is none."""
+    try:
+        numbers = [float(text) for text in texts]
+    except ValueError:
+        return []
+    return numbers if all(map(math.isfinite, numbers)) else []
 
 
 def png_info(parameters: Mapping[str, Any]) -> PngInfo:

@@ -36,6 +36,11 @@ class GenerationParameters:
     spacing: str | None
     guidance_scale: float
     guidance_rescale: float
+    guidance_interval: list[float]
+    cache_interval: int
+    cache_depth: int
+    merge_ratio: float
+    merge_seed: int | None
     eta: float
     width: int
     height: int

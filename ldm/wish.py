@@ -140,6 +140,11 @@ class Job:
     spacing: str | None
     guidance_scale: float
     guidance_rescale: float
+    guidance_interval: tuple[float, float]
+    cache_interval: int
+    cache_depth: int
+    merge_ratio: float
+    merge_seed: int | None
     eta: float
     rng: Literal["image", "compvis"]
     fixed_code: bool

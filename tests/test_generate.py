@@ -1,5 +1,6 @@
 """From prompt to picture: laws of seeds, sizes, masks and strength, the recorded chain, and every refusal."""
 
+import contextlib
 import copy
 import hashlib
 import logging
@@ -147,6 +148,66 @@ def test_fixed_code_begins_every_batch_alike(sd):
     assert far(out.latents[2], out.latents[0]) <= 5e-6 and far(out.latents[1], out.latents[0]) > 0.01
 
 
+# --- knobs ---
+
+KNOBS = {
+    "guidance_interval": [0.2, 0.8],
+    "cache_interval": 2,
+    "cache_depth": 3,
+    "merge_ratio": 0.4,
+    "merge_seed": 11,
+}
+
+
+@contextlib.contextmanager
+def rows_asked(sd):
+    """How many rows the UNet is asked about, call by call."""
+    rows = []
+    unet = sd.model.model.diffusion_model
+    handle = unet.register_forward_hook(lambda module, given, output: rows.append(len(output)))
+    yield rows
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("interval", "rows"),
+    [
+        ((0.0, 1.0), [4, 4, 4, 4, 4]),
+        ((0.3, 0.7), [2, 4, 4, 2, 2]),
+        ((0.0, 0.3), [2, 2, 2, 4, 4]),
+        ((0.5, 0.5), [2, 2, 2, 2, 2]),
+    ],
+)
+def test_the_negative_prompt_is_asked_for_within_the_interval_only(sd, interval, rows):
+    """DDIM's five levels lie at 0.8, 0.6, 0.4, 0.2 and 0 of the schedule."""
+    options = {"steps": 5, "num_images": 2, "seed": 4, "output_type": "latent"}
+    with rows_asked(sd) as seen:
+        out = sd.txt2img(PROMPT, negative_prompt="blue", guidance_interval=interval, **options)
+    assert seen == rows
+    if interval == (0.0, 1.0):
+        assert torch.equal(out.latents, sd.txt2img(PROMPT, negative_prompt="blue", **options).latents)
+    if interval == (0.5, 0.5):
+        assert torch.equal(out.latents, sd.txt2img(PROMPT, guidance_scale=1.0, **options).latents)
+
+
+def test_every_door_takes_the_knobs_and_the_picture_tells_them_and_repeats_itself(sd, sd9, tmp_path):
+    doors = {
+        "txt2img": lambda **options: sd.txt2img(PROMPT, **options),
+        "img2img": lambda **options: sd.img2img(PROMPT, picture(), strength=0.7, **options),
+        "inpaint": lambda **options: sd.inpaint(PROMPT, picture(), half_mask(), **options),
+        "inpaint9": lambda **options: sd9.inpaint(PROMPT, picture(), half_mask(), **options),
+    }
+    for name, paint in doors.items():
+        out, plain = paint(seed=1, steps=4, **KNOBS), paint(seed=1, steps=4)
+        told = ldm.read_metadata(out.save(tmp_path / name)[0])
+        assert {knob: told[knob] for knob in KNOBS} == KNOBS
+        again = paint(**{option: told[option] for option in ("seed", "steps", *KNOBS)})
+        assert torch.equal(again.latents, out.latents) and far(out.latents, plain.latents) > 1e-4
+        told = plain.parameters[0]
+        off = (told.guidance_interval, told.cache_interval, told.cache_depth, told.merge_ratio)
+        assert off == ([0.0, 1.0], 1, 1, 0.0) and told.merge_seed is None
+
+
 # --- the original's draws ---
 
 
@@ -247,6 +308,15 @@ def test_a_picture_gives_the_size_rounded_down(sd):
         ({"guidance_scale": -1}, "got -1"),
         ({"guidance_scale": 1e30}, "got 1e+30"),
         ({"guidance_rescale": 1.5}, "guidance_rescale must be a number from 0 to 1, got 1.5"),
+        ({"guidance_interval": (0.9, 0.2)}, "0 <= low <= high <= 1, got (0.9, 0.2)"),
+        ({"guidance_interval": 0.5}, "guidance_interval must be (low, high)"),
+        ({"cache_interval": 0}, "cache_interval must be a whole number from 1 to 1000, got 0"),
+        ({"cache_depth": 5}, "cache_depth must be a whole number from 1 to 4, got 5"),
+        ({"merge_ratio": 0.9}, "merge_ratio must be a number from 0 to 0.75, got 0.9"),
+        (
+            {"merge_seed": -3},
+            "merge_seed must be a whole number from 0 to 18446744073709551615 or None, got -3",
+        ),
         ({"eta": -1}, "eta must be a number from 0 to 1, got -1"),
         ({"eta": 0.5, "sampler": "plms"}, "eta of plms must be 0"),
         (

@@ -38,6 +38,42 @@ def test_infotext_is_a1111s_to_the_letter():
     )
 
 
+KNOBS = {
+    "guidance_interval": [0.125, 0.8],
+    "cache_interval": 3,
+    "cache_depth": 2,
+    "merge_ratio": 0.5,
+    "merge_seed": 2**64 - 1,
+}
+
+
+def test_knobs_that_are_turned_are_told_and_come_back():
+    text = metadata.to_infotext({**FULL, **KNOBS})
+    assert (
+        "Guidance interval: 0.125 to 0.8, Cache interval: 3, Cache depth: 2, Token merging ratio: 0.5, "
+        "Token merging seed: 18446744073709551615, RNG: CPU"
+    ) in text
+    back = metadata.from_infotext(text)
+    assert {name: back[name] for name in KNOBS} == KNOBS
+
+
+def test_knobs_that_are_off_are_not_told():
+    off = {"guidance_interval": [0.0, 1.0], "cache_interval": 1, "cache_depth": 2, "merge_ratio": 0.0}
+    assert metadata.to_infotext({**FULL, **off, "merge_seed": 3}) == metadata.to_infotext(FULL)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Guidance interval: 0.2, Token merging ratio: nan, Cache interval: x",
+        "Guidance interval: 0.1 to inf, Token merging ratio: 1e999, Cache interval: -1",
+        "Guidance interval: 0.1 to 0.2 to 0.3, Token merging ratio: 0.5 to 0.6, Cache interval: 1.5",
+    ],
+)
+def test_unsound_knobs_are_left_out(line):
+    assert metadata.from_infotext("p\n" + line) == {"prompt": "p"}
+
+
 @pytest.mark.parametrize(
     "prompt",
     [

@@ -159,6 +159,36 @@ def test_every_option_reaches_the_picture(model, home, end):
     assert Image.open("o/samples/00003.png").size == (88, 80)
 
 
+def test_knobs_reach_the_picture(model, home, end):
+    argv = ["--guidance_interval", 0.2, 0.8, "--cache_interval", 2, "--cache_depth", 3, "--merge_ratio", 0.4]
+    argv += ["--merge_seed", 11, "--prompt", "x", "--steps", 4, "--skip_grid", "--outdir", "o"]
+    assert end("txt2img", *model, *argv)[0] == 0
+    assert end("txt2img", *model, *argv[-7:])[0] == 0
+    told, plain = (ldm.read_metadata(f"o/samples/0000{i}.png") for i in (0, 1))
+    names = ("guidance_interval", "cache_interval", "cache_depth", "merge_ratio", "merge_seed")
+    assert [told[name] for name in names] == [[0.2, 0.8], 2, 3, 0.4, 11]
+    assert [plain[name] for name in names] == [[0.0, 1.0], 1, 1, 0.0, None]
+    a, b = (np.asarray(Image.open(f"o/samples/0000{i}.png")) for i in (0, 1))
+    assert not np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--guidance_interval", 0.8, 0.2], "with 0 <= low <= high <= 1, got [0.8, 0.2]"),
+        (["--guidance_interval", 0, 1.5], "wanted a number from 0 to 1, got '1.5'"),
+        (["--guidance_interval", 0.5], "expected 2 arguments"),
+        (["--cache_interval", 0], "wanted a whole number from 1 to 1000, got '0'"),
+        (["--cache_depth", 9], "cache_depth must be a whole number from 1 to 4, got 9"),
+        (["--merge_ratio", 0.8], "wanted a number from 0 to 0.75, got '0.8'"),
+        (["--merge_seed", "random"], "wanted a whole number from 0 to 18446744073709551615, got 'random'"),
+    ],
+)
+def test_knobs_out_of_range_are_refused(model, home, end, flags, words):
+    code, out, err = end("txt2img", *model, "--prompt", "x", "--steps", 2, *flags)
+    assert code == 2 and words in err and len(err.splitlines()) == 1 and not list(Path().rglob("*.png"))
+
+
 def test_a_random_seed_is_told(model, home, end):
     for folder in "ab":
         assert (

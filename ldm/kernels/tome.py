@@ -1,0 +1,185 @@
+"""Fewer tokens for self-attention: token merging for Stable Diffusion (ToMe, arXiv:2303.17604).
+
+Before self-attention at the UNet's highest resolution the most redundant tokens are averaged into ones that they
+resemble; afterwards each takes the answer of the one that it went into. The numbers are others: this way is
+lossy.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from numbers import Integral, Real
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ldm.errors import UsageError
+from ldm.kernels.deepcache import check_compiled, check_unet
+from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
+from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
+
+MAX_RATIO = 0.75  # all but one token of each cell of 2 x 2
+MAX_SEED = 2**64 - 1
+
+
+def destinations(height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
+    """Choose one token of each cell of 2 x 2 that others may go into.
+
+    Args:
+        height, width: of the map; cells at the far edges of odd ones hold only one or two tokens.
+        generator: a CPU one draws the token of each cell; None takes the top left one.
+
+    Returns:
+        (ceil(height / 2) * ceil(width / 2),) int64 places in the map, row by row.
+    """
+    rows, columns = torch.arange(0, height, 2)[:, None], torch.arange(0, width, 2)[None]
+    if generator is not None:
+        drawn = torch.randint(4, (rows.shape[0], columns.shape[1]), generator=generator)
+        rows = (rows + drawn // 2).clamp(max=height - 1)
+        columns = (columns + drawn % 2).clamp(max=width - 1)
+    return (rows * width + columns).flatten()
+
+
+def match(tokens: Tensor, into: Tensor, count: int) -> Tensor:
+    """Decide which tokens go where: bipartite soft matching.
+
+    Every token that is no destination is paired with the destination of the nearest direction (greatest cosine);
+    the `count` closest pairs are merged.
+
+    Args:
+        tokens: (b, n, c) features to compare.
+        into: (d,) int64, the destinations.
+        count: how many are merged, 0 to n - d.
+
+    Returns:
+        (b, n) int64: the place of every token among the n - count that are left. The tokens that nothing
+        happens to come first, then the destinations in their order.
+    """
+    b, n, _ = tokens.shape
+    others = torch.ones(n, dtype=torch.bool).index_fill_(0, into, False).nonzero().flatten()
+    d, s = len(into), len(others)
+    into, others = into.to(tokens.device), others.to(tokens.device)
+    unit = F.normalize(tokens, dim=-1)
+    likeness, nearest = (unit[:, others] @ unit[:, into].transpose(1, 2)).max(dim=-1)  # (b, s) each
+    ranking = likeness.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(s, device=tokens.device)
+    first = s - count  # where the destinations begin among those left
+    place_of_ranked = torch.where(rank < count, first + nearest.gather(1, ranking), rank - count)
+    place = torch.empty(b, n, dtype=torch.int64, device=tokens.device)
+    place[:, others] = torch.empty_like(ranking).scatter_(1, ranking, place_of_ranked)
+    place[:, into] = torch.arange(first, first + d, device=tokens.device)
+    return place
+
+
+def merge(tokens: Tensor, place: Tensor, count: int) -> Tensor:
+    """Average the tokens (b, n, c) that share a place into (b, n - count, c)."""
+    b, n, c = tokens.shape
+    total = tokens.new_zeros(b, n - count, c).scatter_add_(1, place[..., None].expand(-1, -1, c), tokens)
+    size = tokens.new_zeros(b, n - count).scatter_add_(1, place, tokens.new_ones(b, n))
+    return total / size[..., None]
+
+
+def unmerge(tokens: Tensor, place: Tensor) -> Tensor:
+    """Give every one of n tokens the features (b, n - count, c) of its place: (b, n, c)."""
+    return tokens.gather(1, place[..., None].expand(-1, -1, tokens.shape[2]))
+
+
+def finest_transformers(unet: UNetModel) -> list[SpatialTransformer]:
+    """List the spatial transformers of the highest resolution that has any, on the way down and up."""
+    found: dict[int, list[SpatialTransformer]] = {}
+    halvings = 0
+    for block in [*unet.input_blocks, unet.middle_block, *unet.output_blocks]:
+        for layer in block:
+            if isinstance(layer, SpatialTransformer):
+                found.setdefault(halvings, []).append(layer)
+            elif isinstance(layer, Downsample | Upsample) or (isinstance(layer, ResBlock) and layer.updown):
+                rises = isinstance(layer, Upsample) or getattr(layer, "up", False)
+                halvings += -1 if rises else 1
+    return found[min(found)] if found else []
+
+
+class TokenMerging:
+    """Merged tokens in a UNet's finest self-attentions, for one run of a sampler.
+
+    Within `attached()` the tokens of each BasicTransformerBlock at the highest resolution that has any are
+    merged before its self-attention and unmerged behind it; outside the UNet is as it ever was.
+
+    Attributes:
+        ratio, seed: as given.
+
+    Args:
+        unet: a UNetModel with spatial transformers.
+        merge_ratio: share of the tokens that are merged, 0 to 0.75; 0 = none, and nothing is attached.
+        merge_seed: draws the destinations, anew for every block of every step; None = the top left token of
+            each cell of 2 x 2, always.
+
+    Raises:
+        UsageError: a number out of range; another network or a compiled one, or none of its finest
+            transformers attends to itself, where merge_ratio > 0.
+    """
+
+    def __init__(self, unet: nn.Module, merge_ratio: float = 0.0, merge_seed: int | None = None):
+        real = isinstance(merge_ratio, Real) and not isinstance(merge_ratio, bool)
+        if not real or not 0 <= merge_ratio <= MAX_RATIO:
+            raise UsageError(f"merge_ratio must be a number from 0 to {MAX_RATIO}, got {merge_ratio!r}")
+        whole = isinstance(merge_seed, Integral) and not isinstance(merge_seed, bool)
+        if merge_seed is not None and not (whole and 0 <= merge_seed <= MAX_SEED):
+            raise UsageError(
+                f"merge_seed must be a whole number from 0 to {MAX_SEED} or None, got {merge_seed!r}"
+            )
+        self.ratio, self.seed = float(merge_ratio), None if merge_seed is None else int(merge_seed)
+        self._generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        self._blocks: list[tuple[SpatialTransformer, list[BasicTransformerBlock]]] = []
+        if self.ratio > 0:
+            check_unet(unet, "merge_ratio > 0")
+            for transformer in finest_transformers(unet):
+                blocks = [block for block in transformer.transformer_blocks if not block.disable_self_attn]
+                for block in blocks:
+                    check_compiled(block, "merge_ratio > 0")
+                self._blocks += [(transformer, blocks)] if blocks else []
+            if not self._blocks:
+                raise UsageError(
+                    f"merge_ratio > 0 needs a UNet whose finest spatial transformers attend to themselves, got "
+                    f"merge_ratio={self.ratio:g} and none; leave it off"
+                )
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Let the UNet merge tokens, on this object only and until the end of the block."""
+        with contextlib.ExitStack() as hooks:
+            for transformer, blocks in self._blocks:
+                for handle in self._hook(transformer, blocks):
+                    hooks.callback(handle.remove)
+            yield
+
+    def _hook(
+        self, transformer: SpatialTransformer, blocks: list[BasicTransformerBlock]
+    ) -> Iterator[RemovableHandle]:
+        size: tuple[int, ...] = ()
+        place: Tensor | None = None
+        count = 0
+
+        def see_map(module: nn.Module, given: tuple) -> None:
+            nonlocal size
+            size = tuple(given[0].shape[2:])
+
+        def see_tokens(module: nn.Module, given: tuple) -> None:
+            nonlocal place, count
+            into = destinations(*size, self._generator)
+            count = min(int(self.ratio * math.prod(size)), math.prod(size) - len(into))
+            place = match(given[0], into, count) if count else None
+
+        def before(module: nn.Module, given: tuple) -> tuple:
+            return given if place is None else (merge(given[0], place, count), *given[1:])
+
+        def behind(module: nn.Module, given: tuple, output: Tensor) -> Tensor:
+            return output if place is None else unmerge(output, place)
+
+        yield transformer.register_forward_pre_hook(see_map)
+        for block in blocks:
+            # The paper compares the tokens as they come into the block, before its first norm.
+            yield block.register_forward_pre_hook(see_tokens)
+            yield block.attn1.register_forward_pre_hook(before)
+            yield block.attn1.register_forward_hook(behind)
