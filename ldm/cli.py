@@ -423,6 +423,12 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
         "--precision", choices=("autocast", "full", "half", "bfloat16"), default="autocast",
         help="of the UNet; autocast is full where there is no CUDA",
     )  # fmt: skip
+    model.add_argument(
+        "--optimize", action="store_true", help="compute faster on this machine, same numbers up to rounding"
+    )
+    model.add_argument(
+        "--compile", action="store_true", help="the same by torch.compile, which takes minutes at first"
+    )
     model.add_argument("--C", type=integer(1, 64), help="latent channels; checked against the model")
     model.add_argument("--f", type=integer(1, 64), help="pixels a latent cell; checked against the model")
 
@@ -466,6 +472,8 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
     for name, given, own in (("C", args.C, sd.model.channels), ("f", args.f, downsampling(sd.model))):
         if given not in (None, own):
             raise UsageError(f"--{name} {given} does not fit this model, whose {name} is {own}; leave it out")
+    if args.optimize or args.compile:
+        sd.optimize(compile=args.compile)
     return sd
 
 

@@ -383,6 +383,16 @@ class StableDiffusion:
         self.model.to(device)  # after the cast: half as much to move
         return self
 
+    def optimize(self, *, compile: bool = False) -> StableDiffusion:
+        """Compute faster on this machine, with the same numbers up to rounding: see ldm.kernels.optimize.
+
+        ldm.kernels.restore(sd.model) undoes it. Call it again after moving the model to another device.
+        """
+        from ldm.kernels import optimize
+
+        optimize(self.model, compile=compile)
+        return self
+
     @property
     def latent_rgb(self) -> tuple[Tensor, Tensor]:
         """Factors (c, 3) and bias (3,) that turn latents into rough colours; fitted to the decoder once."""

@@ -1,0 +1,269 @@
+"""Builds cpu.cpp for the machine at hand, once, and calls it on tensors.
+
+The library lies in the user's cache, under a name made of everything that it depends on. Where there is no compiler,
+or it cannot be run, `library` gives None and says why in the log, and the plain code does the work.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fopenmp")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+LANES = 16  # channels and widths of what is not attention have to be a multiple
+MOST_FEATURES = 512  # of a head
+LEVELS = ("none", "plain", "AVX512-BF16", "AMX")
+
+_pointer, _size, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_SIGNATURES = {
+    "ldm_level": (_int, []),
+    "ldm_attention_bytes": (_size, [_int, *[_size] * 5, _int]),
+    "ldm_attention": (None, [_int, *[_size] * 5, *[_pointer, _size] * 4, _float, _pointer, _int]),
+    "ldm_norm_bytes": (_size, [_size] * 3),
+    "ldm_group_norm": (
+        None,
+        [_int, *[_size] * 4, *[_pointer] * 4, _size, _float, _int, _pointer, _pointer, _int],
+    ),
+    "ldm_geglu": (None, [_int, _size, _size, _pointer, _pointer, _pointer, _int]),
+}
+
+
+class _NoKernelsError(Exception):
+    """The kernels cannot be had here; the message says why."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Build or find the kernels and load them; None, with a warning in the log, where that fails."""
+    try:
+        found = _load(_build())
+    except _NoKernelsError as error:
+        log.warning("the CPU's own kernels are left out: %s", error)
+        return None
+    log.info("the CPU's kernels multiply bfloat16 by %s", LEVELS[found.ldm_level()])
+    return found
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "ldm" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+        mine = not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
+        # What lies here is run: a folder that others may write to is no place for it.
+        if mine and os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):
+        pass
+    return Path(tempfile.mkdtemp(prefix="ldm-kernels-"))
+
+
+def _processor() -> str:
+    """Name what -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model", "Features"))}))
+
+
+def _build() -> list[Path]:
+    """Compile; return the libraries to try, the one that shares torch's threads first.
+
+    Raises:
+        _NoKernelsError: no compiler, or one that fails.
+    """
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    if compiler is None:
+        raise _NoKernelsError("there is no C++ compiler; install g++, or name one in CXX")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    parts = (SOURCE.read_text(encoding="utf-8"), version, _processor(), *FLAGS)
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    folder = _cache_folder()
+    # torch brings its own OpenMP and has made its functions known to the whole process; a library that names none of
+    # its own finds them there, and both use one set of threads. Where torch has another OpenMP, ours comes along.
+    wanted = [(folder / f"{name}.so", ()), (folder / f"{name}-omp.so", ("-fopenmp",))]
+    if not all(path.exists() for path, _ in wanted):
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            part = Path(work) / "cpu.o"
+            _run([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(part)])
+            for path, options in wanted:
+                made = part.with_name(path.name)
+                _run([compiler, "-shared", *options, str(part), "-o", str(made)])
+                os.replace(made, path)
+    return [path for path, _ in wanted]
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _NoKernelsError(f"'{command[0]}' could not be run: {error}") from error
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
+        raise _NoKernelsError(f"'{command[0]}' failed: {first}")
+
+
+def _load(paths: list[Path]) -> ctypes.CDLL:
+    reasons = []
+    for path in paths:
+        try:
+            found = ctypes.CDLL(str(path))
+        except OSError as error:
+            reasons.append(str(error))
+            continue
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(found, name)
+            function.restype, function.argtypes = result, arguments
+        if not found.ldm_level():
+            raise _NoKernelsError("the system does not let this process use the processor's tiles")
+        return found
+    raise _NoKernelsError("; ".join(reasons))
+
+
+_local = threading.local()
+
+
+def _workspace(size: int) -> int:
+    """Address of at least so many bytes, on a boundary of 64, that last until this thread asks again."""
+    buffer = getattr(_local, "buffer", None)
+    if buffer is None or buffer.numel() < size + 64:
+        buffer = _local.buffer = torch.empty(size + 64, dtype=torch.uint8)
+    return buffer.data_ptr() + -buffer.data_ptr() % 64
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether these are CPU tensors with memory, of one dtype that the kernels know."""
+    dtype = tensors[0].dtype
+    kinds = (Tensor, torch.nn.Parameter)
+    fine = all(type(x) in kinds and x.device.type == "cpu" and x.dtype == dtype for x in tensors)
+    return fine and dtype in DTYPES and library() is not None
+
+
+def serves_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> bool:
+    """Whether `attention` takes these (b, tokens, heads * features) tensors."""
+    return (
+        _plain(q, k, v)
+        and q.dim() == 3
+        and k.shape == v.shape
+        and q.shape[2] == k.shape[2]
+        and q.shape[2] // heads <= MOST_FEATURES
+        and min(q.numel(), k.numel()) > 0
+        and all(x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1) for x in (q, k, v))
+    )
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
+    """Attend: softmax(scale q k^T) v for each head.
+
+    Args:
+        q: (b, n, heads * features).
+        k, v: (b, m, heads * features). Heads lie side by side, as a linear layer gives them.
+
+    Returns:
+        (b, n, heads * features), contiguous.
+    """
+    found, threads = library(), torch.get_num_threads()
+    (b, n, width), m = q.shape, k.shape[1]
+    out = torch.empty((b, n, width), dtype=q.dtype)
+    shape = (DTYPES[q.dtype], b, heads, n, m, width // heads)
+    space = _workspace(found.ldm_attention_bytes(*shape, threads))
+    ends = (part for x in (q, k, v, out) for part in (x.data_ptr(), x.stride(1)))
+    found.ldm_attention(*shape, *ends, scale, space, threads)
+    return out
+
+
+def serves_norm(x: Tensor, groups: int) -> bool:
+    """Whether `group_norm` takes this (b, c, h, w) map: channels last, groups and vectors dividing them."""
+    return (
+        _plain(x)
+        and x.dim() == 4
+        and x.numel() > 0
+        and x.shape[1] % LANES == 0
+        and x.shape[1] % groups == 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    shift: Tensor | None = None,
+    silu: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Normalise x + shift over groups of channels, scale, and bend by SiLU if asked.
+
+    Args:
+        x: (b, c, h, w), channels last.
+        weight, bias: (c,) or (b, c) float32, contiguous.
+        shift: (b, c) float32, contiguous, or None.
+        out: of x's kind, may be x; None makes one.
+    """
+    found = library()
+    b, c, h, w = x.shape
+    out = torch.empty_like(x, memory_format=torch.channels_last) if out is None else out
+    space = _workspace(found.ldm_norm_bytes(b, h * w, c))
+    found.ldm_group_norm(
+        DTYPES[x.dtype],
+        b,
+        h * w,
+        c,
+        groups,
+        x.data_ptr(),
+        None if shift is None else shift.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        0 if weight.dim() == 1 else c,
+        eps,
+        silu,
+        out.data_ptr(),
+        space,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def serves_geglu(doubled: int) -> bool:
+    """Whether `geglu` takes tensors (rows, doubled) of the dtypes that are known."""
+    return doubled % (2 * LANES) == 0 and library() is not None
+
+
+def geglu(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+    """Write first half * gelu(second half) of x + bias.
+
+    Args:
+        x: (rows, 2 width), contiguous.
+        bias: (2 width,) float32.
+        out: (rows, width) of x's dtype, contiguous.
+    """
+    rows, width = x.shape
+    library().ldm_geglu(
+        DTYPES[x.dtype],
+        rows,
+        width // 2,
+        x.data_ptr(),
+        bias.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out

@@ -1,0 +1,197 @@
+"""The CPU's own kernels against their formulas in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from keyed import keyed_input
+
+from ldm.kernels import native
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="the kernels cannot be built here")
+
+# The smallest relative error that rounding the result alone would leave, with room for a few roundings on the way.
+CLOSE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+
+
+def close(got, want, dtype):
+    error = (got.double() - want).norm() / want.norm()
+    assert got.dtype == dtype and error < CLOSE[dtype]
+
+
+def heads_apart(x, heads):
+    return x.double().unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+@pytest.mark.parametrize(
+    ("b", "n", "m", "heads", "features"),
+    [
+        (2, 64, 48, 3, 40),
+        (1, 37, 77, 2, 40),  # nothing divides anything
+        (2, 5, 531, 1, 80),  # more keys than are taken at a time
+        (1, 33, 270, 2, 160),
+        (1, 18, 17, 1, 512),
+        (3, 1, 1, 2, 24),
+    ],
+)
+def test_attention_is_the_softmax_of_products(dtype, b, n, m, heads, features):
+    q, k, v = (
+        keyed_input(f"attention.{s}", (b, t, heads * features)).to(dtype)
+        for s, t in zip("qkv", (n, m, m), strict=True)
+    )
+    q, scale = q * 3, features**-0.5  # peaked rows
+    weights = (scale * heads_apart(q, heads) @ heads_apart(k, heads).transpose(2, 3)).softmax(-1)
+    want = (weights @ heads_apart(v, heads)).transpose(1, 2).flatten(2)
+    assert native.serves_attention(q, k, v, heads)
+    close(native.attention(q, k, v, heads, scale), want, dtype)
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+def test_attention_of_large_scores_overflows_nothing(dtype):
+    """Rows whose largest score comes last, far above the others, and rows of scores that are all alike."""
+    m = 300
+    k = torch.zeros(1, m, 32)
+    k[0, :, 0] = torch.arange(m) - 400.0
+    v = torch.eye(m)[None, :, :32] + 1
+    q = torch.zeros(1, 2, 32)
+    q[0, 0, 0] = 2.0
+    out = native.attention(q.to(dtype), k.to(dtype), v.to(dtype), 1, 1.0)
+    close(out[0, 0], v[0, -1].double(), dtype)
+    close(out[0, 1], v[0].double().mean(0), dtype)
+
+
+def test_attention_reads_heads_out_of_wider_rows():
+    joined = keyed_input("attention.joined", (2, 19, 3 * 48))
+    q, k, v = joined.chunk(3, dim=2)
+    apart = (part.contiguous() for part in (q, k, v))
+    torch.testing.assert_close(
+        native.attention(q, k, v, 2, 0.3), native.attention(*apart, 2, 0.3), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_attention_hides_no_broken_number(where):
+    parts = {s: keyed_input(f"attention.nan.{s}", (1, 40, 32)) for s in "qkv"}
+    parts[where][0, 7, 3] = float("nan")
+    out = native.attention(*parts.values(), 2, 0.25)
+    assert out.isnan().any()
+    assert where != "q" or out[0, :7].isfinite().all()
+
+
+def test_attention_does_not_depend_on_the_number_of_threads():
+    q, k, v = (keyed_input(f"attention.threads.{s}", (2, 70, 80)) for s in "qkv")
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(native.attention(q, k, v, 2, 0.2))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.double(),
+        lambda x: x.half(),
+        lambda x: x[:, :, ::2],
+        lambda x: x.transpose(0, 1),
+        lambda x: x.to("meta"),
+    ],
+    ids=["float64", "float16", "every other", "batch inside", "meta"],
+)
+def test_what_the_kernel_does_not_take_is_left_to_others(make):
+    q = make(keyed_input("attention.left", (2, 6, 64)))
+    assert not native.serves_attention(q, q, q, 2)
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("per_picture", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_group_norm_is_the_formula(dtype, silu, per_picture, shifted):
+    b, c, h, w, groups = 3, 48, 5, 29, 4  # more cells than enter a float sum at a time
+    x = (keyed_input("norm.x", (b, c, h, w)) * 2 + 1).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = (keyed_input(f"norm.{s}", (b, c) if per_picture else (c,)) + 1 for s in ("weight", "bias"))
+    shift = keyed_input("norm.shift", (b, c)) if shifted else None
+    moved = x.double() + (0 if shift is None else shift[:, :, None, None])
+    want = F.group_norm(moved, groups, eps=1e-3)
+    want = want * weight.reshape(-1, c, 1, 1) + bias.reshape(-1, c, 1, 1)
+    want = F.silu(want) if silu else want
+    assert native.serves_norm(x, groups)
+    got = native.group_norm(x, groups, weight, bias, 1e-3, shift=shift, silu=silu)
+    close(got, want, dtype)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    native.group_norm(x, groups, weight, bias, 1e-3, shift=shift, silu=silu, out=x)
+    assert torch.equal(x, got)
+
+
+def test_group_norm_far_from_zero_keeps_its_digits():
+    """A mean of 1,000 times the spread: sums of squares in float32 would leave a digit (torch's way, channels last)."""
+    x = (keyed_input("norm.far", (2, 32, 9, 11)) + 1000).contiguous(memory_format=torch.channels_last)
+    one, zero = torch.ones(32), torch.zeros(32)
+    got = native.group_norm(x, 8, one, zero, 1e-5)
+    want = F.group_norm(x.double(), 8, eps=1e-5)
+    assert (got - want).norm() < 1e-4 * want.norm()  # a thousandth of x has that many digits
+
+
+def test_maps_that_the_norm_does_not_take_are_left_to_others():
+    x = keyed_input("norm.left", (2, 48, 6, 7))
+    assert not native.serves_norm(x, 4)  # channels first
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert native.serves_norm(x, 4) and not native.serves_norm(x, 5)
+    assert not native.serves_norm(x[:, :24].contiguous(memory_format=torch.channels_last), 4)
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+def test_the_gate_is_the_exact_gelu(dtype):
+    x, bias = keyed_input("gate.x", (7, 96)).to(dtype) * 3, keyed_input("gate.bias", (96,))
+    value, gate = (x.double() + bias).chunk(2, dim=1)
+    out = native.geglu(x, bias, torch.empty(7, 48, dtype=dtype))
+    close(out, value * F.gelu(gate), dtype)
+
+
+def test_the_gate_keeps_broken_numbers_and_ends():
+    x = torch.ones(2, 64)
+    x[0, 32], x[1, 32], x[1, 33] = float("nan"), 50.0, -50.0
+    out = native.geglu(x, torch.zeros(64), torch.empty(2, 32))
+    assert out[0, 0].isnan() and out[0, 1:].isfinite().all()
+    assert out[1, 0] == 50 and abs(out[1, 1]) < 1e-30
+
+
+def test_a_machine_without_a_compiler_is_told_so(monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+        assert "there is no C++ compiler; install g++, or name one in CXX" in caplog.text
+        x = torch.ones(1, 2, 16)
+        assert not native.serves_attention(x, x, x, 1)
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
+    assert native.library() is not None
+
+
+def test_a_compiler_that_fails_is_told_so(monkeypatch, caplog, tmp_path):
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("int main( { }")
+    monkeypatch.setattr(native, "SOURCE", broken)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+        assert "failed:" in caplog.text and "error" in caplog.text
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
+
+
+def test_a_cache_that_others_may_write_to_is_not_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    mine = native._cache_folder()
+    assert mine == tmp_path / "ldm" / "kernels"
+    mine.chmod(0o777)
+    assert native._cache_folder() != mine
