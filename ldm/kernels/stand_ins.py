@@ -30,6 +30,8 @@ FEED_ROWS = (
     1024  # tokens that go through a feed-forward at a time, so that what lies between stays in the cache
 )
 DTYPES = (torch.float32, torch.bfloat16)
+# Overloads are named below: to find one by trial, torch prints the tensors into an error that nobody sees.
+mkldnn = torch.ops.mkldnn
 
 
 def _state(x: Tensor | None) -> tuple[Any, ...]:
@@ -133,12 +135,12 @@ class Linear(StandIn):
     def multiply(self, x: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
         weight = self.module.weight
         packed = self._packed.get(
-            lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach(), x.numel() // x.shape[-1]), weight
+            lambda: mkldnn._reorder_linear_weight(weight.detach(), x.numel() // x.shape[-1]), weight
         )
         x = x.contiguous()
         if add is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, add, packed, bias, "add")
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+            return mkldnn._linear_pointwise.binary(x, add, packed, bias, "add")
+        return mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
 
 
 class Conv(StandIn):
@@ -173,7 +175,7 @@ class Conv(StandIn):
 
 def pack_conv(weight: Tensor, padding: Any, stride: Any, dilation: Any, groups: int, size: Any) -> Tensor:
     """Lay a convolution's weight out for maps of a size."""
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, list(size))
+    return mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, list(size))
 
 
 def run_conv(
@@ -188,11 +190,11 @@ def run_conv(
 ) -> Tensor:
     """Convolve x, channels last, with a weight of `pack_conv`, and add a map if there is one."""
     if add is None:
-        return torch.ops.mkldnn._convolution_pointwise(
+        return mkldnn._convolution_pointwise.default(
             x, packed, bias, padding, stride, dilation, groups, "none", [], ""
         )
     add = add.contiguous(memory_format=torch.channels_last)
-    return torch.ops.mkldnn._convolution_pointwise(
+    return mkldnn._convolution_pointwise.binary(
         x, add, packed, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None
     )
 

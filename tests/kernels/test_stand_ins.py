@@ -421,7 +421,7 @@ def test_the_page_s_example_paints_what_it_says():
     [code] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     names = {}
     exec(compile(code, "docs/fast.md", "exec"), names)
-    [prompt] = re.findall(r'txt2img\("(.+?)"', code)
+    [prompt] = re.findall(r'txt2img\(\s*"(.+?)"', code)
     assert check(names["picture"], prompt).holds
     restore(names["sd"].model)
 
