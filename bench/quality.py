@@ -5,9 +5,11 @@ seed i, and read by `ldm.training.checker`; a prompt counts when its every attri
 Frechet distance between the latents painted and those of 2,000 other renders of the same split. Each finished
 row is saved at once; a second run does what is missing. The table has some eight million questions to the UNet:
 `--precision bfloat16 --compile` asks them in a quarter of the time; results of two precisions never share a file.
+`--knob NAME=VALUE` turns one of docs/knobs.md; nor do results of other knobs share a file.
 
     python bench/quality.py                                  # everything, into bench/results/quality.{json,md,png}
     python bench/quality.py --rows 'ddim-0/20/*' --prompts 100 --results /tmp/q.json
+    python bench/quality.py --knob cache_interval=2 --knob guidance_interval=0.2,0.8 --results /tmp/k.json
     python bench/quality.py --grid grid.png                  # 24 prompts, painted, labelled and judged
 """
 
@@ -102,12 +104,18 @@ def choose_rows(rows: list[Row], patterns: list[str] | None) -> list[Row]:
 
 
 def paint(
-    pipeline: "StableDiffusion", prompts: list[str], row: Row, batch: int, known: dict[str, "Tensor"]
+    pipeline: "StableDiffusion",
+    prompts: list[str],
+    row: Row,
+    batch: int,
+    known: dict[str, "Tensor"],
+    **knobs: Any,
 ) -> Iterator["Tensor"]:
     """Sample latents (b, c, h, w) for the prompts, `batch` at a time; prompt i starts from seed i, whatever b is.
 
     Args:
         known: text features of earlier prompts; new ones are added.
+        knobs: see KNOBS.
     """
     from ldm.generate import ImageNoise, denoise, encode_prompt, initial_latents, native_size
 
@@ -127,6 +135,7 @@ def paint(
             unconditional_conditioning=encode_prompt(model, [""] * len(part), known),
             noise=noise,
             autocast=pipeline.autocast,
+            **knobs,
         )
         yield deque(steps, maxlen=1).pop().x_t
 
@@ -176,10 +185,10 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Bench:
-    """The model under test with what all rows share: prompts, reference latents, text features."""
+    """The model under test with what all rows share: prompts, knobs, reference latents, text features."""
 
-    def __init__(self, pipeline: "StableDiffusion", prompts: int, batch: int):
-        self.pipeline, self.prompts, self.batch = pipeline, prompts, batch
+    def __init__(self, pipeline: "StableDiffusion", prompts: int, batch: int, **knobs: Any):
+        self.pipeline, self.prompts, self.batch, self.knobs = pipeline, prompts, batch, knobs
         self.known: dict[str, Any] = {}
         self.references: dict[str, np.ndarray] = {}
 
@@ -207,7 +216,7 @@ class Bench:
             source = encode_renders(self.pipeline, scenes, self.batch)
         else:
             captions = [scene.caption for scene in scenes]
-            source = paint(self.pipeline, captions, row, self.batch, self.known)
+            source = paint(self.pipeline, captions, row, self.batch, self.known, **self.knobs)
         features, verdicts, decibels = [], [], []
         for latents in source:
             features.append(pooled(latents))
@@ -245,12 +254,15 @@ def load_results(path: Path, head: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         FormatError: no results file.
-        MismatchError: results of another model or another number of prompts.
+        MismatchError: results of another model, number of prompts, precision or knobs.
     """
     if not path.exists():
         return {**head, "rows": {}}
     try:
-        results = json.loads(path.read_text())
+        results = {
+            "knobs": {},
+            **json.loads(path.read_text()),
+        }  # files from before there were any say nothing
         earlier = {name: results[name] for name in head}
         results["rows"].items()
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -285,7 +297,7 @@ def save_results(path: Path, results: dict[str, Any]) -> None:
     """Write results as JSON, a line for each row."""
     lines = [f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in results["rows"].items()]
     head = json.dumps({name: value for name, value in results.items() if name != "rows"}, indent=1)
-    write(path, (head.rstrip("\n}") + ',\n "rows": {\n' + ",\n".join(lines) + "\n }\n}\n").encode())
+    write(path, (head.removesuffix("\n}") + ',\n "rows": {\n' + ",\n".join(lines) + "\n }\n}\n").encode())
 
 
 def make_tables(results: dict[str, Any], guidance: float) -> str:
@@ -303,12 +315,13 @@ def make_tables(results: dict[str, Any], guidance: float) -> str:
         ruler = ["---"] + ["---:"] * (len(head) - 1)
         return [f"### {title}", "", *("| " + " | ".join(line) + " |" for line in (head, ruler, *lines)), ""]
 
+    knobs = "".join(f", {name} {value}" for name, value in results["knobs"].items())
     text = [
         f"# Quality of {results['model']}",
         "",
         f"Share of {results['prompts']} fixed prompts whose every attribute holds; in brackets the Frechet distance",
         f"between their latents, averaged to {POOLED} x {POOLED} cells, and those of {REFERENCE:,} other renders of",
-        f"the same split. Weights {results['weights'][:10]}, UNet in {results['precision']}. Made by",
+        f"the same split. Weights {results['weights'][:10]}, UNet in {results['precision']}{knobs}. Made by",
         "`python bench/quality.py`.",
         "",
     ]
@@ -389,7 +402,7 @@ def make_grid(bench: Bench, guidance: float) -> tuple["Image.Image", int]:
     for split, count in GRID_PROMPTS.items():
         prompts = shapes_prompts(count, split=SPLITS[split])
         row = Row("ddim-0", GRID_STEPS, guidance, split)
-        painted = paint(bench.pipeline, prompts, row, bench.batch, bench.known)
+        painted = paint(bench.pipeline, prompts, row, bench.batch, bench.known, **bench.knobs)
         pictures = [p for latents in painted for p in to_pil(decode(bench.pipeline.model, latents))]
         for picture, prompt in zip(pictures, prompts, strict=True):
             verdict = check(picture, prompt)
@@ -412,6 +425,36 @@ def make_grid(bench: Bench, guidance: float) -> tuple["Image.Image", int]:
     return sheet, sum(tile[3] for tile in tiles)
 
 
+# --- knobs --------------------------------------------------------------------------------------------
+
+# What may be turned, as StableDiffusion.stream names it, and how its value is read.
+KNOBS = {
+    "guidance_interval": lambda text: [float(end) for end in text.split(",")],
+    "cache_interval": int,
+    "cache_depth": int,
+    "merge_ratio": float,
+    "merge_seed": int,
+}
+
+
+def read_knobs(words: list[str]) -> dict[str, Any]:
+    """Read NAME=VALUE words; the values' ranges are left to the library.
+
+    Raises:
+        UsageError: an unknown name, one that comes twice, or a value of another kind.
+    """
+    knobs: dict[str, Any] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if name not in KNOBS or name in knobs:
+            raise UsageError(f"--knob wants NAME=VALUE once for any of {', '.join(KNOBS)}; got '{word}'")
+        try:
+            knobs[name] = KNOBS[name](text)
+        except ValueError:
+            raise UsageError(f"--knob {name} wants a number (guidance_interval two), got '{text}'") from None
+    return knobs
+
+
 # --- the script -----------------------------------------------------------------------------------------
 
 
@@ -427,6 +470,9 @@ def parse(argv: list[str] | None):
         help="what the UNet computes in, by autocast; all else is float32",
     )
     parser.add_argument("--compile", action="store_true", help="compile the UNet with torch.compile")
+    parser.add_argument(
+        "--knob", action="append", metavar="NAME=VALUE", help=f"turn one of {', '.join(KNOBS)}"
+    )
     parser.add_argument("--prompts", type=cli.integer(2, 100_000), default=500, help="prompts of each split")
     parser.add_argument("--batch", type=cli.integer(1, 10_000), default=50, help="pictures painted at once")
     parser.add_argument(
@@ -502,8 +548,10 @@ def main(argv: list[str] | None = None) -> None:
     if opt.config and not opt.ckpt:
         raise UsageError("--config describes --ckpt, which is not given; add it or leave --config away")
 
+    knobs = read_knobs(opt.knob or [])
     pipeline = load_pipeline(opt.ckpt, opt.config, opt.device, opt.precision, opt.compile)
-    bench = Bench(pipeline, opt.prompts, opt.batch)
+    pipeline.stream("", **knobs)  # refuses what is out of range, before anything is painted
+    bench = Bench(pipeline, opt.prompts, opt.batch, **knobs)
     if opt.grid:
         import io
 
@@ -519,6 +567,7 @@ def main(argv: list[str] | None = None) -> None:
         "weights": weights_hash(pipeline.file),
         "prompts": opt.prompts,
         "precision": opt.precision,
+        "knobs": knobs,
     }
     results = {**head, "rows": {}} if opt.fresh else load_results(opt.results, head)
     for number, row in enumerate(rows, 1):

@@ -1,8 +1,10 @@
 """Deep features kept from step to step: what is asked when, whose features are used, and that nothing stays behind."""
 
+import importlib.util
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,18 @@ import torch
 from keyed import fill, keyed_input
 from tiny import tiny_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import ldm
 from ldm.errors import UsageError
 from ldm.generate import StableDiffusion, denoise
+from ldm.kernels import restore
 from ldm.kernels.deepcache import DeepCache
+from ldm.kernels.stand_ins import StandIn
 from ldm.modules.diffusionmodules.openaimodel import SuperResModel, UNetModel
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
 CONFIGS = {
     name: entry["config"]
     for file in ("modules.json", "sd2_and_control.json")
@@ -83,7 +90,8 @@ class Count:
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_every_geometry_answers_the_same_question_from_memory_bit_for_bit(name):
-    """At each depth: the whole answer is the UNet's own, and kept features of the same input give it once more."""
+    """Shallow, halfway and to the middle: the whole answer is the UNet's own, and kept features of the same input give
+    it once more."""
     config = CONFIGS[name]
     unet = fill(UNetModel(**config), name + ".")
     asked = {
@@ -97,7 +105,8 @@ def test_every_geometry_answers_the_same_question_from_memory_bit_for_bit(name):
     elif "num_classes" in config:
         asked["y"] = torch.tensor([1, 9])
     want = unet(**asked)
-    for depth in range(1, len(unet.output_blocks) + 1):
+    blocks = len(unet.output_blocks)
+    for depth in (1, blocks // 2, blocks):
         cache = DeepCache(unet, 2, depth)
         with Count(unet.middle_block) as middle, Count(unet.input_blocks[0]) as first:
             assert torch.equal(attached(cache, unet, **asked), want)
@@ -337,6 +346,25 @@ def test_separate_passes_and_an_interval_of_guidance_meet_their_own_features(sd)
     assert middle.rows == [2, 4, 4, 2]
 
 
+@pytest.mark.parametrize("knobs", [{"cache_interval": 2, "cache_depth": 2}, {"merge_ratio": 0.4}])
+def test_an_optimized_model_takes_the_knobs_as_the_plain_one(sd, knobs):
+    """The knob changes the picture; how the numbers are computed does not, beyond rounding."""
+    plain, turned = paint(sd), paint(sd, **knobs)
+    unet = sd.model.model.diffusion_model
+    try:
+        sd.optimize()
+        before = unet.forward
+        assert isinstance(before, StandIn)
+        with Count(unet.middle_block) as middle:
+            fast = paint(sd, **knobs)
+        assert unet.forward is before and len(middle.rows) == (3 if "cache_interval" in knobs else 5)
+        assert torch.equal(paint(sd, **knobs), fast)
+    finally:
+        restore(sd.model)
+    torch.testing.assert_close(fast, turned, rtol=0, atol=1e-3 * float((turned - plain).abs().max()))
+    assert torch.equal(paint(sd, **knobs), turned)
+
+
 # --- refusals ---
 
 
@@ -382,3 +410,64 @@ def test_two_cannot_be_attached_at_once(unet):
     with one.attached(), pytest.raises(UsageError, match="has another one"), two.attached():
         pass
     assert "forward" not in vars(unet)
+
+
+# --- the page ---
+
+PAGE = (ROOT / "docs" / "knobs.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
+def test_blocks_of_the_page_run(code):
+    names: dict = {}
+    exec(compile(code, "docs/knobs.md", "exec"), names)
+    if "share" in names:
+        low, high = names["interval"]
+        assert 0 < low < high < 1
+    if "fast" in names:
+        full, fast = names["full"].latents, names["fast"].latents
+        assert 1e-3 < ((fast - full).norm() / full.norm()).item() < 1
+
+
+def test_commands_of_the_page_run(tmp_path, monkeypatch):
+    commands = [code.strip() for language, code in BLOCKS if language == "bash"]
+    assert {language for language, _ in BLOCKS} == {"python", "bash"} and len(commands) == 1
+    program, path, *argv = shlex.split(commands[0])
+    spec = importlib.util.spec_from_file_location("txt2img", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+    module.main(argv)
+    told = ldm.read_metadata("outputs/txt2img-samples/samples/00000.png")
+    assert told["guidance_interval"] == [0.2, 0.9] and (told["cache_depth"], told["merge_seed"]) == (2, 7)
+
+
+@torch.no_grad()
+def test_a_shallow_step_costs_what_the_page_says():
+    """The shares of the model in the box, and the gains that follow from all shares."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.load(ROOT / "model_data/shapes/config.yaml").model.params.unet_config.params
+    with torch.device("meta"):
+        unet = UNetModel(**OmegaConf.to_container(config)).eval()
+        x, t, context = torch.empty(1, 4, 16, 16), torch.empty(1), torch.empty(1, 32, 128)
+
+    def operations():
+        with FlopCounterMode(display=False) as counter:
+            unet(x, t, context=context)
+        return counter.get_total_flops()
+
+    lines = re.findall(r"^\| (\d) \| (.+?) \|$", PAGE, re.MULTILINE)
+    assert [depth for depth, _ in lines] == list("1234")
+    for depth, cells in lines:
+        told = [float(cell.rstrip(" %x")) for cell in cells.split("|")]
+        cache = DeepCache(unet, 2, int(depth))
+        with cache.attached():
+            whole = operations()
+            cache.next_level()
+            share = operations() / whole
+        assert told[3] == round(100 * share, 1)
+        for percent, *gains in (told[:3], told[3:]):
+            wanted = [n / (1 + (n - 1) * percent / 100) for n in (2, 3)]
+            assert gains == pytest.approx(wanted, abs=0.02)

@@ -142,6 +142,60 @@ def test_results_of_another_precision_are_not_mixed(tiny, tmp_path):
         quality.main([*tiny, *rest])
 
 
+def test_results_of_other_knobs_are_not_mixed(tiny, tmp_path):
+    results = tmp_path / "r.json"
+    rest = ["--rows", "ddim-0/5/*/seen", "--prompts", "3", "--results", str(results)]
+    turned = ["--knob", "guidance_interval=0.2,0.8", "--knob", "cache_interval=2"]
+    quality.main([*tiny, *rest, *turned])
+    found = json.loads(results.read_text())
+    assert found["knobs"] == {"guidance_interval": [0.2, 0.8], "cache_interval": 2}
+    text = results.with_suffix(".md").read_text()
+    assert "UNet in float32, guidance_interval [0.2, 0.8], cache_interval 2. Made by" in text
+    quality.main([*tiny, *rest, *turned[2:], *turned[:2]])  # in any order
+    with pytest.raises(
+        MismatchError, match=r"has results for knobs .*'cache_interval': 2}, this run is for {}"
+    ):
+        quality.main([*tiny, *rest])
+    # A file from before there were knobs is one without any.
+    del found["knobs"]
+    quality.save_results(results, found)
+    with pytest.raises(MismatchError, match="has results for knobs {}, this run is for {'merge_ratio': 0.5}"):
+        quality.main([*tiny, *rest, "--knob", "merge_ratio=0.5"])
+    quality.main([*tiny, *rest])
+    assert "UNet in float32. Made by" in results.with_suffix(".md").read_text()
+
+
+def test_knobs_change_what_is_painted(tiny):
+    """Each is the library's: latents are those of the doors that people use, with the same knobs."""
+    pipeline = quality.load_pipeline(tiny[1], tiny[3], "cpu")
+    row, prompts = quality.Row("ddim-0", 5, 3.0, "seen"), ["a red star", "a blue ring"]
+    plain = torch.cat(list(quality.paint(pipeline, prompts, row, 2, {})))
+    for knobs in ({"guidance_interval": [0.2, 0.8]}, {"cache_interval": 2}, {"merge_ratio": 0.5}):
+        turned = torch.cat(list(quality.paint(pipeline, prompts, row, 2, {}, **knobs)))
+        door = pipeline.txt2img(prompts, steps=5, guidance_scale=3.0, seed=0, output_type="latent", **knobs)
+        torch.testing.assert_close(turned, door.latents, rtol=0, atol=1e-5 * float(plain.abs().max()))
+        assert (turned - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("speed=9", "--knob wants NAME=VALUE once for any of guidance_interval, .*; got 'speed=9'"),
+        ("cache_interval", "--knob cache_interval wants a number .*, got ''"),
+        ("merge_ratio=much", "--knob merge_ratio wants a number .*, got 'much'"),
+        ("cache_interval=0", "cache_interval must be a whole number from 1 to 1000, got 0"),
+        ("guidance_interval=0.2", r"guidance_interval must be \(low, high\).*, got \[0.2\]"),
+    ],
+)
+def test_knobs_that_do_not_turn_are_refused(tiny, tmp_path, word, words):
+    results = tmp_path / "r.json"
+    with pytest.raises(UsageError, match=words):
+        quality.main([*tiny, "--rows", "ddim-0/5/*", "--results", str(results), "--knob", word])
+    assert not results.exists()
+    with pytest.raises(UsageError, match="once for any of"):
+        quality.read_knobs(["cache_depth=2", "cache_depth=2"])
+
+
 def paint_three(tiny, **options):
     pipeline = quality.load_pipeline(tiny[1], tiny[3], "cpu", **options)
     row = quality.Row("ddim-1", 5, 3.0, "seen")
