@@ -11,6 +11,7 @@ diffusers is given its configuration and tokenizer as local files, so that neith
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -19,40 +20,11 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("ldm", "diffusers")
-UNET = {
-    "_class_name": "UNet2DConditionModel",
-    "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 2,
-    "sample_size": 64,
-}
-VAE = {
-    "_class_name": "AutoencoderKL",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
+SETTINGS = "ldm.yaml"  # in the folder of diffusers' configuration: the same model in CompVis's keys
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],
@@ -66,25 +38,100 @@ INDEX = {
 }
 
 
-def write_diffusers_config(folder: Path) -> None:
-    """Write what diffusers would fetch from the hub for a v1 file: JSON files and the tokenizer, no weights."""
-    from ldm.modules.encoders.modules import CLIP_L_FIELDS
-    from ldm.modules.encoders.tokenizer import read_vocabulary, write_vocabulary
-    from ldm.paths import PACKAGE
+def diffusers_config(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Say a configuration with CompVis's keys in diffusers' words: of "unet", "vae", "scheduler", "text_encoder".
 
-    text = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **CLIP_L_FIELDS}
+    Serves the networks that both libraries have; ldm.checkpoints.folders is the way back.
+    """
+    from ldm.checkpoints.folders import PREDICTIONS
+    from ldm.modules.encoders.modules import CLIP_L_FIELDS
+    from ldm.paths import shipped
+
+    params = settings["model"]["params"]
+    unet, first_stage, stage = (
+        params[f"{name}_config"].get("params", {}) for name in ("unet", "first_stage", "cond_stage")
+    )
+    levels, vae = len(unet["channel_mult"]), first_stage["ddconfig"]
+    attends = [2**level in unet["attention_resolutions"] for level in range(levels)]
+    widths = [unet["model_channels"] * factor for factor in unet["channel_mult"]]
+    heads: Any = unet.get("num_heads", -1)
+    if heads == -1:
+        heads = [width // unet["num_head_channels"] for width in widths]
+    predicts = params.get("parameterization", "eps")
+    text = CLIP_L_FIELDS
+    if "version" in stage:
+        text = json.loads((shipped(stage["version"]) / "config.json").read_text(encoding="utf-8"))
+    return {
+        "unet": {
+            "_class_name": "UNet2DConditionModel",
+            "attention_head_dim": heads,
+            "block_out_channels": widths,
+            "cross_attention_dim": unet["context_dim"],
+            "down_block_types": ["CrossAttnDownBlock2D" if at else "DownBlock2D" for at in attends],
+            "up_block_types": ["CrossAttnUpBlock2D" if at else "UpBlock2D" for at in reversed(attends)],
+            "in_channels": unet["in_channels"],
+            "out_channels": unet["out_channels"],
+            "layers_per_block": unet["num_res_blocks"],
+            "resnet_time_scale_shift": "scale_shift" if unet.get("use_scale_shift_norm") else "default",
+            "sample_size": params["image_size"],
+        },
+        "vae": {
+            "_class_name": "AutoencoderKL",
+            "block_out_channels": [vae["ch"] * factor for factor in vae["ch_mult"]],
+            "down_block_types": ["DownEncoderBlock2D"] * len(vae["ch_mult"]),
+            "up_block_types": ["UpDecoderBlock2D"] * len(vae["ch_mult"]),
+            "in_channels": vae["in_channels"],
+            "out_channels": vae["out_ch"],
+            "latent_channels": vae["z_channels"],
+            "layers_per_block": vae["num_res_blocks"],
+            "norm_num_groups": vae.get("num_groups", 32),
+            "sample_size": params["image_size"] * 2 ** (len(vae["ch_mult"]) - 1),
+            "scaling_factor": params.get("scale_factor", 1.0),
+        },
+        "scheduler": {
+            "_class_name": "DDIMScheduler",
+            "beta_end": params["linear_end"],
+            "beta_schedule": "scaled_linear",
+            "beta_start": params["linear_start"],
+            "clip_sample": False,
+            "num_train_timesteps": params["timesteps"],
+            "prediction_type": next(theirs for theirs, ours in PREDICTIONS.items() if ours == predicts),
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+        },
+        "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **text},
+    }
+
+
+def write_diffusers_config(folder: Path, settings: dict[str, Any] | None = None) -> None:
+    """Write what diffusers would fetch from the hub for such a model: JSON files and the tokenizer, no weights.
+
+    Args:
+        settings: with CompVis's keys; they are written beside, for ldm. None stands for Stable Diffusion v1.
+    """
+    from ldm.checkpoints.build import read_settings
+    from ldm.modules.encoders.tokenizer import read_vocabulary, write_vocabulary
+    from ldm.paths import PACKAGE, shipped
+
+    if settings is None:
+        settings = read_settings(shipped("configs/v1-inference.yaml"))
+    parts = diffusers_config(settings)
+    stage = settings["model"]["params"]["cond_stage_config"].get("params", {})
+    tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": stage.get("max_length", 77)}
     for name, content in (
         ("model_index.json", INDEX),
-        ("unet/config.json", UNET),
-        ("vae/config.json", VAE),
-        ("scheduler/scheduler_config.json", SCHEDULER),
-        ("text_encoder/config.json", text),
-        ("tokenizer/tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}),
+        ("tokenizer/tokenizer_config.json", tokenizer),
+        (SETTINGS, settings),
+        ("unet/config.json", parts["unet"]),
+        ("vae/config.json", parts["vae"]),
+        ("scheduler/scheduler_config.json", parts["scheduler"]),
+        ("text_encoder/config.json", parts["text_encoder"]),
     ):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content), encoding="utf-8")
-    write_vocabulary(folder / "tokenizer", *read_vocabulary(PACKAGE / "data" / "clip_merges.txt.gz"))
+    vocabulary = shipped(stage["version"]) if "version" in stage else PACKAGE / "data" / "clip_merges.txt.gz"
+    write_vocabulary(folder / "tokenizer", *read_vocabulary(vocabulary))
 
 
 class Watch:
@@ -108,74 +155,119 @@ class Watch:
         self._thread.join()
 
 
-def measure(library: str, file: str, dtype_name: str, config: str) -> dict[str, float]:
-    """Load once in this process."""
-    import torch
-
-    dtype = getattr(torch, dtype_name)
+def import_library(library: str) -> dict[str, float]:
+    """Import all that loading and painting need, in this process; seconds of torch, and of what comes after."""
     started = time.perf_counter()
+    import torch  # noqa: F401
+
+    imported = time.perf_counter()
     if library == "ldm":
         from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-        import ldm.models.diffusion.ddpm  # noqa: F401
-        from ldm.checkpoints import load_latent_diffusion
-        from ldm.modules.encoders.modules import FrozenCLIPEmbedder  # noqa: F401
+        import ldm.checkpoints
+        import ldm.generate
+        import ldm.models.diffusion.ddpm
+        import ldm.modules.encoders.modules  # noqa: F401
     else:
-        from diffusers import StableDiffusionPipeline
-    imported = time.perf_counter()
-    watch = Watch()
+        from diffusers import StableDiffusionPipeline  # noqa: F401
+    return {"torch_seconds": imported - started, "import_seconds": time.perf_counter() - imported}
+
+
+def load_library(library: str, file: str, dtype_name: str, config: str, device: str = "cpu") -> Any:
+    """Load a file in evaluation mode: a LatentDiffusion, or diffusers' pipeline.
+
+    Args:
+        config: the folder that write_diffusers_config wrote.
+    """
+    import torch
+
+    dtype = getattr(torch, dtype_name)
     if library == "ldm":
-        model, report = load_latent_diffusion(file, dtype=dtype)
-        assert report.total == 1131, report.summary()
-        networks = [model]
-    else:
-        pipe = StableDiffusionPipeline.from_single_file(
-            file, config=config, torch_dtype=dtype, local_files_only=True, safety_checker=None
-        )
-        networks = [pipe.unet, pipe.vae, pipe.text_encoder]
+        from ldm.checkpoints import load_latent_diffusion
+
+        return load_latent_diffusion(file, config=Path(config) / SETTINGS, dtype=dtype, device=device)[0]
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_single_file(
+        file, config=config, torch_dtype=dtype, local_files_only=True, safety_checker=None
+    )
+    return pipe.to(device)
+
+
+def measure(library: str, file: str, dtype_name: str, config: str, device: str = "cpu") -> dict[str, float]:
+    """Load once in this process."""
+    seconds = import_library(library)
+    import torch
+
+    watch = Watch()
+    started = time.perf_counter()
+    model = load_library(library, file, dtype_name, config, device)
     loaded = time.perf_counter()
+    networks = [model] if library == "ldm" else [model.unet, model.vae, model.text_encoder]
     weights = [weight for network in networks for weight in network.parameters()]
-    assert sum(weight.numel() for weight in weights) == 1_066_235_307
-    assert all(weight.dtype == dtype and bool(torch.isfinite(weight.detach().sum())) for weight in weights)
+    # Reading a sum back also waits for a GPU.
+    assert all(bool(torch.isfinite(weight.detach().sum())) for weight in weights)
     ready = time.perf_counter()
     watch.stop()
-    return {
-        "import_seconds": imported - started,
-        "seconds": loaded - imported,
-        "ready_seconds": ready - imported,
+    assert all(weight.dtype == getattr(torch, dtype_name) for weight in weights)
+    assert sum(weight.numel() for weight in weights) == count_parameters(file)
+    return seconds | {
+        "seconds": loaded - started,
+        "ready_seconds": ready - started,
         "anonymous_gb": watch.anonymous / 1e9,
         "resident_gb": watch.resident / 1e9,
     }
 
 
-def run_one(library: str, file: Path, dtype: str, config: Path) -> dict[str, float]:
-    """Load once in a fresh process."""
-    words = [
-        sys.executable,
-        __file__,
-        "--one",
-        library,
-        "--file",
-        str(file),
-        "--dtypes",
-        dtype,
-        "--config",
-        str(config),
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment["HF_HUB_OFFLINE"] = "1"
-    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+def count_parameters(file: str) -> int:
+    """Count the weights in a file: of the three networks, without averages, tables and constants."""
+    from ldm.checkpoints import open_weights
+    from ldm.checkpoints.names import POSITION_IDS, TEXT, UNET, VAE
+
+    with contextlib.closing(open_weights(file)) as weights:
+        infos = weights.infos.items()
+        networks = [(name, info) for name, info in infos if name.startswith((UNET, VAE, TEXT))]
+    return sum(info.numel for name, info in networks if not name.endswith(POSITION_IDS))
+
+
+def fresh_process(
+    script: str, words: list[str], environment: dict[str, str] | None = None
+) -> dict[str, float]:
+    """Run a script of ours in a process of its own, without a network, and read the figures that it prints last.
+
+    Raises:
+        ResourceError: it failed; its last words are named.
+    """
+    from ldm.errors import ResourceError
+
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **(environment or {}), "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise RuntimeError(f"{library} failed: {done.stderr.strip().splitlines()[-1]}")
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise ResourceError(
+            f"'{Path(script).name} {' '.join(words)}' ended with code {done.returncode} and said: {said}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_one(library: str, file: Path, dtype: str, config: Path, device: str = "cpu") -> dict[str, float]:
+    """Load once in a fresh process."""
+    words = ["--one", library, "--file", str(file), "--dtypes", dtype, "--config", str(config)]
+    return fresh_process(__file__, [*words, "--device", device])
+
+
+def read_through(file: Path) -> None:
+    """Read a file once, so that it lies in the page cache."""
+    with file.open("rb") as stream:
+        while stream.read(1 << 24):
+            pass
 
 
 def compare(file: Path, dtypes: list[str], repeats: int, folder: Path) -> dict:
     """Measure both libraries in turn; of each figure the smallest, which other work on the machine disturbs least."""
     write_diffusers_config(folder)
-    with file.open("rb") as stream:
-        while stream.read(1 << 24):
-            pass
+    read_through(file)
     results: dict = {}
     for dtype in dtypes:
         runs: dict[str, list[dict[str, float]]] = {library: [] for library in LIBRARIES}
@@ -207,9 +299,14 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="write the results as JSON")
     parser.add_argument("--one", choices=LIBRARIES, help=argparse.SUPPRESS)
     parser.add_argument("--config", help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.one and options.file is None:
+        print(json.dumps(import_library(options.one)))
+        return
     if options.one:
-        print(json.dumps(measure(options.one, str(options.file), options.dtypes[0], options.config)))
+        found = measure(options.one, str(options.file), options.dtypes[0], options.config, options.device)
+        print(json.dumps(found))
         return
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     with tempfile.TemporaryDirectory() as folder:
