@@ -1,4 +1,5 @@
-// Kernels for one CPU: attention, group norm with SiLU, and the gate of GEGLU, for float and bfloat16.
+// Kernels for one CPU: attention, group norm with SiLU, and the gate of GEGLU, for float and bfloat16; what surrounds
+// the products of a 3x3 convolution, for float.
 //
 // Built for the machine that it runs on (-march=native) and called by ldm/kernels/native.py through plain C functions.
 // Vectors of 16 floats are GCC's, which any machine can hold; products of bfloat16 use AMX tiles where the processor
@@ -8,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include <omp.h>
 
@@ -32,7 +34,7 @@ struct bf16 {
   uint16_t bits;
 };
 
-inline vf splat(float x) { return vf{} + x; }
+inline vf splat(float x) { return vf{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
 inline vf load(const float* p) {
   vf v;
@@ -107,42 +109,65 @@ inline float max_of(vf v) {
   return s[0];
 }
 
-// 2^x for x up to 127, by the Taylor series around the nearest whole number: of degree 6 to 2 parts in 10^7, of degree
-// 4 to 5 in 10^5, which bfloat16 does not see. What is below -126 counts as -126; x has to be a number.
+// 2^x for x up to 127, around the nearest whole number: by the Taylor series of degree 6 to 2 parts in 10^7, or by the
+// nearest polynomial of degree 3 to 1 in 10^4, which bfloat16 does not see. What is below -126 counts as -126; x has to
+// be a number.
 template <int degree = 6>
 inline vf exp2v(vf x) {
   x = vmax(splat(-126.0f), x);
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, and leaves it in the last bits
   vf shifted = x + magic;
   vf r = x - (shifted - magic);  // -0.5 to 0.5
-  vf p = splat(9.6181291e-3f);
-  if (degree == 6) p = (splat(1.5403530e-4f) * r + splat(1.3333558e-3f)) * r + p;
-  p = p * r + splat(5.5504109e-2f);
-  p = p * r + splat(2.4022651e-1f);
-  p = p * r + splat(6.9314718e-1f);
-  p = p * r + splat(1.0f);
+  vf p;
+  if (degree == 6) {
+    p = splat(1.5403530e-4f) * r + splat(1.3333558e-3f);
+    p = p * r + splat(9.6181291e-3f);
+    p = p * r + splat(5.5504109e-2f);
+    p = p * r + splat(2.4022651e-1f);
+    p = p * r + splat(6.9314718e-1f);
+    p = p * r + splat(1.0f);
+  } else {
+    p = splat(5.51716695e-02f) * r + splat(2.42611125e-01f);
+    p = p * r + splat(6.93260986e-01f);
+    p = p * r + splat(9.99928073e-01f);
+  }
   return (vf)((vi)p + ((vi)shifted << 23));
 }
 
+// What follows is for results of type T: of bfloat16 more than 1 part in 10^4 is not seen.
+
+template <class T>
+inline vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+  if (sizeof(T) == 2) return (vf)_mm512_rcp14_ps((__m512)x);
+#endif
+  return 1.0f / x;
+}
+
 // e^x; what is no number stays so.
+template <class T>
 inline vf expv(vf x) {
-  vf found = exp2v(vmin(splat(127.0f), x * 1.44269504f));
+  vf found = exp2v<sizeof(T) == 2 ? 3 : 6>(vmin(splat(127.0f), x * 1.44269504f));
   return x == x ? found : x;
 }
 
-inline vf silu(vf x) { return x / (1.0f + expv(-x)); }
+template <class T>
+inline vf silu(vf x) {
+  return x * reciprocal<T>(1.0f + expv<T>(-x));
+}
 
 // Half of x times 1 + erf(x / sqrt 2); erf by Abramowitz and Stegun 7.1.26, right to 1.5e-7.
+template <class T>
 inline vf gelu(vf x) {
   vf z = x * 0.70710678f;
   vf a = z < 0.0f ? -z : z;
-  vf t = 1.0f / (1.0f + 0.3275911f * a);
+  vf t = reciprocal<T>(1.0f + 0.3275911f * a);
   vf p = splat(1.061405429f);
   p = p * t - 1.453152027f;
   p = p * t + 1.421413741f;
   p = p * t - 0.284496736f;
   p = p * t + 0.254829592f;
-  vf tail = p * t * expv(-a * a);  // 1 - erf(a)
+  vf tail = p * t * expv<T>(-a * a);  // 1 - erf(a)
   vf cdf = x < 0.0f ? 0.5f * tail : 1.0f - 0.5f * tail;
   return x * cdf;
 }
@@ -152,7 +177,8 @@ inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // --- products -----------------------------------------------------------------------------------
 //
 // The right-hand operand is packed in blocks of 16 columns: [block][k / G][16][G], where G is how many steps of the
-// reduction one multiplication takes: 1 for float, 2 for bfloat16. The left-hand one is plain rows.
+// reduction one multiplication takes: 1 for float, 2 for bfloat16. The left-hand one is plain rows, and the result has
+// blocks of 16 columns, too: [block][rows][16].
 
 template <class T>
 struct Group {
@@ -163,67 +189,60 @@ struct Group<bf16> {
   static constexpr int size = 2;
 };
 
-inline vf multiply(const float* a, const float* b, vf c) { return c + splat(*a) * load(b); }
+// A word of 32 bits, one float or two of bfloat16, in all places of a vector.
+inline vf all_places(const void* word) {
+  float bits;
+  std::memcpy(&bits, word, 4);
+  return splat(bits);
+}
 
-inline vf multiply(const bf16* a, const bf16* b, vf c) {
+template <class T>
+inline vf multiply(vf row, vf columns, vf c) {
+  if (Group<T>::size == 1) return c + row * columns;
 #if defined(__AVX512BF16__)
-  int32_t pair;
-  std::memcpy(&pair, a, 4);
-  __m512i columns;
-  std::memcpy(&columns, b, 64);
-  return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)columns);
+  return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)row, (__m512bh)columns);
 #else
-  vu pairs;
-  std::memcpy(&pairs, b, 64);
-  vf even = (vf)(pairs << 16), odd = (vf)(pairs & 0xffff0000u);
-  return c + load1(a) * even + load1(a + 1) * odd;
+  const vu a = (vu)row, b = (vu)columns;
+  return c + (vf)(a << 16) * (vf)(b << 16) + (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u);
 #endif
 }
 
-// c (R rows, J blocks of 16) = or += a (R, k) b; k is a multiple of the group.
+// R rows and J blocks of c = or += a (R, k) b; k is a multiple of the group.
 template <class T, int R, int J>
-inline void block(const T* a, int64_t lda, const T* b, int64_t block_size, int64_t k, float* c, int64_t ldc, bool add) {
+inline void block(const T* a, int64_t lda, const T* b, int64_t b_block, int64_t k, float* c, int64_t c_block, bool add) {
   constexpr int G = Group<T>::size;
   vf acc[R][J];
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < J; ++j) acc[r][j] = add ? load(c + r * ldc + j * L) : vf{};
-  for (int64_t p = 0; p < k; p += G)
-    for (int j = 0; j < J; ++j) {
-      const T* columns = b + j * block_size + p * L;
-      for (int r = 0; r < R; ++r) acc[r][j] = multiply(a + r * lda + p, columns, acc[r][j]);
+    for (int j = 0; j < J; ++j) acc[r][j] = add ? load(c + r * L + j * c_block) : vf{};
+  for (int64_t p = 0; p < k; p += G) {
+    vf columns[J];
+    for (int j = 0; j < J; ++j) columns[j] = load(reinterpret_cast<const float*>(b + j * b_block + p * L));
+    for (int r = 0; r < R; ++r) {
+      const vf row = all_places(a + r * lda + p);
+      for (int j = 0; j < J; ++j) acc[r][j] = multiply<T>(row, columns[j], acc[r][j]);
     }
+  }
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < J; ++j) store(c + r * ldc + j * L, acc[r][j]);
+    for (int j = 0; j < J; ++j) store(c + r * L + j * c_block, acc[r][j]);
 }
 
 template <class T, int J>
-inline void rows_of(const T* a, int64_t lda, const T* b, int64_t block_size, int64_t rows, int64_t k, float* c,
-                    int64_t ldc, bool add) {
+inline void rows_of(const T* a, int64_t lda, const T* b, int64_t b_block, int64_t rows, int64_t k, float* c,
+                    int64_t c_block, bool add) {
   constexpr int R = J == 1 ? 16 : 8;
-  int64_t i = 0;
-  for (; i + R <= rows; i += R) block<T, R, J>(a + i * lda, lda, b, block_size, k, c + i * ldc, ldc, add);
-  for (; i < rows; ++i) block<T, 1, J>(a + i * lda, lda, b, block_size, k, c + i * ldc, ldc, add);
+  for (int64_t i = 0; i < rows; i += R) block<T, R, J>(a + i * lda, lda, b, b_block, k, c + i * L, c_block, add);
 }
 
-// c (rows, 16 blocks) = or += a (rows, k) b (k, 16 blocks)
+// c (rows, 16 blocks) = or += a (rows, k) b (k, 16 blocks), up to three blocks; rows are a multiple of 16
 template <class T>
-void product(const T* a, int64_t lda, const T* b, int64_t block_size, int64_t rows, int64_t blocks, int64_t k, float* c,
-             int64_t ldc, bool add) {
-  int64_t j = 0;
-  while (j < blocks) {
-    int64_t left = blocks - j;
-    const T* columns = b + j * block_size;
-    if (left == 3 || left > 4) {
-      rows_of<T, 3>(a, lda, columns, block_size, rows, k, c + j * L, ldc, add);
-      j += 3;
-    } else if (left >= 2) {
-      rows_of<T, 2>(a, lda, columns, block_size, rows, k, c + j * L, ldc, add);
-      j += 2;
-    } else {
-      rows_of<T, 1>(a, lda, columns, block_size, rows, k, c + j * L, ldc, add);
-      j += 1;
-    }
-  }
+void product(const T* a, int64_t lda, const T* b, int64_t b_block, int64_t rows, int64_t blocks, int64_t k, float* c,
+             int64_t c_block, bool add) {
+  if (blocks == 3)
+    rows_of<T, 3>(a, lda, b, b_block, rows, k, c, c_block, add);
+  else if (blocks == 2)
+    rows_of<T, 2>(a, lda, b, b_block, rows, k, c, c_block, add);
+  else
+    rows_of<T, 1>(a, lda, b, b_block, rows, k, c, c_block, add);
 }
 
 #if defined(LDM_AMX)
@@ -240,73 +259,99 @@ inline void configure_tiles() {
   _tile_loadconfig(&tiles);
 }
 
-// Rows are a multiple of 16 and k of 32: the caller pads. Tiles 0 to 3 are sums, 4 and 5 rows of a, 6 and 7 columns.
+// Up to two blocks; k is a multiple of 32. Tiles 0 to 3 are sums, 4 and 5 rows of a, 6 and 7 columns.
 template <>
-void product<bf16>(const bf16* a, int64_t lda, const bf16* b, int64_t block_size, int64_t rows, int64_t blocks,
-                   int64_t k, float* c, int64_t ldc, bool add) {
-  const int64_t as = lda * 2, cs = ldc * 4;
+void product<bf16>(const bf16* a, int64_t lda, const bf16* b, int64_t b_block, int64_t rows, int64_t blocks, int64_t k,
+                   float* c, int64_t c_block, bool add) {
+  const int64_t as = lda * 2;
+  const bf16* b1 = b + b_block;
   int64_t i = 0;
-  for (; i + 32 <= rows; i += 32) {
-    const bf16 *a0 = a + i * lda, *a1 = a0 + 16 * lda;
-    float *c0 = c + i * ldc, *c1 = c0 + 16 * ldc;
-    int64_t j = 0;
-    for (; j + 2 <= blocks; j += 2) {
-      const bf16 *b0 = b + j * block_size, *b1 = b0 + block_size;
+  if (blocks == 2) {
+    for (; i + 32 <= rows; i += 32) {
+      const bf16 *a0 = a + i * lda, *a1 = a0 + 16 * lda;
+      float *c0 = c + i * L, *c1 = c0 + 16 * L;
       if (add) {
-        _tile_loadd(0, c0 + j * L, cs); _tile_loadd(1, c0 + j * L + L, cs);
-        _tile_loadd(2, c1 + j * L, cs); _tile_loadd(3, c1 + j * L + L, cs);
+        _tile_loadd(0, c0, 64); _tile_loadd(1, c0 + c_block, 64);
+        _tile_loadd(2, c1, 64); _tile_loadd(3, c1 + c_block, 64);
       } else {
         _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
       }
       for (int64_t p = 0; p < k; p += 32) {
-        _tile_loadd(4, a0 + p, as); _tile_loadd(6, b0 + p * L, 64);
+        _tile_loadd(6, b + p * L, 64); _tile_loadd(4, a0 + p, as);
         _tile_loadd(7, b1 + p * L, 64); _tile_loadd(5, a1 + p, as);
         _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
       }
-      _tile_stored(0, c0 + j * L, cs); _tile_stored(1, c0 + j * L + L, cs);
-      _tile_stored(2, c1 + j * L, cs); _tile_stored(3, c1 + j * L + L, cs);
+      _tile_stored(0, c0, 64); _tile_stored(1, c0 + c_block, 64);
+      _tile_stored(2, c1, 64); _tile_stored(3, c1 + c_block, 64);
     }
-    if (j < blocks) {
-      const bf16* b0 = b + j * block_size;
+    for (; i < rows; i += 16) {
+      const bf16* a0 = a + i * lda;
+      float* c0 = c + i * L;
       if (add) {
-        _tile_loadd(0, c0 + j * L, cs); _tile_loadd(2, c1 + j * L, cs);
+        _tile_loadd(0, c0, 64); _tile_loadd(1, c0 + c_block, 64);
       } else {
-        _tile_zero(0); _tile_zero(2);
+        _tile_zero(0); _tile_zero(1);
       }
       for (int64_t p = 0; p < k; p += 32) {
-        _tile_loadd(6, b0 + p * L, 64); _tile_loadd(4, a0 + p, as); _tile_loadd(5, a1 + p, as);
-        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(2, 5, 6);
+        _tile_loadd(4, a0 + p, as); _tile_loadd(6, b + p * L, 64); _tile_loadd(7, b1 + p * L, 64);
+        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
       }
-      _tile_stored(0, c0 + j * L, cs); _tile_stored(2, c1 + j * L, cs);
+      _tile_stored(0, c0, 64); _tile_stored(1, c0 + c_block, 64);
     }
+    return;
   }
   for (; i < rows; i += 16) {
     const bf16* a0 = a + i * lda;
-    float* c0 = c + i * ldc;
-    for (int64_t j = 0; j < blocks; ++j) {
-      const bf16* b0 = b + j * block_size;
-      if (add) {
-        _tile_loadd(0, c0 + j * L, cs);
-      } else {
-        _tile_zero(0);
-      }
-      for (int64_t p = 0; p < k; p += 32) {
-        _tile_loadd(4, a0 + p, as); _tile_loadd(6, b0 + p * L, 64);
-        _tile_dpbf16ps(0, 4, 6);
-      }
-      _tile_stored(0, c0 + j * L, cs);
+    float* c0 = c + i * L;
+    if (add) {
+      _tile_loadd(0, c0, 64);
+    } else {
+      _tile_zero(0);
     }
+    for (int64_t p = 0; p < k; p += 32) {
+      _tile_loadd(4, a0 + p, as); _tile_loadd(6, b + p * L, 64);
+      _tile_dpbf16ps(0, 4, 6);
+    }
+    _tile_stored(0, c0, 64);
   }
 }
 
 #endif
 
-// --- attention ----------------------------------------------------------------------------------
+// Up to 16 words of 32 bits, and zeros after them.
+inline vu load_words(const void* p, int64_t bytes) {
+  vu v = {};
+  if (bytes >= 64) {
+    std::memcpy(&v, p, 64);
+  } else {
+    char buffer[64] = {};
+    std::memcpy(buffer, p, bytes);
+    std::memcpy(&v, buffer, 64);
+  }
+  return v;
+}
 
-constexpr int64_t ROWS = 32;    // queries at a time
-constexpr int64_t CHUNK = 256;  // keys at a time: their scores stay in the first cache
-constexpr int64_t LANE = CHUNK + L;  // of the scores; a power of two would crowd few sets of it
+// Turn 16 rows of 16 words into columns: interleaving row i with row i + 8, four times.
+inline void transpose(vu* rows) {
+  vu other[16];
+  for (int round = 0; round < 4; ++round) {
+    vu *from = round % 2 ? other : rows, *to = round % 2 ? rows : other;
+    for (int i = 0; i < 8; ++i) {
+      to[2 * i] = __builtin_shufflevector(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      to[2 * i + 1] =
+          __builtin_shufflevector(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+  }
+}
+
+// --- attention ----------------------------------------------------------------------------------
+//
+// All of it is turned round, keys as rows and queries as columns, so that what is done for each query (maximum, sum,
+// scaling) is done for 16 of them in one vector.
+
+constexpr int64_t CHUNK = 64;  // keys at a time: their scores, and what makes them, stay in the first cache
 constexpr int64_t MOST_FEATURES = 512;
+constexpr float SLACK = 2;  // powers of two by which a score may exceed what was the maximum before sums are scaled anew
 
 template <class T>
 inline void clear(T* p, int64_t n) {
@@ -321,33 +366,6 @@ inline bool finite(const T* p, int64_t n) {
   return zero == 0;
 }
 
-// Pack keys as columns: the reduction is over the head's features. False if not all are finite.
-template <class T>
-bool pack_keys(const T* k, int64_t stride, int64_t keys, int64_t features, int64_t depth, T* packed) {
-  constexpr int G = Group<T>::size;
-  bool fine = true;
-  clear(packed, up(keys, 2 * L) * depth);
-  for (int64_t m = 0; m < keys; ++m) {
-    T* column = packed + m / L * L * depth + m % L * G;
-    const T* row = k + m * stride;
-    for (int64_t d = 0; d < features; ++d) column[d / G * L * G + d % G] = row[d];
-    fine = fine && finite(row, features);
-  }
-  return fine;
-}
-
-// Pack values as columns of features: the reduction is over the keys.
-template <class T>
-void pack_values(const T* v, int64_t stride, int64_t keys, int64_t features, int64_t width, int64_t depth, T* packed) {
-  constexpr int G = Group<T>::size;
-  clear(packed, width * depth);
-  for (int64_t m = 0; m < keys; ++m) {
-    const T* row = v + m * stride;
-    for (int64_t d = 0; d < features; ++d)
-      packed[d / L * L * depth + m / G * L * G + d % L * G + m % G] = row[d];
-  }
-}
-
 template <class T>
 struct Shape {
   int64_t batch, heads, queries, keys, features;
@@ -356,66 +374,188 @@ struct Shape {
 #else
   static constexpr int64_t step = Group<T>::size;
 #endif
-  int64_t depth() const { return up(features, step); }   // of the first product's reduction
-  int64_t width() const { return up(features, L); }      // of the second one's columns
+  static constexpr int64_t blocks = Group<T>::size == 2 ? 2 : 3;  // vectors of queries at a time
+  static constexpr int64_t rows = blocks * L;
+  int64_t depth() const { return up(features, step); }  // of the first product's reduction
+  int64_t width() const { return up(features, L); }     // of the second one's rows
   int64_t padded_keys() const { return up(keys, 2 * L); }
   int64_t key_size() const { return padded_keys() * depth(); }
-  int64_t value_size() const { return padded_keys() * width(); }
+  int64_t value_size() const { return up(keys, CHUNK) * width(); }
 };
 
-// One block of queries: running maximum and sum per row, as flash attention keeps them (arXiv:2205.14135).
+// Keys as rows of the first product, with zeros after them. False if not all are finite.
+template <class T>
+bool pack_keys(const Shape<T>& s, const T* k, int64_t stride, T* packed) {
+  bool fine = true;
+  const int64_t depth = s.depth();
+  clear(packed, s.key_size());
+  for (int64_t m = 0; m < s.keys; ++m) {
+    std::memcpy(packed + m * depth, k + m * stride, s.features * sizeof(T));
+    fine = fine && finite(k + m * stride, s.features);
+  }
+  return fine;
+}
+
+// Words of 32 bits from d on of what stands at key m, or at keys m and m + 1 where two make a word.
+inline vu value_words(const float* v, int64_t stride, int64_t m, int64_t keys, int64_t left) {
+  return m < keys ? load_words(v + m * stride, left * 4) : vu{};
+}
+inline vu value_words(const bf16* v, int64_t stride, int64_t m, int64_t keys, int64_t left) {
+  vh pair[2] = {};
+  for (int i = 0; i < 2; ++i)
+    if (m + i < keys) std::memcpy(&pair[i], v + (m + i) * stride, left < L ? left * 2 : 32);
+  return __builtin_convertvector(pair[0], vu) | __builtin_convertvector(pair[1], vu) << 16;
+}
+
+// Values as rows of the second product, features by keys: [chunk][width][CHUNK].
+template <class T>
+void pack_values(const Shape<T>& s, const T* v, int64_t stride, T* packed) {
+  constexpr int G = Group<T>::size;
+  const int64_t width = s.width();
+  for (int64_t m = 0; m < up(s.keys, CHUNK); m += G * L)
+    for (int64_t d = 0; d < width; d += L) {
+      vu words[16];
+      for (int i = 0; i < 16; ++i) words[i] = value_words(v + d, stride, m + i * G, s.keys, s.features - d);
+      transpose(words);
+      for (int i = 0; i < 16; ++i)
+        std::memcpy(packed + m / CHUNK * CHUNK * width + (d + i) * CHUNK + m % CHUNK, &words[i], 64);
+    }
+}
+
+// Queries as columns of the first product: [block][depth / G][16][G].
+template <class T>
+void pack_queries(const Shape<T>& s, const T* q, int64_t stride, int64_t count, T* packed) {
+  const int64_t depth = s.depth(), bytes = s.features * sizeof(T);
+  for (int64_t j = 0; j < up(count, L) / L; ++j)
+    for (int64_t word = 0; word < depth / Group<T>::size; word += 16) {
+      vu words[16];
+      for (int i = 0; i < 16; ++i) {
+        const int64_t query = j * L + i, left = bytes - word * 4;
+        words[i] = query < count && left > 0 ? load_words((const char*)(q + query * stride) + word * 4, left) : vu{};
+      }
+      transpose(words);
+      for (int64_t i = 0; i < 16 && word + i < depth / Group<T>::size; ++i)
+        std::memcpy((char*)(packed + j * depth * L) + (word + i) * 64, &words[i], 64);
+    }
+}
+
+// Weights of two keys for 16 queries, as columns of the second product.
+inline void store_pair(float* p, vf a, vf b) {
+  store(p, a);
+  store(p + L, b);
+}
+inline void store_pair(bf16* p, vf a, vf b) {
+  vu words;
+#if defined(__AVX512BF16__)
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  words = (vu)_mm512_permutexvar_epi16(_mm512_load_si512(order), both);
+#else
+  bf16 halves[2 * L];
+  store(halves, a);
+  store(halves + L, b);
+  vh low, high;
+  std::memcpy(&low, halves, 32);
+  std::memcpy(&high, halves + L, 32);
+  words = __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16;
+#endif
+  std::memcpy(p, &words, 64);
+}
+
+inline bool any(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#else
+  int found = 0;
+  for (int i = 0; i < L; ++i) found |= mask[i];
+  return found;
+#endif
+}
+
+// One block of queries: running maximum and sum for each, as flash attention keeps them (arXiv:2205.14135); the maximum
+// is followed only where scores would grow out of reach otherwise.
 template <class T>
 void attend_block(const Shape<T>& s, const T* q, int64_t q_stride, int64_t count, const T* keys, bool fine,
                   const T* values, T* out, int64_t out_stride, float scale, float* scratch) {
-  const int64_t depth = s.depth(), width = s.width(), rows = up(count, L);
-  float* scores = scratch;                       // (ROWS, LANE); the weights overwrite them, in T
-  float* sums = scores + ROWS * LANE;            // (ROWS, width)
-  float* top = sums + ROWS * width;              // (ROWS,)
-  float* total = top + ROWS;                     // (ROWS,)
-  T* left = reinterpret_cast<T*>(total + ROWS);  // (ROWS, depth)
-  clear(left, rows * depth);
-  for (int64_t i = 0; i < count; ++i) std::memcpy(left + i * depth, q + i * q_stride, s.features * sizeof(T));
+  constexpr int64_t SCORES = CHUNK * L, MOST = Shape<T>::blocks;
+  const int64_t depth = s.depth(), width = s.width(), blocks = up(count, L) / L;
+  float* scores = scratch;                // [block][CHUNK][16]; the weights overwrite them, in T
+  float* other = scores + MOST * SCORES;  // the same of the next chunk
+  float* sums = other + MOST * SCORES;    // [block][width][16]
+  T* left = reinterpret_cast<T*>(sums + MOST * width * L);  // [block][depth / G][16][G]
+  vf top[MOST], total[MOST];
+  pack_queries(s, q, q_stride, count, left);
   const float factor = scale * 1.44269504f;
-  constexpr int degree = sizeof(T) == 2 ? 4 : 6;
-  for (int64_t i = 0; i < rows; ++i) top[i] = -std::numeric_limits<float>::infinity(), total[i] = 0;
+  constexpr int degree = sizeof(T) == 2 ? 3 : 6;
+  const vf lowest = splat(-std::numeric_limits<float>::infinity());
+  for (int64_t j = 0; j < blocks; ++j) top[j] = lowest, total[j] = vf{};
+  const auto score = [&](int64_t m, int64_t rows, float* to) {  // some keys, in rows of to, and the queries
+    product<T>(keys + m * depth, depth, left, depth * L, rows, blocks, depth, to, SCORES, false);
+  };
+  score(0, up(s.keys < CHUNK ? s.keys : CHUNK, 2 * L), scores);
   for (int64_t m0 = 0; m0 < s.keys; m0 += CHUNK) {
     const int64_t here = s.keys - m0 < CHUNK ? s.keys - m0 : CHUNK, padded = up(here, 2 * L);
-    product<T>(left, depth, keys + m0 * depth, L * depth, rows, padded / L, depth, scores, LANE,
-               false);
-    for (int64_t i = 0; i < rows; ++i) {
-      float* row = scores + i * LANE;
-      for (int64_t m = here; m < padded; ++m) row[m] = -std::numeric_limits<float>::infinity();
-      vf most = splat(-std::numeric_limits<float>::infinity());
-      for (int64_t m = 0; m < padded; m += L) most = vmax(most, load(row + m));
-      float now = max_of(most) * factor;
-      now = now > top[i] ? now : top[i];
-      T* weights = reinterpret_cast<T*>(row);
-      vf sum = {}, base = splat(now);
-      for (int64_t m = 0; m < padded; m += L) {
-        vf w = exp2v<degree>(load(row + m) * factor - base);  // 2^-126 where there is no key, and its value is zero
-        sum += w;
-        store(weights + m, w);
+    const int64_t after = s.padded_keys() - m0 - CHUNK;  // keys that follow this chunk
+    for (int64_t j = 0; j < blocks; ++j) {
+      float* column = scores + j * SCORES;
+      for (int64_t m = here; m < padded; ++m) store(column + m * L, lowest);
+      vf most[4] = {lowest, lowest, lowest, lowest};
+      for (int64_t m = 0; m < padded; m += 4)
+        for (int i = 0; i < 4; ++i) most[i] = vmax(most[i], load(column + (m + i) * L));
+      const vf now = vmax(vmax(most[0], most[1]), vmax(most[2], most[3])) * factor;
+      if (any((vi)(now > top[j] + SLACK))) {
+        const vf higher = vmax(top[j], now), shrink = exp2v(top[j] - higher);
+        top[j] = higher;
+        total[j] *= shrink;
+        float* rows = sums + j * width * L;
+        if (m0)
+          for (int64_t d = 0; d < width; ++d) store(rows + d * L, load(rows + d * L) * shrink);
       }
-      const float shrink = std::exp2(top[i] - now);  // 0 at the first chunk
-      total[i] = total[i] * shrink + sum_of(sum);
-      top[i] = now;
-      if (m0)
-        for (int64_t d = 0; d < width; d += L) store(sums + i * width + d, load(sums + i * width + d) * shrink);
     }
-    product<T>(reinterpret_cast<T*>(scores), LANE * 4 / sizeof(T), values + m0 * L, s.padded_keys() * L, rows, width / L, padded, sums,
-               width, m0 > 0);
+    for (int64_t part = 0; part < padded; part += L) {
+      if (part < after) score(m0 + CHUNK + part, L, other + part * L);  // tiles work while vectors do what follows
+      for (int64_t j = 0; j < blocks; ++j) {
+        float* column = scores + j * SCORES + part * L;
+        T* weights = reinterpret_cast<T*>(scores + j * SCORES) + part * L;
+        vf base = top[j], sum[2] = {};
+        for (int64_t m = 0; m < L; m += 2) {  // 2^-126 where there is no key, and its value is zero
+          vf a = exp2v<degree>(load(column + m * L) * factor - base);
+          vf b = exp2v<degree>(load(column + m * L + L) * factor - base);
+          sum[0] += a;
+          sum[1] += b;
+          store_pair(weights + m * L, a, b);
+        }
+        total[j] += sum[0] + sum[1];
+      }
+    }
+    product<T>(values + m0 * width, CHUNK, reinterpret_cast<T*>(scores), SCORES * 4 / sizeof(T), width, blocks, padded,
+               sums, width * L, m0 > 0);
+    std::swap(scores, other);
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const float inverse = fine && finite(left + i * depth, s.features) ? 1.0f / total[i] : NAN;
-    float line[MOST_FEATURES];
-    for (int64_t d = 0; d < width; d += L) store(line + d, load(sums + i * width + d) * inverse);
-    for (int64_t d = 0; d < s.features; ++d) store1(out + i * out_stride + d, line[d]);
+  for (int64_t j = 0; j < blocks; ++j) {
+    const int64_t first = j * L, rows = count - first < L ? count - first : L;
+    float inverse[L] = {};
+    for (int64_t i = 0; i < rows; ++i)
+      inverse[i] = fine && finite(q + (first + i) * q_stride, s.features) ? 1.0f / total[j][i] : NAN;
+    for (int64_t d = 0; d < width; d += L) {
+      vu words[16];
+      for (int i = 0; i < 16; ++i) words[i] = (vu)(load(sums + (j * width + d + i) * L) * load(inverse));
+      transpose(words);
+      const int64_t features = s.features - d < L ? s.features - d : L;
+      for (int64_t i = 0; i < rows; ++i) {
+        T line[L];
+        store(line, (vf)words[i]);
+        std::memcpy(out + (first + i) * out_stride + d, line, features * sizeof(T));
+      }
+    }
   }
 }
 
 template <class T>
 int64_t scratch_floats(const Shape<T>& s) {
-  return up(ROWS * LANE + ROWS * s.width() + 2 * ROWS + ROWS * s.depth() * (int64_t)sizeof(T) / 4, 64);
+  constexpr int64_t rows = Shape<T>::rows;
+  return up(2 * rows * CHUNK + rows * s.width() + rows * s.depth() * (int64_t)sizeof(T) / 4, 64);
 }
 
 template <class T>
@@ -428,7 +568,7 @@ int64_t attention_bytes(const Shape<T>& s, int threads) {
 template <class T>
 void attention(const Shape<T>& s, const T* q, int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride,
                T* out, int64_t out_stride, float scale, char* workspace, int threads) {
-  const int64_t pairs = s.batch * s.heads, blocks = (s.queries + ROWS - 1) / ROWS;
+  const int64_t pairs = s.batch * s.heads, blocks = (s.queries + s.rows - 1) / s.rows;
   float* scratch = reinterpret_cast<float*>(workspace);
   T* packed = reinterpret_cast<T*>(scratch + threads * scratch_floats<T>(s));
   char* fine = reinterpret_cast<char*>(packed + pairs * (s.key_size() + s.value_size()));  // (pairs,): of the keys
@@ -438,17 +578,16 @@ void attention(const Shape<T>& s, const T* q, int64_t q_stride, const T* k, int6
     for (int64_t i = 0; i < pairs; ++i) {
       const int64_t b = i / s.heads, h = i % s.heads;
       T* keys = packed + i * (s.key_size() + s.value_size());
-      fine[i] = pack_keys(k + b * s.keys * k_stride + h * s.features, k_stride, s.keys, s.features, s.depth(), keys);
-      pack_values(v + b * s.keys * v_stride + h * s.features, v_stride, s.keys, s.features, s.width(), s.padded_keys(),
-                  keys + s.key_size());
+      fine[i] = pack_keys(s, k + b * s.keys * k_stride + h * s.features, k_stride, keys);
+      pack_values(s, v + b * s.keys * v_stride + h * s.features, v_stride, keys + s.key_size());
     }
 #if defined(LDM_AMX)
     configure_tiles();
 #endif
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < pairs * blocks; ++task) {
-      const int64_t i = task / blocks, b = i / s.heads, h = i % s.heads, first = task % blocks * ROWS;
-      const int64_t count = s.queries - first < ROWS ? s.queries - first : ROWS;
+      const int64_t i = task / blocks, b = i / s.heads, h = i % s.heads, first = task % blocks * s.rows;
+      const int64_t count = s.queries - first < s.rows ? s.queries - first : s.rows;
       const T* keys = packed + i * (s.key_size() + s.value_size());
       attend_block(s, q + (b * s.queries + first) * q_stride + h * s.features, q_stride, count, keys, fine[i],
                    keys + s.key_size(), out + (b * s.queries + first) * out_stride + h * s.features, out_stride, scale,
@@ -538,7 +677,7 @@ void group_norm(int64_t batch, int64_t cells, int64_t channels, int64_t groups, 
         T* to = out + (b * cells + i) * channels;
         for (int64_t c = 0; c < channels; c += L) {
           vf y = load(row + c) * load(factor + c) + load(offset + c);
-          store(to + c, with_silu ? silu(y) : y);
+          store(to + c, with_silu ? silu<T>(y) : y);
         }
       }
     }
@@ -555,7 +694,81 @@ void geglu(int64_t rows, int64_t width, const T* x, const float* bias, T* out, i
     const T *value = x + i * 2 * width, *gate = value + width;
     T* to = out + i * width;
     for (int64_t c = 0; c < width; c += L)
-      store(to + c, (load(value + c) + load(bias + c)) * gelu(load(gate + c) + load(bias + width + c)));
+      store(to + c, (load(value + c) + load(bias + c)) * gelu<T>(load(gate + c) + load(bias + width + c)));
+  }
+}
+
+// --- 3x3 convolutions by Winograd's minimal filtering --------------------------------------------
+//
+// F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308): a tile of 2x2 results takes 16 products of channels instead of 36.
+// The products are matrix products, one for each of 16 places, which the caller has done between these two functions.
+// Tiles are counted through rows of tiles of the whole batch: row r is row r % tile_rows of picture r / tile_rows.
+
+struct Map {
+  int64_t height, width;
+  int64_t tile_rows() const { return (height + 1) / 2; }
+  int64_t tile_columns() const { return (width + 1) / 2; }
+};
+
+// x is (batch, height, width, channels); out is (16, rows * tile_columns, channels): B^T d B of each patch of 4x4.
+void winograd_input(Map map, int64_t channels, int64_t first, int64_t rows, const float* x, float* out, int threads) {
+  const int64_t across = map.tile_columns(), tiles = rows * across, plane = tiles * channels;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t row = first + tile / across, top = row % map.tile_rows() * 2 - 1, left = tile % across * 2 - 1;
+    const float* picture = x + row / map.tile_rows() * map.height * map.width * channels;
+    for (int64_t c = 0; c < channels; c += L) {
+      vf d[4][4];
+      for (int i = 0; i < 4; ++i) {
+        vf p[4];
+        for (int j = 0; j < 4; ++j) {
+          const int64_t y = top + i, z = left + j;
+          const bool inside = y >= 0 && y < map.height && z >= 0 && z < map.width;
+          p[j] = inside ? load(picture + (y * map.width + z) * channels + c) : vf{};
+        }
+        d[i][0] = p[0] - p[2];
+        d[i][1] = p[1] + p[2];
+        d[i][2] = p[2] - p[1];
+        d[i][3] = p[1] - p[3];
+      }
+      float* to = out + tile * channels + c;
+      for (int j = 0; j < 4; ++j) {
+        store(to + j * plane, d[0][j] - d[2][j]);
+        store(to + (4 + j) * plane, d[1][j] + d[2][j]);
+        store(to + (8 + j) * plane, d[2][j] - d[1][j]);
+        store(to + (12 + j) * plane, d[1][j] - d[3][j]);
+      }
+    }
+  }
+}
+
+// products are 16 matrices (rows * tile_columns, channels); y and add are (batch, height, width, channels), add or bias
+// may be none: y = A^T m A + bias + add.
+void winograd_output(Map map, int64_t channels, int64_t first, int64_t rows, const float* const* products,
+                     const float* bias, const float* add, float* y, int threads) {
+  const int64_t across = map.tile_columns(), tiles = rows * across;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t row = first + tile / across, top = row % map.tile_rows() * 2, left = tile % across * 2;
+    const int64_t picture = row / map.tile_rows() * map.height * map.width;
+    const int64_t below = top + 1 < map.height ? 2 : 1, beside = left + 1 < map.width ? 2 : 1;
+    for (int64_t c = 0; c < channels; c += L) {
+      vf s[2][4];
+      for (int j = 0; j < 4; ++j) {
+        vf m[4];
+        for (int i = 0; i < 4; ++i) m[i] = load(products[4 * i + j] + tile * channels + c);
+        s[0][j] = m[0] + m[1] + m[2];
+        s[1][j] = m[1] - m[2] - m[3];
+      }
+      const vf offset = bias ? load(bias + c) : vf{};
+      for (int64_t i = 0; i < below; ++i) {
+        const vf two[2] = {s[i][0] + s[i][1] + s[i][2] + offset, s[i][1] - s[i][2] - s[i][3] + offset};
+        for (int64_t j = 0; j < beside; ++j) {
+          const int64_t at = (picture + (top + i) * map.width + left + j) * channels + c;
+          store(y + at, add ? two[j] + load(add + at) : two[j]);
+        }
+      }
+    }
   }
 }
 
@@ -621,5 +834,15 @@ void ldm_geglu(int dtype, int64_t rows, int64_t width, const void* x, const floa
     geglu<bf16>(rows, width, (const bf16*)x, bias, (bf16*)out, threads);
   else
     geglu<float>(rows, width, (const float*)x, bias, (float*)out, threads);
+}
+
+void ldm_winograd_input(int64_t height, int64_t width, int64_t channels, int64_t first, int64_t rows, const float* x,
+                        float* out, int threads) {
+  winograd_input({height, width}, channels, first, rows, x, out, threads);
+}
+
+void ldm_winograd_output(int64_t height, int64_t width, int64_t channels, int64_t first, int64_t rows,
+                         const float* const* products, const float* bias, const float* add, float* y, int threads) {
+  winograd_output({height, width}, channels, first, rows, products, bias, add, y, threads);
 }
 }

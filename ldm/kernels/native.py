@@ -39,6 +39,8 @@ _SIGNATURES = {
         [_int, *[_size] * 4, *[_pointer] * 4, _size, _float, _int, _pointer, _pointer, _int],
     ),
     "ldm_geglu": (None, [_int, _size, _size, _pointer, _pointer, _pointer, _int]),
+    "ldm_winograd_input": (None, [*[_size] * 5, _pointer, _pointer, _int]),
+    "ldm_winograd_output": (None, [*[_size] * 5, *[_pointer] * 4, _int]),
 }
 
 
@@ -267,3 +269,41 @@ def geglu(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def winograd_input(x: Tensor, first: int, rows: int, out: Tensor) -> None:
+    """Turn patches of 4x4 for 2x2 results.
+
+    Args:
+        x: (b, c, h, w) float32, channels last.
+        first, rows: which rows of tiles, counted through the whole batch.
+        out: (16, rows * tiles in a row, c), contiguous, to be written.
+    """
+    _, c, h, w = x.shape
+    library().ldm_winograd_input(h, w, c, first, rows, x.data_ptr(), out.data_ptr(), torch.get_num_threads())
+
+
+def winograd_output(
+    products: list[Tensor], bias: Tensor | None, add: Tensor | None, out: Tensor, first: int, rows: int
+) -> None:
+    """Turn products into 2x2 results.
+
+    Args:
+        products: 16 of (rows * tiles in a row, c), contiguous.
+        bias: (c,) or None.
+        add: of out's kind, or None.
+        out: (b, c, h, w) float32, channels last; the rows of tiles from first on are written.
+    """
+    _, c, h, w = out.shape
+    library().ldm_winograd_output(
+        h,
+        w,
+        c,
+        first,
+        rows,
+        (ctypes.c_void_p * 16)(*(part.data_ptr() for part in products)),
+        None if bias is None else bias.data_ptr(),
+        None if add is None else add.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ldm.kernels import native
+from ldm.kernels import native, winograd
 from ldm.modules.attention import (
     GEGLU,
     BasicTransformerBlock,
@@ -144,11 +144,11 @@ class Linear(StandIn):
 
 
 class Conv(StandIn):
-    """A 2-dimensional convolution by oneDNN, channels last, with its weight laid out beforehand."""
+    """A 2-dimensional convolution, channels last, by oneDNN or winograd.py, with its weight laid out beforehand."""
 
     def __init__(self, module: nn.Conv2d):
         super().__init__(module)
-        self._packed = Derived()
+        self._packed, self._turned = Derived(), Derived()
 
     def fast(self, x: Tensor) -> Tensor | None:
         return self.convolve(x) if self.serves(x) else None
@@ -168,6 +168,10 @@ class Conv(StandIn):
         """Convolve; `add` is a map of the result's shape to add."""
         m = self.module
         x = x.contiguous(memory_format=torch.channels_last)
+        if winograd.serves(m, x):
+            tiles = x.shape[0] * x.shape[2] * x.shape[3] // 4
+            turned = self._turned.get(lambda: winograd.pack(m.weight.detach(), tiles), m.weight)
+            return winograd.convolve(x, turned, m.bias, m.out_channels, add)
         how = (m.padding, m.stride, m.dilation, m.groups)
         packed = self._packed.get(lambda: pack_conv(m.weight.detach(), *how, x.shape), m.weight)
         return run_conv(x, packed, m.bias, *how, add=add)

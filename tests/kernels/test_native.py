@@ -31,6 +31,7 @@ def heads_apart(x, heads):
         (2, 5, 531, 1, 80),  # more keys than are taken at a time
         (1, 33, 270, 2, 160),
         (1, 18, 17, 1, 512),
+        (2, 50, 135, 3, 17),  # an odd number of features
         (3, 1, 1, 2, 24),
     ],
 )
@@ -58,6 +59,21 @@ def test_attention_of_large_scores_overflows_nothing(dtype):
     out = native.attention(q.to(dtype), k.to(dtype), v.to(dtype), 1, 1.0)
     close(out[0, 0], v[0, -1].double(), dtype)
     close(out[0, 1], v[0].double().mean(0), dtype)
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+@pytest.mark.parametrize("slope", [0.02, -0.02, 0.2])
+def test_attention_follows_a_maximum_that_moves(dtype, slope):
+    """Scores that rise, or fall, along the keys: each portion of keys has to be weighed against those before it."""
+    m = 330
+    k = torch.zeros(1, m, 16)
+    k[0, :, 0] = slope * torch.arange(m)
+    q = torch.zeros(1, 35, 16)
+    q[0, :, 0] = torch.linspace(-1.5, 1.5, 35)
+    v = keyed_input("attention.moving", (1, m, 16)) + 1
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    want = (q.double() @ k.double().transpose(1, 2)).softmax(-1) @ v.double()
+    close(native.attention(q, k, v, 1, 1.0), want, dtype)
 
 
 def test_attention_reads_heads_out_of_wider_rows():
