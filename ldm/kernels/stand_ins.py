@@ -407,15 +407,12 @@ class Feed(StandIn):
         ):
             return None
         bias = self._bias.get(lambda: gate.proj.bias.detach().float(), gate.proj.bias)
-        out = x.new_empty((flat.shape[0], m.net[2].out_features))
-        inner = x.new_empty((min(FEED_ROWS, flat.shape[0]), gate.proj.out_features // 2))
-        beside = None if add is None else add.reshape(out.shape)
+        inner = x.new_empty((flat.shape[0], gate.proj.out_features // 2))
         for i in range(0, flat.shape[0], FEED_ROWS):
             rows = slice(i, i + FEED_ROWS)
-            wide = widen.multiply(flat[rows], None)
-            bent = native.geglu(wide, bias, inner[: wide.shape[0]])
-            out[rows] = narrow.multiply(bent, m.net[2].bias, None if beside is None else beside[rows])
-        return out.view(*x.shape[:-1], -1)
+            native.geglu(widen.multiply(flat[rows], None), bias, inner[rows])
+        beside = None if add is None else add.reshape(flat.shape[0], -1)
+        return narrow.multiply(inner, m.net[2].bias, beside).view(*x.shape[:-1], -1)
 
 
 class TransformerBlock(StandIn):
