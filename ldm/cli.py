@@ -429,6 +429,11 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
     model.add_argument(
         "--compile", action="store_true", help="the same by torch.compile, which takes minutes at first"
     )
+    model.add_argument(
+        "--tiled_vae",
+        action="store_true",
+        help="--optimize, and large pictures through the VAE in strips, exactly",
+    )
     model.add_argument("--C", type=integer(1, 64), help="latent channels; checked against the model")
     model.add_argument("--f", type=integer(1, 64), help="pixels a latent cell; checked against the model")
 
@@ -472,8 +477,8 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
     for name, given, own in (("C", args.C, sd.model.channels), ("f", args.f, downsampling(sd.model))):
         if given not in (None, own):
             raise UsageError(f"--{name} {given} does not fit this model, whose {name} is {own}; leave it out")
-    if args.optimize or args.compile:
-        sd.optimize(compile=args.compile)
+    if args.optimize or args.compile or args.tiled_vae:
+        sd.optimize(compile=args.compile, tiled_vae=args.tiled_vae)
     return sd
 
 
@@ -629,6 +634,9 @@ def diffusion_parser(name: str, about: str, *, outdir: str, classifies: bool) ->
     )  # fmt: skip
     model.add_argument("--config", help="a latent model's YAML file (default: config.yaml beside it)")
     model.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for the best there is")
+    model.add_argument(
+        "--optimize", action="store_true", help="compute faster on this machine, same numbers up to rounding"
+    )
     p.add_argument("--batch_size", type=integer(1, 1024), default=16, help="at once; changes nothing else")
     p.add_argument("--seed", type=seed, default=42, help="picture i has seed + i; 'random' draws one")
     p.add_argument("--outdir", "-l", "--logdir", default=outdir, help="folder for what is written")

@@ -383,14 +383,15 @@ class StableDiffusion:
         self.model.to(device)  # after the cast: half as much to move
         return self
 
-    def optimize(self, *, compile: bool = False) -> StableDiffusion:
+    def optimize(self, *, compile: bool = False, tiled_vae: bool = False) -> StableDiffusion:
         """Compute faster on this machine, with the same numbers up to rounding: see ldm.kernels.optimize.
 
+        With tiled_vae large pictures are encoded and decoded in strips, in a fraction of the memory and without seams.
         ldm.kernels.restore(sd.model) undoes it. Call it again after moving the model to another device.
         """
         from ldm.kernels import optimize
 
-        optimize(self.model, compile=compile)
+        optimize(self.model, compile=compile, tiled_vae=tiled_vae)
         return self
 
     @property

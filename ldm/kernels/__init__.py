@@ -6,10 +6,12 @@ it, and leaves to it whatever it does not serve.
 
 from torch import nn
 
+from ldm.errors import UsageError
+
 __all__ = ["optimize", "restore"]
 
 
-def optimize(model: nn.Module, *, compile: bool = False) -> nn.Module:
+def optimize(model: nn.Module, *, compile: bool = False, tiled_vae: bool = False) -> nn.Module:
     """Let a model, or any part of one, compute faster; its keys, weights and classes stay as they are.
 
     On a CPU, where no gradients are asked for and the numbers are float32 or bfloat16: convolutions and linear layers
@@ -22,18 +24,26 @@ def optimize(model: nn.Module, *, compile: bool = False) -> nn.Module:
 
     Args:
         compile: compile the residual and transformer blocks by torch.compile instead; the first calls take minutes.
+        tiled_vae: let the autoencoder work in strips of rows (strips.py): a fraction of the memory, no seams, slower.
 
     Returns:
         the model.
+
+    Raises:
+        UsageError: tiled_vae for a model without an encoder or decoder of ours.
     """
-    from ldm.kernels import memory, regions, stand_ins
+    from ldm.kernels import memory, regions, stand_ins, strips
 
     restore(model)
+    if tiled_vae and not strips.attach(model):
+        raise UsageError(
+            f"tiled_vae is for a model with an autoencoder, {type(model).__name__} has none; leave it out"
+        )
     device = next(model.parameters()).device.type
     if compile:
         regions.compile_blocks(model)
     if device == "cpu":
-        memory.keep()
+        memory.keep(model)
         if not compile:
             stand_ins.attach(model)
     else:
@@ -49,6 +59,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     from ldm.kernels import memory, regions, stand_ins
 
-    if stand_ins.detach(model) or regions.restore(model):
-        memory.give_back()
+    changed = stand_ins.detach(model) + regions.restore(model)
+    if changed:
+        memory.give_back(model)
     return model

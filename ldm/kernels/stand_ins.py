@@ -73,6 +73,15 @@ def _known(x: Any) -> bool:
     return type(x) is Tensor and x.device.type == "cpu" and x.dtype in DTYPES
 
 
+def _code(kind: type[nn.Module]) -> tuple[Any, Any]:
+    """What a class computes with: CompVis's blocks call a `_forward`, which others patch or override, too."""
+    return kind.forward, getattr(kind, "_forward", None)
+
+
+def _is_plain(kind: type[nn.Module]) -> bool:
+    return PLAIN.get(kind) == _code(kind)
+
+
 def bare(module: nn.Module) -> bool:
     """Whether nobody hooked or patched a module, so that what it does may be done elsewhere."""
     own = vars(module).get("forward")
@@ -80,7 +89,7 @@ def bare(module: nn.Module) -> bool:
         (own is None or isinstance(own, StandIn))
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        and type(module).forward is PLAIN.get(type(module))
+        and _is_plain(type(module))
         and not module.training
     )
 
@@ -93,7 +102,7 @@ class StandIn:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
-        if not module.training and type(module).forward is PLAIN[type(module)] and _undisturbed():
+        if not module.training and _is_plain(type(module)) and _undisturbed():
             out = self.fast(*args, **kwargs)
             if out is not None:
                 return out
@@ -501,6 +510,50 @@ class MapAttention(StandIn):
         return back.convolve(out.reshape(b, h, w, c).permute(0, 3, 1, 2), add=x)
 
 
+class BlockAttention(StandIn):
+    """The attention of OpenAI's UNets. Where its weights have the heads outermost, they are sorted beforehand."""
+
+    def __init__(self, module: unet.AttentionBlock):
+        super().__init__(module)
+        self._into, self._back = Derived(), Derived()
+
+    def fast(self, x: Tensor) -> Tensor | None:
+        m = self.module
+        norm = _part(m.norm)
+        parts = (m.attention, m.qkv, m.proj_out)
+        if norm is None or not _known(x) or x.dim() != 4 or not all(map(bare, parts)):
+            return None
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not norm.serves(x) or x.dtype != m.qkv.weight.dtype:
+            return None
+        b, c, h, w = x.shape
+
+        def tokens(y: Tensor) -> Tensor:
+            return y.permute(0, 2, 3, 1).reshape(b, h * w, c)
+
+        packed, bias = self._into.get(lambda: self._sorted(b * h * w), m.qkv.weight, m.qkv.bias)
+        qkv = mkldnn._linear_pointwise.default(tokens(norm.normalise(x)), packed, bias, "none", [], "")
+        q, k, v = qkv.chunk(3, dim=2)
+        if not native.serves_attention(q, k, v, m.num_heads):
+            return None
+        out = native.attention(q, k, v, m.num_heads, (c // m.num_heads) ** -0.5)
+        back = m.proj_out
+        packed = self._back.get(
+            lambda: mkldnn._reorder_linear_weight(back.weight.detach().squeeze(2), b * h * w), back.weight
+        )
+        out = mkldnn._linear_pointwise.binary(out, tokens(x), packed, back.bias, "add")
+        return out.view(b, h, w, c).permute(0, 3, 1, 2)
+
+    def _sorted(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Weight and bias that give q of all heads, then k, then v."""
+        m = self.module
+        weight, bias = m.qkv.weight.detach().squeeze(2), m.qkv.bias.detach()
+        if isinstance(m.attention, unet.QKVAttentionLegacy):
+            order = torch.arange(len(bias)).view(m.num_heads, 3, -1).transpose(0, 1).flatten()
+            weight, bias = weight[order], bias[order]
+        return mkldnn._reorder_linear_weight(weight.contiguous(), rows), bias
+
+
 # --- the UNet under guidance --------------------------------------------------------------------------
 
 
@@ -563,6 +616,7 @@ STAND_INS: dict[type[nn.Module], type[StandIn]] = {
     BasicTransformerBlock: TransformerBlock,
     SpatialTransformer: Transformer,
     unet.ResBlock: ResBlock,
+    unet.AttentionBlock: BlockAttention,
     unet.Upsample: Upsample,
     unet.UNetModel: UNet,
     vae.ResnetBlock: ResnetBlock,
@@ -571,26 +625,37 @@ STAND_INS: dict[type[nn.Module], type[StandIn]] = {
 }
 # Their forwards as they are here, and those of what is done around them; a class that someone patches later is left to
 # its patch.
-PLAIN: dict[type[nn.Module], Callable[..., Any]] = {
-    kind: kind.forward
+PLAIN: dict[type[nn.Module], tuple[Any, Any]] = {
+    kind: _code(kind)
     for kind in (
         *STAND_INS,
         nn.SiLU,
         nn.Dropout,
         nn.Sequential,
         nn.LayerNorm,
+        nn.Conv1d,
         GEGLU,
+        unet.QKVAttention,
+        unet.QKVAttentionLegacy,
         unet.TimestepEmbedSequential,
+        vae.Decoder,
+        vae.Encoder,
     )
 }
 
 
 def attach(root: nn.Module) -> int:
-    """Give every module of a tree that has one its stand-in; return how many."""
-    count = 0
+    """Give every module of a tree its stand-in, if there is one; return how many.
+
+    The parts of one that has a stand-in of another kind already, which does their work itself, stay plain.
+    """
+    count, taken = 0, set()
+    for module in root.modules():
+        if isinstance(vars(module).get("forward"), StandIn):
+            taken.update(module.modules())
     for module in root.modules():
         stand_in = STAND_INS.get(type(module))
-        if stand_in is not None and "forward" not in vars(module):
+        if stand_in is not None and module not in taken and "forward" not in vars(module):
             module.forward = stand_in(module)
             count += 1
     return count

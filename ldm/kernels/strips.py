@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import UsageError
+from ldm.kernels.stand_ins import StandIn
 from ldm.modules.diffusionmodules import model as plain
 from ldm.modules.diffusionmodules.model import (
     AttnBlock,
@@ -103,6 +104,27 @@ def encode_in_strips(
     return torch.cat([_encode(encoder, one, cut) for one in x.split(1)])
 
 
+class Strips(StandIn):
+    """An encoder's or decoder's forward in strips, on any device; what strips refuse goes the plain way."""
+
+    def fast(self, x: Tensor) -> Tensor | None:
+        if torch.is_autocast_enabled(x.device.type):
+            return None
+        in_strips = decode_in_strips if isinstance(self.module, Decoder) else encode_in_strips
+        try:
+            return in_strips(self.module, x)
+        except UsageError:
+            return None
+
+
+def attach(root: nn.Module) -> int:
+    """Let every encoder and decoder of a tree work in strips; return how many."""
+    halves = [part for part in root.modules() if type(part) in (Encoder, Decoder)]
+    for half in halves:
+        half.forward = Strips(half)
+    return len(halves)
+
+
 # --- what is served -------------------------------------------------------------------------------
 
 
@@ -143,8 +165,10 @@ def _cut(network: nn.Module, kind: type, x: Tensor, rows: int | None, strip_byte
 
 def _change(part: nn.Module) -> str | None:
     """Name what makes a module of the network answer otherwise than the code below supposes, if anything does."""
-    is_hooked = "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks
-    if is_hooked or _SERVED.get(type(part)) is not type(part).forward:
+    own = vars(part).get("forward")
+    is_patched = own is not None and not isinstance(own, Strips)
+    is_hooked = part._forward_hooks or part._forward_pre_hooks
+    if is_patched or is_hooked or _SERVED.get(type(part)) is not type(part).forward:
         return f"a changed {type(part).__name__}"
     if isinstance(part, ResnetBlock) and plain.nonlinearity is not _NONLINEARITY:
         return "a changed nonlinearity"

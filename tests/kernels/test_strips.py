@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ldm.errors import UsageError
+from ldm.kernels import optimize, restore, strips
 from ldm.kernels.strips import decode_in_strips, encode_in_strips
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.diffusionmodules import model as plain
 from ldm.modules.diffusionmodules.model import Decoder, Encoder, ResnetBlock
 
@@ -375,3 +377,59 @@ def test_another_network_is_refused_by_name(kind, in_strips, name, shape):
     other = Encoder if kind is Decoder else Decoder
     with pytest.raises(UsageError, match=f"^strips are for a plain {kind.__name__}, got {other.__name__}$"):
         in_strips(build(other), keyed_input(name, shape).double())
+
+
+# --- as part of optimize() ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def autoencoder():
+    dd = {**BASE, "double_z": True}
+    config = {"embed_dim": 4, "ddconfig": dd, "lossconfig": {"target": "torch.nn.Identity"}}
+    return fill(AutoencoderKL(**config), "strips.whole.").eval()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the halves that went through strips."""
+    found = []
+    for name in ("decode_in_strips", "encode_in_strips"):
+        own = getattr(strips, name)
+        monkeypatch.setattr(
+            strips, name, lambda *given, own=own, name=name: found.append(name) or own(*given)
+        )
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compile", [False, True])
+def test_an_optimized_autoencoder_works_in_strips(autoencoder, calls, compile):
+    x, z = keyed_input("strips.x", (2, 3, 20, 28)), keyed_input("strips.z", (3, 4, 5, 7))
+    want = autoencoder.encode(x).mean, autoencoder.decode(z)
+    optimize(autoencoder, compile=compile, tiled_vae=True)
+    got = autoencoder.encode(x).mean, autoencoder.decode(z)
+    assert calls == ["encode_in_strips", "decode_in_strips"]
+    for ours, plain_way in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, plain_way, rtol=2e-5, atol=2e-5)
+    restore(autoencoder)
+    assert torch.equal(autoencoder.decode(z), want[1]) and len(calls) == 2
+    assert not any("forward" in vars(part) or part._compiled_call_impl for part in autoencoder.modules())
+
+
+def test_what_strips_refuse_goes_the_plain_way(autoencoder, calls):
+    z = keyed_input("strips.z", (1, 4, 5, 7))
+    with torch.no_grad():
+        want = autoencoder.decode(z)
+    optimize(autoencoder, tiled_vae=True)
+    autoencoder.decode(z).sum().backward()  # gradients
+    assert autoencoder.decoder.conv_in.weight.grad is not None and calls == []
+    seen = []
+    autoencoder.decoder.mid.block_1.register_forward_hook(lambda *given: seen.append(1))
+    with torch.no_grad():
+        torch.testing.assert_close(autoencoder.decode(z), want, rtol=2e-5, atol=2e-5)
+    assert calls == ["decode_in_strips"] and seen == [1]
+
+
+def test_a_model_without_an_autoencoder_has_nothing_to_tile():
+    with pytest.raises(UsageError, match="tiled_vae is for a model with an autoencoder, Sequential has none"):
+        optimize(nn.Sequential(nn.Conv2d(3, 4, 3)), tiled_vae=True)
