@@ -27,6 +27,7 @@ from ldm.checkpoints.openai import load_openai_model
 from ldm.errors import AbsentError, FormatError, MismatchError, NumericError, UsageError
 from ldm.generate import ImageNoise, decode, encode_image, encode_prompt
 from ldm.images import grid, save_file, save_png, to_uint8
+from ldm.kernels import optimize
 from ldm.models.diffusion.gaussian_bridge import as_gaussian_diffusion
 from ldm.models.diffusion.gaussian_diffusion import check_labels
 from ldm.models.diffusion.respace import SpacedDiffusion
@@ -105,6 +106,10 @@ class PixelModel:
     def paint(self, x: Tensor) -> np.ndarray:
         """Turn samples (b, 3, size, size) into (b, size, size, 3) uint8."""
         return to_uint8(x)
+
+    def optimize(self) -> None:
+        """Compute faster, with the same numbers up to rounding: ldm.kernels.optimize."""
+        optimize(self.network)
 
     def averages(self) -> AbstractContextManager[None]:
         """Sample with the moving average: OpenAI's files hold either it or the plain weights."""
@@ -189,6 +194,10 @@ class LatentModel:
     def paint(self, x: Tensor) -> np.ndarray:
         """Decode latents into (b, height, width, 3) uint8."""
         return to_uint8(decode(self.model, x))
+
+    def optimize(self) -> None:
+        """Compute faster, with the same numbers up to rounding: ldm.kernels.optimize."""
+        optimize(self.model)
 
     def averages(self) -> AbstractContextManager[None]:
         """Sample with the moving average where the model keeps one, as CompVis's scripts do."""

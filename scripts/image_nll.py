@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     path, _ = pixels.find_model(args.model_path)
     flags = given_flags(parser, args, argv)
     model = pixels.open_model(path, config=args.config, device=device, flags=flags)
+    if args.optimize:
+        model.optimize()
     for note in model.report.notes:
         say(f"note: {note}")
     if args.shapes is not None:

@@ -97,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     path, is_latent = pixels.find_model(args.model_path)
     use_ddim, eta = settle_steps(args, flags, is_latent)
     model = pixels.open_model(path, config=args.config, device=device, flags=flags)
+    if args.optimize:
+        model.optimize()
     guide = None
     if args.classifier_path is not None:
         scale = 1.0 if args.classifier_scale is None else args.classifier_scale

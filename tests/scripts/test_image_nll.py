@@ -108,6 +108,14 @@ def test_shapes_that_nobody_saw_are_measured_by_the_loop_s_own_bound(files, end)
         assert again[name] == pytest.approx(result[name], rel=1e-4), name
 
 
+def test_optimizing_changes_the_rounding_alone(files, end):
+    words = ["--model_path", files["labelled"], *WORDS, "--shapes", 2, "--skip_plot", "--outdir", "o"]
+    assert end(*words)[0] == 0 and end(*words, "--optimize")[0] == 0
+    plain, fast = (json.loads(open(f"o/{name}.json").read()) for name in ("nll", "nll-1"))
+    for name in ("vb", "mse", "xstart_mse", "prior_bpd"):
+        assert fast[name] == pytest.approx(plain[name], rel=1e-3), name
+
+
 def test_a_folder_is_measured_with_the_classes_of_its_names_and_nothing_is_overwritten(files, end, pictures):
     words = [
         "-r",
