@@ -144,11 +144,10 @@ inline vf reciprocal(vf x) {
   return 1.0f / x;
 }
 
-// e^x; what is no number stays so.
+// e^x for numbers x; anything for others, so whoever calls it has to multiply by what x came from.
 template <class T>
 inline vf expv(vf x) {
-  vf found = exp2v<sizeof(T) == 2 ? 3 : 6>(vmin(splat(127.0f), x * 1.44269504f));
-  return x == x ? found : x;
+  return exp2v<sizeof(T) == 2 ? 3 : 6>(vmin(splat(127.0f), x * 1.44269504f));
 }
 
 template <class T>
@@ -601,9 +600,16 @@ void attention(const Shape<T>& s, const T* q, int64_t q_stride, const T* k, int6
 
 // --- group norm with SiLU -----------------------------------------------------------------------
 
-constexpr int64_t CHUNK_ROWS = 64;  // cells whose sums are kept in float before they enter a sum in double
+// Cells whose sums are kept in float before they enter a sum in double: few, for digits, but no more than so many portions
+// of them, for those are read once more, channel by channel.
+constexpr int64_t FEWEST_CELLS = 64, MOST_CHUNKS = 256;
 
-inline int64_t norm_chunks(int64_t cells) { return (cells + CHUNK_ROWS - 1) / CHUNK_ROWS; }
+inline int64_t chunk_cells(int64_t cells) {
+  const int64_t share = (cells + MOST_CHUNKS - 1) / MOST_CHUNKS;
+  return share < FEWEST_CELLS ? FEWEST_CELLS : share;
+}
+
+inline int64_t norm_chunks(int64_t cells) { return (cells + chunk_cells(cells) - 1) / chunk_cells(cells); }
 
 inline int64_t norm_floats(int64_t batch, int64_t cells, int64_t channels) {
   return batch * channels * (2 * norm_chunks(cells) + 2);
@@ -616,26 +622,30 @@ template <class T>
 void group_norm(int64_t batch, int64_t cells, int64_t channels, int64_t groups, const T* x, const float* shift,
                 const float* weight, const float* bias, int64_t affine_stride, float eps, bool with_silu, T* out,
                 float* workspace, int threads) {
-  const int64_t chunks = norm_chunks(cells), share = channels / groups;
+  const int64_t chunks = norm_chunks(cells), size = chunk_cells(cells), share = channels / groups;
   float* partial = workspace;                            // (batch, chunks, 2, channels)
   float* affine = partial + batch * chunks * 2 * channels;  // (batch, 2, channels): factor and offset of each channel
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < batch * chunks; ++task) {
-      const int64_t b = task / chunks, first = task % chunks * CHUNK_ROWS;
-      const int64_t last = first + CHUNK_ROWS < cells ? first + CHUNK_ROWS : cells;
+      const int64_t b = task / chunks, first = task % chunks * size;
+      const int64_t last = first + size < cells ? first + size : cells;
       const T* origin = x + b * cells * channels;
       float *sum = partial + task * 2 * channels, *square = sum + channels;
-      for (int64_t c = 0; c < channels; c += L) {
-        vf pivot = load(origin + c), s = {}, q = {};
-        for (int64_t i = first; i < last; ++i) {
-          vf d = load(origin + i * channels + c) - pivot;
-          s += d;
-          q += d * d;
+      for (int64_t start = first; start < last; start += FEWEST_CELLS) {  // that many rows stay in the first cache
+        const int64_t end = start + FEWEST_CELLS < last ? start + FEWEST_CELLS : last;
+        for (int64_t c = 0; c < channels; c += L) {
+          const vf pivot = load(origin + c);
+          vf s = {}, q = {};
+          for (int64_t i = start; i < end; ++i) {
+            vf d = load(origin + i * channels + c) - pivot;
+            s += d;
+            q += d * d;
+          }
+          store(sum + c, start == first ? s : s + load(sum + c));
+          store(square + c, start == first ? q : q + load(square + c));
         }
-        store(sum + c, s);
-        store(square + c, q);
       }
     }
 #pragma omp for schedule(static)
@@ -669,8 +679,8 @@ void group_norm(int64_t batch, int64_t cells, int64_t channels, int64_t groups, 
     }
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < batch * chunks; ++task) {
-      const int64_t b = task / chunks, first = task % chunks * CHUNK_ROWS;
-      const int64_t last = first + CHUNK_ROWS < cells ? first + CHUNK_ROWS : cells;
+      const int64_t b = task / chunks, first = task % chunks * size;
+      const int64_t last = first + size < cells ? first + size : cells;
       const float *factor = affine + b * 2 * channels, *offset = factor + channels;
       for (int64_t i = first; i < last; ++i) {
         const T* row = x + (b * cells + i) * channels;
@@ -680,6 +690,24 @@ void group_norm(int64_t batch, int64_t cells, int64_t channels, int64_t groups, 
           store(to + c, with_silu ? silu<T>(y) : y);
         }
       }
+    }
+  }
+}
+
+// --- doubling -----------------------------------------------------------------------------------
+
+// Spread the four phases of doubled maps: y (batch, height + 1, width + 1, 4 channels) into out (batch, 2 height, 2 width,
+// channels). Phase 2 i + j holds the cells of odd (1) or even (0) rows i and columns j.
+template <class T>
+void spread(int64_t batch, int64_t height, int64_t width, int64_t channels, const T* y, T* out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < batch * 2 * height; ++row) {
+    const int64_t b = row / (2 * height), r = row % (2 * height), i = r % 2;
+    const T* from = y + (b * (height + 1) + r / 2 + i) * (width + 1) * 4 * channels + 2 * i * channels;
+    T* to = out + row * 2 * width * channels;
+    for (int64_t column = 0; column < 2 * width; ++column) {
+      const int64_t j = column % 2;
+      std::memcpy(to + column * channels, from + ((column / 2 + j) * 4 + j) * channels, channels * sizeof(T));
     }
   }
 }
@@ -827,6 +855,14 @@ void ldm_group_norm(int dtype, int64_t batch, int64_t cells, int64_t channels, i
   else
     group_norm<float>(batch, cells, channels, groups, (const float*)x, shift, weight, bias, affine_stride, eps,
                       with_silu, (float*)out, (float*)workspace, threads);
+}
+
+void ldm_spread(int dtype, int64_t batch, int64_t height, int64_t width, int64_t channels, const void* y, void* out,
+                int threads) {
+  if (dtype)
+    spread<bf16>(batch, height, width, channels, (const bf16*)y, (bf16*)out, threads);
+  else
+    spread<float>(batch, height, width, channels, (const float*)y, (float*)out, threads);
 }
 
 void ldm_geglu(int dtype, int64_t rows, int64_t width, const void* x, const float* bias, void* out, int threads) {

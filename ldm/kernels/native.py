@@ -39,6 +39,7 @@ _SIGNATURES = {
         [_int, *[_size] * 4, *[_pointer] * 4, _size, _float, _int, _pointer, _pointer, _int],
     ),
     "ldm_geglu": (None, [_int, _size, _size, _pointer, _pointer, _pointer, _int]),
+    "ldm_spread": (None, [_int, *[_size] * 4, *[_pointer] * 2, _int]),
     "ldm_winograd_input": (None, [*[_size] * 5, _pointer, _pointer, _int]),
     "ldm_winograd_output": (None, [*[_size] * 5, *[_pointer] * 4, _int]),
 }
@@ -242,6 +243,22 @@ def group_norm(
         space,
         torch.get_num_threads(),
     )
+    return out
+
+
+def spread(y: Tensor) -> Tensor:
+    """Lay the four phases of doubled maps out as one.
+
+    Args:
+        y: (b, 4 c, h + 1, w + 1), channels last; channels (2 i + j) c and on are the cells of rows i, i + 2, ... and
+            columns j, j + 2, ..., from row i and column j of y on.
+
+    Returns:
+        (b, c, 2 h, 2 w), channels last.
+    """
+    b, c, h, w = y.shape[0], y.shape[1] // 4, y.shape[2] - 1, y.shape[3] - 1
+    out = torch.empty((b, c, 2 * h, 2 * w), dtype=y.dtype, memory_format=torch.channels_last)
+    library().ldm_spread(DTYPES[y.dtype], b, h, w, c, y.data_ptr(), out.data_ptr(), torch.get_num_threads())
     return out
 
 

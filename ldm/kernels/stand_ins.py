@@ -332,6 +332,8 @@ class Upsample(StandIn):
         how = ((1, 1), (1, 1), (1, 1), 1)
         packed, bias = self._packed.get(lambda: self._phases(own, how, x.shape), own.weight, own.bias)
         y = run_conv(x, packed, bias, *how)  # (b, 4 c, h + 1, w + 1)
+        if native.library() is not None:
+            return native.spread(y)
         out = torch.empty((b, c, 2 * h, 2 * w), dtype=x.dtype, memory_format=torch.channels_last)
         for i in range(2):
             for j in range(2):

@@ -153,6 +153,40 @@ def test_group_norm_far_from_zero_keeps_its_digits():
     assert (got - want).norm() < 1e-4 * want.norm()  # a thousandth of x has that many digits
 
 
+@pytest.mark.parametrize("cells", [(1, 64), (1, 65), (131, 130)], ids=str)
+def test_group_norm_of_any_number_of_cells_is_the_formula(cells):
+    """Sums of one portion, of two, and of portions larger than the smallest (17,030 cells)."""
+    x = (keyed_input("norm.cells", (2, 16, *cells)) * 2 + 1).contiguous(memory_format=torch.channels_last)
+    got = native.group_norm(x, 4, torch.ones(16), torch.zeros(16), 1e-6)
+    close(got, F.group_norm(x.double(), 4, eps=1e-6), torch.float32)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+def test_group_norm_hides_no_broken_number(dtype, silu):
+    x = keyed_input("norm.nan", (2, 32, 3, 5)).to(dtype).contiguous(memory_format=torch.channels_last)
+    x[0, 5, 1, 2] = float("nan")
+    got = native.group_norm(x, 2, torch.ones(32), torch.zeros(32), 1e-6, silu=silu)
+    assert got[0, :16].isnan().all() and got[0, 16:].isfinite().all() and got[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+def test_phases_are_spread_over_a_doubled_map(dtype):
+    b, c, h, w = 2, 3, 4, 5
+    y = (
+        keyed_input("spread", (b, 4 * c, h + 1, w + 1))
+        .to(dtype)
+        .contiguous(memory_format=torch.channels_last)
+    )
+    want = torch.empty(b, c, 2 * h, 2 * w, dtype=dtype)
+    for i in range(2):
+        for j in range(2):
+            phase = y[:, (2 * i + j) * c : (2 * i + j + 1) * c]
+            want[:, :, i::2, j::2] = phase[:, :, i : i + h, j : j + w]
+    got = native.spread(y)
+    assert torch.equal(got, want) and got.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_maps_that_the_norm_does_not_take_are_left_to_others():
     x = keyed_input("norm.left", (2, 48, 6, 7))
     assert not native.serves_norm(x, 4)  # channels first
