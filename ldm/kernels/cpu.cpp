@@ -57,7 +57,7 @@ inline void store(bf16* p, vf v) {
 #else
   vu u = (vu)v;
   vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to the nearest, ties to even
-  rounded = (vu)(v != v) & 0x7fc0 | ~(vu)(v != v) & rounded;
+  rounded = ((vu)(v != v) & 0x7fc0) | (~(vu)(v != v) & rounded);
   vh h = __builtin_convertvector(rounded, vh);
   std::memcpy(p, &h, sizeof h);
 #endif
@@ -69,12 +69,6 @@ inline float load1(const bf16* p) {
   float f;
   std::memcpy(&f, &u, 4);
   return f;
-}
-inline void store1(float* p, float f) { *p = f; }
-inline void store1(bf16* p, float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  p->bits = f != f ? 0x7fc0 : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
 // b where either is no number, as the processor's instruction has it
@@ -93,45 +87,34 @@ inline vf vmin(vf a, vf b) {
 #endif
 }
 
-inline float sum_of(vf v) {
-  float s[L];
-  std::memcpy(s, &v, sizeof s);
-  for (int n = L / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) s[i] += s[i + n];
-  return s[0];
-}
-
-inline float max_of(vf v) {
-  float s[L];
-  std::memcpy(s, &v, sizeof s);
-  for (int n = L / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) s[i] = s[i] > s[i + n] ? s[i] : s[i + n];
-  return s[0];
-}
-
-// 2^x for x up to 127, around the nearest whole number: by the Taylor series of degree 6 to 2 parts in 10^7, or by the
-// nearest polynomial of degree 3 to 1 in 10^4, which bfloat16 does not see. What is below -126 counts as -126; x has to
-// be a number.
-template <int degree = 6>
+// 2^x by the polynomial nearest to 2^r for r from 0 to 1: of degree 5 it is right to 1 part in 10^7, of degree 3 to 1 in
+// 10^4, which bfloat16 does not see. What lies beyond -126 and 127 may stop there. Without AVX512 x has to be a number.
+template <int degree = 5>
 inline vf exp2v(vf x) {
-  x = vmax(splat(-126.0f), x);
+#if defined(__AVX512DQ__)
+  const vf r = (vf)_mm512_reduce_ps((__m512)x, 1);  // x less the whole number below it
+#else
+  x = vmin(splat(127.0f), vmax(splat(-126.0f), x));
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, and leaves it in the last bits
-  vf shifted = x + magic;
-  vf r = x - (shifted - magic);  // -0.5 to 0.5
+  const vf shifted = (x - 0.5f) + magic, r = x - (shifted - magic);
+#endif
   vf p;
-  if (degree == 6) {
-    p = splat(1.5403530e-4f) * r + splat(1.3333558e-3f);
-    p = p * r + splat(9.6181291e-3f);
-    p = p * r + splat(5.5504109e-2f);
-    p = p * r + splat(2.4022651e-1f);
-    p = p * r + splat(6.9314718e-1f);
-    p = p * r + splat(1.0f);
+  if (degree == 5) {
+    p = splat(1.87757668e-03f) * r + splat(8.98934014e-03f);
+    p = p * r + splat(5.58263179e-02f);
+    p = p * r + splat(2.40153617e-01f);
+    p = p * r + splat(6.93153073e-01f);
+    p = p * r + splat(9.99999925e-01f);
   } else {
-    p = splat(5.51716695e-02f) * r + splat(2.42611125e-01f);
-    p = p * r + splat(6.93260986e-01f);
-    p = p * r + splat(9.99928073e-01f);
+    p = splat(7.80245233e-02f) * r + splat(2.26067159e-01f);
+    p = p * r + splat(6.95833537e-01f);
+    p = p * r + splat(9.99925219e-01f);
   }
+#if defined(__AVX512DQ__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
   return (vf)((vi)p + ((vi)shifted << 23));
+#endif
 }
 
 // What follows is for results of type T: of bfloat16 more than 1 part in 10^4 is not seen.
@@ -147,7 +130,7 @@ inline vf reciprocal(vf x) {
 // e^x for numbers x; anything for others, so whoever calls it has to multiply by what x came from.
 template <class T>
 inline vf expv(vf x) {
-  return exp2v<sizeof(T) == 2 ? 3 : 6>(vmin(splat(127.0f), x * 1.44269504f));
+  return exp2v<sizeof(T) == 2 ? 3 : 5>(x * 1.44269504f);
 }
 
 template <class T>
@@ -486,7 +469,7 @@ void attend_block(const Shape<T>& s, const T* q, int64_t q_stride, int64_t count
   vf top[MOST], total[MOST];
   pack_queries(s, q, q_stride, count, left);
   const float factor = scale * 1.44269504f;
-  constexpr int degree = sizeof(T) == 2 ? 3 : 6;
+  constexpr int degree = sizeof(T) == 2 ? 3 : 5;
   const vf lowest = splat(-std::numeric_limits<float>::infinity());
   for (int64_t j = 0; j < blocks; ++j) top[j] = lowest, total[j] = vf{};
   const auto score = [&](int64_t m, int64_t rows, float* to) {  // some keys, in rows of to, and the queries
@@ -518,7 +501,7 @@ void attend_block(const Shape<T>& s, const T* q, int64_t q_stride, int64_t count
         float* column = scores + j * SCORES + part * L;
         T* weights = reinterpret_cast<T*>(scores + j * SCORES) + part * L;
         vf base = top[j], sum[2] = {};
-        for (int64_t m = 0; m < L; m += 2) {  // 2^-126 where there is no key, and its value is zero
+        for (int64_t m = 0; m < L; m += 2) {  // next to nothing where there is no key, whose value is zero
           vf a = exp2v<degree>(load(column + m * L) * factor - base);
           vf b = exp2v<degree>(load(column + m * L + L) * factor - base);
           sum[0] += a;
