@@ -367,7 +367,7 @@ def test_an_argument_that_is_not_there_says_what_to_give(tmp_path):
         ("a.json", b'{"model": {"vocab": {"a": 0, "b": 1}, "merges": []}}', "lacks 512 tokens"),
         ("a.json", b"[" * 100_000, "should hold JSON"),
         ("a.txt.gz", b"version https://git-lfs.github.com/spec/v1", "cannot be read as a vocabulary"),
-        ("a.txt.gz", gzip.compress(b"i n\nt h\n" * 99)[:-30], "cannot be read as a vocabulary"),
+        ("a.txt.gz", gzip.compress(b"i n\nt h\n" * 99, mtime=0)[:-30], "cannot be read as a vocabulary"),
         ("a.txt", b"<html>\n<body class=x y>\n", "two tokens a line, got '<html>'"),
         ("a.txt", b"\xff\xfe\x00", "cannot be read as a vocabulary"),
     ],
