@@ -115,7 +115,7 @@ def make_table(results: dict[str, Any]) -> str:
 
 def draw_plot(measures: dict[str, dict[str, Any]]) -> bytes:
     """Plot terms and errors over the levels, one line for each model, as a PNG."""
-    from ldm.pixels import need_matplotlib
+    from ldm.pixels import need_matplotlib, scale_terms
 
     need_matplotlib()
     from matplotlib.figure import Figure
@@ -126,8 +126,7 @@ def draw_plot(measures: dict[str, dict[str, Any]]) -> bytes:
     ):
         for name, found in measures.items():
             axes.plot(found["levels"], found[key], linewidth=1, label=f"{name} ({found['total_bpd']:.2f})")
-        if all(min(found[key]) > 0 for found in measures.values()):
-            axes.set_yscale("log")
+        scale_terms(axes, [value for found in measures.values() for value in found[key]])
         axes.set(xscale="symlog", xlabel="level t", ylabel=words)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

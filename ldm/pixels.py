@@ -659,6 +659,15 @@ def need_matplotlib() -> None:
         ) from None
 
 
+def scale_terms(axes: Any, values: Sequence[float]) -> None:
+    """Give axes a scale on which terms that differ a thousandfold are seen, those of a density's last level too."""
+    above = [value for value in values if value > 0]
+    if len(above) == len(values):
+        axes.set_yscale("log")
+    elif above:
+        axes.set_yscale("symlog", linthresh=min(above))
+
+
 def draw_terms(result: Mapping[str, Any]) -> Any:
     """Plot the terms of the bound and the two errors over the levels, as a matplotlib figure."""
     from matplotlib.figure import Figure
@@ -673,8 +682,7 @@ def draw_terms(result: Mapping[str, Any]) -> Any:
         axis.plot(
             result["levels"], result[name], linewidth=1, marker="." if len(result["levels"]) < 60 else None
         )
-        if min(result[name]) > 0:
-            axis.set_yscale("log")
+        scale_terms(axis, result[name])
         axis.set_ylabel(words)
         axis.grid(alpha=0.3)
     axis.set_xlabel("level t")
