@@ -128,6 +128,7 @@ def draw_plot(measures: dict[str, dict[str, Any]]) -> bytes:
             axes.plot(found["levels"], found[key], linewidth=1, label=f"{name} ({found['total_bpd']:.2f})")
         scale_terms(axes, [value for found in measures.values() for value in found[key]])
         axes.set(xscale="symlog", xlabel="level t", ylabel=words)
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     file = io.BytesIO()
