@@ -362,6 +362,12 @@ GRID_AT_MOST = 64  # pictures in one grid
 KNOBS = ("guidance_interval", "cache_interval", "cache_depth", "merge_ratio", "merge_seed")
 
 
+def _add_optimize(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--optimize", action="store_true", help="compute faster on this machine, same numbers up to rounding"
+    )
+
+
 def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Parser:
     """Make the parser of a painting script: CompVis's options by their names, others' names beside them."""
     p = Parser(prog=name, description=about)
@@ -423,9 +429,7 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
         "--precision", choices=("autocast", "full", "half", "bfloat16"), default="autocast",
         help="of the UNet; autocast is full where there is no CUDA",
     )  # fmt: skip
-    model.add_argument(
-        "--optimize", action="store_true", help="compute faster on this machine, same numbers up to rounding"
-    )
+    _add_optimize(model)
     model.add_argument(
         "--compile", action="store_true", help="the same by torch.compile, which takes minutes at first"
     )
@@ -634,9 +638,7 @@ def diffusion_parser(name: str, about: str, *, outdir: str, classifies: bool) ->
     )  # fmt: skip
     model.add_argument("--config", help="a latent model's YAML file (default: config.yaml beside it)")
     model.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for the best there is")
-    model.add_argument(
-        "--optimize", action="store_true", help="compute faster on this machine, same numbers up to rounding"
-    )
+    _add_optimize(model)
     p.add_argument("--batch_size", type=integer(1, 1024), default=16, help="at once; changes nothing else")
     p.add_argument("--seed", type=seed, default=42, help="picture i has seed + i; 'random' draws one")
     p.add_argument("--outdir", "-l", "--logdir", default=outdir, help="folder for what is written")

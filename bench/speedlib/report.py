@@ -101,7 +101,6 @@ def load_results(path: Path, head: dict[str, Any], fresh: bool = False) -> dict[
         FormatError: no results of this bench.
         MismatchError: results of another model, machine, number of threads or version.
     """
-    # save_results wants a word, not a table, as the last entry before the rows.
     empty = {**head, "peaks": {}, "made_by": "python bench/speed.py", "rows": {}}
     if not path.exists():
         return empty

@@ -60,7 +60,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     from ldm.kernels import memory, regions, stand_ins
 
-    changed = stand_ins.detach(model) + regions.restore(model)
-    if changed:
-        memory.give_back(model)
+    stand_ins.detach(model)
+    regions.restore(model)
+    memory.give_back(model)
     return model

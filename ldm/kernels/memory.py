@@ -38,6 +38,8 @@ def keep(user: nn.Module) -> None:
 
 def give_back(user: nn.Module) -> None:
     """Once the last user is gone, put the usual thresholds back and return what is free to the system."""
+    if user not in _users:
+        return
     _users.discard(user)
     if _users:
         return

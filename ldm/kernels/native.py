@@ -72,7 +72,7 @@ def _cache_folder() -> Path:
         if mine and os.access(folder, os.W_OK):
             return folder
     except (OSError, RuntimeError):
-        pass
+        pass  # no home, or none that can be written to: a folder of this process alone does
     return Path(tempfile.mkdtemp(prefix="ldm-kernels-"))
 
 

@@ -109,6 +109,7 @@ class StandIn:
         return type(module).forward(module, *args, **kwargs)
 
     def fast(self, *args: Any, **kwargs: Any) -> Any:
+        """Take what the module's forward takes and give what it gives, or None for a call that is not served."""
         raise NotImplementedError
 
 
@@ -249,6 +250,15 @@ def _parts(*modules: nn.Module) -> list[Any] | None:
     return None if None in parts else parts
 
 
+def _first_half(x: Tensor, norm: Any, conv: Any, norm_after: Any) -> tuple[Tensor, Tensor] | None:
+    """Give x with channels last and the first convolution of norm and SiLU; None if a layer does not serve its map."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if not (norm.serves(x) and conv.serves(x)):
+        return None
+    h = conv.convolve(norm.normalise(x, silu=True))
+    return (x, h) if norm_after.serves(h) else None
+
+
 class ResBlock(StandIn):
     """The UNet's residual block: norm with SiLU in one pass, the sum as part of the last convolution."""
 
@@ -265,13 +275,11 @@ class ResBlock(StandIn):
             or not bare(m.out_layers[1])
         ):
             return None
-        norm, conv, norm_after, conv_after = parts
-        x = x.contiguous(memory_format=torch.channels_last)
-        if not (norm.serves(x) and conv.serves(x)):
+        *first, norm_after, conv_after = parts
+        begun = _first_half(x, *first, norm_after)
+        if begun is None:
             return None
-        h = conv.convolve(norm.normalise(x, silu=True))
-        if not norm_after.serves(h):
-            return None
+        x, h = begun
         moved = m.emb_layers(emb.type(m.emb_layers[1].weight.dtype)).float().contiguous()  # (b, c or 2c)
         if m.use_scale_shift_norm:
             weight, bias = norm_after.affine()
@@ -291,13 +299,11 @@ class ResnetBlock(StandIn):
         parts = _parts(m.norm1, m.conv1, m.norm2, m.conv2)
         if parts is None or not _known(x) or x.dim() != 4:
             return None
-        norm, conv, norm_after, conv_after = parts
-        x = x.contiguous(memory_format=torch.channels_last)
-        if not (norm.serves(x) and conv.serves(x)):
+        *first, norm_after, conv_after = parts
+        begun = _first_half(x, *first, norm_after)
+        if begun is None:
             return None
-        h = conv.convolve(norm.normalise(x, silu=True))
-        if not norm_after.serves(h):
-            return None
+        x, h = begun
         shift = None if temb is None else m.temb_proj(F.silu(temb)).float().contiguous()
         h = norm_after.normalise(h, silu=True, shift=shift, out=h)
         if m.in_channels != m.out_channels:

@@ -448,6 +448,14 @@ def test_memory_is_kept_as_long_as_a_model_wants_it(monkeypatch):
     assert asked == [kept, kept, (memory.DEFAULT_MMAP, memory.DEFAULT_TRIM)]
 
 
+def test_memory_is_given_back_by_a_model_of_which_no_part_is_served(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "_set", lambda *given: asked.append(given))
+    monkeypatch.setattr(memory, "_users", type(memory._users)())
+    restore(optimize(nn.Embedding(3, 5)))
+    assert asked == [(memory.KEPT, 2**31 - 1), (memory.DEFAULT_MMAP, memory.DEFAULT_TRIM)]
+
+
 def test_memory_serves_on_when_it_was_given_back():
     model = optimize(nn.Sequential(nn.Conv2d(3, 8, 3)).eval())
     x = torch.ones(20_000_000)
