@@ -1,6 +1,7 @@
 """Training configurations of a size for tests: pictures of 16 pixels, networks of 32 channels."""
 
 import copy
+import errno
 import json
 import os
 import signal
@@ -169,6 +170,37 @@ class DiesAt(Shapes):
         if step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().item(index, rng, step)
+
+
+class BrokenHandover:
+    """Part of a batch whose maker is killed as soon as anyone unpacks it."""
+
+    def __reduce__(self) -> tuple[Callable[[int], None], tuple[int]]:
+        return break_handover, (os.getpid(),)
+
+
+def break_handover(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+
+class DiesHandingOver(Shapes):
+    """Shapes whose loader process is killed between announcing a batch and handing it over."""
+
+    def item(self, index: int, rng: np.random.Generator, step: int) -> dict[str, Any]:
+        made = super().item(index, rng, step)
+        return {**made, "extra": BrokenHandover()} if step == 4 else made
+
+
+class Raises(Shapes):
+    """Shapes that raise in their loader process."""
+
+    def __init__(self, error: str, **params: Any):
+        super().__init__(**params)
+        self.error = {"RuntimeError": RuntimeError, "ConnectionResetError": ConnectionResetError}[error]
+
+    def item(self, index: int, rng: np.random.Generator, step: int) -> dict[str, Any]:
+        raise self.error("the source's own trouble")
 
 
 class SignalAt(AfterSteps):

@@ -6,6 +6,7 @@ that CompVis's configurations name (`main.DataModuleFromConfig`).
 """
 
 import logging
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,20 @@ class Stream(Dataset):
             num_workers=num_workers,
             persistent_workers=False,
         )
+
+
+def is_of_a_lost_loader(error: Exception) -> bool:
+    """Say whether an error means that a loader process died, rather than that its source raised something.
+
+    torch names the process whose end it has seen. One that dies after it announced a batch and before the batch's
+    memory was handed over is seen only as a connection that breaks, below the loader in this process.
+    """
+    message = str(error)
+    if isinstance(error, RuntimeError):
+        return message.startswith("DataLoader worker (pid")
+    modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+    # what a source raised in its process comes through the loader too, and says where it was caught
+    return torch.utils.data.dataloader.__name__ in modules and not message.startswith("Caught ")
 
 
 def collate(items: list[Item]) -> Item:

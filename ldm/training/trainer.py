@@ -24,7 +24,7 @@ from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.models.diffusion.pixel_diffusion import PixelDiffusion
 from ldm.training.callbacks import Checkpoints, ImageLogger, RunLog, Validation
 from ldm.training.checkpointing import RunLock, read_newest, read_state
-from ldm.training.data import DataModuleFromConfig, Stream
+from ldm.training.data import DataModuleFromConfig, Stream, is_of_a_lost_loader
 from ldm.training.export import export_run
 from ldm.training.gaussian import GaussianObjective
 from ldm.training.latents import cache_latents, fingerprint
@@ -405,8 +405,8 @@ class Run:
             try:
                 with quiet():
                     trainer.fit(module, datamodule=self.data)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                if not is_of_a_lost_loader(error):
                     raise
                 checkpoints.save(trainer, module)
                 raise ResourceError(

@@ -757,17 +757,30 @@ def test_a_text_encoder_to_be_trained_must_not_be_frozen(tmp_path):
         run(config, tmp_path)
 
 
-def test_a_killed_loader_worker_ends_the_run_saved(tmp_path):
+@pytest.mark.parametrize("source, params", [("DiesAt", {"step": 4}), ("DiesHandingOver", {})])
+def test_a_killed_loader_worker_ends_the_run_saved(tmp_path, source, params):
     from ldm.errors import ResourceError
 
     config = first_stage()
     config["data"]["params"]["num_workers"] = 1
     config["data"]["params"]["train"] = {
-        "target": "tiny_training.DiesAt",
-        "params": {"image_size": 16, "step": 4},
+        "target": f"tiny_training.{source}",
+        "params": {"image_size": 16, **params},
     }
     with pytest.raises(
         ResourceError, match=r"a loader process died at step \d .*the run is saved: free memory"
     ):
         run(config, tmp_path)
     assert state(tmp_path)["global_step"] >= 2
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ConnectionResetError])
+def test_an_error_of_the_source_is_not_taken_for_a_dead_loader(tmp_path, kind):
+    config = first_stage()
+    config["data"]["params"]["num_workers"] = 1
+    config["data"]["params"]["train"] = {
+        "target": "tiny_training.Raises",
+        "params": {"image_size": 16, "error": kind.__name__},
+    }
+    with pytest.raises(kind, match="the source's own trouble"):
+        run(config, tmp_path)
