@@ -586,6 +586,7 @@ void attention(const Shape<T>& s, const T* q, int64_t q_stride, const T* k, int6
 // Cells whose sums are kept in float before they enter a sum in double: few, for digits, but no more than so many portions
 // of them, for those are read once more, channel by channel.
 constexpr int64_t FEWEST_CELLS = 64, MOST_CHUNKS = 256;
+constexpr int64_t AHEAD = 16;  // cells between the one that is worked on and the one that is fetched
 
 inline int64_t chunk_cells(int64_t cells) {
   const int64_t share = (cells + MOST_CHUNKS - 1) / MOST_CHUNKS;
@@ -596,6 +597,34 @@ inline int64_t norm_chunks(int64_t cells) { return (cells + chunk_cells(cells) -
 
 inline int64_t norm_floats(int64_t batch, int64_t cells, int64_t channels) {
   return batch * channels * (2 * norm_chunks(cells) + 2);
+}
+
+// Fetch a row of cells that is wanted soon: the processor's own guesses end at each page, and at rows that are not whole.
+template <class T>
+inline void fetch(const T* row, int64_t channels) {
+  for (int64_t c = 0; c < channels; c += (int64_t)(64 / sizeof(T))) __builtin_prefetch(row + c);
+}
+
+// Sums and squares of `vectors` vectors of channels over cells start .. end - 1, of their distance from the first cell;
+// added to what is there already, unless these are the first.
+template <int vectors, class T>
+inline void add_up(const T* origin, int64_t start, int64_t end, int64_t channels, bool is_first, float* sum,
+                   float* square) {
+  vf s[vectors] = {}, q[vectors] = {}, pivot[vectors];
+  for (int v = 0; v < vectors; ++v) pivot[v] = load(origin + v * L);
+  for (int64_t i = start; i < end; ++i) {
+    const T* row = origin + i * channels;
+    fetch(row + AHEAD * channels, vectors * L);
+    for (int v = 0; v < vectors; ++v) {
+      const vf d = load(row + v * L) - pivot[v];
+      s[v] += d;
+      q[v] += d * d;
+    }
+  }
+  for (int v = 0; v < vectors; ++v) {
+    store(sum + v * L, is_first ? s[v] : s[v] + load(sum + v * L));
+    store(square + v * L, is_first ? q[v] : q[v] + load(square + v * L));
+  }
 }
 
 // x and out are (batch, cells, channels) and may be one. What is normalised is x + shift, shift (batch, channels) or
@@ -618,17 +647,10 @@ void group_norm(int64_t batch, int64_t cells, int64_t channels, int64_t groups, 
       float *sum = partial + task * 2 * channels, *square = sum + channels;
       for (int64_t start = first; start < last; start += FEWEST_CELLS) {  // that many rows stay in the first cache
         const int64_t end = start + FEWEST_CELLS < last ? start + FEWEST_CELLS : last;
-        for (int64_t c = 0; c < channels; c += L) {
-          const vf pivot = load(origin + c);
-          vf s = {}, q = {};
-          for (int64_t i = start; i < end; ++i) {
-            vf d = load(origin + i * channels + c) - pivot;
-            s += d;
-            q += d * d;
-          }
-          store(sum + c, start == first ? s : s + load(sum + c));
-          store(square + c, start == first ? q : q + load(square + c));
-        }
+        int64_t c = 0;
+        for (; c + 8 * L <= channels; c += 8 * L)
+          add_up<8>(origin + c, start, end, channels, start == first, sum + c, square + c);
+        for (; c < channels; c += L) add_up<1>(origin + c, start, end, channels, start == first, sum + c, square + c);
       }
     }
 #pragma omp for schedule(static)
@@ -668,6 +690,7 @@ void group_norm(int64_t batch, int64_t cells, int64_t channels, int64_t groups, 
       for (int64_t i = first; i < last; ++i) {
         const T* row = x + (b * cells + i) * channels;
         T* to = out + (b * cells + i) * channels;
+        fetch(row + AHEAD * channels, channels);
         for (int64_t c = 0; c < channels; c += L) {
           vf y = load(row + c) * load(factor + c) + load(offset + c);
           store(to + c, with_silu ? silu<T>(y) : y);

@@ -181,6 +181,8 @@ def test_every_kind_of_part_is_served(watch):
         {"attn_type": "linear"},
         {"resamp_with_conv": False},
         {"num_groups": 8},
+        {"tanh_out": True},
+        {"give_pre_end": True},
     ],
     ids=str,
 )
@@ -191,6 +193,20 @@ def test_an_autoencoder_gives_the_plain_numbers(changed, dtype):
     x, z = keyed_input("fast.pixels", (2, 3, 12, 20)).to(dtype), keyed_input("fast.z", (1, 4, 5, 7)).to(dtype)
     compare(encoder, x)
     compare(decoder, z)
+
+
+@pytest.mark.skipif(native.library() is None, reason="the kernels cannot be built here")
+@torch.no_grad()
+def test_a_decoder_ends_in_one_pass_unless_its_end_was_changed(watch):
+    decoder = optimize(fill(Decoder(**VAE), "fast.vae."))
+    z = keyed_input("fast.z", (1, 4, 5, 7))
+    expected = decoder(z)
+    assert "Decoder" in watch
+    seen = []
+    decoder.norm_out.register_forward_hook(lambda module, given, out: seen.append(out.shape[1]))
+    watch.clear()
+    close(decoder(z), expected)
+    assert seen == [VAE["ch"]] and "Decoder" not in watch
 
 
 @torch.no_grad()

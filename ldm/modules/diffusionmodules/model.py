@@ -337,6 +337,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        h = self.features(z)
+        return h if self.give_pre_end else self.answer(h)
+
+    def features(self, z: Tensor) -> Tensor:
+        """Compute the maps (b, ch, f h, f w) that the last norm and convolution turn into a picture."""
         self.last_z_shape = z.shape
         h = self.mid(self.conv_in(z), None)
         for level in reversed(self.up):
@@ -344,8 +349,10 @@ class Decoder(nn.Module):
                 h = level.step(i, h, None)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        if self.give_pre_end:
-            return h
+        return h
+
+    def answer(self, h: Tensor) -> Tensor:
+        """Turn features into a picture (b, out_ch, f h, f w)."""
         h = self.conv_out(nonlinearity(self.norm_out(h)))
         return torch.tanh(h) if self.tanh_out else h
 
