@@ -5,6 +5,7 @@
 // Vectors of 16 floats are GCC's, which any machine can hold; products of bfloat16 use AMX tiles where the processor
 // has them, else AVX512-BF16. Every function takes the number of threads, and rows that torch owns.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -306,11 +307,32 @@ inline vu load_words(const void* p, int64_t bytes) {
   if (bytes >= 64) {
     std::memcpy(&v, p, 64);
   } else {
+#if defined(__AVX512BW__)
+    return (vu)_mm512_maskz_loadu_epi8(((__mmask64)1 << bytes) - 1, p);
+#endif
     char buffer[64] = {};
     std::memcpy(buffer, p, bytes);
     std::memcpy(&v, buffer, 64);
   }
   return v;
+}
+
+// The first n of 16 numbers.
+inline void store_some(float* p, vf v, int64_t n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#else
+  std::memcpy(p, &v, n * sizeof(float));
+#endif
+}
+inline void store_some(bf16* p, vf v, int64_t n) {
+  bf16 line[L];
+  store(line, v);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), _mm256_loadu_si256((const __m256i*)line));
+#else
+  std::memcpy(p, line, n * sizeof(bf16));
+#endif
 }
 
 // Turn 16 rows of 16 words into columns: interleaving row i with row i + 8, four times.
@@ -340,12 +362,20 @@ inline void clear(T* p, int64_t n) {
   std::memset(p, 0, n * sizeof(T));
 }
 
-// exp2v takes numbers alone, so rows that hold others are found beforehand.
-template <class T>
-inline bool finite(const T* p, int64_t n) {
-  float zero = 0;
-  for (int64_t i = 0; i < n; ++i) zero += load1(p + i) * 0.0f;
-  return zero == 0;
+// exp2v takes numbers alone, so rows that hold others, whose exponents are all ones, are found beforehand.
+inline bool finite(const bf16* p, int64_t n) {
+  uint16_t most = 0;
+  for (int64_t i = 0; i < n; ++i) most = std::max<uint16_t>(most, p[i].bits & 0x7f80);
+  return most != 0x7f80;
+}
+inline bool finite(const float* p, int64_t n) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, p + i, 4);
+    most = std::max<uint32_t>(most, bits & 0x7f800000);
+  }
+  return most != 0x7f800000;
 }
 
 template <class T>
@@ -500,6 +530,10 @@ void attend_block(const Shape<T>& s, const T* q, int64_t q_stride, int64_t count
       for (int64_t j = 0; j < blocks; ++j) {
         float* column = scores + j * SCORES + part * L;
         T* weights = reinterpret_cast<T*>(scores + j * SCORES) + part * L;
+        if (part >= here) {  // rows for the second product's step alone
+          clear(weights, L * L);
+          continue;
+        }
         vf base = top[j], sum[2] = {};
         for (int64_t m = 0; m < L; m += 2) {  // next to nothing where there is no key, whose value is zero
           vf a = exp2v<degree>(load(column + m * L) * factor - base);
@@ -526,9 +560,7 @@ void attend_block(const Shape<T>& s, const T* q, int64_t q_stride, int64_t count
       transpose(words);
       const int64_t features = s.features - d < L ? s.features - d : L;
       for (int64_t i = 0; i < rows; ++i) {
-        T line[L];
-        store(line, (vf)words[i]);
-        std::memcpy(out + (first + i) * out_stride + d, line, features * sizeof(T));
+        store_some(out + (first + i) * out_stride + d, (vf)words[i], features);
       }
     }
   }
