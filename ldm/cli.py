@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 MAX_LINE = 400  # characters of an error line, so that it stays readable in a log
 MAX_SEED = 2**64 - 1  # what torch.Generator takes
+# Words for what is computed in; torch's names for them.
+PRECISIONS = {"full": "float32", "half": "float16", "bfloat16": "bfloat16"}
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
@@ -426,7 +428,7 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
     model.add_argument("--tokenizer", help="folder or file of the tokenizer (default: the one in ldm)")
     model.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for the best there is")
     model.add_argument(
-        "--precision", choices=("autocast", "full", "half", "bfloat16"), default="autocast",
+        "--precision", choices=("autocast", *PRECISIONS), default="autocast",
         help="of the UNet; autocast is full where there is no CUDA",
     )  # fmt: skip
     _add_optimize(model)
@@ -437,6 +439,20 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
         "--tiled_vae",
         action="store_true",
         help="--optimize, and large pictures through the VAE in strips, exactly",
+    )
+    model.add_argument(
+        "--sliced_vae", action="store_true", help="--optimize, and a batch through the VAE picture by picture"
+    )
+    model.add_argument(
+        "--lowvram",
+        action="store_true",
+        help="leave the weights in the machine's memory; they visit the GPU part by part (slow)",
+    )
+    model.add_argument(
+        "--vae_precision",
+        choices=tuple(PRECISIONS),
+        default="full",
+        help="what the VAE computes in; one that overflows goes on in full precision",
     )
     model.add_argument("--C", type=integer(1, 64), help="latent channels; checked against the model")
     model.add_argument("--f", type=integer(1, 64), help="pixels a latent cell; checked against the model")
@@ -463,11 +479,12 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
 
     device = pick_device(args.device)
     options: dict[str, Any] = {"device": device, "dtype": torch.float32}
-    options |= {"vae": args.vae, "tokenizer": args.tokenizer}
+    options |= {"vae": args.vae, "tokenizer": args.tokenizer, "low_vram": args.lowvram}
+    options["vae_dtype"] = getattr(torch, PRECISIONS[args.vae_precision])
     if args.precision == "autocast" and device.type == "cuda":
         options["autocast"] = torch.float16
     elif args.precision in ("half", "bfloat16"):
-        options["dtype"] = getattr(torch, {"half": "float16"}.get(args.precision, args.precision))
+        options["dtype"] = getattr(torch, PRECISIONS[args.precision])
     if args.ckpt is None:
         sd = StableDiffusion.default(**options)
     else:
@@ -481,8 +498,11 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
     for name, given, own in (("C", args.C, sd.model.channels), ("f", args.f, downsampling(sd.model))):
         if given not in (None, own):
             raise UsageError(f"--{name} {given} does not fit this model, whose {name} is {own}; leave it out")
-    if args.optimize or args.compile or args.tiled_vae:
-        sd.optimize(compile=args.compile, tiled_vae=args.tiled_vae)
+    ways = {name: getattr(args, name) for name in ("compile", "tiled_vae", "sliced_vae")}
+    if args.lowvram:
+        ways["low_vram"] = device
+    if args.optimize or any(ways.values()):
+        sd.optimize(**ways)
     return sd
 
 

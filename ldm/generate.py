@@ -41,6 +41,7 @@ from ldm.results import GenerationParameters, GenerationResult, Progress, join
 from ldm.wish import (
     Job,
     Shot,
+    check_low_vram,
     check_size,
     choice,
     downsampling,
@@ -265,6 +266,7 @@ class StableDiffusion:
         report: what the loader did with every tensor, or None.
         name, file: what pictures say about the model; the file's hash goes into their metadata.
         autocast: dtype of torch.autocast around the UNet, CompVis's --precision autocast, or None.
+        vae_dtype: what the VAE computes in.
     """
 
     def __init__(
@@ -275,6 +277,7 @@ class StableDiffusion:
         file: str | os.PathLike | None = None,
         report: Any = None,
         autocast: torch.dtype | None = None,
+        vae_dtype: torch.dtype = torch.float32,
     ):
         self.model = model.eval()
         self.file = None if file is None else Path(file)
@@ -285,9 +288,9 @@ class StableDiffusion:
         self.autocast = autocast
         self._averaged = False
         self._latent_rgb: tuple[Tensor, Tensor] | None = None
-        if dtype_of(model) != torch.float32:
-            # Half-precision decoders overflow into black pictures; the VAE is a tenth of the work.
-            model.first_stage_model.float()
+        # Half-precision decoders overflow into black pictures; the VAE is a tenth of the work.
+        self.vae_dtype = vae_dtype
+        model.first_stage_model.to(vae_dtype)
 
     @classmethod
     def from_single_file(
@@ -301,27 +304,33 @@ class StableDiffusion:
         vae: str | os.PathLike | None = None,
         use_ema: bool | None = None,
         tokenizer: str | os.PathLike | None = None,
+        vae_dtype: torch.dtype = torch.float32,
+        low_vram: bool = False,
     ) -> StableDiffusion:
         """Load a `.safetensors` or `.ckpt` file with CompVis's or diffusers' names inside.
 
         Args:
             config: a CompVis YAML file (path, dict, OmegaConf); None reads the family off the weights.
             device: "cuda", "mps", "cpu"; None takes the best there is.
-            dtype: what UNet and text encoder compute in; None is float16 on CUDA, else float32. The VAE stays
-                float32.
+            dtype: what UNet and text encoder compute in; None is float16 on CUDA, else float32.
             autocast: compute the UNet under torch.autocast with this dtype, weights staying in `dtype`.
             vae: a VAE-only file that replaces the one in `path`.
             use_ema: True gives the UNet the file's moving average, False its plain weights; None does as CompVis:
                 plain ones, and the average beside them if the configuration keeps one, which then paints.
             tokenizer: a folder or vocabulary file; None takes the one that ships with ldm.
+            vae_dtype: what the VAE computes in. A half-precision decoder that overflows is put into float32.
+            low_vram: leave the weights in the machine's memory and let them visit the device part by part.
 
         Raises:
             AbsentError, FormatError, UnsafeFileError, MismatchError: see ldm.checkpoints.
+            UsageError: low_vram without a GPU.
         """
         from ldm.checkpoints import load_latent_diffusion
 
         device = pick_device(device)
-        dtype = pick_dtype(device, dtype)
+        if low_vram:
+            check_low_vram(device)
+        dtype, vae_dtype = pick_dtype(device, dtype), pick_dtype(device, vae_dtype)
         model, report = load_latent_diffusion(
             path,
             config=config,
@@ -330,10 +339,10 @@ class StableDiffusion:
             use_ema=use_ema,
             tokenizer=tokenizer,
             vae=vae,
-            vae_dtype=torch.float32,
+            vae_dtype=vae_dtype,
         )
-        sd = cls(model, file=path, report=report, autocast=autocast)
-        return sd.to(dtype=dtype, device=device)
+        sd = cls(model, file=path, report=report, autocast=autocast, vae_dtype=vae_dtype)
+        return sd.optimize(low_vram=device) if low_vram else sd.to(dtype=dtype, device=device)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> StableDiffusion:
@@ -371,7 +380,13 @@ class StableDiffusion:
     def to(
         self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None
     ) -> StableDiffusion:
-        """Move the model, or change what UNet and text encoder compute in; VAE and noise tables stay float32."""
+        """Move the model, or change what UNet and text encoder compute in; the VAE keeps its own precision.
+
+        Weights that visit a device in turn (low_vram) stay where they are moved to; call `optimize` again.
+        """
+        from ldm.kernels import low_vram
+
+        low_vram.detach(self.model)
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         device = self.device if device is None else pick_device(device)
@@ -379,19 +394,37 @@ class StableDiffusion:
             dtype = pick_dtype(device, dtype)
             self.model.model.to(dtype)
             self.model.cond_stage_model.to(dtype)
-            self.model.first_stage_model.float()
+            self.model.first_stage_model.to(self.vae_dtype)
         self.model.to(device)  # after the cast: half as much to move
         return self
 
-    def optimize(self, *, compile: bool = False, tiled_vae: bool = False) -> StableDiffusion:
-        """Compute faster on this machine, with the same numbers up to rounding: see ldm.kernels.optimize.
+    def optimize(
+        self,
+        *,
+        compile: bool = False,
+        tiled_vae: bool = False,
+        sliced_vae: bool = False,
+        low_vram: str | torch.device | None = None,
+    ) -> StableDiffusion:
+        """Compute faster on this machine, or in less memory, with the same numbers up to rounding.
 
-        With tiled_vae large pictures are encoded and decoded in strips, in a fraction of the memory and without seams.
-        ldm.kernels.restore(sd.model) undoes it. Call it again after moving the model to another device.
+        See ldm.kernels.optimize. ldm.kernels.restore(sd.model) undoes it. Call it again after moving the model to
+        another device.
+
+        Args:
+            compile: by torch.compile; the first calls take minutes.
+            tiled_vae: encode and decode large pictures in strips, in a fraction of the memory and without seams.
+            sliced_vae: encode and decode the pictures of a batch one after the other.
+            low_vram: a device that the weights, which stay where they are, visit part by part.
+
+        Raises:
+            UsageError: low_vram is no GPU, or not there; low_vram and compile together.
         """
         from ldm.kernels import optimize
 
-        optimize(self.model, compile=compile, tiled_vae=tiled_vae)
+        if low_vram is not None:
+            low_vram = check_low_vram(pick_device(low_vram))
+        optimize(self.model, compile=compile, tiled_vae=tiled_vae, sliced_vae=sliced_vae, low_vram=low_vram)
         return self
 
     @property

@@ -92,6 +92,17 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     return wanted
 
 
+def check_low_vram(device: torch.device) -> torch.device:
+    """Give back a device that weights may visit part by part.
+
+    Raises:
+        UsageError: its memory is the one in which the weights lie anyway.
+    """
+    if device.type == "cpu":
+        raise UsageError("low_vram is for a GPU that a model does not fit on, got device cpu; leave it out")
+    return device
+
+
 def pick_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
     """Choose what the UNet computes in: float16 on CUDA, else float32; float16 on a CPU is refused gently."""
     if dtype is None:

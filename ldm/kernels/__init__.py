@@ -5,6 +5,7 @@ Nothing here has weights of its own or is needed: each way stands in for the pla
 it, and leaves to it whatever it does not serve.
 """
 
+import torch
 from torch import nn
 
 from ldm.errors import UsageError
@@ -12,43 +13,68 @@ from ldm.errors import UsageError
 __all__ = ["optimize", "restore"]
 
 
-def optimize(model: nn.Module, *, compile: bool = False, tiled_vae: bool = False) -> nn.Module:
-    """Let a model, or any part of one, compute faster; its keys, weights and classes stay as they are.
+def optimize(
+    model: nn.Module,
+    *,
+    compile: bool = False,
+    tiled_vae: bool = False,
+    sliced_vae: bool = False,
+    low_vram: torch.device | None = None,
+) -> nn.Module:
+    """Let a model, or any part of one, compute faster or in less memory; its keys, weights and classes stay.
 
     On a CPU, where no gradients are asked for and the numbers are float32 or bfloat16: convolutions and linear layers
     by oneDNN with weights laid out beforehand (a second copy of them), channels last, attention, norms and gates by
     kernels that are built for this machine at the first call, and, under guidance, what both halves of a batch share
     done once. What was freed is kept by the process for the next step instead of going back to the system.
-    Elsewhere: channels last.
+    On CUDA, likewise without gradients: channels last, group norms with SiLU and gates by Triton kernels, sums and
+    upsampling as above, and networks recorded as CUDA graphs, a few shapes of each. Elsewhere: channels last.
 
     Weights that change later are noticed, unless they are written through `.data`: call `restore` and `optimize` again.
 
     Args:
         compile: compile the residual and transformer blocks by torch.compile instead; the first calls take minutes.
         tiled_vae: let the autoencoder work in strips of rows (strips.py): a fraction of the memory, no seams, slower.
+        sliced_vae: let the autoencoder take the pictures of a batch one after the other.
+        low_vram: a device that the weights, which stay where they are, visit part by part (low_vram.py): a fraction of
+            the memory, much slower. The plain code does the work.
 
     Returns:
         the model.
 
     Raises:
-        UsageError: tiled_vae for a model without an encoder or decoder of ours.
+        UsageError: tiled_vae or sliced_vae for a model without an encoder or decoder of ours; low_vram and compile.
     """
-    from ldm.kernels import memory, regions, stand_ins, strips
+    from ldm.kernels import graphs, memory, regions, stand_ins, strips
+    from ldm.kernels import low_vram as visits
 
     restore(model)
-    if tiled_vae and not strips.attach(model):
+    for name, is_wanted in (("tiled_vae", tiled_vae), ("sliced_vae", sliced_vae)):
+        if is_wanted and not strips.halves(model):
+            raise UsageError(
+                f"{name} is for a model with an autoencoder, {type(model).__name__} has none; leave it out"
+            )
+    if low_vram is not None and compile:
         raise UsageError(
-            f"tiled_vae is for a model with an autoencoder, {type(model).__name__} has none; leave it out"
+            "low_vram moves weights that compiled code expects to stay; leave one of the two out"
         )
-    device = next(model.parameters()).device.type
-    if compile:
-        regions.compile_blocks(model)
+    device = next(model.parameters()).device.type if low_vram is None else low_vram.type
+    if tiled_vae:
+        strips.attach(model)
     if device == "cpu":
         memory.keep(model)
-        if not compile:
-            stand_ins.attach(model)
     else:
         regions.put_channels_last(model)
+    if low_vram is not None:
+        visits.attach(model, low_vram)
+    elif compile:
+        regions.compile_blocks(model)
+    else:
+        stand_ins.attach(model)
+    if device == "cuda" and low_vram is None:
+        graphs.attach(model)
+    if sliced_vae:
+        strips.attach_one_by_one(model)
     return model
 
 
@@ -58,8 +84,9 @@ def restore(model: nn.Module) -> nn.Module:
     Returns:
         the model.
     """
-    from ldm.kernels import memory, regions, stand_ins
+    from ldm.kernels import low_vram, memory, regions, stand_ins
 
+    low_vram.detach(model)
     stand_ins.detach(model)
     regions.restore(model)
     memory.give_back(model)

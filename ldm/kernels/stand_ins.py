@@ -1,12 +1,15 @@
-"""What stands in for the forward of a module on a CPU, where no gradients are asked for.
+"""What stands in for the forward of a module where no gradients are asked for.
 
 A stand-in is an attribute `forward` of one module, so hooks fire, keys and classes stay, and taking the attribute off
 restores the plain code. It hands a call on to the plain code whenever anything is not as it knows it: other dtypes or
-devices, autocast, tracing, gradients, or a part of the module that someone has replaced, patched or hooked.
+devices, autocast, tracing, gradients, or a part of the module that someone has replaced, patched or hooked. What it
+computes with is an engine, one for each kind of device: cpu.py or cuda.py.
 """
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ldm.kernels import native, winograd
+from ldm.kernels import cpu, cuda
 from ldm.modules.attention import (
     GEGLU,
     BasicTransformerBlock,
@@ -26,15 +29,10 @@ from ldm.modules.diffusionmodules import model as vae
 from ldm.modules.diffusionmodules import openaimodel as unet
 from ldm.modules.diffusionmodules.util import GroupNorm32, timestep_embedding
 
-FEED_ROWS = (
-    1024  # tokens that go through a feed-forward at a time, so that what lies between stays in the cache
-)
-DTYPES = (torch.float32, torch.bfloat16)
-# Overloads are named below: to find one by trial, torch prints the tensors into an error that nobody sees.
-mkldnn = torch.ops.mkldnn
+ENGINES: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda}
 
 
-def _state(x: Tensor | None) -> tuple[Any, ...]:
+def state_of(x: Tensor | None) -> tuple[Any, ...]:
     """What changes when a tensor is written to or replaced."""
     if x is None:
         return (None,)
@@ -49,7 +47,7 @@ class Derived:
         self._value: Any = None
 
     def get(self, make: Callable[[], Any], *tensors: Tensor | None) -> Any:
-        of = tuple(map(_state, tensors))
+        of = tuple(map(state_of, tensors))
         if of != self._of:
             self._of, self._value = of, make()
         return self._value
@@ -62,15 +60,19 @@ def _undisturbed() -> bool:
     """Whether this is a plain call: no gradients, no autocast, nobody who watches or traces operations."""
     return not (
         torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
+        or any(map(torch.is_autocast_enabled, ENGINES))
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or _get_current_dispatch_mode() is not None
     )
 
 
+def _engine(x: Tensor) -> ModuleType:
+    return ENGINES[x.device.type]
+
+
 def _known(x: Any) -> bool:
-    return type(x) is Tensor and x.device.type == "cpu" and x.dtype in DTYPES
+    return type(x) is Tensor and x.device.type in ENGINES and x.dtype in _engine(x).DTYPES
 
 
 def _code(kind: type[nn.Module]) -> tuple[Any, Any]:
@@ -113,6 +115,25 @@ class StandIn:
         raise NotImplementedError
 
 
+class Around(StandIn):
+    """Stands around whatever else would answer for a module.
+
+    Args:
+        module: it stands in for.
+        inner: the module's other stand-in; None = its plain code.
+    """
+
+    def __init__(self, module: nn.Module, inner: StandIn | None = None):
+        super().__init__(module)
+        self.inner = inner
+
+    def plainly(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer as the module did before."""
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
 def _part(module: nn.Module) -> "StandIn | None":
     """The stand-in of a part that may be called around its module; None if that is not so."""
     own = vars(module).get("forward")
@@ -123,7 +144,7 @@ def _part(module: nn.Module) -> "StandIn | None":
 
 
 class Linear(StandIn):
-    """A linear layer by oneDNN, with its weight laid out beforehand."""
+    """A linear layer, with its weight laid out beforehand."""
 
     def __init__(self, module: nn.Linear):
         super().__init__(module)
@@ -136,29 +157,28 @@ class Linear(StandIn):
         weight = self.module.weight
         return (
             _known(x)
-            and weight.device.type == "cpu"
+            and weight.device == x.device
             and x.dtype == weight.dtype
             and x.dim() > 1
             and x.numel() > 0
         )
 
     def multiply(self, x: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
-        weight = self.module.weight
+        weight, engine = self.module.weight, _engine(x)
         packed = self._packed.get(
-            lambda: mkldnn._reorder_linear_weight(weight.detach(), x.numel() // x.shape[-1]), weight
+            lambda: engine.pack_linear(weight.detach(), x.numel() // x.shape[-1]), weight
         )
-        x = x.contiguous()
-        if add is not None:
-            return mkldnn._linear_pointwise.binary(x, add, packed, bias, "add")
-        return mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+        return engine.multiply(x, packed, bias, add)
 
 
 class Conv(StandIn):
-    """A 2-dimensional convolution, channels last, by oneDNN or winograd.py, with its weight laid out beforehand."""
+    """A 2-dimensional convolution, channels last, with its weight laid out beforehand."""
 
     def __init__(self, module: nn.Conv2d):
         super().__init__(module)
-        self._packed, self._turned = Derived(), Derived()
+        self._packed: defaultdict[str, Derived] = defaultdict(
+            Derived
+        )  # by way: maps of other sizes go others
 
     def fast(self, x: Tensor) -> Tensor | None:
         return self.convolve(x) if self.serves(x) else None
@@ -167,6 +187,7 @@ class Conv(StandIn):
         m = self.module
         return (
             _known(x)
+            and x.device == m.weight.device
             and x.dtype == m.weight.dtype
             and x.dim() == 4
             and x.numel() > 0
@@ -176,41 +197,10 @@ class Conv(StandIn):
 
     def convolve(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Convolve; `add` is a map of the result's shape to add."""
-        m = self.module
+        m, engine = self.module, _engine(x)
         x = x.contiguous(memory_format=torch.channels_last)
-        if winograd.serves(m, x):
-            tiles = x.shape[0] * x.shape[2] * x.shape[3] // 4
-            turned = self._turned.get(lambda: winograd.pack(m.weight.detach(), tiles), m.weight)
-            return winograd.convolve(x, turned, m.bias, m.out_channels, add)
-        how = (m.padding, m.stride, m.dilation, m.groups)
-        packed = self._packed.get(lambda: pack_conv(m.weight.detach(), *how, x.shape), m.weight)
-        return run_conv(x, packed, m.bias, *how, add=add)
-
-
-def pack_conv(weight: Tensor, padding: Any, stride: Any, dilation: Any, groups: int, size: Any) -> Tensor:
-    """Lay a convolution's weight out for maps of a size."""
-    return mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, list(size))
-
-
-def run_conv(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    padding: Any,
-    stride: Any,
-    dilation: Any,
-    groups: int,
-    add: Tensor | None = None,
-) -> Tensor:
-    """Convolve x, channels last, with a weight of `pack_conv`, and add a map if there is one."""
-    if add is None:
-        return mkldnn._convolution_pointwise.default(
-            x, packed, bias, padding, stride, dilation, groups, "none", [], ""
-        )
-    add = add.contiguous(memory_format=torch.channels_last)
-    return mkldnn._convolution_pointwise.binary(
-        x, add, packed, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None
-    )
+        way = engine.layout(m, x)
+        return engine.convolve(m, x, way, self._packed[way], add)
 
 
 class Norm(StandIn):
@@ -225,7 +215,7 @@ class Norm(StandIn):
 
     def serves(self, x: Tensor) -> bool:
         m = self.module
-        return m.weight is not None and x.dim() == 4 and native.serves_norm(x, m.num_groups)
+        return m.weight is not None and _known(x) and x.dim() == 4 and _engine(x).serves_norm(x, m.num_groups)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Weight and bias (c,) in float32."""
@@ -235,9 +225,9 @@ class Norm(StandIn):
         )
 
     def normalise(self, x: Tensor, *, silu: bool = False, **options: Any) -> Tensor:
-        """See native.group_norm; `affine` replaces the module's own."""
+        """See the engine's group_norm; `affine` replaces the module's own."""
         weight, bias = options.pop("affine", None) or self.affine()
-        return native.group_norm(
+        return _engine(x).group_norm(
             x, self.module.num_groups, weight, bias, self.module.eps, silu=silu, **options
         )
 
@@ -349,22 +339,14 @@ class Upsample(StandIn):
         own = m.conv
         if (own.kernel_size, own.padding, own.stride, own.groups) != ((3, 3), (1, 1), (1, 1), 1):
             return None
-        (b, _, h, w), c = x.shape, own.out_channels
         x = x.contiguous(memory_format=torch.channels_last)
         how = ((1, 1), (1, 1), (1, 1), 1)
-        packed, bias = self._packed.get(lambda: self._phases(own, how, x.shape), own.weight, own.bias)
-        y = run_conv(x, packed, bias, *how)  # (b, 4 c, h + 1, w + 1)
-        if native.library() is not None:
-            return native.spread(y)
-        out = torch.empty((b, c, 2 * h, 2 * w), dtype=x.dtype, memory_format=torch.channels_last)
-        for i in range(2):
-            for j in range(2):
-                first = (2 * i + j) * c
-                out[:, :, i::2, j::2] = y[:, first : first + c, i : i + h, j : j + w]
-        return out
+        engine = _engine(x)
+        packed, bias = self._packed.get(lambda: self._phases(engine, own, how, x.shape), own.weight, own.bias)
+        return engine.spread(engine.run_conv(x, packed, bias, *how))  # of (b, 4 c, h + 1, w + 1)
 
     @staticmethod
-    def _phases(conv: nn.Conv2d, how: Any, size: Any) -> tuple[Tensor, Tensor | None]:
+    def _phases(engine: ModuleType, conv: nn.Conv2d, how: Any, size: Any) -> tuple[Tensor, Tensor | None]:
         weight = conv.weight.detach().float()
         first, middle, last = weight.unbind(dim=2)
         rows = (torch.stack([first, middle + last], 2), torch.stack([first + middle, last], 2))
@@ -375,18 +357,18 @@ class Upsample(StandIn):
             kernels.append(torch.stack([first + middle, last], 3))
         joined = torch.cat(kernels).to(conv.weight.dtype)  # (4 out, in, 2, 2)
         bias = None if conv.bias is None else conv.bias.detach().repeat(4)
-        return pack_conv(joined, *how, size), bias
+        return engine.pack_conv(joined, *how, size), bias
 
 
 # --- attention --------------------------------------------------------------------------------------
 
 
 class Attention(StandIn):
-    """Attention by the kernel of cpu.cpp; keys and values of a context that stays the same are kept."""
+    """Attention by the engine's kernel; keys and values of a context that stays the same are kept."""
 
     def __init__(self, module: CrossAttention):
         super().__init__(module)
-        self._kept = Derived()
+        self._kept, self._joined = Derived(), Derived()
 
     def fast(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, add: Tensor | None = None
@@ -394,21 +376,35 @@ class Attention(StandIn):
         m = self.module
         if mask is not None or not _known(x) or x.dim() != 3:
             return None
-        q = m.to_q(x)
-        k, v = (m.to_k(x), m.to_v(x)) if context is None else self._told(context)
-        if not native.serves_attention(q, k, v, m.heads):
+        q, k, v = self._own(x) if context is None else (m.to_q(x), *self._told(context))
+        if not _engine(x).serves_attention(q, k, v, m.heads):
             return None
-        out = native.attention(q, k, v, m.heads, m.scale)
+        out = _engine(x).attention(q, k, v, m.heads, m.scale)
         last = _part(m.to_out[0])
         if add is not None and last is not None and bare(m.to_out) and bare(m.to_out[1]) and last.serves(out):
             return last.multiply(out, m.to_out[0].bias, add)
         out = m.to_out(out)
         return out if add is None else out + add
 
+    def _own(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens among themselves, in one product."""
+        m = self.module
+        layers, parts = (m.to_q, m.to_k, m.to_v), _parts(m.to_q, m.to_k, m.to_v)
+        if parts is None or not all(
+            part.serves(x) and layer.bias is None and layer.weight.shape == m.to_q.weight.shape
+            for part, layer in zip(parts, layers, strict=True)
+        ):
+            return m.to_q(x), m.to_k(x), m.to_v(x)
+        engine, weights = _engine(x), [layer.weight for layer in layers]
+        packed = self._joined.get(
+            lambda: engine.pack_linear(torch.cat(weights).detach(), x.numel() // x.shape[-1]), *weights
+        )
+        return engine.multiply(x, packed, None).chunk(3, dim=2)
+
     def _told(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a context; those of the last one if it says the same, as it does at every step."""
         m = self.module
-        if _parts(m.to_k, m.to_v) is None:
+        if _parts(m.to_k, m.to_v) is None or not _engine(context).KEEPS_CONTEXT:
             return m.to_k(context), m.to_v(context)
         kept = self._kept.get(dict, m.to_k.weight, m.to_v.weight)
         if not kept or kept["context"].shape != context.shape or not torch.equal(kept["context"], context):
@@ -432,18 +428,19 @@ class Feed(StandIn):
         if parts is None:
             return None
         widen, narrow = parts
+        engine = _engine(x)
         flat = x.reshape(-1, x.shape[-1])
         if (
             not widen.serves(flat)
             or gate.proj.bias is None
-            or not native.serves_geglu(gate.proj.out_features)
+            or not engine.serves_geglu(gate.proj.out_features)
         ):
             return None
         bias = self._bias.get(lambda: gate.proj.bias.detach().float(), gate.proj.bias)
         inner = x.new_empty((flat.shape[0], gate.proj.out_features // 2))
-        for i in range(0, flat.shape[0], FEED_ROWS):
-            rows = slice(i, i + FEED_ROWS)
-            native.geglu(widen.multiply(flat[rows], None), bias, inner[rows])
+        for i in range(0, flat.shape[0], engine.FEED_ROWS):
+            rows = slice(i, i + engine.FEED_ROWS)
+            engine.geglu(widen.multiply(flat[rows], None), bias, inner[rows])
         beside = None if add is None else add.reshape(flat.shape[0], -1)
         return narrow.multiply(inner, m.net[2].bias, beside).view(*x.shape[:-1], -1)
 
@@ -528,9 +525,9 @@ class MapAttention(StandIn):
         (b, c, h, w) = x.shape
         normed = norm.normalise(x)
         q, k, v = (part.convolve(normed).permute(0, 2, 3, 1).reshape(b, h * w, c) for part in to)
-        if not native.serves_attention(q, k, v, 1):
+        if not _engine(x).serves_attention(q, k, v, 1):
             return None
-        out = native.attention(q, k, v, 1, c**-0.5)
+        out = _engine(x).attention(q, k, v, 1, c**-0.5)
         return back.convolve(out.reshape(b, h, w, c).permute(0, 3, 1, 2), add=x)
 
 
@@ -555,27 +552,28 @@ class BlockAttention(StandIn):
         def tokens(y: Tensor) -> Tensor:
             return y.permute(0, 2, 3, 1).reshape(b, h * w, c)
 
-        packed, bias = self._into.get(lambda: self._sorted(b * h * w), m.qkv.weight, m.qkv.bias)
-        qkv = mkldnn._linear_pointwise.default(tokens(norm.normalise(x)), packed, bias, "none", [], "")
+        engine = _engine(x)
+        packed, bias = self._into.get(lambda: self._sorted(engine, b * h * w), m.qkv.weight, m.qkv.bias)
+        qkv = engine.multiply(tokens(norm.normalise(x)), packed, bias)
         q, k, v = qkv.chunk(3, dim=2)
-        if not native.serves_attention(q, k, v, m.num_heads):
+        if not engine.serves_attention(q, k, v, m.num_heads):
             return None
-        out = native.attention(q, k, v, m.num_heads, (c // m.num_heads) ** -0.5)
+        out = engine.attention(q, k, v, m.num_heads, (c // m.num_heads) ** -0.5)
         back = m.proj_out
         packed = self._back.get(
-            lambda: mkldnn._reorder_linear_weight(back.weight.detach().squeeze(2), b * h * w), back.weight
+            lambda: engine.pack_linear(back.weight.detach().squeeze(2), b * h * w), back.weight
         )
-        out = mkldnn._linear_pointwise.binary(out, tokens(x), packed, back.bias, "add")
+        out = engine.multiply(out, packed, back.bias, tokens(x))
         return out.view(b, h, w, c).permute(0, 3, 1, 2)
 
-    def _sorted(self, rows: int) -> tuple[Tensor, Tensor]:
+    def _sorted(self, engine: ModuleType, rows: int) -> tuple[Tensor, Tensor]:
         """Weight and bias that give q of all heads, then k, then v."""
         m = self.module
         weight, bias = m.qkv.weight.detach().squeeze(2), m.qkv.bias.detach()
         if isinstance(m.attention, unet.QKVAttentionLegacy):
             order = torch.arange(len(bias)).view(m.num_heads, 3, -1).transpose(0, 1).flatten()
             weight, bias = weight[order], bias[order]
-        return mkldnn._reorder_linear_weight(weight.contiguous(), rows), bias
+        return engine.pack_linear(weight.contiguous(), rows), bias
 
 
 # --- the UNet under guidance --------------------------------------------------------------------------
@@ -598,6 +596,7 @@ class UNet(StandIn):
             and isinstance(timesteps, Tensor)
             and x.shape[0] == context.shape[0] == 2 * half > 0
             and _known(x)
+            and _engine(x).KEEPS_CONTEXT
             and torch.equal(x[:half], x[half:])
             and torch.equal(timesteps[:half], timesteps[half:])
         ):
@@ -670,6 +669,8 @@ PLAIN: dict[type[nn.Module], tuple[Any, Any]] = {
 
 def attach(root: nn.Module) -> int:
     """Give every module of a tree its stand-in, if there is one; return how many.
+
+    Those of a device that has no engine are left alone.
 
     The parts of one that has a stand-in of another kind already, which does their work itself, stay plain.
     """

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import UsageError
-from ldm.kernels.stand_ins import StandIn
+from ldm.kernels.stand_ins import Around, StandIn
 from ldm.modules.diffusionmodules import model as plain
 from ldm.modules.diffusionmodules.model import (
     AttnBlock,
@@ -117,12 +117,36 @@ class Strips(StandIn):
             return None
 
 
+def halves(root: nn.Module) -> list[nn.Module]:
+    """List the encoders and decoders of a tree."""
+    return [part for part in root.modules() if type(part) in (Encoder, Decoder)]
+
+
+class OneByOne(Around):
+    """An encoder's or decoder's forward for one picture of a batch after the other."""
+
+    def fast(self, x: Tensor) -> Tensor:
+        return torch.cat([self.plainly(one) for one in x.split(1)]) if len(x) else self.plainly(x)
+
+
+def attach_one_by_one(root: nn.Module) -> int:
+    """Let every encoder and decoder of a tree, whatever stands in for it, take one picture at a time.
+
+    Returns:
+        how many there are.
+    """
+    found = halves(root)
+    for half in found:
+        half.forward = OneByOne(half, vars(half).get("forward"))
+    return len(found)
+
+
 def attach(root: nn.Module) -> int:
     """Let every encoder and decoder of a tree work in strips; return how many."""
-    halves = [part for part in root.modules() if type(part) in (Encoder, Decoder)]
-    for half in halves:
+    found = halves(root)
+    for half in found:
         half.forward = Strips(half)
-    return len(halves)
+    return len(found)
 
 
 # --- what is served -------------------------------------------------------------------------------

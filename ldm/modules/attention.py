@@ -15,6 +15,9 @@ from ldm.errors import MismatchError
 from ldm.modules.diffusionmodules.util import checkpoint, zero_module
 from ldm.util import default, exists
 
+# Bytes. As large as those of a UNet's first level for one guided picture of 512 pixels in half precision.
+MOST_SCORES = 512 << 20
+
 __all__ = [
     "BasicTransformerBlock",
     "CrossAttention",
@@ -25,6 +28,7 @@ __all__ = [
     "Normalize",
     "SpatialSelfAttention",
     "SpatialTransformer",
+    "attend",
     "default",
     "exists",
     "init_",
@@ -48,6 +52,44 @@ def init_(tensor: Tensor) -> Tensor:
     """Fill a weight in place with uniform values bounded by 1 / sqrt(its last dimension)."""
     bound = 1 / math.sqrt(tensor.shape[-1])
     return tensor.uniform_(-bound, bound)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Compute softmax(scale q k^T + mask) v, in portions of queries where the scores would fill the memory.
+
+    torch has kernels that never hold the scores; where none of them serves (other devices than CPU and CUDA, old GPUs,
+    some masks), at most MOST_SCORES bytes of scores are held at a time. Each query's answer is its own, so the
+    portions change nothing but rounding.
+
+    Args:
+        q: (b, heads, n, d).
+        k, v: (b, heads, m, d).
+        attn_mask: as torch's scaled_dot_product_attention takes it; broadcast over queries, or (..., n, m).
+        scale: None means 1 / sqrt(d).
+    """
+    row = q.shape[0] * q.shape[1] * k.shape[2] * q.element_size()  # bytes of the scores of one query
+    rows = max(1, MOST_SCORES // max(1, row))
+    if q.shape[2] <= rows or _is_fused(q, k, v, attn_mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale)
+    answers = []
+    for i in range(0, q.shape[2], rows):
+        mask = attn_mask
+        if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
+            mask = mask[..., i : i + rows, :]
+        part = F.scaled_dot_product_attention(q[:, :, i : i + rows], k, v, attn_mask=mask, scale=scale)
+        answers.append(part)
+    return torch.cat(answers, dim=2)
+
+
+def _is_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether torch has a kernel for this that does not hold the scores."""
+    if q.device.type != "cuda":
+        return q.device.type == "cpu"
+    backends = torch.backends.cuda
+    params = backends.SDPAParams(q, k, v, mask, 0.0, False, False)
+    return backends.can_use_flash_attention(params) or backends.can_use_efficient_attention(params)
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:  # noqa: N802 (CompVis's name)
@@ -114,7 +156,7 @@ class SpatialSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
         q, k, v = (rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attend(q, k, v)
         return x + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
@@ -155,7 +197,7 @@ class CrossAttention(nn.Module):
         q, k, v = (rearrange(y, "b n (k d) -> b k n d", k=self.heads) for y in (q, k, v))
         if mask is not None:
             mask = rearrange(mask, "b ... -> b 1 1 (...)").bool()  # the same for every head and query
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        out = attend(q, k, v, mask, self.scale)
         return self.to_out(rearrange(out, "b k n d -> b n (k d)"))
 
 

@@ -127,7 +127,7 @@ def test_what_the_kernel_does_not_take_is_left_to_others(make):
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("per_picture", [False, True])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_group_norm_is_the_formula(dtype, silu, per_picture, shifted):
+def test_group_norm_is_the_formula(engine, dtype, silu, per_picture, shifted):
     b, c, h, w, groups = 3, 48, 5, 29, 4  # more cells than enter a float sum at a time
     x = (keyed_input("norm.x", (b, c, h, w)) * 2 + 1).to(dtype).contiguous(memory_format=torch.channels_last)
     weight, bias = (keyed_input(f"norm.{s}", (b, c) if per_picture else (c,)) + 1 for s in ("weight", "bias"))
@@ -136,42 +136,52 @@ def test_group_norm_is_the_formula(dtype, silu, per_picture, shifted):
     want = F.group_norm(moved, groups, eps=1e-3)
     want = want * weight.reshape(-1, c, 1, 1) + bias.reshape(-1, c, 1, 1)
     want = F.silu(want) if silu else want
-    assert native.serves_norm(x, groups)
-    got = native.group_norm(x, groups, weight, bias, 1e-3, shift=shift, silu=silu)
+    assert engine.serves_norm(x, groups)
+    got = engine.group_norm(x, groups, weight, bias, 1e-3, shift=shift, silu=silu)
     close(got, want, dtype)
     assert got.is_contiguous(memory_format=torch.channels_last)
-    native.group_norm(x, groups, weight, bias, 1e-3, shift=shift, silu=silu, out=x)
+    engine.group_norm(x, groups, weight, bias, 1e-3, shift=shift, silu=silu, out=x)
     assert torch.equal(x, got)
 
 
-def test_group_norm_far_from_zero_keeps_its_digits():
+def test_group_norm_far_from_zero_keeps_its_digits(engine):
     """A mean of 1,000 times the spread: sums of squares in float32 would leave a digit (torch's way, channels last)."""
     x = (keyed_input("norm.far", (2, 32, 9, 11)) + 1000).contiguous(memory_format=torch.channels_last)
     one, zero = torch.ones(32), torch.zeros(32)
-    got = native.group_norm(x, 8, one, zero, 1e-5)
+    got = engine.group_norm(x, 8, one, zero, 1e-5)
     want = F.group_norm(x.double(), 8, eps=1e-5)
     assert (got - want).norm() < 1e-4 * want.norm()  # a thousandth of x has that many digits
 
 
 @pytest.mark.parametrize("cells", [(1, 64), (1, 65), (131, 130)], ids=str)
-def test_group_norm_of_any_number_of_cells_is_the_formula(cells):
+def test_group_norm_of_any_number_of_cells_is_the_formula(engine, cells):
     """Sums of one portion, of two, and of portions larger than the smallest (17,030 cells)."""
     x = (keyed_input("norm.cells", (2, 16, *cells)) * 2 + 1).contiguous(memory_format=torch.channels_last)
-    got = native.group_norm(x, 4, torch.ones(16), torch.zeros(16), 1e-6)
+    got = engine.group_norm(x, 4, torch.ones(16), torch.zeros(16), 1e-6)
     close(got, F.group_norm(x.double(), 4, eps=1e-6), torch.float32)
+
+
+@pytest.mark.parametrize("c, groups", [(128, 4), (144, 9), (320, 32), (400, 5)])
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+def test_group_norm_of_many_channels_is_the_formula(engine, dtype, c, groups):
+    """Blocks of 128 channels, and what is left beside them; groups of no power of two, across blocks."""
+    x = (keyed_input("norm.wide", (2, c, 7, 11)) * 2 + 1).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    got = engine.group_norm(x, groups, torch.ones(c), torch.zeros(c), 1e-6)
+    close(got, F.group_norm(x.double(), groups, eps=1e-6), dtype)
 
 
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
-def test_group_norm_hides_no_broken_number(dtype, silu):
+def test_group_norm_hides_no_broken_number(engine, dtype, silu):
     x = keyed_input("norm.nan", (2, 32, 3, 5)).to(dtype).contiguous(memory_format=torch.channels_last)
     x[0, 5, 1, 2] = float("nan")
-    got = native.group_norm(x, 2, torch.ones(32), torch.zeros(32), 1e-6, silu=silu)
+    got = engine.group_norm(x, 2, torch.ones(32), torch.zeros(32), 1e-6, silu=silu)
     assert got[0, :16].isnan().all() and got[0, 16:].isfinite().all() and got[1].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
-def test_phases_are_spread_over_a_doubled_map(dtype):
+def test_phases_are_spread_over_a_doubled_map(engine, dtype):
     b, c, h, w = 2, 3, 4, 5
     y = (
         keyed_input("spread", (b, 4 * c, h + 1, w + 1))
@@ -183,7 +193,7 @@ def test_phases_are_spread_over_a_doubled_map(dtype):
         for j in range(2):
             phase = y[:, (2 * i + j) * c : (2 * i + j + 1) * c]
             want[:, :, i::2, j::2] = phase[:, :, i : i + h, j : j + w]
-    got = native.spread(y)
+    got = engine.spread(y)
     assert torch.equal(got, want) and got.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -196,17 +206,18 @@ def test_maps_that_the_norm_does_not_take_are_left_to_others():
 
 
 @pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
-def test_the_gate_is_the_exact_gelu(dtype):
-    x, bias = keyed_input("gate.x", (7, 96)).to(dtype) * 3, keyed_input("gate.bias", (96,))
+def test_the_gate_is_the_exact_gelu(engine, dtype):
+    x, bias = keyed_input("gate.x", (19, 544)).to(dtype) * 3, keyed_input("gate.bias", (544,))
     value, gate = (x.double() + bias).chunk(2, dim=1)
-    out = native.geglu(x, bias, torch.empty(7, 48, dtype=dtype))
+    assert engine.serves_geglu(544)
+    out = engine.geglu(x, bias, torch.empty(19, 272, dtype=dtype))
     close(out, value * F.gelu(gate), dtype)
 
 
-def test_the_gate_keeps_broken_numbers_and_ends():
+def test_the_gate_keeps_broken_numbers_and_ends(engine):
     x = torch.ones(2, 64)
     x[0, 32], x[1, 32], x[1, 33] = float("nan"), 50.0, -50.0
-    out = native.geglu(x, torch.zeros(64), torch.empty(2, 32))
+    out = engine.geglu(x, torch.zeros(64), torch.empty(2, 32))
     assert out[0, 0].isnan() and out[0, 1:].isfinite().all()
     assert out[1, 0] == 50 and abs(out[1, 1]) < 1e-30
 

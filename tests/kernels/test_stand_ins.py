@@ -513,7 +513,14 @@ def test_the_script_s_flags_give_the_plain_picture(tmp_path):
     from scripts import txt2img
 
     pictures = []
-    for name, flag in (("plain", []), ("fast", ["--optimize"]), ("strips", ["--tiled_vae"])):
+    ways = {
+        "plain": [],
+        "fast": ["--optimize"],
+        "strips": ["--tiled_vae"],
+        "slices": ["--sliced_vae", "--n_samples", "1"],
+        "half": ["--vae_precision", "bfloat16"],
+    }
+    for name, flag in ways.items():
         txt2img.main(
             [
                 "--prompt",
@@ -530,3 +537,5 @@ def test_the_script_s_flags_give_the_plain_picture(tmp_path):
         pictures.append(np.asarray(Image.open(path)).astype(int))
     assert abs(pictures[0] - pictures[1]).max() <= 1
     assert abs(pictures[0] - pictures[2]).max() <= 1
+    assert abs(pictures[0] - pictures[3]).max() <= 1
+    assert 0 < abs(pictures[0] - pictures[4]).max() and abs(pictures[0] - pictures[4]).mean() < 1

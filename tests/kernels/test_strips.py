@@ -1,14 +1,11 @@
 """Decoding and encoding in strips: the plain modules' numbers whatever the strips, within a bound on live bytes."""
 
-import weakref
-
 import pytest
 import torch
 from keyed import fill, keyed_input
+from meter import peak_of
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ldm.errors import UsageError
 from ldm.kernels import optimize, restore, strips
@@ -57,44 +54,6 @@ sides = pytest.mark.parametrize(("kind", "in_strips", "name", "shape"), SIDES, i
 
 def build(kind, dtype=torch.float64, **options):
     return fill(kind(**{**BASE, **options}), "strips.").to(dtype)
-
-
-class Meter(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make while it is on, from their birth to their death.
-
-    What a kernel takes for itself and gives back is not seen.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = self.largest = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.meet(tensor.untyped_storage())
-        return out
-
-    def meet(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            weakref.finalize(storage, self.part, key, size)
-            self.live += size
-            self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
-
-    def part(self, key, size):
-        self.known.remove(key)
-        self.live -= size
-
-
-def peak_of(work):
-    """Return the most bytes alive at once while `work` runs, and the largest single storage."""
-    with torch.no_grad(), Meter() as meter:
-        work()
-    return meter.peak, meter.largest
 
 
 # --- the same numbers -----------------------------------------------------------------------------
@@ -433,3 +392,48 @@ def test_what_strips_refuse_goes_the_plain_way(autoencoder, calls):
 def test_a_model_without_an_autoencoder_has_nothing_to_tile():
     with pytest.raises(UsageError, match="tiled_vae is for a model with an autoencoder, Sequential has none"):
         optimize(nn.Sequential(nn.Conv2d(3, 4, 3)), tiled_vae=True)
+
+
+# --- one picture after the other ------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"compile": True}, {"tiled_vae": True}], ids=str)
+def test_a_batch_goes_through_picture_by_picture(autoencoder, options):
+    x, z = keyed_input("strips.x", (3, 3, 20, 28)), keyed_input("strips.z", (2, 4, 5, 7))
+    want = autoencoder.encode(x).mean, autoencoder.decode(z)
+    seen = []
+    autoencoder.decoder.mid.block_1.register_forward_hook(lambda m, args, out: seen.append(len(out)))
+    optimize(autoencoder, sliced_vae=True, **options)
+    got = autoencoder.encode(x).mean, autoencoder.decode(z)
+    assert seen == [1, 1]
+    for ours, plain_way in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, plain_way, rtol=2e-5, atol=2e-5)
+    restore(autoencoder)
+    seen.clear()
+    assert torch.equal(autoencoder.decode(z), want[1]) and seen == [2]
+
+
+@torch.no_grad()
+def test_picture_by_picture_needs_the_memory_of_one(autoencoder):
+    decoder, z = autoencoder.decoder, keyed_input("strips.z", (4, 4, 12, 10))
+    together, _ = peak_of(lambda: decoder(z))
+    alone, _ = peak_of(lambda: decoder(z[:1]))
+    optimize(autoencoder, sliced_vae=True)
+    sliced, _ = peak_of(
+        lambda: decoder.forward.fast(z)
+    )  # who counts operations gets the plain ones otherwise
+    pictures = decoder(z).nbytes
+    assert alone < sliced <= alone + 2 * pictures + z.nbytes < together / 2
+
+
+def test_an_empty_batch_is_still_a_batch(autoencoder):
+    optimize(autoencoder, sliced_vae=True)
+    with torch.no_grad():
+        assert autoencoder.decode(torch.empty(0, 4, 5, 7)).shape[0] == 0
+
+
+@pytest.mark.parametrize("way", ["tiled_vae", "sliced_vae"])
+def test_a_model_without_an_autoencoder_is_refused(way):
+    with pytest.raises(UsageError, match=f"{way} is for a model with an autoencoder, Linear has none"):
+        optimize(nn.Linear(3, 5), **{way: True})

@@ -381,6 +381,8 @@ BAD = [
     ("txt2img", ["--sampler", "ddim", "--plms"], 2, "name two samplers"),
     ("txt2img", ["--plms", "--ddim_eta", "0.5"], 2, "eta of plms must be 0"),
     ("txt2img", ["--precision", "int4"], 2, "invalid choice: 'int4'"),
+    ("txt2img", ["--vae_precision", "autocast"], 2, "invalid choice: 'autocast'"),
+    ("txt2img", ["--lowvram"], 2, "low_vram is for a GPU that a model does not fit on, got device cpu"),
     ("txt2img", ["--device", "cuda:99"], 2, "device 'cuda:99' is not available; have:"),
     ("txt2img", ["--f", "4"], 2, "--f 4 does not fit this model, whose f is 8"),
     ("txt2img", ["--C", "3"], 2, "--C 3 does not fit this model, whose C is 4"),

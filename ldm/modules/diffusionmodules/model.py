@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import UsageError
-from ldm.modules.attention import LinearAttention, Normalize
+from ldm.modules.attention import LinearAttention, Normalize, attend
 
 __all__ = [
     "AttnBlock",
@@ -151,7 +151,7 @@ class AttnBlock(nn.Module):
             layer(normed).reshape(b, 1, c, h * w).transpose(2, 3)  # (b, 1, h*w, c)
             for layer in (self.q, self.k, self.v)
         )
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attend(q, k, v)
         return x + self.proj_out(out.transpose(2, 3).reshape(b, c, h, w))
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import MismatchError, UsageError
-from ldm.modules.attention import SpatialTransformer
+from ldm.modules.attention import SpatialTransformer, attend
 from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
     checkpoint,
@@ -308,7 +308,7 @@ def count_flops_attn(model: nn.Module, _x: tuple[Tensor, ...], y: tuple[Tensor, 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend with (b, heads, c, n) tensors."""
-    out = F.scaled_dot_product_attention(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3))
+    out = attend(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3))
     return out.transpose(2, 3)
 
 

@@ -1,0 +1,114 @@
+"""What the stand-ins compute with on a CPU: oneDNN's products with weights laid out beforehand, and the kernels of
+cpu.cpp.
+
+An engine is a module with these names; cuda.py is the other one. Maps are (b, c, h, w) with channels last.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.kernels import native, phases, winograd
+from ldm.kernels.native import (
+    attention,
+    geglu,
+    group_norm,
+    serves_attention,
+    serves_geglu,
+    serves_norm,
+)
+
+__all__ = [
+    "DTYPES",
+    "FEED_ROWS",
+    "KEEPS_CONTEXT",
+    "attention",
+    "convolve",
+    "geglu",
+    "group_norm",
+    "layout",
+    "multiply",
+    "pack_conv",
+    "pack_linear",
+    "run_conv",
+    "serves_attention",
+    "serves_geglu",
+    "serves_norm",
+    "spread",
+]
+
+DTYPES = (torch.float32, torch.bfloat16)
+KEEPS_CONTEXT = True  # to compare values costs next to nothing here
+# Tokens that go through a feed-forward at a time, so that what lies between stays in the cache.
+FEED_ROWS = 1024
+# Overloads are named below: to find one by trial, torch prints the tensors into an error that nobody sees.
+mkldnn = torch.ops.mkldnn
+
+
+def pack_linear(weight: Tensor, rows: int) -> Tensor:
+    """Lay a linear layer's weight (out, in) out for products with so many rows."""
+    return mkldnn._reorder_linear_weight(weight, rows)
+
+
+def multiply(x: Tensor, packed: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
+    """Compute x W^T + bias + add with a weight of `pack_linear`; x is (..., in)."""
+    x = x.contiguous()
+    if add is not None:
+        return mkldnn._linear_pointwise.binary(x, add, packed, bias, "add")
+    return mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+
+
+def pack_conv(
+    weight: Tensor, padding: Any, stride: Any, dilation: Any, groups: int, size: Sequence[int]
+) -> Tensor:
+    """Lay a convolution's weight out for maps of a size."""
+    return mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, list(size))
+
+
+def run_conv(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    padding: Any,
+    stride: Any,
+    dilation: Any,
+    groups: int,
+    add: Tensor | None = None,
+) -> Tensor:
+    """Convolve a map with a weight of `pack_conv`, and add a map if there is one."""
+    if add is None:
+        return mkldnn._convolution_pointwise.default(
+            x, packed, bias, padding, stride, dilation, groups, "none", [], ""
+        )
+    add = add.contiguous(memory_format=torch.channels_last)
+    return mkldnn._convolution_pointwise.binary(
+        x, add, packed, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None
+    )
+
+
+def layout(conv: nn.Conv2d, x: Tensor) -> str:
+    """Name the way in which `convolve` wants the layer's weight for such a map."""
+    return "winograd" if winograd.serves(conv, x) else "direct"
+
+
+def convolve(conv: nn.Conv2d, x: Tensor, way: str, kept: Any, add: Tensor | None) -> Tensor:
+    """Convolve a map as a layer does, and add a map if there is one.
+
+    Args:
+        way: of `layout`.
+        kept: what keeps the laid-out weight until the layer's weight changes: kept.get(make, weight).
+    """
+    if way == "winograd":
+        tiles = x.shape[0] * x.shape[2] * x.shape[3] // 4
+        packed = kept.get(lambda: winograd.pack(conv.weight.detach(), tiles), conv.weight)
+        return winograd.convolve(x, packed, conv.bias, conv.out_channels, add)
+    how = (conv.padding, conv.stride, conv.dilation, conv.groups)
+    packed = kept.get(lambda: pack_conv(conv.weight.detach(), *how, x.shape), conv.weight)
+    return run_conv(x, packed, conv.bias, *how, add=add)
+
+
+def spread(y: Tensor) -> Tensor:
+    """Lay the four phases (b, 4 c, h + 1, w + 1) of doubled maps out as one (b, c, 2 h, 2 w)."""
+    return phases.spread(y) if native.library() is None else native.spread(y)

@@ -1,0 +1,23 @@
+"""The engines that stand-ins compute with."""
+
+import pytest
+import torch
+
+from ldm.kernels import cpu, cuda, stand_ins
+
+
+@pytest.fixture(params=["cpu", "interpreted"])
+def engine(request):
+    """One engine after the other."""
+    return cpu if request.param == "cpu" else request.getfixturevalue("interpreted")
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The GPU's engine for tensors of the CPU: what Triton would compile is interpreted."""
+    pytest.importorskip("triton", reason="there is no Triton")
+    if torch.cuda.is_available():
+        pytest.skip("test_on_gpu.py has the real thing")
+    assert cuda.kernels() is not None
+    monkeypatch.setitem(stand_ins.ENGINES, "cpu", cuda)
+    return cuda

@@ -1,0 +1,268 @@
+"""Recordings of networks: played back where nothing has changed, made anew or left alone where something has.
+
+There is no CUDA here, so what records is make_fx of torch: like a CUDA graph it keeps the operations that it saw and
+reads weights where they lay, and knows nothing of the Python around them.
+"""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from keyed import fill, keyed_input
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ldm.kernels import graphs, optimize, restore, stand_ins, strips
+from ldm.kernels.graphs import Graphed
+from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+UNET = {
+    "image_size": 8,
+    "in_channels": 4,
+    "model_channels": 32,
+    "out_channels": 5,
+    "num_res_blocks": 1,
+    "attention_resolutions": [2],
+    "channel_mult": [1, 2],
+    "num_heads": 2,
+    "use_spatial_transformer": True,
+    "context_dim": 24,
+    "legacy": False,
+}
+VAE = {
+    "ch": 32,
+    "out_ch": 3,
+    "ch_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attn_resolutions": (),
+    "in_channels": 3,
+    "resolution": 16,
+    "z_channels": 4,
+}
+recorded = []
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    recorded.clear()
+    with torch.no_grad():
+        yield
+
+
+def record(run, inputs):
+    recorded.append([tuple(x.shape) for x in inputs])
+    return make_fx(run)([x.clone() for x in inputs])
+
+
+@pytest.fixture
+def unet():
+    made = fill(UNetModel(**UNET), "graphs.")
+    assert graphs.attach(made, record) == 1
+    return made
+
+
+def given(batch=2, size=(6, 4), scale=1.0):
+    x, context = keyed_input("graphs.x", (batch, 4, *size)), keyed_input("graphs.context", (batch, 7, 24))
+    return {"x": x * scale, "timesteps": torch.arange(batch) * 100, "context": context * scale}
+
+
+def plainly(unet, **inputs):
+    return UNetModel.forward(unet, **inputs)
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_each_shape_is_recorded_once_and_gives_the_plain_numbers(unet):
+    for scale in (1.0, 0.5, 2.0):
+        for size in ((6, 4), (4, 10)):
+            inputs = given(size=size, scale=scale)
+            close(unet(**inputs), plainly(unet, **inputs))
+    assert recorded == [
+        [(2, 4, 6, 4), (2,), (2, 7, 24)],
+        [(2, 4, 4, 10), (2,), (2, 7, 24)],
+    ]
+    bf16 = copy.deepcopy(restore(unet)).bfloat16()
+    graphs.attach(bf16, record)
+    inputs = {k: v.bfloat16() if k != "timesteps" else v for k, v in given().items()}
+    assert bf16(**inputs).dtype == torch.bfloat16 and len(recorded) == 3
+
+
+def test_arguments_are_told_apart_by_name_and_layout(unet):
+    inputs = given()
+    want = plainly(unet, **inputs)
+    close(unet(inputs["x"], inputs["timesteps"], inputs["context"]), want)
+    close(unet(inputs["x"], inputs["timesteps"], context=inputs["context"], y=None), want)
+    last = inputs["x"].contiguous(memory_format=torch.channels_last)
+    close(unet(last, inputs["timesteps"], inputs["context"]), want)
+    assert len(recorded) == 3
+
+
+def test_results_are_the_caller_s_own(unet):
+    first = unet(**given())
+    kept = first.clone()
+    unet(**given(scale=3.0))
+    assert torch.equal(first, kept)
+
+
+def test_the_shapes_seen_last_are_kept(unet, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 2)
+    one, two, three = given(), given(size=(4, 4)), given(size=(2, 8))
+    for inputs in (one, two, one, three, one, two):
+        close(unet(**inputs), plainly(unet, **inputs))
+    sizes = [shapes[0][2:] for shapes in recorded]
+    assert sizes == [(6, 4), (4, 4), (2, 8), (4, 4)]  # two had gone when three came
+
+
+def replace_weight(unet):
+    unet.out[2].weight = torch.nn.Parameter(unet.out[2].weight * 2)
+
+
+def write_weight(unet):
+    unet.out[2].weight.mul_(2)
+
+
+def replace_layer(unet):
+    unet.out[2] = torch.nn.Conv2d(32, 5, 1)
+
+
+@pytest.mark.parametrize("change", [replace_weight, write_weight, replace_layer])
+def test_what_changes_is_recorded_anew(unet, change):
+    inputs = given()
+    before = unet(**inputs)
+    change(unet)
+    after = unet(**inputs)
+    close(after, plainly(unet, **inputs))
+    assert not torch.allclose(after, before, atol=1e-3) and len(recorded) == 2
+
+
+def test_patched_classes_are_recorded_anew(unet, monkeypatch):
+    inputs = given()
+    before = unet(**inputs)
+    kind = type(unet.middle_block[1].transformer_blocks[0])
+    own = kind._forward
+    monkeypatch.setattr(kind, "_forward", lambda self, *args: own(self, *args) * 1.5)
+    close(unet(**inputs), plainly(unet, **inputs))
+    assert len(recorded) == 2
+    monkeypatch.undo()
+    close(unet(**inputs), before)
+
+
+def test_hooks_fire_each_time(unet):
+    seen, inputs = [], given()
+    want = unet(**inputs)
+    hook = unet.middle_block.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    for _ in range(3):
+        close(unet(**inputs), want)
+    assert len(seen) == 3 and len(recorded) == 1
+    hook.remove()
+    close(unet(**inputs), want)
+    assert len(recorded) == 1
+
+
+def test_a_forward_that_someone_put_there_is_called_each_time(unet):
+    seen, inputs = [], given()
+    want = unet(**inputs)
+    block = unet.middle_block[0]
+    own = block.forward
+    block.forward = lambda *args: seen.append(1) or own(*args)
+    for _ in range(2):
+        close(unet(**inputs), want)
+    assert seen == [1, 1] and len(recorded) == 1
+
+
+def test_training_and_gradients_go_the_plain_way(unet):
+    inputs = given()
+    with torch.enable_grad():
+        unet(**inputs).sum().backward()
+    assert unet.out[2].weight.grad is not None
+    unet.train()
+    unet(**inputs)
+    assert recorded == []
+
+
+def test_arguments_without_a_form_go_the_plain_way(unet):
+    block = unet.middle_block[1]
+    inputs = given()
+    inputs["context"] = [inputs["context"]] * len(block.transformer_blocks)  # a list, one for each block
+    close(unet(**inputs), plainly(unet, **inputs))
+    assert recorded == []
+
+
+def test_what_cannot_be_recorded_is_said_once_and_called(caplog):
+    def refuse(run, inputs):
+        recorded.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    unet = fill(UNetModel(**UNET), "graphs.")
+    graphs.attach(unet, refuse)
+    inputs = given()
+    with caplog.at_level(logging.WARNING, "ldm.kernels.graphs"):
+        for _ in range(3):
+            close(unet(**inputs), plainly(unet, **inputs))
+    assert len(recorded) == 1
+    assert caplog.messages == [
+        "no recording of UNetModel is used: operation not permitted when stream is capturing"
+    ]
+
+
+def test_a_recording_that_plays_something_else_is_not_used(caplog):
+    unet = fill(UNetModel(**UNET), "graphs.")
+    graphs.attach(unet, lambda run, inputs: lambda tensors: run(tensors) * 1.2)
+    inputs = given()
+    with caplog.at_level(logging.WARNING, "ldm.kernels.graphs"):
+        close(unet(**inputs), plainly(unet, **inputs))
+        close(unet(**inputs), plainly(unet, **inputs))
+    assert caplog.messages == ["no recording of UNetModel is used: it differs by 0.2"]
+
+
+def test_broken_numbers_are_played_as_they_are(unet):
+    inputs = given()
+    inputs["x"][0, 0, 0, 0] = float("nan")
+    assert unet(**inputs)[0].isnan().any() and unet(**inputs)[1].isfinite().all()
+    assert len(recorded) == 1
+
+
+def test_both_halves_of_an_autoencoder_are_recorded_around_their_stand_ins():
+    encoder, decoder = fill(Encoder(**VAE), "graphs.e."), fill(Decoder(**VAE), "graphs.d.")
+    x, z = keyed_input("graphs.pixels", (1, 3, 12, 20)), keyed_input("graphs.z", (1, 4, 6, 10))
+    want = encoder(x), decoder(z)
+    both = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+    stand_ins.attach(both)
+    assert graphs.attach(both, record) == 2
+    assert isinstance(decoder.forward.inner, stand_ins.Decoder)
+    for _ in range(2):
+        close(encoder(x), want[0])
+        close(decoder(z), want[1])
+    assert len(recorded) == 2
+    decoder(z[..., :4])
+    decoder(z)
+    assert decoder.last_z_shape == z.shape  # as if its code had run
+    restore(both)
+    assert "forward" not in vars(decoder) and torch.equal(decoder(z), want[1])
+
+
+def test_strips_are_not_recorded():
+    decoder = fill(Decoder(**VAE), "graphs.d.")
+    strips.attach(decoder)
+    assert graphs.attach(decoder, record) == 0
+
+
+def test_copies_begin_with_nothing(unet):
+    inputs = given()
+    want = unet(**inputs)
+    for copied in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+        assert isinstance(copied.forward, Graphed) and copied.forward.module is copied
+        for weight in copied.parameters():
+            weight.mul_(1.1)
+        assert not torch.allclose(copied(**inputs), want, atol=1e-3)
+    close(unet(**inputs), want)
+    assert len(recorded) == 3
+
+
+def test_a_cpu_gets_no_recordings():
+    unet = optimize(fill(UNetModel(**UNET), "graphs."))
+    assert not any(isinstance(vars(m).get("forward"), Graphed) for m in unet.modules())

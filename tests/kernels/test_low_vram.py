@@ -1,0 +1,205 @@
+"""Weights that visit a device part by part: the same pictures, few weights there at once, all at home afterwards."""
+
+import pytest
+import torch
+from keyed import fill, keyed_input
+from tiny import tiny_config
+from torch import nn
+
+import ldm
+from ldm.errors import UsageError
+from ldm.kernels import low_vram, optimize, restore
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.util import instantiate_from_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model():
+    with torch.no_grad():
+        yield fill(instantiate_from_config(tiny_config()["model"])).eval()
+
+
+def ask(model):
+    """Let every part work: text encoder, UNet, encoder and decoder."""
+    device = model.device
+    c = model.get_learned_conditioning(["a red star", "a ring"])
+    x, t = keyed_input("visits.x", (2, 4, 8, 8)).to(device), torch.tensor([10, 900], device=device)
+    pixels = keyed_input("visits.pixels", (1, 3, 32, 24)).to(device)
+    first = model.first_stage_model
+    return [c, model.apply_model(x, t, c), model.decode_first_stage(x[:1]), first.encode(pixels).mean]
+
+
+def sizes(visits):
+    return [sum(p.numel() * p.element_size() for p in part.weights) for part in visits.parts]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_numbers_are_the_plain_ones(model, ahead):
+    want = ask(model)
+    visits = low_vram.Visits(model, CPU, ahead)
+    for _ in range(2):  # the second time it is known who follows
+        for got, expected in zip(ask(model), want, strict=True):
+            assert torch.equal(got, expected)
+    visits.end()
+    assert torch.equal(ask(model)[1], want[1])
+
+
+def test_every_weight_is_in_one_part(model):
+    visits = low_vram.Visits(model, CPU)
+    weights = [p for part in visits.parts for p in part.weights]
+    assert len(weights) == len(set(weights)) and set(weights) == set(model.parameters())
+    names = {name for name, module in model.named_modules() if module in {p.module for p in visits.parts}}
+    assert {"cond_stage_model", "first_stage_model.decoder", "first_stage_model.encoder"} <= names
+    unet = "model.diffusion_model."
+    assert {unet + "time_embed", unet + "input_blocks.0", unet + "middle_block", unet + "out"} <= names
+
+
+@pytest.mark.parametrize(("ahead", "parts"), [(False, 1), (True, 2)])
+def test_one_part_is_there_at_a_time_and_two_if_fetched_ahead(model, ahead, parts):
+    unet = model.model.diffusion_model
+    visits, found = low_vram.Visits(model, CPU, ahead), []
+    size = dict(zip(visits.parts, sizes(visits), strict=True))
+
+    def look(*_):
+        found.append([part for part in visits.parts if part.fetched is not None])
+
+    for module in unet.modules():
+        if not list(module.children()):
+            module.register_forward_hook(look)
+    c = model.get_learned_conditioning(["a red star"])
+    for _ in range(2):
+        found.clear()
+        model.apply_model(keyed_input("visits.x", (1, 4, 8, 8)), torch.tensor([10]), c)
+    assert {len(there) for there in found} == {parts}
+    there = max(sum(size[part] for part in parts) for parts in found)
+    assert there < sum(p.nbytes for p in unet.parameters()) / 2
+    assert all(part.fetched is None for part in visits.parts) or ahead
+
+
+def test_what_follows_is_fetched_before_it_is_called(model):
+    unet = model.model.diffusion_model
+    visits = low_vram.Visits(model, CPU, True)
+    ask(model)
+    found = []
+    first = next(part for part in visits.parts if part.module is unet.input_blocks[0])
+    second = next(part for part in visits.parts if part.module is unet.input_blocks[1])
+    unet.input_blocks[0][0].register_forward_hook(
+        lambda *_: found.append((first.fetched is not None, second.fetched is not None))
+    )
+    ask(model)
+    assert found == [(True, True)]
+
+
+def test_a_wrong_guess_is_let_go(model):
+    unet = model.model.diffusion_model
+    visits = low_vram.Visits(model, CPU, True)
+    ask(model)
+    emb = torch.zeros(1, unet.time_embed[0].out_features)
+    unet.input_blocks[0](torch.zeros(1, 4, 8, 8), emb, None)  # and not the block after it
+    model.first_stage_model.post_quant_conv(torch.zeros(1, 4, 8, 8))
+    there = [part.module for part in visits.parts if part.fetched is not None]
+    assert unet.input_blocks[1] not in there and len(there) <= 1
+
+
+def test_weights_are_at_home_between_calls_and_after_errors(model):
+    visits = low_vram.Visits(model, CPU)
+    home = {name: p.data_ptr() for name, p in model.named_parameters()}
+    seen = []
+    middle = model.model.diffusion_model.middle_block
+    middle[0].register_forward_hook(lambda m, *_: seen.append(next(m.parameters()).data_ptr()))
+    ask(model)
+    assert seen[0] not in home.values()
+    assert home == {name: p.data_ptr() for name, p in model.named_parameters()}
+    handle = middle[0].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ask(model)
+    assert home == {name: p.data_ptr() for name, p in model.named_parameters()}
+    handle.remove()
+    assert len(ask(model)) == 4
+    assert not visits._inside
+
+
+def test_weights_written_between_calls_are_used(model):
+    low_vram.attach(model, CPU)
+    before = ask(model)[1]
+    model.model.diffusion_model.out[2].weight.mul_(2)
+    model.model.diffusion_model.out[2].bias.mul_(2)
+    torch.testing.assert_close(ask(model)[1], 2 * before)
+
+
+def test_all_that_is_used_is_on_the_device(model):
+    """Tensors of `meta` have no values, and operations refuse to mix them with others."""
+    values = {name: x.clone() for name, x in model.state_dict().items()}
+    low_vram.attach(model, torch.device("meta"))
+    assert model.device.type == "meta"
+    for _ in range(2):
+        assert [x.device.type for x in ask(model)] == ["meta"] * 4
+    assert all(p.device.type == "cpu" for p in model.parameters())
+    weights = dict(model.named_parameters())
+    assert all(torch.equal(p, values[name]) for name, p in weights.items())
+
+
+def test_a_weight_of_a_larger_module_s_own_moves_there_and_back():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+            self.layer = nn.Linear(3, 5)
+
+        def forward(self, x):
+            return self.layer(x) * self.scale
+
+    module = Scaled()
+    visits = low_vram.attach(module, torch.device("meta"))
+    assert [part.module for part in visits.parts] == [module.layer]
+    assert module.scale.device.type == "meta" and module.layer.weight.device.type == "cpu"
+
+
+def test_restoring_ends_the_visits(model):
+    want = ask(model)
+    optimize(model, low_vram=CPU)
+    assert torch.equal(ask(model)[1], want[1])
+    assert any(m._forward_pre_hooks for m in model.modules())
+    restore(model)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert not low_vram.detach(model) and torch.equal(ask(model)[1], want[1])
+
+
+def test_an_average_stays_at_home():
+    config = tiny_config()["model"]
+    config["params"]["use_ema"] = True
+    model = instantiate_from_config(config)
+    low_vram.attach(model, torch.device("meta"))
+    assert {x.device.type for x in model.model_ema.buffers()} == {"cpu"}
+
+
+def test_visits_and_compiled_code_exclude_each_other():
+    with pytest.raises(UsageError, match="low_vram moves weights that compiled code expects to stay"):
+        optimize(nn.Sequential(nn.Linear(3, 5)), compile=True, low_vram=CPU)
+
+
+@pytest.mark.parametrize("way", ["load", "optimize"])
+def test_a_machine_without_a_gpu_is_told_so(way):
+    with pytest.raises(
+        UsageError, match="low_vram is for a GPU that a model does not fit on, got device cpu"
+    ):
+        if way == "load":
+            ldm.StableDiffusion.default(low_vram=True)
+        else:
+            ldm.StableDiffusion.default().optimize(low_vram="cpu")
+
+
+def test_a_unet_alone_has_its_blocks_as_parts():
+    unet = UNetModel(
+        image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=1,
+        attention_resolutions=[2], channel_mult=[1, 2], num_heads=2, num_classes=3,
+    )  # fmt: skip
+    visits = low_vram.attach(fill(unet), CPU)
+    kinds = [part.module for part in visits.parts]
+    assert unet.label_emb in kinds and len(kinds) == 4 + len(unet.input_blocks) + len(unet.output_blocks)
+    x, y = keyed_input("visits.labels", (2, 4, 8, 8)), torch.tensor([2, 0])
+    want = restore(unet)(x, torch.tensor([5, 6]), y=y)
+    low_vram.attach(unet, CPU)
+    assert torch.equal(unet(x, torch.tensor([5, 6]), y=y), want)

@@ -1,0 +1,87 @@
+"""What only a GPU can show: compiled kernels, graphs and visiting weights give the plain numbers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from keyed import fill, keyed_input
+from tiny import tiny_config
+
+from ldm.kernels import cuda, graphs, low_vram, optimize, restore
+from ldm.util import instantiate_from_config
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@pytest.fixture
+def model():
+    with torch.no_grad():
+        yield fill(instantiate_from_config(tiny_config()["model"])).eval()
+
+
+def ask(model, scale=1.0):
+    c = model.get_learned_conditioning(["a red star", "a ring"])
+    x = (keyed_input("gpu.x", (2, 4, 8, 8)) * scale).to(model.device)
+    t = torch.tensor([10, 900], device=model.device)
+    return [c, model.apply_model(x, t, c), model.decode_first_stage(x[:1])]
+
+
+def near(got, want, much=2e-5):
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours.float() - theirs.float()).norm() < much * theirs.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_group_norm_is_the_formula(dtype):
+    assert cuda.kernels() is not None
+    x = (keyed_input("gpu.norm", (3, 320, 37, 29)) + 1).to("cuda", dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    one, zero = torch.ones(320, device="cuda"), torch.zeros(320, device="cuda")
+    got = cuda.group_norm(x, 32, one, zero, 1e-6, silu=True)
+    want = F.silu(F.group_norm(x.double(), 32, eps=1e-6))
+    assert (got - want).norm() < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}[
+        dtype
+    ] * want.norm()
+
+
+def test_an_optimized_model_gives_the_plain_numbers(model):
+    model.cuda()
+    want = [ask(model, scale) for scale in (1.0, 0.5)]
+    optimize(model)
+    unet = model.model.diffusion_model
+    assert isinstance(unet.forward, graphs.Graphed)
+    for _ in range(3):
+        for scale, expected in zip((1.0, 0.5), want, strict=True):
+            near(ask(model, scale), expected)
+    assert [play is not None for _, play in unet.forward._recordings.values()] == [True]
+    near(ask(restore(model)), want[0], 1e-6)
+
+
+def test_the_loop_waits_for_nothing(model):
+    """CUDA's own alarm: an operation that makes the processor wait raises."""
+    model.cuda()
+    optimize(model)
+    c = model.get_learned_conditioning(["a red star", "a ring"])
+    x, t = torch.zeros(2, 4, 8, 8, device="cuda"), torch.tensor([10, 900], device="cuda")
+    model.apply_model(x, t, c)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            x = x - 0.1 * model.apply_model(x, t, c)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert x.isfinite().all()
+
+
+def test_visiting_weights_give_the_plain_numbers_in_less_memory(model):
+    model.cuda()
+    want = ask(model)
+    model.cpu()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    visits = low_vram.attach(model, torch.device("cuda", torch.cuda.current_device()))
+    for _ in range(2):
+        near(ask(model), want, 1e-5)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert all(p.device.type == "cpu" for p in model.parameters())
+    assert torch.cuda.memory_allocated() - before < weights / 2
+    visits.end()
