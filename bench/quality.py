@@ -202,8 +202,8 @@ class Bench:
             self.references[split] = np.concatenate(parts)
         return self.references[split]
 
-    def measure(self, row: Row) -> dict[str, Any]:
-        """Paint a row's prompts, judge them, and say all about it."""
+    def measure(self, row: Row, kept: list[np.ndarray] | None = None) -> dict[str, Any]:
+        """Paint a row's prompts, judge them, and say all about it; the latents, batch by batch, go into `kept`."""
         from ldm.generate import decode
         from ldm.images import to_uint8
         from ldm.training.checker import judge, see
@@ -220,6 +220,8 @@ class Bench:
         features, verdicts, decibels = [], [], []
         for latents in source:
             features.append(pooled(latents))
+            if kept is not None:
+                kept.append(latents.float().cpu().numpy())
             for pixels in to_uint8(decode(self.pipeline.model, latents)):
                 scene = scenes[len(verdicts)]
                 if row.steps == 0:

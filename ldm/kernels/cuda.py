@@ -2,14 +2,20 @@
 attention, and the kernels of triton_kernels.py. An engine, as cpu.py is.
 """
 
+import contextlib
 import functools
 import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.kernels.phases import spread
 from ldm.modules.attention import attend
@@ -143,7 +149,70 @@ def serves_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> bool:
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
     """Attend: softmax(scale q k^T) v for each head; see native.attention."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return attend(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    backend = backend_for(q, k, v, scale)
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+        out = attend(q, k, v, scale=scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+# --- which of torch's attentions ------------------------------------------------------------------
+
+BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+# How much less than torch's own choice another one has to take: below that it is chance, and pictures should not be.
+MUCH_FASTER = 0.9
+ROUNDS = 5
+_choices: dict[Any, SDPBackend | None] = {}
+
+
+def backend_for(q: Tensor, k: Tensor, v: Tensor, scale: float) -> SDPBackend | None:
+    """Choose one of torch's attentions for these shapes, once in a process, by trying; None = torch's own choice."""
+    key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device)
+    if key not in _choices:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None  # no time can be taken here
+        ask = functools.partial(attend, q, k, v, scale=scale)
+        _choices[key] = fastest(lambda: seconds_of(ask, q.device), BACKENDS)
+    return _choices[key]
+
+
+def fastest(
+    seconds: Callable[[], float],
+    backends: Sequence[Any],
+    within: Callable[[Any], contextlib.AbstractContextManager] = sdpa_kernel,
+) -> Any:
+    """Say which backend takes much less than torch's own choice does; None if none does.
+
+    Args:
+        seconds: takes the time of a question.
+        backends: to try.
+        within: makes a context in which a backend answers, or raises RuntimeError if it does not.
+    """
+    best, least = None, MUCH_FASTER * seconds()
+    for backend in backends:
+        try:
+            with warnings.catch_warnings(), within(backend):
+                warnings.simplefilter("ignore")  # torch tells at length why one does not serve
+                taken = seconds()
+        except RuntimeError:
+            continue
+        if taken < least:
+            best, least = backend, taken
+    return best
+
+
+def seconds_of(ask: Callable[[], Tensor], device: torch.device) -> float:
+    """Median time of a question, after one to warm up."""
+    ask()
+    times = []
+    for _ in range(ROUNDS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        ask()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
 
 
 def serves_geglu(doubled: int) -> bool:

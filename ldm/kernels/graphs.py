@@ -119,12 +119,12 @@ class Graphed(Around):
         values = (*args, *kwargs.values())
         given = [value for value in values if type(value) is Tensor]
         key = tuple(zip(names, map(_form, values), strict=True))
-        made_of = fingerprint(self.module)
+        made_of = fingerprint(self.module) if given and self._can_record(given[0].device) else None
         try:
             hash(key)
         except TypeError:
             made_of = None
-        if made_of is None or not given:
+        if made_of is None:
             return self.plainly(*args, **kwargs)
 
         def run(tensors: list[Tensor]) -> Tensor:
@@ -146,6 +146,9 @@ class Graphed(Around):
             if isinstance(self.module, Decoder):
                 self.module.last_z_shape = given[0].shape  # what its code does besides
             return play(given)
+
+    def _can_record(self, device: torch.device) -> bool:
+        return self.record is not record_cuda or device.type == "cuda"
 
     def _recorded(self, run: Run, given: list[Tensor]) -> Run | None:
         """Record and check; None, with a warning in the log, if that fails: then calls of this shape go on without."""

@@ -1,5 +1,6 @@
 """The GPU's engine on a CPU, with Triton's kernels interpreted: the stand-ins give the plain numbers by it, too."""
 
+import contextlib
 import logging
 import re
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 import torch
 from keyed import fill, keyed_input
+from torch.nn.attention import SDPBackend
 
 from ldm.kernels import cuda, optimize, restore, stand_ins
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
@@ -96,6 +98,41 @@ def test_openai_s_attention_gives_the_plain_numbers(calls):
     want = block(x)
     close(optimize(block)(x), want)
     assert calls == ["group_norm", "multiply", "attention", "multiply"]
+
+
+def test_the_fastest_attention_is_chosen_once_for_a_shape(monkeypatch):
+    """Of those that a CPU has: one that holds all scores in double steps is never the faster by much."""
+    q, k, v = (keyed_input(f"cuda.{s}", (1, 2, 64, 16)) for s in "qkv")
+    tried, own = [], cuda.fastest
+    monkeypatch.setattr(cuda, "fastest", lambda *args: tried.append(args[1]) or own(*args))
+    monkeypatch.setattr(cuda, "_choices", {})
+    for _ in range(3):
+        assert cuda.backend_for(q, k, v, 0.25) in (None, SDPBackend.FLASH_ATTENTION)
+    assert tried == [cuda.BACKENDS]
+    cuda.backend_for(q[:, :, :32], k, v, 0.25)
+    cuda.backend_for(q.double(), k.double(), v.double(), 0.25)
+    assert len(tried) == 3
+
+
+def test_what_serves_and_gains_much_is_chosen():
+    taken = {None: 1.0, "slow": 1.4, "a little faster": 0.95, "fast": 0.5, "faster": 0.4}
+    asked = [None]
+
+    @contextlib.contextmanager
+    def within(name):
+        if name == "none":
+            raise RuntimeError("No available kernel")
+        asked.append(name)
+        yield
+        asked.append(None)
+
+    def chosen(*names):
+        return cuda.fastest(lambda: taken[asked[-1]], names, within)
+
+    assert chosen("slow", "none", "fast", "a little faster") == "fast"
+    assert chosen("fast", "faster", "slow") == "faster"
+    assert chosen("slow", "a little faster") is None
+    assert chosen("none") is None
 
 
 def test_half_precision_is_served():

@@ -263,6 +263,14 @@ def test_copies_begin_with_nothing(unet):
     assert len(recorded) == 3
 
 
+def test_a_model_that_went_back_to_the_cpu_goes_the_plain_way(caplog):
+    unet = fill(UNetModel(**UNET), "graphs.")
+    graphs.attach(unet)  # as optimize() does on a GPU
+    inputs = given()
+    close(unet(**inputs), plainly(unet, **inputs))
+    assert not unet.forward._recordings and not caplog.messages
+
+
 def test_a_cpu_gets_no_recordings():
     unet = optimize(fill(UNetModel(**UNET), "graphs."))
     assert not any(isinstance(vars(m).get("forward"), Graphed) for m in unet.modules())
