@@ -355,6 +355,7 @@ inline void transpose(vu* rows) {
 
 constexpr int64_t CHUNK = 64;  // keys at a time: their scores, and what makes them, stay in the first cache
 constexpr int64_t MOST_FEATURES = 512;
+constexpr int64_t MOST_GROUPS = 4, NEAR = 1 << 20;
 constexpr float SLACK = 2;  // powers of two by which a score may exceed what was the maximum before sums are scaled anew
 
 template <class T>
@@ -393,6 +394,8 @@ struct Shape {
   int64_t padded_keys() const { return up(keys, 2 * L); }
   int64_t key_size() const { return padded_keys() * depth(); }
   int64_t value_size() const { return up(keys, CHUNK) * width(); }
+  // Groups of queries that share a look at the keys: more than one where the keys do not stay in the second cache.
+  int64_t groups() const { return (key_size() + value_size()) * (int64_t)sizeof(T) > NEAR ? MOST_GROUPS : 1; }
 };
 
 // Keys as rows of the first product, with zeros after them. False if not all are finite.
@@ -485,30 +488,41 @@ inline bool any(vi mask) {
 #endif
 }
 
-// One block of queries: running maximum and sum for each, as flash attention keeps them (arXiv:2205.14135); the maximum
-// is followed only where scores would grow out of reach otherwise.
-template <class T>
-void attend_block(const Shape<T>& s, const T* q, int64_t q_stride, int64_t count, const T* keys, bool fine,
-                  const T* values, T* out, int64_t out_stride, float scale, float* scratch) {
-  constexpr int64_t SCORES = CHUNK * L, MOST = Shape<T>::blocks;
-  const int64_t depth = s.depth(), width = s.width(), blocks = up(count, L) / L;
+// Some groups of blocks of queries: running maximum and sum for each, as flash attention keeps them (arXiv:2205.14135);
+// the maximum is followed only where scores would grow out of reach otherwise. All groups meet a chunk of keys while it
+// is near, one after the other.
+template <class T, int GROUPS>
+void attend_groups(const Shape<T>& s, const T* q, int64_t q_stride, int64_t count, const T* keys, bool fine,
+                   const T* values, T* out, int64_t out_stride, float scale, float* scratch) {
+  constexpr int64_t SCORES = CHUNK * L, MOST = Shape<T>::blocks, ROWS = Shape<T>::rows;
+  const int64_t depth = s.depth(), width = s.width(), groups = GROUPS == 1 ? 1 : (count + ROWS - 1) / ROWS;
   float* scores = scratch;                // [block][CHUNK][16]; the weights overwrite them, in T
-  float* other = scores + MOST * SCORES;  // the same of the next chunk
-  float* sums = other + MOST * SCORES;    // [block][width][16]
-  T* left = reinterpret_cast<T*>(sums + MOST * width * L);  // [block][depth / G][16][G]
-  vf top[MOST], total[MOST];
-  pack_queries(s, q, q_stride, count, left);
+  float* other = scores + MOST * SCORES;  // the same of what comes next
+  float* all_sums = other + MOST * SCORES;                            // [group][block][width][16]
+  T* all_left = reinterpret_cast<T*>(all_sums + groups * ROWS * width);  // [group][block][depth / G][16][G]
+  vf tops[GROUPS][MOST], totals[GROUPS][MOST];
+  const auto blocks_of = [&](int64_t g) { return g + 1 < groups ? MOST : up(count - g * ROWS, L) / L; };
   const float factor = scale * 1.44269504f;
   constexpr int degree = sizeof(T) == 2 ? 3 : 5;
   const vf lowest = splat(-std::numeric_limits<float>::infinity());
-  for (int64_t j = 0; j < blocks; ++j) top[j] = lowest, total[j] = vf{};
-  const auto score = [&](int64_t m, int64_t rows, float* to) {  // some keys, in rows of to, and the queries
-    product<T>(keys + m * depth, depth, left, depth * L, rows, blocks, depth, to, SCORES, false);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t rows = count - g * ROWS < ROWS ? count - g * ROWS : ROWS;
+    pack_queries(s, q + g * ROWS * q_stride, q_stride, rows, all_left + g * ROWS * depth);
+    for (int64_t j = 0; j < MOST; ++j) tops[g][j] = lowest, totals[g][j] = vf{};
+  }
+  const auto score = [&](int64_t g, int64_t m, int64_t rows, float* to) {  // some keys, in rows of to, and a group
+    product<T>(keys + m * depth, depth, all_left + g * ROWS * depth, depth * L, rows, blocks_of(g), depth, to, SCORES,
+               false);
   };
-  score(0, up(s.keys < CHUNK ? s.keys : CHUNK, 2 * L), scores);
-  for (int64_t m0 = 0; m0 < s.keys; m0 += CHUNK) {
+  score(0, 0, up(s.keys < CHUNK ? s.keys : CHUNK, 2 * L), scores);
+  for (int64_t turn = 0, chunks = (s.keys + CHUNK - 1) / CHUNK; turn < chunks * groups; ++turn) {
+    const int64_t m0 = turn / groups * CHUNK, group = turn % groups, blocks = blocks_of(group);
     const int64_t here = s.keys - m0 < CHUNK ? s.keys - m0 : CHUNK, padded = up(here, 2 * L);
-    const int64_t after = s.padded_keys() - m0 - CHUNK;  // keys that follow this chunk
+    const int64_t next = (turn + 1) / groups * CHUNK, next_group = (turn + 1) % groups;
+    const int64_t after = s.padded_keys() - next;  // keys from the next turn's on
+    float* sums = all_sums + group * ROWS * width;
+    vf top[MOST], total[MOST];  // copies, so that they stay in registers
+    for (int64_t j = 0; j < MOST; ++j) top[j] = tops[group][j], total[j] = totals[group][j];
     for (int64_t j = 0; j < blocks; ++j) {
       float* column = scores + j * SCORES;
       for (int64_t m = here; m < padded; ++m) store(column + m * L, lowest);
@@ -526,7 +540,7 @@ void attend_block(const Shape<T>& s, const T* q, int64_t q_stride, int64_t count
       }
     }
     for (int64_t part = 0; part < padded; part += L) {
-      if (part < after) score(m0 + CHUNK + part, L, other + part * L);  // tiles work while vectors do what follows
+      if (part < after) score(next_group, next + part, L, other + part * L);  // tiles work while vectors do what follows
       for (int64_t j = 0; j < blocks; ++j) {
         float* column = scores + j * SCORES + part * L;
         T* weights = reinterpret_cast<T*>(scores + j * SCORES) + part * L;
@@ -547,16 +561,18 @@ void attend_block(const Shape<T>& s, const T* q, int64_t q_stride, int64_t count
     }
     product<T>(values + m0 * width, CHUNK, reinterpret_cast<T*>(scores), SCORES * 4 / sizeof(T), width, blocks, padded,
                sums, width * L, m0 > 0);
+    for (int64_t j = 0; j < MOST; ++j) tops[group][j] = top[j], totals[group][j] = total[j];
     std::swap(scores, other);
   }
-  for (int64_t j = 0; j < blocks; ++j) {
-    const int64_t first = j * L, rows = count - first < L ? count - first : L;
+  for (int64_t first = 0; first < count; first += L) {
+    const int64_t rows = count - first < L ? count - first : L, block = first / L;
+    const vf total = totals[block / MOST][block % MOST];
     float inverse[L] = {};
     for (int64_t i = 0; i < rows; ++i)
-      inverse[i] = fine && finite(q + (first + i) * q_stride, s.features) ? 1.0f / total[j][i] : NAN;
+      inverse[i] = fine && finite(q + (first + i) * q_stride, s.features) ? 1.0f / total[i] : NAN;
     for (int64_t d = 0; d < width; d += L) {
       vu words[16];
-      for (int i = 0; i < 16; ++i) words[i] = (vu)(load(sums + (j * width + d + i) * L) * load(inverse));
+      for (int i = 0; i < 16; ++i) words[i] = (vu)(load(all_sums + (block * width + d + i) * L) * load(inverse));
       transpose(words);
       const int64_t features = s.features - d < L ? s.features - d : L;
       for (int64_t i = 0; i < rows; ++i) {
@@ -568,8 +584,8 @@ void attend_block(const Shape<T>& s, const T* q, int64_t q_stride, int64_t count
 
 template <class T>
 int64_t scratch_floats(const Shape<T>& s) {
-  constexpr int64_t rows = Shape<T>::rows;
-  return up(2 * rows * CHUNK + rows * s.width() + rows * s.depth() * (int64_t)sizeof(T) / 4, 64);
+  const int64_t queries = s.groups() * s.rows;
+  return up(2 * s.rows * CHUNK + queries * s.width() + queries * s.depth() * (int64_t)sizeof(T) / 4, 64);
 }
 
 template <class T>
@@ -582,10 +598,11 @@ int64_t attention_bytes(const Shape<T>& s, int threads) {
 template <class T>
 void attention(const Shape<T>& s, const T* q, int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride,
                T* out, int64_t out_stride, float scale, char* workspace, int threads) {
-  const int64_t pairs = s.batch * s.heads, blocks = (s.queries + s.rows - 1) / s.rows;
+  const int64_t pairs = s.batch * s.heads, rows = s.groups() * s.rows, tasks = (s.queries + rows - 1) / rows;
   float* scratch = reinterpret_cast<float*>(workspace);
   T* packed = reinterpret_cast<T*>(scratch + threads * scratch_floats<T>(s));
   char* fine = reinterpret_cast<char*>(packed + pairs * (s.key_size() + s.value_size()));  // (pairs,): of the keys
+  const auto attend = s.groups() == 1 ? attend_groups<T, 1> : attend_groups<T, MOST_GROUPS>;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -599,13 +616,13 @@ void attention(const Shape<T>& s, const T* q, int64_t q_stride, const T* k, int6
     configure_tiles();
 #endif
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < pairs * blocks; ++task) {
-      const int64_t i = task / blocks, b = i / s.heads, h = i % s.heads, first = task % blocks * s.rows;
-      const int64_t count = s.queries - first < s.rows ? s.queries - first : s.rows;
+    for (int64_t task = 0; task < pairs * tasks; ++task) {
+      const int64_t i = task / tasks, b = i / s.heads, h = i % s.heads, first = task % tasks * rows;
+      const int64_t count = s.queries - first < rows ? s.queries - first : rows;
       const T* keys = packed + i * (s.key_size() + s.value_size());
-      attend_block(s, q + (b * s.queries + first) * q_stride + h * s.features, q_stride, count, keys, fine[i],
-                   keys + s.key_size(), out + (b * s.queries + first) * out_stride + h * s.features, out_stride, scale,
-                   scratch + omp_get_thread_num() * scratch_floats<T>(s));
+      attend(s, q + (b * s.queries + first) * q_stride + h * s.features, q_stride, count, keys, fine[i],
+             keys + s.key_size(), out + (b * s.queries + first) * out_stride + h * s.features, out_stride, scale,
+             scratch + omp_get_thread_num() * scratch_floats<T>(s));
     }
 #if defined(LDM_AMX)
     _tile_release();

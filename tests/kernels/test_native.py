@@ -33,6 +33,9 @@ def heads_apart(x, heads):
         (1, 18, 17, 1, 512),
         (2, 50, 135, 3, 17),  # an odd number of features
         (3, 1, 1, 2, 24),
+        (1, 149, 700, 1, 512),  # keys that do not stay near: groups of queries share a look at them
+        (1, 130, 2100, 2, 168),
+        (1, 259, 2113, 1, 136),
     ],
 )
 def test_attention_is_the_softmax_of_products(dtype, b, n, m, heads, features):
