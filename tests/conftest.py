@@ -7,9 +7,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not Path("/dev/nvidiactl").exists():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # read when Triton is imported: without a GPU its kernels are interpreted
-    )
+    # Read when Triton is imported: without a GPU its kernels are interpreted.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

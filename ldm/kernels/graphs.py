@@ -71,18 +71,22 @@ def record_cuda(run: Run, inputs: list[Tensor]) -> Run:
     return play
 
 
-def fingerprint(root: nn.Module) -> tuple[Any, ...] | None:
-    """All that a recording of a module depends on, or None if somebody hooked a part of it or replaced its code."""
+def fingerprint(root: nn.Module) -> tuple[list[Any], list[Tensor | None]] | None:
+    """All that a recording of a module depends on, or None if somebody hooked a part of it or replaced its code.
+
+    Returns:
+        what is to be compared, and the tensors that it names: while they are kept, no others can come to lie there.
+    """
     found: list[Any] = []
+    tensors: list[Tensor | None] = []
     for module in root.modules():
         own = vars(module).get("forward")
         if module._forward_hooks or module._forward_pre_hooks or not isinstance(own, StandIn | None):
             return None
         kind = type(module)
         found += (kind, kind.forward, getattr(kind, "_forward", None), module.training, own)
-        found += map(state_of, module._parameters.values())
-        found += map(state_of, module._buffers.values())
-    return tuple(found)
+        tensors += (*module._parameters.values(), *module._buffers.values())
+    return found + [(id(x), *state_of(x)) for x in tensors], tensors
 
 
 def _form(value: Any) -> Any:
@@ -109,7 +113,8 @@ class Graphed(Around):
     ):
         super().__init__(module, inner)
         self.record = record
-        self._recordings: OrderedDict[Any, tuple[Any, Run | None]] = OrderedDict()
+        # By the arguments' form: what it depends on, the tensors of that, and what plays it.
+        self._recordings: OrderedDict[Any, tuple[list[Any], list[Tensor | None], Run | None]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:  # copies begin with nothing
         return {**vars(self), "_recordings": OrderedDict()}
@@ -133,11 +138,11 @@ class Graphed(Around):
             return self.plainly(*new[: len(args)], **dict(zip(kwargs, new[len(args) :], strict=True)))
 
         with _lock:
-            earlier, play = self._recordings.get(key, (None, None))
-            if earlier != made_of:
+            earlier, _, play = self._recordings.get(key, (None, None, None))
+            if earlier != made_of[0]:
                 self._recordings.pop(key, None)  # its memory first
                 play = self._recorded(run, given)
-                self._recordings[key] = (made_of, play)
+                self._recordings[key] = (*made_of, play)
             self._recordings.move_to_end(key)
             while len(self._recordings) > MOST:
                 self._recordings.popitem(last=False)

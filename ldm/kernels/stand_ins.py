@@ -7,6 +7,7 @@ computes with is an engine, one for each kind of device: cpu.py or cuda.py.
 """
 
 import contextlib
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from types import ModuleType
@@ -36,7 +37,11 @@ def state_of(x: Tensor | None) -> tuple[Any, ...]:
     """What changes when a tensor is written to or replaced."""
     if x is None:
         return (None,)
-    return (x.data_ptr(), x.shape, x.dtype, None if x.is_inference() else x._version)
+    return (x.data_ptr(), x.device, x.shape, x.dtype, None if x.is_inference() else x._version)
+
+
+def _nothing() -> None:
+    return None
 
 
 class Derived:
@@ -44,12 +49,17 @@ class Derived:
 
     def __init__(self) -> None:
         self._of: tuple[Any, ...] | None = None
+        self._tensors: list[
+            Callable[[], Tensor | None]
+        ] = []  # weakly: another one may come to lie where one lay
         self._value: Any = None
 
     def get(self, make: Callable[[], Any], *tensors: Tensor | None) -> Any:
         of = tuple(map(state_of, tensors))
-        if of != self._of:
+        same = of == self._of and all(ref() is x for ref, x in zip(self._tensors, tensors, strict=True))
+        if not same:
             self._of, self._value = of, make()
+            self._tensors = [_nothing if x is None else weakref.ref(x) for x in tensors]
         return self._value
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -176,9 +186,8 @@ class Conv(StandIn):
 
     def __init__(self, module: nn.Conv2d):
         super().__init__(module)
-        self._packed: defaultdict[str, Derived] = defaultdict(
-            Derived
-        )  # by way: maps of other sizes go others
+        # By way: maps of other sizes may go another.
+        self._packed: defaultdict[str, Derived] = defaultdict(Derived)
 
     def fast(self, x: Tensor) -> Tensor | None:
         return self.convolve(x) if self.serves(x) else None

@@ -125,11 +125,21 @@ def write_weight(unet):
     unet.out[2].weight.mul_(2)
 
 
+def replace_weight_in_place(unet):
+    for module in unet.modules():
+        for name, weight in list(module._parameters.items()):
+            if weight is not None:
+                new = weight.data.mul_(1.2).data
+                for _ in range(weight._version):
+                    new.mul_(1)
+                setattr(module, name, torch.nn.Parameter(new))
+
+
 def replace_layer(unet):
     unet.out[2] = torch.nn.Conv2d(32, 5, 1)
 
 
-@pytest.mark.parametrize("change", [replace_weight, write_weight, replace_layer])
+@pytest.mark.parametrize("change", [replace_weight, replace_weight_in_place, write_weight, replace_layer])
 def test_what_changes_is_recorded_anew(unet, change):
     inputs = given()
     before = unet(**inputs)

@@ -52,7 +52,7 @@ def test_an_optimized_model_gives_the_plain_numbers(model):
     for _ in range(3):
         for scale, expected in zip((1.0, 0.5), want, strict=True):
             near(ask(model, scale), expected)
-    assert [play is not None for _, play in unet.forward._recordings.values()] == [True]
+    assert [play is not None for *_, play in unet.forward._recordings.values()] == [True]
     near(ask(restore(model)), want[0], 1e-6)
 
 

@@ -250,6 +250,24 @@ def test_weights_that_change_are_noticed():
 
 
 @torch.no_grad()
+def test_another_weight_where_one_lay_is_noticed():
+    """As when one is deleted and the next gets its memory: same place, shape and count of writes."""
+    unet = optimize(make_unet())
+    given = inputs(unet)
+    unet(**given)
+    for module in unet.modules():
+        for name, weight in list(module._parameters.items()):
+            if weight is not None:
+                new = weight.data.mul_(1.1).data
+                for _ in range(weight._version):
+                    new.mul_(1)
+                setattr(module, name, nn.Parameter(new))
+                assert stand_ins.state_of(getattr(module, name)) == stand_ins.state_of(weight)
+    changed = unet(**given)
+    close(changed, restore(unet)(**given))
+
+
+@torch.no_grad()
 def test_another_context_of_the_same_shape_is_noticed():
     unet = optimize(make_unet())
     given = inputs(unet)
