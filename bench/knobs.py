@@ -1,8 +1,8 @@
 """What each lossy knob costs: how often the pictures keep their captions' promise, how far they are from the full ones.
 
 The prompts, the pictures' reader and the Frechet distance are those of quality.py (DDIM of 20 steps); beside them stand
-the decibels between a setting's latents and the full computation's from the same noise, and the time, of which only the
-ratio to the full one's says something. Each finished setting is saved at once; a second run does what is missing.
+the decibels between a setting's latents and the full computation's from the same noise. What each saves is counted in
+docs/knobs.md. Each finished setting is saved at once; a second run does what is missing.
 
     python bench/knobs.py                           # into bench/results/knobs.{json,md}
     python bench/knobs.py --optimize --prompts 100 --results /tmp/k.json
@@ -66,26 +66,24 @@ def measure(bench: quality.Bench, guidance: float, full: dict[str, np.ndarray]) 
 
 def make_table(results: dict[str, Any]) -> str:
     """Lay the settings out as Markdown."""
-    rows = results["rows"]
-    whole = rows["full"]
-    n = results["prompts"]
+    rows, n = results["rows"], results["prompts"]
     lines = [
         "# What each lossy knob costs",
         "",
         f"{results['model']}, DDIM, {STEPS} steps, guidance {results['guidance']:g}, {n} prompts of each split, "
         f"weights {results['weights'][:10]}{', optimized' if results['optimized'] else ''}. Right: prompts whose every "
-        "attribute holds. Decibels: how near the latents are to the full computation's. Time: of painting and reading, "
-        f"relative to the full one's {whole['seconds']:.0f} s ({whole['machine']}). Made by `python bench/knobs.py`.",
+        "attribute holds. Decibels: how near the latents are to the full ones. Made by `python bench/knobs.py` on "
+        f"{rows['full']['machine']}.",
         "",
-        "| knobs | right, seen | right, never-seen | Frechet, seen | never-seen | decibels | time |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| knobs | right, seen | right, never-seen | Frechet, seen | never-seen | decibels |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for name, row in rows.items():
         parts = [row[split] for split in quality.SPLITS]
         right = (f"{100 * part['right'] / part['prompts']:.1f} %" for part in parts)
         distance = (f"{part['frechet']:.3f}" for part in parts)
         near = "-" if row["decibels"] is None else f"{row['decibels']:.1f}"
-        cells = (name, *right, *distance, near, f"{row['seconds'] / whole['seconds']:.2f}")
+        cells = (name, *right, *distance, near)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
