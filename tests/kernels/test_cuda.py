@@ -8,35 +8,12 @@ import sys
 import pytest
 import torch
 from keyed import fill, keyed_input
+from tiny_networks import UNET, VAE
 from torch.nn.attention import SDPBackend
 
 from ldm.kernels import cuda, optimize, restore, stand_ins
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, UNetModel
-
-UNET = {
-    "image_size": 4,
-    "in_channels": 4,
-    "model_channels": 32,
-    "out_channels": 5,
-    "num_res_blocks": 1,
-    "attention_resolutions": [2],
-    "channel_mult": [1, 2],
-    "num_heads": 2,
-    "use_spatial_transformer": True,
-    "context_dim": 24,
-    "legacy": False,
-}
-VAE = {
-    "ch": 32,
-    "out_ch": 3,
-    "ch_mult": (1, 2),
-    "num_res_blocks": 1,
-    "attn_resolutions": (),
-    "in_channels": 3,
-    "resolution": 16,
-    "z_channels": 4,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +42,7 @@ def close(got, want):
 
 @pytest.mark.parametrize("options", [{}, {"use_scale_shift_norm": True}], ids=str)
 def test_a_unet_gives_the_plain_numbers(calls, options):
-    unet = fill(UNetModel(**UNET, **options), "cuda.")
+    unet = fill(UNetModel(**{**UNET, "attention_resolutions": [2], **options}), "cuda.")
     x = keyed_input("cuda.x", (2, 4, 4, 6))
     given = (torch.cat([x[:1], x[:1]]), torch.tensor([30, 30]), keyed_input("cuda.context", (2, 7, 24)))
     want = unet(*given)

@@ -11,6 +11,7 @@ import pickle
 import pytest
 import torch
 from keyed import fill, keyed_input
+from tiny_networks import UNET, VAE
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ldm.kernels import graphs, optimize, restore, stand_ins, strips
@@ -18,29 +19,6 @@ from ldm.kernels.graphs import Graphed
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-UNET = {
-    "image_size": 8,
-    "in_channels": 4,
-    "model_channels": 32,
-    "out_channels": 5,
-    "num_res_blocks": 1,
-    "attention_resolutions": [2],
-    "channel_mult": [1, 2],
-    "num_heads": 2,
-    "use_spatial_transformer": True,
-    "context_dim": 24,
-    "legacy": False,
-}
-VAE = {
-    "ch": 32,
-    "out_ch": 3,
-    "ch_mult": (1, 2),
-    "num_res_blocks": 1,
-    "attn_resolutions": (),
-    "in_channels": 3,
-    "resolution": 16,
-    "z_channels": 4,
-}
 recorded = []
 
 

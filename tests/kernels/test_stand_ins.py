@@ -9,6 +9,7 @@ import pytest
 import torch
 from keyed import fill, keyed_input
 from tiny import tiny_config
+from tiny_networks import UNET, VAE
 from torch import nn
 
 from ldm.kernels import memory, native, optimize, restore, stand_ins
@@ -20,29 +21,6 @@ from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, UNetModel
 from ldm.util import instantiate_from_config
 
 DTYPES = (torch.float32, torch.bfloat16)
-UNET = {
-    "image_size": 8,
-    "in_channels": 4,
-    "model_channels": 32,
-    "out_channels": 5,
-    "num_res_blocks": 1,
-    "attention_resolutions": [1, 2],
-    "channel_mult": [1, 2],
-    "num_heads": 2,
-    "use_spatial_transformer": True,
-    "context_dim": 24,
-    "legacy": False,
-}
-VAE = {
-    "ch": 32,
-    "out_ch": 3,
-    "ch_mult": (1, 2),
-    "num_res_blocks": 1,
-    "attn_resolutions": (),
-    "in_channels": 3,
-    "resolution": 16,
-    "z_channels": 4,
-}
 KINDS = {
     "v1": {},
     "deeper": {"transformer_depth": 2, "num_res_blocks": 2},
