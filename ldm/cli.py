@@ -499,10 +499,8 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
         if given not in (None, own):
             raise UsageError(f"--{name} {given} does not fit this model, whose {name} is {own}; leave it out")
     ways = {name: getattr(args, name) for name in ("compile", "tiled_vae", "sliced_vae")}
-    if args.lowvram:
-        ways["low_vram"] = device
-    if args.optimize or any(ways.values()):
-        sd.optimize(**ways)
+    if any(ways.values()) or (args.optimize and not args.lowvram):  # low_vram alone is the loader's work
+        sd.optimize(**ways, low_vram=device if args.lowvram else None)
     return sd
 
 

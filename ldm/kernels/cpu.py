@@ -4,7 +4,7 @@ cpu.cpp.
 An engine is a module with these names; cuda.py is the other one. Maps are (b, c, h, w) with channels last.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ __all__ = [
     "convolve",
     "geglu",
     "group_norm",
-    "layout",
     "multiply",
     "pack_conv",
     "pack_linear",
@@ -88,24 +87,19 @@ def run_conv(
     )
 
 
-def layout(conv: nn.Conv2d, x: Tensor) -> str:
-    """Name the way in which `convolve` wants the layer's weight for such a map."""
-    return "winograd" if winograd.serves(conv, x) else "direct"
-
-
-def convolve(conv: nn.Conv2d, x: Tensor, way: str, kept: Any, add: Tensor | None) -> Tensor:
+def convolve(conv: nn.Conv2d, x: Tensor, kept: Mapping[str, Any], add: Tensor | None) -> Tensor:
     """Convolve a map as a layer does, and add a map if there is one.
 
     Args:
-        way: of `layout`.
-        kept: what keeps the laid-out weight until the layer's weight changes: kept.get(make, weight).
+        kept: by way of convolving (maps of other sizes may go another), what keeps the laid-out weight until the
+            layer's weight changes: kept[way].get(make, weight).
     """
-    if way == "winograd":
+    if winograd.serves(conv, x):
         tiles = x.shape[0] * x.shape[2] * x.shape[3] // 4
-        packed = kept.get(lambda: winograd.pack(conv.weight.detach(), tiles), conv.weight)
+        packed = kept["winograd"].get(lambda: winograd.pack(conv.weight.detach(), tiles), conv.weight)
         return winograd.convolve(x, packed, conv.bias, conv.out_channels, add)
     how = (conv.padding, conv.stride, conv.dilation, conv.groups)
-    packed = kept.get(lambda: pack_conv(conv.weight.detach(), *how, x.shape), conv.weight)
+    packed = kept["direct"].get(lambda: pack_conv(conv.weight.detach(), *how, x.shape), conv.weight)
     return run_conv(x, packed, conv.bias, *how, add=add)
 
 

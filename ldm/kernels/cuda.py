@@ -28,7 +28,6 @@ __all__ = [
     "convolve",
     "geglu",
     "group_norm",
-    "layout",
     "multiply",
     "pack_conv",
     "pack_linear",
@@ -114,13 +113,8 @@ def run_conv(
     return out if add is None else out.add_(add)
 
 
-def layout(conv: nn.Conv2d, x: Tensor) -> str:
-    """Name the one way that there is."""
-    return "direct"
-
-
-def convolve(conv: nn.Conv2d, x: Tensor, way: str, kept: Any, add: Tensor | None) -> Tensor:
-    """Convolve a map as a layer does, and add a map if there is one."""
+def convolve(conv: nn.Conv2d, x: Tensor, kept: Any, add: Tensor | None) -> Tensor:
+    """Convolve a map as a layer does, and add a map if there is one; nothing is kept."""
     how = (conv.padding, conv.stride, conv.dilation, conv.groups)
     return run_conv(x, conv.weight, conv.bias, *how, add=add)
 

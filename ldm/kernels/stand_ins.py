@@ -186,7 +186,6 @@ class Conv(StandIn):
 
     def __init__(self, module: nn.Conv2d):
         super().__init__(module)
-        # By way: maps of other sizes may go another.
         self._packed: defaultdict[str, Derived] = defaultdict(Derived)
 
     def fast(self, x: Tensor) -> Tensor | None:
@@ -206,10 +205,8 @@ class Conv(StandIn):
 
     def convolve(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Convolve; `add` is a map of the result's shape to add."""
-        m, engine = self.module, _engine(x)
         x = x.contiguous(memory_format=torch.channels_last)
-        way = engine.layout(m, x)
-        return engine.convolve(m, x, way, self._packed[way], add)
+        return _engine(x).convolve(self.module, x, self._packed, add)
 
 
 class Norm(StandIn):
@@ -679,7 +676,7 @@ PLAIN: dict[type[nn.Module], tuple[Any, Any]] = {
 def attach(root: nn.Module) -> int:
     """Give every module of a tree its stand-in, if there is one; return how many.
 
-    Those of a device that has no engine are left alone.
+    On a device that has no engine they leave all work to the plain code.
 
     The parts of one that has a stand-in of another kind already, which does their work itself, stay plain.
     """

@@ -129,24 +129,16 @@ class OneByOne(Around):
         return torch.cat([self.plainly(one) for one in x.split(1)]) if len(x) else self.plainly(x)
 
 
-def attach_one_by_one(root: nn.Module) -> int:
-    """Let every encoder and decoder of a tree, whatever stands in for it, take one picture at a time.
-
-    Returns:
-        how many there are.
-    """
-    found = halves(root)
-    for half in found:
+def attach_one_by_one(root: nn.Module) -> None:
+    """Let every encoder and decoder of a tree, whatever stands in for it, take one picture at a time."""
+    for half in halves(root):
         half.forward = OneByOne(half, vars(half).get("forward"))
-    return len(found)
 
 
-def attach(root: nn.Module) -> int:
-    """Let every encoder and decoder of a tree work in strips; return how many."""
-    found = halves(root)
-    for half in found:
+def attach(root: nn.Module) -> None:
+    """Let every encoder and decoder of a tree work in strips."""
+    for half in halves(root):
         half.forward = Strips(half)
-    return len(found)
 
 
 # --- what is served -------------------------------------------------------------------------------
