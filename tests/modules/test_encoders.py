@@ -602,8 +602,12 @@ def test_the_rescaler_refuses_what_it_cannot_do():
 # Imports
 
 
-def test_importing_the_module_does_not_import_transformers():
-    code = "import ldm.modules.encoders.modules, sys; print([n for n in ('transformers', 'ftfy') if n in sys.modules])"
+def test_importing_the_module_and_cleaning_a_prompt_import_neither_transformers_nor_ftfy():
+    code = (
+        "import ldm.modules.encoders.modules, sys; from ldm.modules.encoders.tokenizer import clean; "
+        "clean('A cat, (red:1.2) and a dog'); "
+        "print([n for n in ('transformers', 'ftfy') if n in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -6,8 +6,11 @@ import hashlib
 import json
 import logging
 import pickle
+import random
+import re
 import tempfile
 
+import ftfy
 import pytest
 
 from ldm.errors import AbsentError, FormatError, MismatchError, UsageError
@@ -99,6 +102,17 @@ def test_text_is_repaired_once_and_not_again_in_lower_case(clip):
 
 def test_cleaning_is_what_the_original_did():
     assert clean("  Ｈello\r\n\t“W”  ﬁ\x00 Ã© ") == 'hello "w" fi é'
+
+
+def test_text_that_skips_ftfy_is_what_ftfy_leaves_alone():
+    """Every character below U+0100 alone, every entity-like text, and random lines of printable ASCII."""
+    draw = random.Random(5)
+    printable = [chr(code) for code in range(0x20, 0x7F)]
+    texts = [f"a {chr(code)} B" for code in range(0x100)]
+    texts += ["cats &amp; dogs", "1 &lt; 2", "AT&T", "&copy", "a\x1b[31mred", "a\r\nb", "<b>&quot;</b>"]
+    texts += ["".join(draw.choices([*printable, "\n", "\t"], k=draw.randint(0, 60))) for _ in range(3000)]
+    for text in texts:
+        assert clean(text) == re.sub(r"\s+", " ", ftfy.fix_text(text)).strip().lower(), repr(text)
 
 
 def test_encode_and_tokenize_clean_as_well(clip):

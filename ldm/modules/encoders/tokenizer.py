@@ -3,6 +3,7 @@
 import gzip
 import importlib.metadata
 import inspect
+import itertools
 import json
 import logging
 import re
@@ -31,6 +32,8 @@ HUB_NAMES = (
 )
 MAX_CHARACTERS = 100_000  # the worst text of this length is cleaned and split in about a second
 _MAX_FILE_BYTES = 64_000_000  # OpenAI's file is 3.2 MB unpacked
+# Printable ASCII is text that ftfy leaves alone, but for "&", which may begin an entity of HTML.
+_PLAIN = re.compile(r"[ -%'-~\t\n]*")
 _PROBE = "a photo of a cat"
 _PROBE_IDS = [49406, 320, 1125, 539, 320, 2368, 49407]  # recorded from OpenAI's tokenizer
 
@@ -55,8 +58,8 @@ def vocabulary(merges: Iterable[Merge]) -> dict[str, int]:
     two marks: 514 tokens without merges, 49,408 with CLIP's 48,894.
     """
     symbols = list(byte_of_symbol())
-    tokens = [*symbols, *(symbol + WORD_END for symbol in symbols), *(left + right for left, right in merges)]
-    return {token: number for number, token in enumerate(dict.fromkeys([*tokens, BOS, EOS]))}
+    tokens = [*symbols, *(symbol + WORD_END for symbol in symbols), *map("".join, merges)]
+    return dict(zip(dict.fromkeys([*tokens, BOS, EOS]), itertools.count(), strict=False))
 
 
 def clean(text: str) -> str:
@@ -68,13 +71,15 @@ def clean(text: str) -> str:
     Raises:
         UsageError: not a string, or longer than MAX_CHARACTERS.
     """
-    import ftfy
-
     if not isinstance(text, str):
         raise UsageError(f"a prompt must be a string, got {type(text).__name__}")
     if len(text) > MAX_CHARACTERS:
         raise UsageError(f"a prompt may have {MAX_CHARACTERS} characters, got {len(text)}; shorten it")
-    return re.sub(r"\s+", " ", ftfy.fix_text(text)).strip().lower()
+    if not _PLAIN.fullmatch(text):
+        import ftfy  # importing it takes longer than anything else that a prompt needs
+
+        text = ftfy.fix_text(text)
+    return re.sub(r"\s+", " ", text).strip().lower()
 
 
 class CleaningTokenizer:
@@ -209,8 +214,8 @@ def _parse_merges(path: Path) -> list[Merge]:
     if "#version" in lines[0]:
         lines = lines[1:]
     lines = lines[: CLIP_VOCAB_SIZE - 514]  # OpenAI's file goes on beyond the merges that CLIP uses
-    odd = next((line for line in lines if line.count(" ") != 1), None)
-    if odd is not None:
+    if set(map(str.count, lines, itertools.repeat(" "))) - {1}:
+        odd = next(line for line in lines if line.count(" ") != 1)
         raise FormatError(f"'{path}' should hold two tokens a line, got {odd[:80]!r}")
     tokens = " ".join(lines).split(" ") if lines else []
     return list(zip(tokens[::2], tokens[1::2], strict=True))
@@ -224,8 +229,8 @@ def _checked(vocab: Any, merges: list[Merge], path: Path) -> tuple[dict[str, int
         raise FormatError(f"'{path}' should number its tokens 0, 1, 2, ... without gaps")
     symbols = list(byte_of_symbol())
     needed = {BOS, EOS, *symbols, *(symbol + WORD_END for symbol in symbols)}
-    needed.update(token for left, right in merges for token in (left, right, left + right))
-    missing = needed - vocab.keys()
+    needed.update(itertools.chain.from_iterable(merges), map("".join, merges))
+    missing = needed.difference(vocab)
     if missing:
         raise FormatError(
             f"'{path}' lacks {len(missing)} tokens that CLIP's format needs, one is {min(missing)!r}"
