@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+import gc
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,18 @@ def open_model(
     return source, family, settings
 
 
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause the garbage collector: building makes many objects that stay, and each few thousand set it off again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def read_settings(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """Read a model configuration into plain dicts, without paths of weights to load on the way."""
     from omegaconf import OmegaConf
@@ -83,17 +97,29 @@ def read_settings(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-class _ValuesStay(TorchFunctionMode):
-    """Keep tensors that are made from values real, inside torch.device("meta")."""
+class _Empty(TorchFunctionMode):
+    """Inside torch.device("meta"): keep tensors that are made from values real, and draw no first weights.
 
-    MAKERS = (torch.tensor, torch.as_tensor, torch.arange, torch.linspace, torch.full)
+    What has no memory cannot be filled; computing what it would be filled with is most of the time of building.
+    """
+
+    MAKERS = frozenset({torch.tensor, torch.as_tensor, torch.arange, torch.linspace, torch.full})
+    # By name: transformers puts functions of its own in the place of torch's.
+    FILLS = frozenset(name for name in dir(nn.init) if re.fullmatch("[a-z]+(_[a-z]+)*_", name)) | {
+        "fill_",
+        "zero_",
+    }
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self.FILLS:
+            filled = args[0] if args else kwargs["tensor"]
+            if filled.is_meta:
+                return filled
         if func in self.MAKERS and kwargs.get("device") is None:
-            kwargs["device"] = "cpu"
+            kwargs = {**kwargs, "device": "cpu"}
         return func(*args, **kwargs)
 
 
@@ -105,5 +131,5 @@ def build_empty(settings: Mapping[str, Any], tokenizer: str | Path | None = None
         if not isinstance(stage, dict):
             raise UsageError("tokenizer= needs a model with a text encoder; this configuration has none")
         stage.setdefault("params", {})["tokenizer"] = str(tokenizer)
-    with torch.device("meta"), _ValuesStay():
+    with torch.device("meta"), _Empty():
         return instantiate_from_config(model_config).eval()
