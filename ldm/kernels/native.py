@@ -1,23 +1,20 @@
-"""Builds cpu.cpp for the machine at hand, once, and calls it on tensors.
+"""Builds cpu.cpp for the machine at hand and calls it on tensors.
 
-The library lies in the user's cache, under a name made of everything that it depends on. Where there is no compiler,
-or it cannot be run, `library` gives None and says why in the log, and the plain code does the work.
+Where there is no compiler, or it cannot be run, `library` gives None and says why in the log, and the plain code does
+the work.
 """
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import threading
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ldm.compiled import build
+from ldm.errors import ResourceError
 
 log = logging.getLogger(__name__)
 
@@ -45,81 +42,19 @@ _SIGNATURES = {
 }
 
 
-class _NoKernelsError(Exception):
-    """The kernels cannot be had here; the message says why."""
-
-
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Build or find the kernels and load them; None, with a warning in the log, where that fails."""
     try:
-        found = _load(_build())
-    except _NoKernelsError as error:
+        # torch brings its own OpenMP and has made its functions known to the whole process; a library that names none
+        # of its own finds them there, and both use one set of threads. Where torch has another, ours comes along.
+        variants = {"": (), "-omp": ("-fopenmp",)}
+        found = _load(build(SOURCE, FLAGS, variants, for_processor=True))
+    except ResourceError as error:
         log.warning("the CPU's own kernels are left out: %s", error)
         return None
     log.info("the CPU's kernels multiply bfloat16 by %s", LEVELS[found.ldm_level()])
     return found
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "ldm" / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = folder.stat()
-        mine = not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
-        # What lies here is run: a folder that others may write to is no place for it.
-        if mine and os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):
-        pass  # no home, or none that can be written to: a folder of this process alone does
-    return Path(tempfile.mkdtemp(prefix="ldm-kernels-"))
-
-
-def _processor() -> str:
-    """Name what -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model", "Features"))}))
-
-
-def _build() -> list[Path]:
-    """Compile; return the libraries to try, the one that shares torch's threads first.
-
-    Raises:
-        _NoKernelsError: no compiler, or one that fails.
-    """
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
-    if compiler is None:
-        raise _NoKernelsError("there is no C++ compiler; install g++, or name one in CXX")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (SOURCE.read_text(encoding="utf-8"), version, _processor(), *FLAGS)
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    folder = _cache_folder()
-    # torch brings its own OpenMP and has made its functions known to the whole process; a library that names none of
-    # its own finds them there, and both use one set of threads. Where torch has another OpenMP, ours comes along.
-    wanted = [(folder / f"{name}.so", ()), (folder / f"{name}-omp.so", ("-fopenmp",))]
-    if not all(path.exists() for path, _ in wanted):
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            part = Path(work) / "cpu.o"
-            _run([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(part)])
-            for path, options in wanted:
-                made = part.with_name(path.name)
-                _run([compiler, "-shared", *options, str(part), "-o", str(made)])
-                os.replace(made, path)
-    return [path for path, _ in wanted]
-
-
-def _run(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise _NoKernelsError(f"'{command[0]}' could not be run: {error}") from error
-    if done.returncode:
-        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
-        raise _NoKernelsError(f"'{command[0]}' failed: {first}")
 
 
 def _load(paths: list[Path]) -> ctypes.CDLL:
@@ -134,9 +69,9 @@ def _load(paths: list[Path]) -> ctypes.CDLL:
             function = getattr(found, name)
             function.restype, function.argtypes = result, arguments
         if not found.ldm_level():
-            raise _NoKernelsError("the system does not let this process use the processor's tiles")
+            raise ResourceError("the system does not let this process use the processor's tiles")
         return found
-    raise _NoKernelsError("; ".join(reasons))
+    raise ResourceError("; ".join(reasons))
 
 
 _local = threading.local()

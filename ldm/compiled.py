@@ -1,0 +1,87 @@
+"""C++ sources of ours, built for the machine at hand, once; the libraries lie in the user's cache."""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ldm.errors import ResourceError
+
+
+def build(
+    source: Path, flags: Sequence[str], variants: Mapping[str, Sequence[str]], *, for_processor: bool
+) -> list[Path]:
+    """Compile a source file, unless that was done before, and link it in every wanted way.
+
+    Args:
+        source: a C++ file.
+        flags: of the compilation.
+        variants: a suffix of the library's name -> options to link it with.
+        for_processor: the code depends on this processor and this compiler (-march=native), not on their kind alone.
+
+    Returns:
+        The libraries' paths, in the order of the variants. Their names are made of all that they depend on.
+
+    Raises:
+        ResourceError: no compiler, or one that fails.
+    """
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    depends = platform.machine()
+    if for_processor:
+        depends = _processor() + ("" if compiler is None else _output_of([compiler, "--version"]))
+    name = hashlib.sha256(
+        "\0".join([source.read_text(encoding="utf-8"), depends, *flags]).encode()
+    ).hexdigest()
+    folder = cache_folder()
+    wanted = {folder / f"{name[:24]}{suffix}.so": options for suffix, options in variants.items()}
+    if not all(path.exists() for path in wanted):
+        if compiler is None:
+            raise ResourceError("there is no C++ compiler; install g++, or name one in CXX")
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            part = Path(work) / "part.o"
+            _output_of([compiler, *flags, "-c", str(source), "-o", str(part)])
+            for path, options in wanted.items():
+                made = part.with_name(path.name)
+                _output_of([compiler, "-shared", *options, str(part), "-o", str(made)])
+                os.replace(made, path)
+    return list(wanted)
+
+
+def cache_folder() -> Path:
+    """Find or make the user's folder for libraries; where there is none that is safe, one of this process alone."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "ldm" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+        mine = not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
+        # What lies here is run: a folder that others may write to is no place for it.
+        if mine and os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):
+        pass  # no home, or none that can be written to
+    return Path(tempfile.mkdtemp(prefix="ldm-kernels-"))
+
+
+def _processor() -> str:
+    """Name what -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model", "Features"))}))
+
+
+def _output_of(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ResourceError(f"'{command[0]}' could not be run: {error}") from error
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
+        raise ResourceError(f"'{command[0]}' failed: {first}")
+    return done.stdout
