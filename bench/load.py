@@ -7,7 +7,8 @@ process of its own, the two libraries in turn, after one read of the file that f
 from a process that has imported its library to a model in evaluation mode; "ready" is when, besides, every weight
 has been read once, for diffusers leaves weights mapped in the file and pays for them at the first use. Peak memory
 is the largest sum of anonymous pages (what the process owns) and the largest resident set (that, and mapped pages).
-diffusers is given its configuration and tokenizer as local files, so that neither side asks a network.
+diffusers is given its configuration and tokenizer as local files, so that neither side asks a network;
+"diffusers-default" is told no dtype, which is how from_single_file is usually called, and makes float32 of any file.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = ("ldm", "diffusers")
+LIBRARIES = ("ldm", "diffusers", "diffusers-default")
 SETTINGS = "ldm.yaml"  # in the folder of diffusers' configuration: the same model in CompVis's keys
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -162,6 +163,7 @@ def import_library(library: str) -> dict[str, float]:
 
     imported = time.perf_counter()
     if library == "ldm":
+        import omegaconf  # noqa: F401
         from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
         import ldm.checkpoints
@@ -188,8 +190,9 @@ def load_library(library: str, file: str, dtype_name: str, config: str, device: 
         return load_latent_diffusion(file, config=Path(config) / SETTINGS, dtype=dtype, device=device)[0]
     from diffusers import StableDiffusionPipeline
 
+    asked = {} if library == "diffusers-default" else {"torch_dtype": dtype}
     pipe = StableDiffusionPipeline.from_single_file(
-        file, config=config, torch_dtype=dtype, local_files_only=True, safety_checker=None
+        file, config=config, local_files_only=True, safety_checker=None, **asked
     )
     return pipe.to(device)
 
@@ -209,7 +212,8 @@ def measure(library: str, file: str, dtype_name: str, config: str, device: str =
     assert all(bool(torch.isfinite(weight.detach().sum())) for weight in weights)
     ready = time.perf_counter()
     watch.stop()
-    assert all(weight.dtype == getattr(torch, dtype_name) for weight in weights)
+    made = "float32" if library == "diffusers-default" else dtype_name
+    assert all(weight.dtype == getattr(torch, made) for weight in weights)
     assert sum(weight.numel() for weight in weights) == count_parameters(file)
     return seconds | {
         "seconds": loaded - started,
@@ -320,7 +324,7 @@ def main() -> None:
     for dtype, found in results.items():
         for library, numbers in found.items():
             print(
-                f"{dtype:>8} {library:<10} {numbers['seconds']:6.2f} s   ready {numbers['ready_seconds']:6.2f} s   "
+                f"{dtype:>8} {library:<18} {numbers['seconds']:6.2f} s   ready {numbers['ready_seconds']:6.2f} s   "
                 f"import {numbers['import_seconds']:5.2f} s   {numbers['anonymous_gb']:.2f} GB anonymous   "
                 f"{numbers['resident_gb']:.2f} GB resident"
             )

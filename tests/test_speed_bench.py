@@ -10,7 +10,7 @@ import torch
 from bench import load, speed
 from bench.speedlib import contestants, gate, models, process, report, timing
 from bench.speedlib.contestants import Room
-from bench.speedlib.rows import CONTESTANTS, PLAIN, SHORT, Row, all_rows
+from bench.speedlib.rows import CONTESTANTS, PLAIN, SHORT, THEIRS, Row, all_rows
 from bench.speedlib.run import Effort, run_row, unable
 from bench.speedlib.studio import Studio
 from bench.speedlib.training import LEARNING_RATE, TrainingRow
@@ -405,8 +405,10 @@ def test_a_file_of_the_weights_loads_and_paints_alike_in_both_libraries(studio, 
         assert figures["gb"] == figures["resident_gb"] >= figures["anonymous_gb"] > 0
         pictures[name] = torch.from_numpy(np.load(wish["picture"]))
         assert pictures[name].shape == (1, 3, 64, 64)
+    for name in Row("load", "bfloat16", 64).contestants:  # of which one loads as float32
         loaded = load.measure(name, str(file), "bfloat16", str(config))
         assert loaded["ready_seconds"] >= loaded["seconds"] > 0
+    assert Row("load", "float32", 64).contestants == PLAIN == Row("import", "", 64).contestants
     assert gate.decibels(pictures["ldm"], pictures["diffusers"]) > 90
     assert 0.05 < pictures["ldm"].std() < 0.5  # no flat grey, no clipped black and white
 
@@ -501,7 +503,7 @@ def test_a_row_that_breaks_off_is_told_and_the_next_runs(quick, monkeypatch):
 
 def test_without_kernels_their_contestant_is_left_out_and_the_user_told(monkeypatch, capsys):
     monkeypatch.delattr(kernels, "optimize", raising=False)
-    assert speed.choose_contestants(None) == ["ldm", "diffusers", "diffusers-best"]
+    assert speed.choose_contestants(None) == ["ldm", *THEIRS]
     assert "ldm-kernels is left out: ldm.kernels has no optimize()" in capsys.readouterr().out
     with pytest.raises(UsageError, match=r"ldm\.kernels has no optimize\(\)"):
         speed.choose_contestants(["ldm-kernels"])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 DTYPES = ("float32", "bfloat16", "float16")
 OURS = ("ldm", "ldm-kernels")
-THEIRS = ("diffusers", "diffusers-best")
+THEIRS = ("diffusers", "diffusers-best", "diffusers-default")
 BASELINE = "diffusers"  # whose float32 is the reference, and whose half precision the yardstick
 CONTESTANTS = (*OURS, *THEIRS)
 PLAIN = ("ldm", "diffusers")
@@ -54,12 +54,19 @@ class Row:
 
     @property
     def contestants(self) -> tuple[str, ...]:
-        """Name those who differ here: a text encoder has nothing to strengthen but by compiling it."""
-        if self.part in ("import", "load"):
+        """Name those who differ here.
+
+        A text encoder has nothing to strengthen but by compiling it. "diffusers-default" loads as from_single_file does
+        when it is told no dtype: in float32, whatever the file has.
+        """
+        if self.part == "import":
             return PLAIN
-        if self.part == "clip" and not self.compiled:
-            return tuple(name for name in CONTESTANTS if name != "diffusers-best")
-        return CONTESTANTS
+        if self.part == "load":
+            return PLAIN if self.dtype == "float32" else (*PLAIN, "diffusers-default")
+        without = {"diffusers-default"} | (
+            {"diffusers-best"} if self.part == "clip" and not self.compiled else set()
+        )
+        return tuple(name for name in CONTESTANTS if name not in without)
 
 
 def all_rows(px: int, device: str, dtypes: Iterable[str], compiled: bool = False) -> list[Row]:
