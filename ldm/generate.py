@@ -306,6 +306,7 @@ class StableDiffusion:
         tokenizer: str | os.PathLike | None = None,
         vae_dtype: torch.dtype = torch.float32,
         low_vram: bool = False,
+        disable_mmap: bool = False,
     ) -> StableDiffusion:
         """Load a `.safetensors` or `.ckpt` file with CompVis's or diffusers' names inside.
 
@@ -320,6 +321,8 @@ class StableDiffusion:
             tokenizer: a folder or vocabulary file; None takes the one that ships with ldm.
             vae_dtype: what the VAE computes in. A half-precision decoder that overflows is put into float32.
             low_vram: leave the weights in the machine's memory and let them visit the device part by part.
+            disable_mmap: copy every weight, also those that could stay in the system's cache of the file, which is
+                where they stay on a CPU that computes in the file's own dtype.
 
         Raises:
             AbsentError, FormatError, UnsafeFileError, MismatchError: see ldm.checkpoints.
@@ -334,12 +337,13 @@ class StableDiffusion:
         model, report = load_latent_diffusion(
             path,
             config=config,
-            device="cpu",
+            device="cpu" if low_vram else device,
             dtype=dtype,
             use_ema=use_ema,
             tokenizer=tokenizer,
             vae=vae,
             vae_dtype=vae_dtype,
+            disable_mmap=disable_mmap,
         )
         sd = cls(model, file=path, report=report, autocast=autocast, vae_dtype=vae_dtype)
         return sd.optimize(low_vram=device) if low_vram else sd.to(dtype=dtype, device=device)

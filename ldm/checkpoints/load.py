@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints import names
 from ldm.checkpoints.account import LoadReport, shown
-from ldm.checkpoints.build import build_empty, open_model
+from ldm.checkpoints.build import build_empty, collector_paused, open_model
 from ldm.checkpoints.files import Weights, open_weights, require_float
 from ldm.checkpoints.folders import FolderWeights
 from ldm.checkpoints.pair import account_model, account_vae
@@ -29,6 +29,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
+@collector_paused()
 def load_latent_diffusion(
     path: str | Path,
     *,
@@ -39,6 +40,7 @@ def load_latent_diffusion(
     tokenizer: str | Path | None = None,
     vae: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
+    disable_mmap: bool = False,
 ) -> tuple["LatentDiffusion", LoadReport]:
     """Load a latent diffusion model of the v1 family from a single file or a diffusers folder.
 
@@ -57,6 +59,8 @@ def load_latent_diffusion(
         tokenizer: folder or file of the tokenizer, if not the one that the text encoder finds.
         vae: a file or folder whose VAE replaces this file's.
         vae_dtype: of the first stage's parameters; None = dtype.
+        disable_mmap: copy every weight. Otherwise weights that stay on the CPU in the file's own dtype stay in the
+            system's cache of a safetensors file, where that is safe whatever becomes of the file (mapping.py).
 
     Returns:
         The model in evaluation mode, and the account of every tensor.
@@ -80,10 +84,12 @@ def load_latent_diffusion(
             if vae is not None:
                 replacement = opened.enter_context(contextlib.closing(_open_vae(vae)))
                 inner = account_vae(model.first_stage_model, replacement)
-                fill(state, model, inner, replacement, device, dtype, vae_dtype, prefix=names.VAE)
+                fill(
+                    state, model, inner, replacement, device, dtype, vae_dtype, disable_mmap, prefix=names.VAE
+                )
                 report.notes.append(inner.summary())
             _check_tables(model, report, source)
-            fill(state, model, report, source, device, dtype, vae_dtype)
+            fill(state, model, report, source, device, dtype, vae_dtype, disable_mmap)
             finish(model, state, report, device)
     logger.info("%s", report.summary())
     return model, report
@@ -140,9 +146,11 @@ def check_dtype(dtype: torch.dtype | None) -> None:
 def check_finite(path: str, name: str, values: Tensor, dtype: torch.dtype | None = None) -> None:
     """Raise NumericError if a weight is not finite, or would not be in dtype.
 
-    The extremes decide: NaN passes through them, and casting keeps their order.
+    A finite sum, which costs half as much, has finite terms; where it is not, or casting may overflow, the extremes
+    decide: NaN passes through them, and casting keeps their order.
     """
-    if not values.numel():
+    narrower = dtype is not None and torch.finfo(dtype).max < torch.finfo(values.dtype).max
+    if not values.numel() or (not narrower and torch.isfinite(values.detach().sum())):
         return
     extremes = torch.stack(torch.aminmax(values.detach()))
     if not torch.isfinite(extremes).all():
@@ -164,9 +172,10 @@ def fill(
     device: torch.device,
     dtype: torch.dtype | None,
     vae_dtype: torch.dtype | None,
+    disable_mmap: bool = False,
     prefix: str = "",
 ) -> None:
-    """Read, check, cast and move every assigned tensor, one at a time."""
+    """Check, cast and move every assigned tensor: those that the file lends, and the others, read one at a time."""
     own = model.state_dict()
     parameters = {name for name, _ in model.named_parameters()}
 
@@ -176,23 +185,34 @@ def fill(
         return (vae_dtype if target.startswith(names.VAE) else dtype) or torch.float32
 
     wanted = {name: kind(prefix + target) for name, target in report.assigned.items()}
+    for name, dtype in wanted.items():
+        if dtype.is_floating_point:
+            require_float(source.path, name, source.infos[name].dtype)
+        elif source.infos[name].dtype.is_floating_point:
+            raise MismatchError(
+                f"'{shown(source.path)}': '{shown(name)}' should be a whole number, not {source.infos[name].dtype}"
+            )
+    lent: dict[str, Tensor] = {}
+    if device.type == "cpu" and not disable_mmap:
+        lent = {name: values for name in wanted if (values := source.lend(name)) is not None}
+    # One after the other, for between two checks that are apart the threads go to sleep.
+    for name, values in lent.items():
+        if wanted[name].is_floating_point:
+            check_finite(source.path, name, values, wanted[name])
     # What is copied once more anyway is read into the same memory over and over: fresh pages cost more than bytes.
     passing = [n for n in wanted if device.type != "cpu" or source.infos[n].dtype != wanted[n]]
-    size = max((source.infos[name].nbytes for name in passing), default=0)
+    size = max((source.infos[name].nbytes for name in passing if name not in lent), default=0)
     scratch = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda" and size > 0)
     reused = set(passing)
     for name, target in report.assigned.items():
-        like = own[prefix + target]
-        values = source.read(name, scratch if name in reused else None).to(device)
-        if like.dtype.is_floating_point:
-            require_float(source.path, name, values.dtype)
-            check_finite(source.path, name, values, wanted[name])
-        elif values.dtype.is_floating_point:
-            raise MismatchError(
-                f"'{shown(source.path)}': '{shown(name)}' should be a whole number, not {values.dtype}"
-            )
+        if name in lent:
+            values = lent.pop(name)
+        else:
+            values = source.read(name, scratch if name in reused else None).to(device)
+            if wanted[name].is_floating_point:
+                check_finite(source.path, name, values, wanted[name])
         # On the device before the cast: fewer bytes travel, and an accelerator casts faster.
-        state[prefix + target] = values.to(wanted[name]).reshape(like.shape)
+        state[prefix + target] = values.to(wanted[name]).reshape(own[prefix + target].shape)
 
 
 def _check_tables(model: nn.Module, report: LoadReport, source: Weights) -> None:
@@ -235,7 +255,8 @@ def finish(model: nn.Module, state: dict[str, Tensor], report: LoadReport, devic
     model.load_state_dict(state, strict=True, assign=True)
     left = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta]
     assert not left, f"{left[:3]} have no value"
-    model.to(device)
+    if device.type != "cpu":  # where it was built
+        model.to(device)
     model.eval()
 
 

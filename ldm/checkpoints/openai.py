@@ -532,7 +532,12 @@ def infer_flags(path: str | Path, **given: Any) -> dict[str, Any]:
 
 
 def load_openai_model(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, **given: Any
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    disable_mmap: bool = False,
+    **given: Any,
 ) -> tuple[UNetModel | EncoderUNetModel, dict[str, Any], LoadReport]:
     """Load a pixel diffusion model, upsampler or classifier of improved-diffusion or guided-diffusion.
 
@@ -540,6 +545,7 @@ def load_openai_model(
         path: .pt (through the restricted reader) or .safetensors with the bare names of the network.
         device: where the model goes.
         dtype: of the weights; None = float32, whatever the file has.
+        disable_mmap: as for load_latent_diffusion.
         given: flags, by the names of ldm.models.diffusion.script_util. What shapes show need not be given; the
             heads of the attention, use_new_attention_order and the diffusion process show in none: they are
             those of the published model with this layout, or else the originals' defaults, and the report's
@@ -573,7 +579,7 @@ def load_openai_model(
         )
         state: dict[str, Tensor] = {}
         with memory_named(path, model):
-            fill(state, model, report, source, device, dtype, dtype)
+            fill(state, model, report, source, device, dtype, dtype, disable_mmap)
             finish(model, state, report, device)
     if flags[kind.flags["use_fp16"]]:
         for name, weight in model.named_parameters():

@@ -1,5 +1,6 @@
 """Safetensors files: a header checked strictly, then values copied out of the one open file."""
 
+import functools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.account import TensorInfo, shown
+from ldm.checkpoints.mapping import map_file
 from ldm.errors import FormatError, MismatchError, UnsafeFileError
 
 if TYPE_CHECKING:
@@ -40,11 +42,7 @@ def check_name(path: str, name: str) -> None:
 
 
 class SafetensorsWeights:
-    """An open safetensors file.
-
-    Values are copied with read(), never mapped: a mapped file that somebody shortens kills the process with
-    SIGBUS, even long after loading.
-    """
+    """An open safetensors file: values are copied with read(), or lent from the page cache where that is safe."""
 
     kind = "safetensors"
 
@@ -168,12 +166,33 @@ class SafetensorsWeights:
         values = body.ne(0) if info.dtype is torch.bool else body.view(info.dtype)
         return values.reshape(info.shape)
 
+    @functools.cached_property
+    def _pages(self) -> Any | None:
+        return map_file(self._handle)
+
+    def lend(self, name: str) -> Tensor | None:
+        """Give one tensor where it lies in the file's pages, or None where only a copy is safe (see mapping.py).
+
+        It may be written to, and outlives this object; nothing that happens to the file changes it.
+
+        Raises:
+            FormatError: the file changed since it was opened.
+        """
+        begin, end = self._spans[name]
+        info = self.infos[name]
+        if begin == end or begin % info.dtype.itemsize or info.dtype is torch.bool or self._pages is None:
+            return None
+        return torch.frombuffer(self._pages, dtype=info.dtype, count=info.numel, offset=begin).reshape(
+            info.shape
+        )
+
     def close(self) -> None:
         """Close the file.
 
         Raises:
             FormatError: it was rewritten since it was opened.
         """
+        self.__dict__.pop("_pages", None)
         if not self._handle.file.closed:
             try:
                 self._handle.check_unchanged()

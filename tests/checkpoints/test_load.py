@@ -473,7 +473,7 @@ def test_too_little_memory_is_said_with_sizes(tiny, monkeypatch):
 
     monkeypatch.setattr("ldm.checkpoints.safe.SafetensorsWeights.read", no_memory)
     with pytest.raises(ResourceError, match=r"the model takes 0\.01 GiB in float32; load it as float16"):
-        load_latent_diffusion(tiny.path, config=tiny.config)
+        load_latent_diffusion(tiny.path, config=tiny.config, disable_mmap=True)
 
 
 def test_loading_says_what_it_did_in_the_log(tiny, caplog):
