@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.kernels.stand_ins import state_of
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.modules import AbstractEncoder
@@ -37,6 +38,7 @@ class _Part:
         self.module, self.device = module, device
         self.fetched: dict[Tensor, Tensor] | None = None  # copies by weight
         self.ready: torch.cuda.Event | None = None
+        self._states: list[Any] = []
         self._home: list[tuple[dict[str, Any], str, Tensor]] = []
         if device.type == "cuda":  # from such memory copies are made beside all else
             for p in self.weights:
@@ -49,8 +51,11 @@ class _Part:
 
     def fetch(self, stream: torch.cuda.Stream | None = None) -> None:
         """Begin to copy the weights, beside what the device does if there is a stream for that."""
-        if self.fetched is not None:
-            return
+        weights, states = self.weights, [state_of(p) for p in self.weights]
+        if self.fetched is not None and states == self._states:
+            if list(map(id, self.fetched)) == list(map(id, weights)):
+                return
+        self._states = states
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             self.fetched = {p: p.detach().to(self.device, non_blocking=True, copy=True) for p in self.weights}
             self.ready = None if stream is None else stream.record_event()
@@ -101,6 +106,7 @@ class Visits:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._followers: dict[_Part, _Part] = {}
         self._inside: list[_Part] = []
+        self._left: torch.cuda.Event | None = None
         self._last: _Part | None = None
         self._moved = self._move(root)
         self._handles = []
@@ -137,6 +143,9 @@ class Visits:
             for other in self.parts:  # a guess that was wrong
                 if other not in self._inside:
                     other.forget()
+            # A part's memory is free when the GPU has done with it; it would fall behind, and parts would pile up.
+            if self._left is not None:
+                self._left.synchronize()
             part.fetch()
             part.arrive()
             follower = self._followers.get(part)
@@ -151,6 +160,8 @@ class Visits:
                 self._inside.remove(part)
                 if part not in self._inside:
                     part.leave()
+                    if self._stream is not None:
+                        self._left = torch.cuda.current_stream(self.device).record_event()
 
         return leave
 

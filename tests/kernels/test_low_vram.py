@@ -121,12 +121,23 @@ def test_weights_are_at_home_between_calls_and_after_errors(model):
     assert not visits._inside
 
 
-def test_weights_written_between_calls_are_used(model):
-    low_vram.attach(model, CPU)
-    before = ask(model)[1]
-    model.model.diffusion_model.out[2].weight.mul_(2)
-    model.model.diffusion_model.out[2].bias.mul_(2)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_weights_written_or_replaced_between_calls_are_used(model, ahead):
+    """All of them: those, too, that were fetched ahead at the end of the call before."""
+    visits = low_vram.Visits(model, CPU, ahead)
+    unet = model.model.diffusion_model
+    for _ in range(2):
+        before = ask(model)[1]
+    assert any(part.fetched is not None for part in visits.parts) is ahead
+    unet.out[2].weight.mul_(2)
+    unet.out[2].bias = nn.Parameter(unet.out[2].bias * 2)
     torch.testing.assert_close(ask(model)[1], 2 * before)
+    for weight in model.parameters():
+        weight.mul_(0.9)
+    after = ask(model)
+    visits.end()
+    for got, want in zip(after, ask(model), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_all_that_is_used_is_on_the_device(model):
