@@ -7,6 +7,7 @@ everything that it was made of is as it was, and nobody wants to be called on th
 
 import logging
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.kernels.stand_ins import STAND_INS, Around, StandIn, state_of
+from ldm.kernels.stand_ins import STAND_INS, Around, Derived, StandIn, state_of
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
-from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.openaimodel import UNetModel, check_labels
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,25 @@ MOST_DIFFERENT = 0.05
 
 Run = Callable[[list[Tensor]], Tensor]
 
-# Recordings of a device share the memory for what lies between: nothing in it is wanted after a playback, for results
-# are copied out. So there is one playback at a time, and one begins on its stream when the one before it has ended.
 _lock = threading.RLock()
-_pools: dict[torch.device, Any] = {}
-_turns: dict[torch.device, torch.cuda.Event] = {}
+
+
+class _Card:
+    """What the recordings of one GPU share.
+
+    That is the memory for what lies between, too: nothing in it is wanted after a playback, for results are copied out.
+    So there is one playback at a time, and one begins on its stream when the one before it has ended.
+    """
+
+    def __init__(self, device: torch.device):
+        # Libraries keep a workspace for each stream, so there are not two streams for each recording; and it is not one
+        # for both, for what is recorded has to take its workspace from the recordings' memory.
+        self.warming, self.recording = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self.turn: torch.cuda.Event | None = None
+
+
+_cards: dict[torch.device, _Card] = {}
 
 
 def record_cuda(run: Run, inputs: list[Tensor]) -> Run:
@@ -43,29 +58,43 @@ def record_cuda(run: Run, inputs: list[Tensor]) -> Run:
     """
     device = inputs[0].device
     with _lock, torch.cuda.device(device):
+        if device not in _cards:
+            _cards[device] = _Card(device)
+        card = _cards[device]
         held = [x.clone() for x in inputs]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        card.warming.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(card.warming):
             for _ in range(WARM_UP):
                 run(held)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(card.warming)
         graph = torch.cuda.CUDAGraph()
+        pool = next((other.pool() for other in card.graphs), None)
         # Only what this thread does has to be fit for recording; others may copy pictures meanwhile.
-        pool = _pools.setdefault(device, torch.cuda.graph_pool_handle())
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            out = run(held)
+        recording = torch.cuda.graph(
+            graph, pool=pool, stream=card.recording, capture_error_mode="thread_local"
+        )
+        try:
+            with (
+                torch.cuda.stream(card.recording),
+                recording,
+            ):  # the first, for a failed recording stays on its stream
+                out = run(held)
+        except BaseException:
+            card.graphs.clear()  # their memory may still be taken for being recorded into
+            raise
+        card.graphs.add(graph)
+        out.fill_(float("nan"))  # so that a playback that writes nothing is seen
 
     def play(inputs: list[Tensor]) -> Tensor:
         with _lock, torch.cuda.device(device):
             stream = torch.cuda.current_stream()
-            if device in _turns:
-                stream.wait_event(_turns[device])
+            if card.turn is not None:
+                stream.wait_event(card.turn)
             for mine, given in zip(held, inputs, strict=True):
                 mine.copy_(given)
             graph.replay()
             copied = out.clone()
-            _turns[device] = stream.record_event()
+            card.turn = stream.record_event()
         return copied
 
     return play
@@ -87,6 +116,17 @@ def fingerprint(root: nn.Module) -> tuple[list[Any], list[Tensor | None]] | None
         found += (kind, kind.forward, getattr(kind, "_forward", None), module.training, own)
         tensors += (*module._parameters.values(), *module._buffers.values())
     return found + [(id(x), *state_of(x)) for x in tensors], tensors
+
+
+def derived_of(root: nn.Module) -> list[Any]:
+    """What the stand-ins of a tree have made of its weights; a recording reads it where it lies."""
+    made: list[Any] = []
+    for module in root.modules():
+        own = vars(module).get("forward")
+        while isinstance(own, StandIn):
+            made += (value.kept for value in vars(own).values() if isinstance(value, Derived))
+            own = getattr(own, "inner", None)
+    return made
 
 
 def _form(value: Any) -> Any:
@@ -113,8 +153,8 @@ class Graphed(Around):
     ):
         super().__init__(module, inner)
         self.record = record
-        # By the arguments' form: what it depends on, the tensors of that, and what plays it.
-        self._recordings: OrderedDict[Any, tuple[list[Any], list[Tensor | None], Run | None]] = OrderedDict()
+        # By the arguments' form: what it depends on, what has to stay in memory for it, and what plays it.
+        self._recordings: OrderedDict[Any, tuple[list[Any], list[Any], Run | None]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:  # copies begin with nothing
         return {**vars(self), "_recordings": OrderedDict()}
@@ -138,34 +178,54 @@ class Graphed(Around):
             return self.plainly(*new[: len(args)], **dict(zip(kwargs, new[len(args) :], strict=True)))
 
         with _lock:
-            earlier, _, play = self._recordings.get(key, (None, None, None))
-            if earlier != made_of[0]:
-                self._recordings.pop(key, None)  # its memory first
-                play = self._recorded(run, given)
-                self._recordings[key] = (*made_of, play)
+            # What was made of other weights goes first, and its memory with it.
+            for other in [k for k, (earlier, *_) in self._recordings.items() if earlier != made_of[0]]:
+                del self._recordings[other]
+            if key not in self._recordings:
+                called = run(given)
+                play = self._recorded(run, given, called)
+                self._recordings[key] = (made_of[0], [made_of[1], derived_of(self.module)], play)
+                while len(self._recordings) > MOST:
+                    self._recordings.popitem(last=False)
+                return called
             self._recordings.move_to_end(key)
-            while len(self._recordings) > MOST:
-                self._recordings.popitem(last=False)
+            play = self._recordings[key][2]
             if play is None:
                 return run(given)
+            # What its code does besides, for a playback does not.
             if isinstance(self.module, Decoder):
-                self.module.last_z_shape = given[0].shape  # what its code does besides
+                self.module.last_z_shape = given[0].shape
+            y = kwargs.get("y", args[3] if len(args) > 3 else None)
+            if y is not None:
+                check_labels(y, len(y), self.module.num_classes)
             return play(given)
 
     def _can_record(self, device: torch.device) -> bool:
-        return self.record is not record_cuda or device.type == "cuda"
+        if self.record is not record_cuda:
+            return True
+        if device.type != "cuda":
+            self._recordings.clear()  # the model has left the GPU; so should they
+            return False
+        return not torch.cuda.is_current_stream_capturing()  # by somebody who records us
 
-    def _recorded(self, run: Run, given: list[Tensor]) -> Run | None:
+    def _recorded(self, run: Run, given: list[Tensor], called: Tensor) -> Run | None:
         """Record and check; None, with a warning in the log, if that fails: then calls of this shape go on without."""
         name = type(self.module).__name__
         try:
-            play = self.record(run, given)
-            played, called = play(given), run(given)
+            # Tensors of inference mode, which a recording might hold, could not be written to outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                play = self.record(run, given)
+            played = play(given)
         except RuntimeError as error:
-            log.warning("no recording of %s is used: %s", name, str(error).splitlines()[0])
+            reason = (
+                error.__context__ or error
+            )  # a recording that breaks off says less than what broke it off
+            log.warning("no recording of %s is used: %s", name, str(reason).splitlines()[0])
             return None
-        difference = (played - called).abs().max() / called.abs().max()
-        if difference > MOST_DIFFERENT:  # never for a number that is none: it is none in both
+        difference = (played - called).abs().nan_to_num(0.0).max() / called.abs().nan_to_num(0.0).max()
+        if not torch.equal(played.isnan(), called.isnan()):
+            difference = torch.inf
+        if difference > MOST_DIFFERENT:
             log.warning("no recording of %s is used: it differs by %.2g", name, float(difference))
             return None
         return play

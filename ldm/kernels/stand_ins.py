@@ -45,22 +45,26 @@ def _nothing() -> None:
 
 
 class Derived:
-    """Something made of tensors and kept until one of them changes. Copies of a module begin with nothing."""
+    """Something made of tensors and kept until one of them changes. Copies of a module begin with nothing.
+
+    Attributes:
+        kept: what was made last; None at first.
+    """
 
     def __init__(self) -> None:
         self._of: tuple[Any, ...] | None = None
         self._tensors: list[
             Callable[[], Tensor | None]
         ] = []  # weakly: another one may come to lie where one lay
-        self._value: Any = None
+        self.kept: Any = None
 
     def get(self, make: Callable[[], Any], *tensors: Tensor | None) -> Any:
         of = tuple(map(state_of, tensors))
         same = of == self._of and all(ref() is x for ref, x in zip(self._tensors, tensors, strict=True))
         if not same:
-            self._of, self._value = of, make()
+            self._of, self.kept = of, make()
             self._tensors = [_nothing if x is None else weakref.ref(x) for x in tensors]
-        return self._value
+        return self.kept
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()

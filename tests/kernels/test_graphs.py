@@ -5,8 +5,10 @@ reads weights where they lay, and knows nothing of the Python around them.
 """
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from keyed import fill, keyed_input
 from tiny_networks import UNET, VAE
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ldm.errors import UsageError
 from ldm.kernels import graphs, optimize, restore, stand_ins, strips
 from ldm.kernels.graphs import Graphed
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
@@ -32,6 +35,19 @@ def without_gradients():
 def record(run, inputs):
     recorded.append([tuple(x.shape) for x in inputs])
     return make_fx(run)([x.clone() for x in inputs])
+
+
+def record_held(run, inputs):
+    """As a CUDA graph plays: inputs are written to where the first ones lay."""
+    held = [x.clone() for x in inputs]
+    played = record(run, held)
+
+    def play(tensors):
+        for mine, given in zip(held, tensors, strict=True):
+            mine.copy_(given)
+        return played(held)
+
+    return play
 
 
 @pytest.fixture
@@ -197,14 +213,15 @@ def test_what_cannot_be_recorded_is_said_once_and_called(caplog):
     ]
 
 
-def test_a_recording_that_plays_something_else_is_not_used(caplog):
+@pytest.mark.parametrize(("factor", "much"), [(1.2, "0.2"), (float("nan"), "inf")])
+def test_a_recording_that_plays_something_else_is_not_used(caplog, factor, much):
     unet = fill(UNetModel(**UNET), "graphs.")
-    graphs.attach(unet, lambda run, inputs: lambda tensors: run(tensors) * 1.2)
+    graphs.attach(unet, lambda run, inputs: lambda tensors: run(tensors) * factor)
     inputs = given()
     with caplog.at_level(logging.WARNING, "ldm.kernels.graphs"):
         close(unet(**inputs), plainly(unet, **inputs))
         close(unet(**inputs), plainly(unet, **inputs))
-    assert caplog.messages == ["no recording of UNetModel is used: it differs by 0.2"]
+    assert caplog.messages == [f"no recording of UNetModel is used: it differs by {much}"]
 
 
 def test_broken_numbers_are_played_as_they_are(unet):
@@ -237,6 +254,69 @@ def test_strips_are_not_recorded():
     decoder = fill(Decoder(**VAE), "graphs.d.")
     strips.attach(decoder)
     assert graphs.attach(decoder, record) == 0
+
+
+def test_a_recording_made_in_inference_mode_plays_outside_of_it():
+    unet = fill(UNetModel(**UNET), "graphs.")
+    graphs.attach(unet, record_held)
+    want = plainly(unet, **given())
+    with torch.inference_mode():
+        for _ in range(2):
+            close(unet(**given()), want)
+    for _ in range(2):
+        close(unet(**given()), want)
+    assert len(recorded) == 1
+
+
+def tensors_in(value):
+    if isinstance(value, (list, tuple)):
+        return [x for part in value for x in tensors_in(part)]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+def test_what_a_recording_reads_stays_as_long_as_the_recording(unet):
+    """What stand-ins made of weights, too, even if they have made something else since."""
+    restore(unet)
+    stand_ins.attach(unet)
+    graphs.attach(unet, lambda run, inputs: run)  # which keeps nothing by itself
+    inputs = given()
+    unet(**inputs)
+    read = [weakref.ref(x) for x in tensors_in(graphs.derived_of(unet))]
+    assert len(read) > 10
+    hook = unet.middle_block.register_forward_hook(lambda *_: None)
+    for weight in unet.parameters():
+        weight.mul_(1.1)
+    close(unet(**inputs), plainly(unet, **inputs))
+    gc.collect()
+    assert all(ref() is not None for ref in read)
+    hook.remove()
+    unet(**inputs)
+    gc.collect()
+    assert all(ref() is None for ref in read)
+
+
+def test_recordings_of_other_weights_go_first(unet):
+    one, two = given(), given(size=(4, 10))
+    unet(**one)
+    unet(**two)
+    unet.out[2].weight.mul_(2)
+    close(unet(**two), plainly(unet, **two))
+    assert len(unet.forward._recordings) == 1
+    close(unet(**one), plainly(unet, **one))
+    assert len(recorded) == 4
+
+
+def test_labels_are_looked_at_in_a_playback_too():
+    unet = fill(UNetModel(**{**UNET, "num_classes": 5}), "graphs.")
+    graphs.attach(unet, record)
+    inputs = given() | {"y": torch.tensor([4, 0])}
+    for _ in range(2):
+        close(unet(**inputs), plainly(unet, **inputs))
+    with pytest.raises(UsageError, match="labels y should be from 0 to 4 for 5 classes, got 5"):
+        unet(inputs["x"], inputs["timesteps"], inputs["context"], torch.tensor([5, 0]))
+    with pytest.raises(UsageError, match="got -1"):
+        unet(**{**inputs, "y": torch.tensor([0, -1])})
+    assert len(recorded) <= 2
 
 
 def test_copies_begin_with_nothing(unet):

@@ -645,7 +645,7 @@ class UNetModel(_UNetBase):
         emb = timestep_embedding(timesteps, self.model_channels)
         emb = self.time_embed(emb.to(self.time_embed[0].weight.dtype))  # (b, 4 * model_channels)
         if exists(y):
-            _check_labels(y, x.shape[0], self.num_classes)
+            check_labels(y, x.shape[0], self.num_classes)
             emb = emb + self.label_emb(y)
         h = self._torso_input(x)
         skips = []
@@ -662,7 +662,7 @@ class UNetModel(_UNetBase):
         return self._answer(self.id_predictor if self.predict_codebook_ids else self.out, h, x.dtype)
 
 
-def _check_labels(y: Tensor, maps: int, num_classes: int | str) -> None:
+def check_labels(y: Tensor, maps: int, num_classes: int | str) -> None:
     """Refuse what is not one label for each map, or no label of this many classes (or of "continuous" ones)."""
     discrete = isinstance(num_classes, int)
     if y.shape[0] != maps or (discrete and y.dim() != 1):
