@@ -96,7 +96,10 @@ class ImageNoise:
     def __call__(self, like: Tensor) -> Tensor:
         """Draw unit normal noise of this shape, its first dimension being the images."""
         draws = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators]
-        return torch.stack(draws).to(like)
+        noise = torch.stack(draws).to(like.dtype)
+        if like.is_cuda:  # from such memory it travels while the GPU works, and nobody waits
+            return noise.pin_memory().to(like.device, non_blocking=True)
+        return noise.to(like.device)
 
 
 class CompVisNoise:

@@ -155,6 +155,7 @@ REFUSED = {
 ADVICE = {
     "VAE": "give it as vae=, beside a full model",
     "VAE (diffusers)": "give it as vae=, beside a full model",
+    "UNet": "give a full model; one of OpenAI's pixel models is for ldm.checkpoints.load_openai_model",
     "UNet (diffusers)": "give the diffusers folder that it belongs to",
 }
 LORA = re.compile(

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import statistics
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -143,9 +144,10 @@ def serves_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> bool:
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
     """Attend: softmax(scale q k^T) v for each head; see native.attention."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    backend = backend_for(q, k, v, scale)
-    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
-        out = attend(q, k, v, scale=scale)
+    with _switches:
+        backend = backend_for(q, k, v, scale)
+        with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+            out = attend(q, k, v, scale=scale)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -156,6 +158,7 @@ BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.E
 MUCH_FASTER = 0.9
 ROUNDS = 5
 _choices: dict[Any, SDPBackend | None] = {}
+_switches = threading.RLock()  # torch's switches of backends are those of the whole process
 
 
 def backend_for(q: Tensor, k: Tensor, v: Tensor, scale: float) -> SDPBackend | None:

@@ -153,25 +153,26 @@ def group_norm(
     affine = torch.empty((b, 2, c), dtype=torch.float32, device=x.device)
     blocks = {"BLOCK_CELLS": BLOCK_CELLS, "BLOCK_CHANNELS": min(BLOCK_CHANNELS, triton.next_power_of_2(c))}
     portions = (chunks, b, triton.cdiv(c, blocks["BLOCK_CHANNELS"]))
-    _add_up[portions](x, partial, cells, c, size, chunks, **blocks)
-    _join[(groups, b)](
-        x,
-        partial,
-        weight if shift is None else shift,
-        weight,
-        bias,
-        affine,
-        cells,
-        c,
-        chunks,
-        share,
-        0 if weight.dim() == 1 else c,
-        eps,
-        HAS_SHIFT=shift is not None,
-        CHUNKS=triton.next_power_of_2(chunks),
-        SHARE=triton.next_power_of_2(share),
-    )
-    _apply[portions](x, affine, out, cells, c, size, SILU=silu, **blocks)
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        _add_up[portions](x, partial, cells, c, size, chunks, **blocks)
+        _join[(groups, b)](
+            x,
+            partial,
+            weight if shift is None else shift,
+            weight,
+            bias,
+            affine,
+            cells,
+            c,
+            chunks,
+            share,
+            0 if weight.dim() == 1 else c,
+            eps,
+            HAS_SHIFT=shift is not None,
+            CHUNKS=triton.next_power_of_2(chunks),
+            SHARE=triton.next_power_of_2(share),
+        )
+        _apply[portions](x, affine, out, cells, c, size, SILU=silu, **blocks)
     return out
 
 
@@ -185,5 +186,6 @@ def geglu(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     """
     rows, width = out.shape
     portions = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(width, BLOCK_WIDTH))
-    _gate[portions](x, bias, out, rows, width, BLOCK_ROWS=BLOCK_ROWS, BLOCK_WIDTH=BLOCK_WIDTH)
+    with torch.cuda.device_of(x):
+        _gate[portions](x, bias, out, rows, width, BLOCK_ROWS=BLOCK_ROWS, BLOCK_WIDTH=BLOCK_WIDTH)
     return out

@@ -12,6 +12,11 @@ from ldm.util import instantiate_from_config
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
+@pytest.fixture(autouse=True)
+def whole_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def model():
     with torch.no_grad():
