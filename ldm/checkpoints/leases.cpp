@@ -35,7 +35,7 @@ struct Mapped {
 };
 
 pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-std::vector<Mapped> all;
+std::vector<Mapped>& all = *new std::vector<Mapped>;  // never destroyed: the thread outlives what ends at exit
 pid_t watcher = 0;  // of this process; 0 if it has none yet
 
 // A chunk changes places in one step of the kernel's: who reads meanwhile sees no difference. What another thread

@@ -69,15 +69,14 @@ def record_cuda(run: Run, inputs: list[Tensor]) -> Run:
         torch.cuda.current_stream().wait_stream(card.warming)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other in card.graphs), None)
+        stream = card.recording
         # Only what this thread does has to be fit for recording; others may copy pictures meanwhile.
-        recording = torch.cuda.graph(
-            graph, pool=pool, stream=card.recording, capture_error_mode="thread_local"
-        )
+        recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
         try:
             with (
-                torch.cuda.stream(card.recording),
+                torch.cuda.stream(stream),
                 recording,
-            ):  # the first, for a failed recording stays on its stream
+            ):  # a recording that fails does not leave the stream by itself
                 out = run(held)
         except BaseException:
             card.graphs.clear()  # their memory may still be taken for being recorded into

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from keyed import fill, keyed_input
 from tiny import tiny_config
 
+from ldm.checkpoints import load_latent_diffusion, save_safetensors
 from ldm.kernels import cuda, graphs, low_vram, optimize, restore
 from ldm.util import instantiate_from_config
 
@@ -59,6 +60,47 @@ def test_an_optimized_model_gives_the_plain_numbers(model):
             near(ask(model, scale), expected)
     assert [play is not None for *_, play in unet.forward._recordings.values()] == [True]
     near(ask(restore(model)), want[0], 1e-6)
+
+
+def test_inference_mode_and_no_grad_share_recordings(model):
+    want = ask(model.cuda())
+    optimize(model)
+    with torch.inference_mode():
+        near(ask(model), want)
+        near(ask(model), want)
+    for _ in range(2):
+        near(ask(model), want)
+
+
+def test_a_recording_that_breaks_off_leaves_no_trace(model, caplog):
+    class Waiting(torch.nn.SiLU):
+        def forward(self, x):
+            return super().forward(x) * (
+                1.0 if float(x[0, 0, 0, 0]) < 1e9 else 0.0
+            )  # not while it is recorded
+
+    unet = model.cuda().model.diffusion_model
+    want = ask(model)
+    unet.out[1] = Waiting()
+    for plays in (False, True):
+        optimize(model)
+        for _ in range(3):
+            near(ask(model), want)
+        assert [play is not None for *_, play in unet.forward._recordings.values()] == [plays]
+        assert ("no recording of UNetModel is used" in caplog.text) is not plays
+        assert torch.randn(5, device="cuda").isfinite().all()
+        restore(model)
+        unet.out[1] = torch.nn.SiLU()
+        caplog.clear()
+
+
+def test_weights_are_loaded_straight_to_the_gpu(model, tmp_path):
+    path = tmp_path / "tiny.safetensors"
+    own = dict(model.named_parameters())
+    save_safetensors(path, own)
+    loaded, _ = load_latent_diffusion(path, config=tiny_config(), device="cuda", dtype=torch.float16)
+    for name, weight in loaded.named_parameters():
+        assert weight.device.type == "cuda" and torch.equal(weight.cpu(), own[name].half()), name
 
 
 def test_the_loop_waits_for_nothing(model):
