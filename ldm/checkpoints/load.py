@@ -185,12 +185,13 @@ def fill(
         return (vae_dtype if target.startswith(names.VAE) else dtype) or torch.float32
 
     wanted = {name: kind(prefix + target) for name, target in report.assigned.items()}
-    for name, dtype in wanted.items():
-        if dtype.is_floating_point:
-            require_float(source.path, name, source.infos[name].dtype)
-        elif source.infos[name].dtype.is_floating_point:
+    for name in wanted:
+        held = source.infos[name].dtype
+        if wanted[name].is_floating_point:
+            require_float(source.path, name, held)
+        elif held.is_floating_point:
             raise MismatchError(
-                f"'{shown(source.path)}': '{shown(name)}' should be a whole number, not {source.infos[name].dtype}"
+                f"'{shown(source.path)}': '{shown(name)}' should be a whole number, not {held}"
             )
     lent: dict[str, Tensor] = {}
     if device.type == "cpu" and not disable_mmap:

@@ -1,4 +1,4 @@
-"""Safetensors files: a header checked strictly, then values copied out of the one open file."""
+"""Safetensors files: a header checked strictly, then values copied out of the one open file, or lent by it."""
 
 import functools
 import json
