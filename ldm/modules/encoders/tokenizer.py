@@ -183,7 +183,9 @@ def read_vocabulary(path: str | Path) -> tuple[dict[str, int], list[Merge]]:
             raise FormatError(f"'{path}' should hold merges of two tokens each")
         return _checked(model.get("vocab"), pairs, path)
     merges = _parse_merges(path)
-    return _checked(vocabulary(merges), merges, path)
+    vocab = vocabulary(merges)  # in order and whole, but for what the merges are made of
+    _check_complete(vocab, set(itertools.chain.from_iterable(merges)), path)
+    return vocab, merges
 
 
 def _read_text(path: Path) -> str:
@@ -230,12 +232,16 @@ def _checked(vocab: Any, merges: list[Merge], path: Path) -> tuple[dict[str, int
     symbols = list(byte_of_symbol())
     needed = {BOS, EOS, *symbols, *(symbol + WORD_END for symbol in symbols)}
     needed.update(itertools.chain.from_iterable(merges), map("".join, merges))
+    _check_complete(vocab, needed, path)
+    return vocab, merges
+
+
+def _check_complete(vocab: dict[str, int], needed: set[str], path: Path) -> None:
     missing = needed.difference(vocab)
     if missing:
         raise FormatError(
             f"'{path}' lacks {len(missing)} tokens that CLIP's format needs, one is {min(missing)!r}"
         )
-    return vocab, merges
 
 
 def check_tokenizer(tokenizer: CleaningTokenizer, vocab_size: int) -> None:
