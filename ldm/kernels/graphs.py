@@ -216,9 +216,8 @@ class Graphed(Around):
                 play = self.record(run, given)
             played = play(given)
         except RuntimeError as error:
-            reason = (
-                error.__context__ or error
-            )  # a recording that breaks off says less than what broke it off
+            # What broke a recording off says more than its end does.
+            reason = error.__context__ or error
             log.warning("no recording of %s is used: %s", name, str(reason).splitlines()[0])
             return None
         difference = (played - called).abs().nan_to_num(0.0).max() / called.abs().nan_to_num(0.0).max()
