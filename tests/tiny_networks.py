@@ -1,5 +1,7 @@
 """Keywords of a UNet and of an autoencoder's halves that are small and have every kind of part."""
 
+from torch import nn
+
 UNET = {
     "image_size": 8,
     "in_channels": 4,
@@ -23,3 +25,14 @@ VAE = {
     "resolution": 16,
     "z_channels": 4,
 }
+
+
+def replace_weights_in_place(root: nn.Module, factor: float) -> None:
+    """Put other weights where the old ones lay: same memory, shape and count of writes, times a factor."""
+    for module in root.modules():
+        for name, weight in list(module._parameters.items()):
+            if weight is not None:
+                new = weight.data.mul_(factor).data
+                for _ in range(weight._version):
+                    new.mul_(1)
+                setattr(module, name, nn.Parameter(new))

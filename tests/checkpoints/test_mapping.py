@@ -82,7 +82,7 @@ def test_where_it_would_not_be_safe_files_are_copied(path, monkeypatch, limit, v
     assert open_weights(path).lend("wide") is None
 
 
-def test_without_a_compiler_files_are_copied(path, tensors, monkeypatch, tmp_path, caplog):
+def test_without_a_compiler_files_are_copied(path, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     mapping.library.cache_clear()

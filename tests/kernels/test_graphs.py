@@ -14,7 +14,7 @@ import pytest
 import torch
 from keyed import fill, keyed_input
 from tiny_networks import UNET as LARGER
-from tiny_networks import VAE
+from tiny_networks import VAE, replace_weights_in_place
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ldm.errors import UsageError
@@ -123,13 +123,7 @@ def write_weight(unet):
 
 
 def replace_weight_in_place(unet):
-    for module in unet.modules():
-        for name, weight in list(module._parameters.items()):
-            if weight is not None:
-                new = weight.data.mul_(1.2).data
-                for _ in range(weight._version):
-                    new.mul_(1)
-                setattr(module, name, torch.nn.Parameter(new))
+    replace_weights_in_place(unet, 1.2)
 
 
 def replace_layer(unet):

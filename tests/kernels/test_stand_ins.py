@@ -9,7 +9,7 @@ import pytest
 import torch
 from keyed import fill, keyed_input
 from tiny import tiny_config
-from tiny_networks import UNET, VAE
+from tiny_networks import UNET, VAE, replace_weights_in_place
 from torch import nn
 
 from ldm.kernels import memory, native, optimize, restore, stand_ins
@@ -233,14 +233,10 @@ def test_another_weight_where_one_lay_is_noticed():
     unet = optimize(make_unet())
     given = inputs(unet)
     unet(**given)
-    for module in unet.modules():
-        for name, weight in list(module._parameters.items()):
-            if weight is not None:
-                new = weight.data.mul_(1.1).data
-                for _ in range(weight._version):
-                    new.mul_(1)
-                setattr(module, name, nn.Parameter(new))
-                assert stand_ins.state_of(getattr(module, name)) == stand_ins.state_of(weight)
+    before = dict(unet.named_parameters())
+    replace_weights_in_place(unet, 1.1)
+    for name, weight in unet.named_parameters():
+        assert weight is not before[name] and stand_ins.state_of(weight) == stand_ins.state_of(before[name])
     changed = unet(**given)
     close(changed, restore(unet)(**given))
 

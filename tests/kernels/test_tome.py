@@ -9,6 +9,7 @@ import pytest
 import torch
 from keyed import fill, keyed_input
 from tiny import tiny_model
+from tiny_networks import UNET
 from torch import nn
 
 from ldm.errors import UsageError
@@ -24,25 +25,12 @@ CONFIGS = {
     if name.startswith("unet")
 }
 SPACES = {1: (7,), 2: (5, 9), 3: (2, 5, 7)}  # odd sides, that halve unevenly
-FINE = {
-    "image_size": 8,
-    "in_channels": 4,
-    "model_channels": 32,
-    "out_channels": 5,
-    "num_res_blocks": 1,
-    "attention_resolutions": [1, 2],
-    "channel_mult": [1, 2],
-    "num_heads": 2,
-    "use_spatial_transformer": True,
-    "context_dim": 24,
-    "legacy": False,
-}
 PROMPT = "a large red circle"
 
 
 @pytest.fixture(scope="module")
 def unet():
-    return fill(UNetModel(**FINE), "u.")
+    return fill(UNetModel(**UNET), "u.")
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +183,7 @@ def test_the_finest_transformers_of_every_geometry_are_found(name):
 @pytest.mark.parametrize("name", ["attention only below", "resampling by residual blocks"])
 def test_resolutions_are_those_of_the_blocks(name):
     changes = {"attention_resolutions": [2]} if "below" in name else {"resblock_updown": True}
-    unet = UNetModel(**{**FINE, **changes})
+    unet = UNetModel(**{**UNET, **changes})
     width = 64 if "below" in name else 32
     assert [m.in_channels for m in finest_transformers(unet)] == [width] * (4 if "below" in name else 3)
 
@@ -247,7 +235,7 @@ def test_outside_the_unet_is_as_it_was(unet, seed):
 
 def test_blocks_that_only_look_at_the_context_are_left_alone():
     """Their first attention has the context for keys, which are not tokens of the map."""
-    unet = fill(UNetModel(**FINE, disable_self_attentions=[True, False]), "u.")
+    unet = fill(UNetModel(**UNET, disable_self_attentions=[True, False]), "u.")
     with pytest.raises(UsageError, match="whose finest spatial transformers attend to themselves, got"):
         TokenMerging(unet, 0.5)
 
@@ -311,8 +299,8 @@ def test_numbers_out_of_range_are_refused(unet, options, words):
 
 
 def test_networks_that_it_cannot_serve_are_refused():
-    bare = UNetModel(**{**FINE, "use_spatial_transformer": False, "context_dim": None})
-    compiled = UNetModel(**FINE)
+    bare = UNetModel(**{**UNET, "use_spatial_transformer": False, "context_dim": None})
+    compiled = UNetModel(**UNET)
     finest_transformers(compiled)[-1].transformer_blocks[0].compile()
     for network, words in (
         (nn.Conv2d(4, 4, 1), "merge_ratio > 0 needs a UNetModel, got Conv2d"),

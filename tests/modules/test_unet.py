@@ -6,6 +6,7 @@ import pytest
 import torch
 from keyed import fill, keyed_input
 from safetensors.torch import load_file
+from tiny_networks import UNET
 
 from ldm.errors import MismatchError, UsageError
 from ldm.modules.diffusionmodules import openaimodel
@@ -23,19 +24,6 @@ from ldm.modules.diffusionmodules.openaimodel import (
 CONFIGS = json.load(open(__file__.rsplit("/", 2)[0] + "/golden/modules.json"))
 LATER_CONFIGS = json.load(open(__file__.rsplit("/", 2)[0] + "/golden/sd2_and_control.json"))
 SPACES = {1: (8,), 2: (8, 12), 3: (2, 8, 8)}
-TINY = {
-    "image_size": 8,
-    "in_channels": 4,
-    "model_channels": 32,
-    "out_channels": 5,
-    "num_res_blocks": 1,
-    "attention_resolutions": [1, 2],
-    "channel_mult": [1, 2],
-    "num_heads": 2,
-    "use_spatial_transformer": True,
-    "context_dim": 24,
-    "legacy": False,
-}
 
 
 def agrees(got, want):
@@ -85,14 +73,14 @@ def tiny_call(unet, height=6, width=10):
 @pytest.mark.parametrize("side", [(5, 7), (3, 9), (6, 11)])
 @torch.no_grad()
 def test_sides_that_do_not_halve_evenly_keep_their_size(side):
-    unet = fill(UNetModel(**TINY), "u.")
+    unet = fill(UNetModel(**UNET), "u.")
     assert tiny_call(unet, *side).shape == (2, 5, *side)
-    assert tiny_call(fill(UNetModel(**TINY, resblock_updown=True), "u."), *side).shape == (2, 5, *side)
+    assert tiny_call(fill(UNetModel(**UNET, resblock_updown=True), "u."), *side).shape == (2, 5, *side)
 
 
 @torch.no_grad()
 def test_each_picture_of_a_batch_is_computed_by_itself():
-    unet = fill(UNetModel(**TINY), "u.")
+    unet = fill(UNetModel(**UNET), "u.")
     x, context, t = keyed_input("x", (3, 4, 6, 10)), keyed_input("c", (3, 7, 24)), torch.tensor([3, 500, 900])
     together = unet(x, t, context=context)
     alone = torch.cat([unet(x[i : i + 1], t[i : i + 1], context=context[i : i + 1]) for i in range(3)])
@@ -103,7 +91,7 @@ def test_each_picture_of_a_batch_is_computed_by_itself():
 def test_checkpointing_gives_the_same_gradients_even_with_frozen_parts(frozen):
     gradients = []
     for use_checkpoint in (False, True):
-        unet = fill(UNetModel(**TINY, use_checkpoint=use_checkpoint), "u.").train()
+        unet = fill(UNetModel(**UNET, use_checkpoint=use_checkpoint), "u.").train()
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(not name.startswith(frozen) if frozen else True)
         tiny_call(unet).square().sum().backward()
@@ -116,13 +104,13 @@ def test_checkpointing_gives_the_same_gradients_even_with_frozen_parts(frozen):
 
 
 def test_a_new_unet_predicts_zero_because_its_last_layer_starts_there():
-    out = tiny_call(UNetModel(**TINY))
+    out = tiny_call(UNetModel(**UNET))
     assert out.abs().max() == 0
 
 
 @torch.no_grad()
 def test_fractional_channel_mult_is_rounded_down():
-    unet = UNetModel(**{**TINY, "model_channels": 64, "channel_mult": [0.5, 1.5]})
+    unet = UNetModel(**{**UNET, "model_channels": 64, "channel_mult": [0.5, 1.5]})
     assert unet.input_blocks[0][0].out_channels == 32
     assert unet.middle_block[0].out_channels == 96
     assert tiny_call(unet).shape == (2, 5, 6, 10)
@@ -130,7 +118,7 @@ def test_fractional_channel_mult_is_rounded_down():
 
 @torch.no_grad()
 def test_half_precision_torso_stays_near_single_precision():
-    unet = fill(UNetModel(**TINY), "u.")
+    unet = fill(UNetModel(**UNET), "u.")
     single = tiny_call(unet)
     unet.convert_to_fp16()
     assert unet.input_blocks[0][0].weight.dtype == torch.float16
@@ -145,7 +133,7 @@ def test_half_precision_torso_stays_near_single_precision():
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_wholly_converted_unet_runs(dtype):
-    unet = fill(UNetModel(**TINY), "u.")
+    unet = fill(UNetModel(**UNET), "u.")
     single = tiny_call(unet)
     unet.to(dtype)
     x, context = keyed_input("x", (2, 4, 6, 10)).to(dtype), keyed_input("context", (2, 7, 24)).to(dtype)
@@ -159,7 +147,7 @@ def test_a_wholly_converted_unet_runs(dtype):
 @pytest.mark.parametrize("change", [{}, {"n_embed": 11}])
 def test_a_wholly_converted_unet_answers_single_precision_in_kind(dtype, change):
     """Samplers keep float32 latents; a network in half precision takes them and gives float32 back."""
-    unet = fill(UNetModel(**TINY, **change), "u.")
+    unet = fill(UNetModel(**UNET, **change), "u.")
     single = tiny_call(unet)
     half = tiny_call(unet.to(dtype))
     assert half.dtype == torch.float32 and half.shape == single.shape
@@ -179,7 +167,7 @@ def test_a_half_precision_encoder_unet_answers_single_precision_in_kind(name):
 
 
 def test_rebinding_the_timestep_embedding_takes_effect(monkeypatch):
-    unet = fill(UNetModel(**TINY), "u.")
+    unet = fill(UNetModel(**UNET), "u.")
     before = tiny_call(unet)
     monkeypatch.setattr(openaimodel, "timestep_embedding", lambda t, dim, **kw: torch.zeros(len(t), dim))
     assert (tiny_call(unet) - before).abs().max() > 1e-3
@@ -198,7 +186,7 @@ def test_rebinding_the_timestep_embedding_takes_effect(monkeypatch):
     ],
 )
 def test_options_that_contradict_each_other_are_named(change, message):
-    config = {**TINY, **change}
+    config = {**UNET, **change}
     if "lists 2 widths" in message:
         config["transformer_depth"] = 3
     with pytest.raises(MismatchError, match=message):
@@ -207,10 +195,10 @@ def test_options_that_contradict_each_other_are_named(change, message):
 
 def test_unknown_kinds_are_refused():
     with pytest.raises(UsageError, match="num_classes should be a number, 'continuous' or None, got 'many'"):
-        UNetModel(**TINY, num_classes="many")
+        UNetModel(**UNET, num_classes="many")
     with pytest.raises(UsageError, match="dims should be 1, 2 or 3, got 4"):
-        UNetModel(**{**TINY, "use_spatial_transformer": False, "context_dim": None}, dims=4)
-    plain = {k: v for k, v in TINY.items() if k not in ("use_spatial_transformer", "context_dim", "legacy")}
+        UNetModel(**{**UNET, "use_spatial_transformer": False, "context_dim": None}, dims=4)
+    plain = {k: v for k, v in UNET.items() if k not in ("use_spatial_transformer", "context_dim", "legacy")}
     with pytest.raises(UsageError, match="pool should be .* got 'mean'"):
         EncoderUNetModel(**plain, pool="mean")
     with pytest.raises(MismatchError, match="pool='attention' needs num_head_channels, got -1"):
@@ -220,8 +208,8 @@ def test_unknown_kinds_are_refused():
 def test_labels_are_needed_exactly_where_the_model_has_classes():
     x, t, context = torch.zeros(2, 4, 6, 10), torch.tensor([3, 4]), torch.zeros(2, 7, 24)
     with pytest.raises(MismatchError, match="num_classes=None, y was given"):
-        UNetModel(**TINY)(x, t, context=context, y=torch.tensor([1, 2]))
-    labelled = UNetModel(**TINY, num_classes=3)
+        UNetModel(**UNET)(x, t, context=context, y=torch.tensor([1, 2]))
+    labelled = UNetModel(**UNET, num_classes=3)
     with pytest.raises(MismatchError, match="num_classes=3, y was not given"):
         labelled(x, t, context=context)
     with pytest.raises(MismatchError, match=r"one label for each of 2 maps, got shape \(3,\)"):
@@ -261,7 +249,7 @@ def test_attention_pool_sees_every_cell():
 
 
 def test_every_parameter_gets_a_gradient():
-    unet = fill(UNetModel(**TINY, num_classes=3), "u.").train()
+    unet = fill(UNetModel(**UNET, num_classes=3), "u.").train()
     x, context = keyed_input("x", (2, 4, 6, 10)), keyed_input("context", (2, 7, 24))
     unet(x, torch.tensor([3, 757]), context=context, y=torch.tensor([0, 2])).square().sum().backward()
     assert [n for n, p in unet.named_parameters() if p.grad is None] == []
