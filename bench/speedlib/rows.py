@@ -63,10 +63,10 @@ class Row:
             return PLAIN
         if self.part == "load":
             return PLAIN if self.dtype == "float32" else (*PLAIN, "diffusers-default")
-        without = {"diffusers-default"} | (
-            {"diffusers-best"} if self.part == "clip" and not self.compiled else set()
-        )
-        return tuple(name for name in CONTESTANTS if name not in without)
+        absent = ["diffusers-default"]
+        if self.part == "clip" and not self.compiled:
+            absent.append("diffusers-best")
+        return tuple(name for name in CONTESTANTS if name not in absent)
 
 
 def all_rows(px: int, device: str, dtypes: Iterable[str], compiled: bool = False) -> list[Row]:

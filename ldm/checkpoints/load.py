@@ -201,15 +201,18 @@ def fill(
         if wanted[name].is_floating_point:
             check_finite(source.path, name, values, wanted[name])
     # What is copied once more anyway is read into the same memory over and over: fresh pages cost more than bytes.
-    passing = [n for n in wanted if device.type != "cpu" or source.infos[n].dtype != wanted[n]]
-    size = max((source.infos[name].nbytes for name in passing if name not in lent), default=0)
+    passing = {
+        name
+        for name in wanted.keys() - lent.keys()
+        if device.type != "cpu" or source.infos[name].dtype != wanted[name]
+    }
+    size = max((source.infos[name].nbytes for name in passing), default=0)
     scratch = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda" and size > 0)
-    reused = set(passing)
     for name, target in report.assigned.items():
         if name in lent:
             values = lent.pop(name)
         else:
-            values = source.read(name, scratch if name in reused else None).to(device)
+            values = source.read(name, scratch if name in passing else None).to(device)
             if wanted[name].is_floating_point:
                 check_finite(source.path, name, values, wanted[name])
         # On the device before the cast: fewer bytes travel, and an accelerator casts faster.

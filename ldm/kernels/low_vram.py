@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.kernels.stand_ins import state_of
+from ldm.kernels.stand_ins import Derived
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.modules import AbstractEncoder
@@ -36,9 +36,8 @@ class _Part:
 
     def __init__(self, module: nn.Module, device: torch.device):
         self.module, self.device = module, device
-        self.fetched: dict[Tensor, Tensor] | None = None  # copies by weight
+        self._copies = Derived()
         self.ready: torch.cuda.Event | None = None
-        self._states: list[Any] = []
         self._home: list[tuple[dict[str, Any], str, Tensor]] = []
         if device.type == "cuda":  # from such memory copies are made beside all else
             for p in self.weights:
@@ -49,16 +48,25 @@ class _Part:
         """The weights of all modules in it, each once."""
         return list(dict.fromkeys(self.module.parameters()))
 
+    @property
+    def fetched(self) -> dict[Tensor, Tensor] | None:
+        """Copies by weight; None if there are none."""
+        return self._copies.kept
+
     def fetch(self, stream: torch.cuda.Stream | None = None) -> None:
-        """Begin to copy the weights, beside what the device does if there is a stream for that."""
-        weights, states = self.weights, [state_of(p) for p in self.weights]
-        if self.fetched is not None and states == self._states:
-            if list(map(id, self.fetched)) == list(map(id, weights)):
-                return
-        self._states = states
-        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-            self.fetched = {p: p.detach().to(self.device, non_blocking=True, copy=True) for p in self.weights}
-            self.ready = None if stream is None else stream.record_event()
+        """Begin to copy the weights, beside what the device does if there is a stream for that.
+
+        Copies that are there are enough while they are of these weights as they are.
+        """
+        weights = self.weights
+
+        def copy() -> dict[Tensor, Tensor]:
+            with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+                copies = {p: p.detach().to(self.device, non_blocking=True, copy=True) for p in weights}
+                self.ready = None if stream is None else stream.record_event()
+            return copies
+
+        self._copies.get(copy, *weights)
 
     def arrive(self) -> None:
         """Put the copies where the weights were."""
@@ -83,7 +91,7 @@ class _Part:
 
     def forget(self) -> None:
         """Let copies go that nobody works with."""
-        self.fetched = self.ready = None
+        self._copies, self.ready = Derived(), None
 
 
 class Visits:

@@ -53,9 +53,8 @@ class Derived:
 
     def __init__(self) -> None:
         self._of: tuple[Any, ...] | None = None
-        self._tensors: list[
-            Callable[[], Tensor | None]
-        ] = []  # weakly: another one may come to lie where one lay
+        # By reference, too, for another one may come to lie where one lay.
+        self._tensors: list[Callable[[], Tensor | None]] = []
         self.kept: Any = None
 
     def get(self, make: Callable[[], Any], *tensors: Tensor | None) -> Any:

@@ -663,7 +663,12 @@ class UNetModel(_UNetBase):
 
 
 def check_labels(y: Tensor, maps: int, num_classes: int | str) -> None:
-    """Refuse what is not one label for each map, or no label of this many classes (or of "continuous" ones)."""
+    """Refuse what is not one label for each map, or no label of this many classes (or of "continuous" ones).
+
+    Raises:
+        MismatchError: y is not (maps,), or does not begin with that dimension where labels are continuous.
+        UsageError: labels that are no whole numbers, or not from 0 to num_classes - 1.
+    """
     discrete = isinstance(num_classes, int)
     if y.shape[0] != maps or (discrete and y.dim() != 1):
         raise MismatchError(f"y should hold one label for each of {maps} maps, got shape {tuple(y.shape)}")
