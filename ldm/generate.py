@@ -539,7 +539,7 @@ class StableDiffusion:
                 merge_seed draws which ones may be merged into. All five: docs/knobs.md.
             eta: 0 to 1, fresh noise in each DDIM step.
             seed: image i has seed + i; a list names each; None draws one, which the result tells.
-            batch_size: how many are painted at once; no image depends on it (rng="image").
+            batch_size: how many are painted at once; no image depends on it but for rounding (rng="image").
             rng: "image" draws image i from its own CPU generator; "compvis" seeds the global generators
                 once, at the call, and draws whole batches in the original's order: picture encoding, x_T,
                 then each step. With "compvis" a picture depends on its place in its batch.
