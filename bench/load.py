@@ -110,7 +110,7 @@ def write_diffusers_config(folder: Path, settings: dict[str, Any] | None = None)
     Args:
         settings: with CompVis's keys; they are written beside, for ldm. None stands for Stable Diffusion v1.
     """
-    from ldm.checkpoints.build import read_settings
+    from ldm.checkpoints.configs import read_settings
     from ldm.modules.encoders.tokenizer import read_vocabulary, write_vocabulary
     from ldm.paths import PACKAGE, shipped
 

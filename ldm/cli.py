@@ -23,7 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ldm.errors import AbsentError, FormatError, LdmError, OutputError, ResourceError, UsageError
+from ldm.errors import (
+    AbsentError,
+    FormatError,
+    LdmError,
+    OutputError,
+    ResourceError,
+    UsageError,
+    is_out_of_memory,
+)
 from ldm.paths import shipped
 
 if TYPE_CHECKING:
@@ -204,7 +212,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
         return 130, "interrupted; finished images and files are kept"
     if isinstance(error, Terminated):
         return 143, "terminated; finished images and files are kept"
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return ResourceError.exit_code, f"out of memory: {text}; use a smaller size or batch"
     if isinstance(error, OSError) and error.errno in _FULL_DISK:
         return OutputError.exit_code, f"cannot write: {text}; free some space or choose another folder"

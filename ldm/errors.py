@@ -1,5 +1,7 @@
 """Everything a caller can get wrong, by kind; each kind has the exit code that the scripts end with."""
 
+import re
+
 
 class LdmError(Exception):
     """Base of all errors raised on purpose; the message is one line: what was wanted, what came, what to do."""
@@ -53,3 +55,21 @@ class AbsentError(LdmError, FileNotFoundError):
     """A needed file that is not there, or cannot be had without a network."""
 
     exit_code = 9
+
+
+# How torch, oneDNN, CUDA and its libraries, HIP, Metal and the systems say that memory is short.
+_NO_MEMORY = re.compile(
+    r"out of memory|bad_alloc|defaultcpuallocator|(can'?t|cannot|could not|unable to|failed to) allocate"
+    r"|could not create a (primitive(?! desc)|memory)|not enough memory|insufficient memory"
+    r"|_status_alloc_failed|erroroutofmemory|paging file is too small",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception says that memory is short, whichever library raised it."""
+    if isinstance(error, LdmError):  # has said what it is
+        return False
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError | OSError) and _NO_MEMORY.search(str(error)) is not None

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ldm import images as pictures
-from ldm.errors import LdmError, NumericError, ResourceError, UsageError
+from ldm.errors import LdmError, NumericError, ResourceError, UsageError, is_out_of_memory
 from ldm.kernels.deepcache import DeepCache
 from ldm.kernels.tome import TokenMerging
 from ldm.models.diffusion.samplers import (
@@ -252,10 +252,6 @@ class _AtUNetPrecision:
                 stack.enter_context(shortcut.attached())
             stack.enter_context(torch.autocast(x.device.type, dtype=self._autocast, enabled=on))
             return self._model.apply_model(self._cast(x), t, self._cast(cond), *args, **kwargs).float()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 # --- the model and its doors ----------------------------------------------------------------------
@@ -649,7 +645,7 @@ class StableDiffusion:
             except LdmError:
                 raise
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if len(batch) == 1 or job.rng == "compvis":
                     raise ResourceError(

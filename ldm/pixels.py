@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ldm.checkpoints import load_latent_diffusion, open_weights
 from ldm.checkpoints.account import shown
+from ldm.checkpoints.families import family_of
 from ldm.checkpoints.folders import is_diffusers_folder
-from ldm.checkpoints.names import family_of
 from ldm.checkpoints.openai import load_openai_model
 from ldm.errors import AbsentError, FormatError, MismatchError, NumericError, UsageError
 from ldm.generate import ImageNoise, decode, encode_image, encode_prompt
@@ -257,9 +257,6 @@ def open_model(
         raise UsageError(
             f"--{next(iter(flags))} is for OpenAI's pixel models; '{shown(path)}' is a latent model"
         )
-    beside = path.parent / "config.yaml"
-    if config is None and beside.is_file():
-        config = beside
     return LatentModel(path, config=config, device=device, respacing=respacing, image_size=image_size)
 
 

@@ -19,10 +19,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="inspect_checkpoint.py", description=__doc__)
     parser.add_argument("paths", nargs="+", metavar="path", help=".safetensors, .ckpt, or a diffusers folder")
     parser.add_argument(
-        "--config", help="the YAML configuration that the file should fit; default: by its shapes"
+        "--config",
+        help="the YAML configuration that the file should fit; default: the one beside it, or by its shapes",
+    )
+    parser.add_argument(
+        "--ignore-keys",
+        "--ignore_keys",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out the tensors with this name, beginning or shell pattern; may be repeated",
     )
     parser.add_argument("--ema", action="store_true", help="ask for the EMA weights")
-    parser.add_argument("--quick", action="store_true", help="do not read the values in search of NaN")
+    parser.add_argument(
+        "--quick", action="store_true", help="do not read the values in search of NaN and zeros"
+    )
     options = parser.parse_args(argv)
 
     from ldm.checkpoints import inspect
@@ -30,7 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     problem: LdmError | None = None
     for path in options.paths:
         summary = inspect(
-            path, config=options.config, use_ema=True if options.ema else None, check_values=not options.quick
+            path,
+            config=options.config,
+            use_ema=True if options.ema else None,
+            check_values=not options.quick,
+            ignore=options.ignore_keys,
         )
         say(str(summary))
         problem = problem or summary.problem

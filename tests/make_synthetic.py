@@ -22,7 +22,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.checkpoints import save_safetensors
-from ldm.checkpoints.build import build_empty, read_settings
+from ldm.checkpoints.build import build_empty
+from ldm.checkpoints.configs import read_settings
 from ldm.checkpoints.names import EMA, ema_name
 from ldm.paths import shipped
 from ldm.process.schedule import SCHEDULE_BUFFERS

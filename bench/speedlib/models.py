@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.load import diffusers_config
-from ldm.checkpoints.build import build_empty, read_settings
+from ldm.checkpoints.build import build_empty
+from ldm.checkpoints.configs import read_settings
 from ldm.checkpoints.names import TEXT, UNET, VAE, text_name, unet_to_diffusers, vae_to_diffusers
 from ldm.paths import shipped
 

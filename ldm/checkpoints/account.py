@@ -35,8 +35,8 @@ class LoadReport:
     """What became of every tensor.
 
     assigned: name in the file -> name in the model. ignored: name in the file -> why. initialised: name in
-    the model -> where its value came from instead. Names in a diffusers folder begin with "unet/", "vae/" or
-    "text_encoder/".
+    the model -> where its value came from instead. scales: name in the model -> name in the file of the tensor
+    that its weight is multiplied by. Names in a diffusers folder begin with "unet/", "vae/" or "text_encoder/".
     """
 
     path: str
@@ -44,6 +44,7 @@ class LoadReport:
     assigned: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
     initialised: dict[str, str] = field(default_factory=dict)
+    scales: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -88,9 +89,11 @@ def match(
     rename: Mapping[str, str],
     ignored: Mapping[str, str],
     initialised: Mapping[str, str],
-    linear_is_conv: bool = False,
 ) -> dict[str, str]:
     """Pair the tensors of a file with those of a model, or say in one error what does not pair.
+
+    Shapes may differ in sizes of 1 at their ends: (c, c) is a linear layer and (c, c, 1, 1) the same as a convolution,
+    and diffusers' export writes either, and biases as (c, 1, 1).
 
     Args:
         path: the file, for the message.
@@ -100,7 +103,6 @@ def match(
             here stands for itself.
         ignored: names of the file that are left out on purpose, with the reason.
         initialised: names of the model that need not be in the file, with the reason.
-        linear_is_conv: accept (c, c) for (c, c, 1, 1), as diffusers stores the VAE's attention.
 
     Returns:
         name in the file -> name in the model.
@@ -123,25 +125,24 @@ def match(
             continue
         source[target] = name
         pairs[name] = target
-        same = info.shape == tuple(wanted[target]) or (
-            linear_is_conv and _without_trailing_ones(info.shape) == _without_trailing_ones(wanted[target])
-        )
-        if not same:
+        if _without_trailing_ones(info.shape) != _without_trailing_ones(tuple(wanted[target])):
             misshapen.append(f"'{shown(name)}' {list(info.shape)} instead of {list(wanted[target])}")
     missing = [name for name in wanted if name not in source and name not in initialised]
 
     faults = []
     if missing:
         faults.append(f"{len(missing)} of the model's {len(wanted)} tensors missing ({first_few(missing)})")
+    foreign = f"{len(unexpected)} of the file's {len(held)} not expected ({first_few(unexpected)})"
     if unexpected:
-        faults.append(f"{len(unexpected)} of the file's {len(held)} not expected ({first_few(unexpected)})")
+        faults.append(foreign)
     if misshapen:
         tail = f" and {len(misshapen) - NAMED} more" if len(misshapen) > NAMED else ""
         faults.append(f"{len(misshapen)} of another shape ({', '.join(misshapen[:NAMED])}{tail})")
     if twice:
         faults.append(f"{len(twice)} given twice ({first_few(twice)})")
     if faults:
-        raise MismatchError(
-            f"'{shown(path)}' does not fit the model: {'; '.join(faults)}; use the file's own configuration"
-        )
+        advice = "use the file's own configuration"
+        if faults[0] == foreign:
+            advice = "leave it out with ignore= (--ignore-keys PATTERN) if it is no part of a model"
+        raise MismatchError(f"'{shown(path)}' does not fit the model: {'; '.join(faults)}; {advice}")
     return pairs

@@ -1,10 +1,11 @@
-"""From a file and a configuration to a model without memory: which family it is, and what would hold its tensors."""
+"""From a file to a model without memory that every tensor of it has a place in."""
 
 import contextlib
 import copy
 import gc
+import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,54 +13,55 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ldm.checkpoints import names
-from ldm.checkpoints.account import shown
-from ldm.checkpoints.files import Weights, open_weights
+from ldm.checkpoints import families
+from ldm.checkpoints.account import LoadReport, first_few, shown
+from ldm.checkpoints.configs import Candidate, candidates, with_origin
+from ldm.checkpoints.files import PICKLE_SUFFIXES, Weights, open_weights
 from ldm.checkpoints.folders import FolderWeights, folder_settings, is_diffusers_folder
-from ldm.errors import MismatchError, UsageError
-from ldm.paths import shipped
-from ldm.util import instantiate_from_config, load_config
+from ldm.checkpoints.pair import account_model, without
+from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UsageError
+from ldm.util import instantiate_from_config
 
-CONFIGS = {"v1": "configs/v1-inference.yaml", "v1-inpainting": "configs/v1-inpainting.yaml"}
-V1_WIDTH = 320  # channels of Stable Diffusion v1's UNet; other sizes need their own configuration
+logger = logging.getLogger(__name__)
 
 
-def open_model(
-    path: Path, config: str | Path | Mapping[str, Any] | None, opened: contextlib.ExitStack
-) -> tuple[Weights, str, dict[str, Any]]:
-    """Open a full model; name its family and find its configuration.
+def follow_hub(path: Path) -> Path:
+    """Follow a model's folder in the hub's cache to its snapshot; other paths stay as they are.
 
     Raises:
-        MismatchError: another family, or a configuration that contradicts the file.
+        AbsentError: there are several snapshots, none of them the one that "main" names, or none at all.
     """
-    if is_diffusers_folder(path):
-        family, settings = folder_settings(path)
-        source: Weights = opened.enter_context(contextlib.closing(FolderWeights(path)))
-        return source, family, settings if config is None else read_settings(config)
-    source = opened.enter_context(contextlib.closing(open_weights(path)))
-    family = names.family_of(source.infos)
-    if family in names.REFUSED:
-        advice = names.ADVICE.get(family, "a full Stable Diffusion v1 model is needed here")
-        raise MismatchError(f"'{shown(path)}' is {names.REFUSED[family]}; {advice}")
-    first = source.infos.get(f"{names.UNET}input_blocks.0.0.weight")
-    shape = first.shape if first is not None else ()
-    if config is None:
-        if shape[:1] != (V1_WIDTH,):
-            raise MismatchError(
-                f"'{shown(path)}' has a UNet of width {shape[0] if shape else 'unknown'}, Stable Diffusion v1's is "
-                f"{V1_WIDTH}; give the configuration that belongs to it"
+    snapshots = path if path.name == "snapshots" else path / "snapshots"
+    if not snapshots.is_dir() or is_diffusers_folder(path):
+        return path
+    found = sorted(one for one in snapshots.iterdir() if one.is_dir())
+    main = snapshots.parent / "refs" / "main"
+    if len(found) > 1 and main.is_file() and main.stat().st_size <= 100:
+        named = main.read_text(encoding="utf-8", errors="replace").strip()
+        found = [one for one in found if one.name == named] or found
+    if len(found) != 1:
+        advice = f"name one, such as '{shown(found[0])}'" if found else "download the model again"
+        raise AbsentError(f"'{shown(path)}' in the hub's cache has {len(found)} snapshots; {advice}")
+    return found[0]
+
+
+def open_file(path: Path) -> Weights:
+    """Open a weight file as open_weights does; of a folder, say what in it could be meant.
+
+    Raises:
+        FormatError: a folder.
+    """
+    if path.is_dir():
+        inside = sorted(one.name for one in path.iterdir())
+        if repositories := [name for name in inside if name.startswith("models--")]:
+            raise FormatError(
+                f"'{shown(path)}' is a cache of the hub; name a model in it: {first_few(repositories)}"
             )
-        return source, family, read_settings(shipped(CONFIGS[family]))
-    settings = read_settings(config)
-    unet = settings["model"].get("params", {}).get("unet_config", {})
-    wanted = unet.get("params", {}).get("in_channels") if isinstance(unet, Mapping) else None
-    if len(shape) > 1 and wanted is not None and wanted != shape[1]:
-        kind = {4: "text-to-image", 9: "inpainting"}.get(shape[1], "other")
-        raise MismatchError(
-            f"'{shown(path)}' is a {shape[1]}-channel ({kind}) checkpoint, but the configuration asks for {wanted} "
-            f"channels; use {CONFIGS[family]} or none"
-        )
-    return source, family, settings
+        if files := [name for name in inside if name.endswith((".safetensors", *PICKLE_SUFFIXES))]:
+            raise FormatError(
+                f"'{shown(path)}' is a folder and no diffusers model; name a file in it: {first_few(files)}"
+            )
+    return open_weights(path)
 
 
 @contextlib.contextmanager
@@ -72,29 +74,6 @@ def collector_paused() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def read_settings(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Read a model configuration into plain dicts, without paths of weights to load on the way."""
-    from omegaconf import OmegaConf
-
-    if isinstance(config, str | Path):
-        config = load_config(config)
-    settings = (
-        OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else copy.deepcopy(config)
-    )
-    model = settings.get("model") if isinstance(settings, Mapping) else None
-    if not isinstance(model, dict) or "target" not in model:
-        raise MismatchError(
-            "a model configuration needs 'model:' with 'target' and 'params'; this one has none"
-        )
-    params = model.setdefault("params", {})
-    if params.pop("ckpt_path", None) is not None and "finetune_keys" in params:
-        params["finetune_keys"] = None  # only for training from another model's file
-    first_stage = params.get("first_stage_config")
-    if isinstance(first_stage, dict) and isinstance(first_stage.get("params"), dict):
-        first_stage["params"].pop("ckpt_path", None)
-    return settings
 
 
 class _Empty(TorchFunctionMode):
@@ -133,3 +112,68 @@ def build_empty(settings: Mapping[str, Any], tokenizer: str | Path | None = None
         stage.setdefault("params", {})["tokenizer"] = str(tokenizer)
     with torch.device("meta"), _Empty():
         return instantiate_from_config(model_config).eval()
+
+
+def build_fitting(
+    tried: Sequence[Candidate], pair: Callable[[nn.Module], LoadReport], tokenizer: str | Path | None = None
+) -> tuple[nn.Module, LoadReport]:
+    """Build the first candidate that a file fits.
+
+    Args:
+        pair: accounts for the file's tensors in an empty model, or raises.
+
+    Raises:
+        As pair, for the first candidate, if none fits.
+    """
+    failure: LdmError | None = None
+    for candidate in tried:
+        try:
+            model = build_empty(candidate.settings, tokenizer)
+            report = pair(model)
+        except LdmError as error:
+            if failure is None:
+                failure = error if candidate.origin is None else with_origin(error, candidate.origin)
+            continue
+        if failure is not None:
+            origin = tried[0].origin
+            report.notes.append(
+                f"'{shown(origin)}' beside the file is another model's; Stable Diffusion v1's was used"
+            )
+            logger.warning("'%s': %s", report.path, report.notes[-1])
+        report.notes += candidate.notes
+        return model, report
+    assert failure is not None, "there is no candidate"
+    raise failure
+
+
+def pair_file(
+    path: Path,
+    config: str | Path | Mapping[str, Any] | None,
+    opened: contextlib.ExitStack,
+    *,
+    use_ema: bool | None = None,
+    tokenizer: str | Path | None = None,
+    vae: str | Path | None = None,
+    ignore: tuple[str, ...] = (),
+) -> tuple[nn.Module, LoadReport, Weights]:
+    """Open a full model's file, build what fits it and account for every tensor; options of load_latent_diffusion.
+
+    Raises:
+        As load_latent_diffusion, before any value is read.
+    """
+    path = follow_hub(path)
+    if is_diffusers_folder(path):
+        family, own = folder_settings(path)  # names another family before anything is missed
+        source: Weights = opened.enter_context(contextlib.closing(FolderWeights(path)))
+        tried = candidates(path, source, family, own if config is None else config)
+    else:
+        source = opened.enter_context(contextlib.closing(open_file(path)))
+        family = families.family_of(without(source.infos, ignore))
+        if family in families.REFUSED:
+            raise MismatchError(f"'{shown(path)}' is {families.REFUSED[family]}; {families.ADVICE[family]}")
+        tried = candidates(path, source, family, config)
+
+    def pair(model: nn.Module) -> LoadReport:
+        return account_model(model, source, family, use_ema, given_vae=vae, ignore=ignore)
+
+    return *build_fitting(tried, pair, tokenizer), source

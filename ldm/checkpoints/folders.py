@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ldm.checkpoints.account import TensorInfo, shown
 from ldm.checkpoints.files import Weights, open_weights
-from ldm.checkpoints.names import modern_vae_name, text_name
 from ldm.errors import AbsentError, FormatError, MismatchError, UnsafeFileError
 
 MAX_JSON = 16 << 20
@@ -336,13 +335,3 @@ def folder_settings(path: Path) -> tuple[str, dict[str, Any]]:
         params["finetune_keys"] = None
     family = "v1-inpainting" if inpainting else "v1"
     return family, {"model": {"target": f"ldm.models.diffusion.ddpm.{name}", "params": params}}
-
-
-def modern_name(name: str) -> str:
-    """Bring a tensor's name in a folder up to today's spelling."""
-    part, _, inner = name.partition("/")
-    if part == "vae":
-        return f"vae/{modern_vae_name(inner)}"
-    if part == "text_encoder":
-        return f"text_encoder/{text_name(inner)}"
-    return name

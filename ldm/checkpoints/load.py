@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,13 @@ from torch import Tensor, nn
 
 from ldm.checkpoints import names
 from ldm.checkpoints.account import LoadReport, shown
-from ldm.checkpoints.build import build_empty, collector_paused, open_model
-from ldm.checkpoints.files import Weights, open_weights, require_float
+from ldm.checkpoints.build import collector_paused, follow_hub, open_file, pair_file
+from ldm.checkpoints.files import Weights, require_float
 from ldm.checkpoints.folders import FolderWeights
-from ldm.checkpoints.pair import account_model, account_vae
-from ldm.errors import LdmError, MismatchError, NumericError, ResourceError, UsageError
+from ldm.checkpoints.pair import LEFT_OUT, account_vae, check_patterns
+from ldm.errors import MismatchError, NumericError, ResourceError, UsageError, is_out_of_memory
 from ldm.process.schedule import SCHEDULE_BUFFERS
+from ldm.util import count_params
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -41,6 +41,7 @@ def load_latent_diffusion(
     vae: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
     disable_mmap: bool = False,
+    ignore: str | Iterable[str] = (),
 ) -> tuple["LatentDiffusion", LoadReport]:
     """Load a latent diffusion model of the v1 family from a single file or a diffusers folder.
 
@@ -48,19 +49,25 @@ def load_latent_diffusion(
     (and, for a pickle, the file).
 
     Args:
-        path: .safetensors, .ckpt, or a diffusers folder.
-        config: a YAML file, mapping or OmegaConf with CompVis's keys. None chooses Stable Diffusion v1 or its
-            inpainting model from the shapes in the file; a folder brings its own.
+        path: .safetensors, .ckpt, a diffusers folder, or a model's folder in the hub's cache.
+        config: a YAML file, mapping or OmegaConf with CompVis's keys. None takes the YAML file beside the weights,
+            of the same name or called config.yaml; without one, Stable Diffusion v1 or its inpainting model by the
+            shapes in the file. A folder brings its own.
         device: where the model goes.
         dtype: of the parameters; None = float32, as CompVis's loader. Buffers keep their own.
         use_ema: the file's weights that the UNet gets. True: the moving average. False: the plain ones.
-            None: the plain ones, and if the configuration keeps a moving average, that too, as CompVis does.
+            None: the plain ones, and if the configuration keeps a moving average, that too, as CompVis does; of a
+            file that holds its UNet as an average only, the average.
             A model that keeps an average and is not given one has it seeded from the loaded weights.
         tokenizer: folder or file of the tokenizer, if not the one that the text encoder finds.
         vae: a file or folder whose VAE replaces this file's.
         vae_dtype: of the first stage's parameters; None = dtype.
         disable_mmap: copy every weight. Otherwise weights that stay on the CPU in the file's own dtype stay in the
             system's cache of a safetensors file, where that is safe whatever becomes of the file (mapping.py).
+        ignore: names, beginnings of names or shell patterns ("loss.*") of tensors in the file to leave out.
+
+    What the file says of itself (a `v_pred` or `ztsnr` marker, or the trainers' metadata for them) is heeded where
+    the configuration is silent.
 
     Returns:
         The model in evaluation mode, and the account of every tensor.
@@ -74,12 +81,13 @@ def load_latent_diffusion(
     check_dtype(dtype)
     check_dtype(vae_dtype)
     vae_dtype = vae_dtype or dtype
+    patterns = check_patterns(ignore)
     device = usable(device)
-    with contextlib.ExitStack() as opened:
-        source, family, settings = open_model(Path(path), config, opened)
-        model = build_empty(settings, tokenizer)
-        report = account_model(model, source, family, use_ema, given_vae=vae)
-        state = {}
+    with memory_named(path), contextlib.ExitStack() as opened:
+        model, report, source = pair_file(
+            Path(path), config, opened, use_ema=use_ema, tokenizer=tokenizer, vae=vae, ignore=patterns
+        )
+        state: dict[str, Tensor] = {}
         with memory_named(path, model):
             if vae is not None:
                 replacement = opened.enter_context(contextlib.closing(_open_vae(vae)))
@@ -95,23 +103,31 @@ def load_latent_diffusion(
     return model, report
 
 
-def load_vae(model: nn.Module, path: str | Path, *, ignore_keys: Iterable[str] = ()) -> LoadReport:
+def load_vae(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    ignore: str | Iterable[str] = (),
+    ignore_keys: str | Iterable[str] = (),
+) -> LoadReport:
     """Load a VAE into an autoencoder, or into the first stage of a latent diffusion model, in place.
 
     Args:
         model: AutoencoderKL (or VQModel), or a model with `first_stage_model`; device and dtype stay.
         path: a VAE file (CompVis's names, with or without "first_stage_model.", or diffusers'), a full model
             (the rest of it is ignored), or a diffusers folder.
-        ignore_keys: beginnings of names in the file to leave out.
+        ignore: as for load_latent_diffusion; what they would have set stays as it is.
+        ignore_keys: CompVis's word for ignore; both are heeded.
 
     Raises:
         MismatchError: a tensor is missing, unexpected or misshapen; nothing has been changed then.
         As load_latent_diffusion otherwise.
     """
+    patterns = check_patterns(ignore) + check_patterns(ignore_keys)
     module = getattr(model, "first_stage_model", model)
     weight = next(module.parameters())
     with contextlib.closing(_open_vae(path)) as source, memory_named(path, module):
-        report = account_vae(module, source, tuple(ignore_keys))
+        report = account_vae(module, source, patterns)
         state: dict[str, Tensor] = {}
         fill(state, module, report, source, weight.device, weight.dtype, weight.dtype)
         own = module.state_dict()
@@ -121,12 +137,12 @@ def load_vae(model: nn.Module, path: str | Path, *, ignore_keys: Iterable[str] =
 
 
 def _open_vae(path: str | Path) -> Weights:
-    path = Path(path)
+    path = follow_hub(Path(path))
     if (path / "vae").is_dir():
         return FolderWeights(path, ("vae",))
     if (path / "config.json").is_file():
         return FolderWeights(path.parent, (path.name,)) if path.name == "vae" else _VaeFolder(path)
-    return open_weights(path)
+    return open_file(path)
 
 
 class _VaeFolder(FolderWeights):
@@ -143,21 +159,32 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         raise UsageError(f"dtype should be one of {', '.join(map(str, DTYPES))}, got {dtype}")
 
 
+def is_finite(values: Tensor) -> bool:
+    """Tell whether all values are finite. A finite sum, which costs half as much, has finite terms."""
+    values = _computable(values.detach())
+    if not values.numel() or torch.isfinite(values.sum()):
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
+def _computable(values: Tensor) -> Tensor:
+    """Widen values in 8 bits, for which torch has no arithmetic."""
+    return values.float() if values.dtype.itemsize == 1 else values
+
+
 def check_finite(path: str, name: str, values: Tensor, dtype: torch.dtype | None = None) -> None:
     """Raise NumericError if a weight is not finite, or would not be in dtype.
 
-    A finite sum, which costs half as much, has finite terms; where it is not, or casting may overflow, the extremes
-    decide: NaN passes through them, and casting keeps their order.
+    Where casting may overflow, the extremes decide: casting keeps their order.
     """
-    narrower = dtype is not None and torch.finfo(dtype).max < torch.finfo(values.dtype).max
-    if not values.numel() or (not narrower and torch.isfinite(values.detach().sum())):
-        return
-    extremes = torch.stack(torch.aminmax(values.detach()))
-    if not torch.isfinite(extremes).all():
+    if not is_finite(values):
         raise NumericError(
             f"'{shown(path)}' is damaged: '{shown(name)}' holds values that are not finite (NaN, infinity)"
         )
-    if dtype is not None and not torch.isfinite(extremes.to(dtype)).all():
+    if dtype is None or not values.numel() or torch.finfo(dtype).max >= torch.finfo(values.dtype).max:
+        return
+    extremes = torch.stack(torch.aminmax(values.detach()))
+    if not torch.isfinite(extremes.to(dtype)).all():
         raise NumericError(
             f"'{shown(path)}': '{shown(name)}' reaches {extremes.abs().max().item():.3g}, too large for "
             f"{str(dtype).removeprefix('torch.')}; load it as float32 or bfloat16"
@@ -215,15 +242,30 @@ def fill(
             values = source.read(name, scratch if name in passing else None).to(device)
             if wanted[name].is_floating_point:
                 check_finite(source.path, name, values, wanted[name])
+        if target in report.scales:
+            values = _scaled(values, source.read(report.scales[target]).to(device), source.path, name)
+            check_finite(source.path, name, values, wanted[name])
         # On the device before the cast: fewer bytes travel, and an accelerator casts faster.
         state[prefix + target] = values.to(wanted[name]).reshape(own[prefix + target].shape)
+
+
+def _scaled(values: Tensor, scale: Tensor, path: str, name: str) -> Tensor:
+    """Multiply a weight in 8 bits by its factor, one for all or one for each row."""
+    if scale.numel() not in (1, values.shape[0] if values.dim() else 1):
+        raise MismatchError(
+            f"'{shown(path)}': the scale of '{shown(name)}' has the shape {list(scale.shape)}; wanted one value, "
+            f"or one for each of {values.shape[0]} rows"
+        )
+    return values.float() * scale.float().reshape(-1, *(1 for _ in values.shape[1:]))
 
 
 def _check_tables(model: nn.Module, report: LoadReport, source: Weights) -> None:
     """Hold the schedule and scale that a file states against those that the configuration gives."""
     own = model.state_dict()
-    for name in [*SCHEDULE_BUFFERS, "scale_factor"]:
-        if name not in report.ignored or name not in source.infos:
+    # A file that says to have no signal at its last level may hold the tables of before that was given to it.
+    tables = () if getattr(model, "rescale_betas_zero_snr", False) else SCHEDULE_BUFFERS
+    for name in [*tables, "scale_factor"]:
+        if report.ignored.get(name, LEFT_OUT) == LEFT_OUT or name not in source.infos:
             continue
         ours = own[name] if name in own else getattr(model, name, None)
         theirs = source.read(name)
@@ -284,19 +326,16 @@ def usable(device: str | torch.device) -> torch.device:
 
 
 @contextlib.contextmanager
-def memory_named(path: str | Path, model: nn.Module) -> Iterator[None]:
-    """Turn an allocation that failed into a ResourceError with sizes."""
+def memory_named(path: str | Path, model: nn.Module | None = None) -> Iterator[None]:
+    """Turn an allocation that failed into a ResourceError, with the size of the model where it is known."""
     try:
         yield
-    except LdmError:
-        raise
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(
-            "out of memory|can't allocate memory", str(error)
-        ):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
-        need = sum(p.numel() * 4 for p in model.parameters()) / 2**30
+        need = (
+            "" if model is None else f": the model takes {count_params(model) * 4 / 2**30:.2f} GiB in float32"
+        )
         raise ResourceError(
-            f"not enough memory to load '{shown(path)}': the model takes {need:.2f} GiB in float32; "
-            "load it as float16 or bfloat16, or free some"
+            f"not enough memory to load '{shown(path)}'{need}; load it as float16 or bfloat16, or free some"
         ) from error

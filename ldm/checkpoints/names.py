@@ -1,9 +1,8 @@
-"""Names to names: CompVis's and diffusers' words for the same tensors, and the families a file can belong to."""
+"""Names to names: CompVis's, diffusers' and other writers' words for the same tensors."""
 
 import re
-from collections.abc import Iterable, Mapping
-
-from ldm.checkpoints.account import TensorInfo
+from collections import Counter
+from collections.abc import Iterable
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -133,84 +132,64 @@ def ema_name(key: str) -> str:
     return EMA + key.removeprefix("model.").replace(".", "")
 
 
-# Family -> what to say, or where such a file belongs.
-REFUSED = {
-    "SDXL": "Stable Diffusion XL",
-    "SD3": "Stable Diffusion 3",
-    "Flux": "Flux",
-    "v2": "Stable Diffusion v2",
-    "ControlNet": "a ControlNet",
-    "LoRA": "a LoRA",
-    "textual inversion": "a textual-inversion embedding",
-    "IP-Adapter": "an IP-Adapter",
-    "VAE": "a VAE only",
-    "UNet": "a UNet only",
-    "text encoder": "a text encoder only",
-    "VAE (diffusers)": "a diffusers VAE only",
-    "UNet (diffusers)": "a diffusers UNet only",
-    "depth": "Stable Diffusion v2 depth (5-channel UNet)",
-    "pix2pix": "InstructPix2Pix (8-channel UNet)",
-    "unknown": "a layout that is not known here",
-}
-ADVICE = {
-    "VAE": "give it as vae=, beside a full model",
-    "VAE (diffusers)": "give it as vae=, beside a full model",
-    "UNet": "give a full model; one of OpenAI's pixel models is for ldm.checkpoints.load_openai_model",
-    "UNet (diffusers)": "give the diffusers folder that it belongs to",
-}
-LORA = re.compile(
-    r"^lora_(unet|te\d?)_|\.lora_(down|up|A|B)\.|_lora\.(down|up)\.|\.lora_linear_layer\.|\.hada_w|\.lokr_w|\.oft_(blocks|diag)"
+# --- many prefixes, one name -----------------------------------------------------------------------------------------
+
+COMPVIS_UNET = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|out|label_emb)\.")
+DIFFUSERS_UNET = re.compile(
+    r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|conv_norm_out|time_embedding)\."
 )
+# ComfyUI writes "vae." and "text_encoders.clip_l.", diffusers' pipelines "unet." and "text_encoder.", forks "te.".
+_UNET = re.compile(r"(?:model\.diffusion_model|diffusion_model|unet)[./](.+)")
+_VAE = re.compile(r"(?:first_stage_model|vae)[./](.+)")
+_CLIP = re.compile(
+    r"(?:cond_stage_model\.|text_encoders?(?:\.clip_l)?[./]|te1?\.|clip_l\.|(conditioner)\.embedders\.0\.|(?=(?:transformer\.)?text_model\.))"
+    r"(?:transformer\.|te\.)?(?:text_model\.)?"
+    r"(?:((?:embeddings|encoder\.layers|final_layer_norm)\..+)|((?:vision_model|visual_projection|text_projection|logit_scale)(?:\..+)?))"
+)
+_VAE_ATTENTION_AS_DIFFUSERS = re.compile(
+    r"((?:encoder|decoder)\.mid\.attn_1\.)(group_norm|to_out\.0|to_[qkv]|query|key|value|proj_attn)\.(\w+)"
+)
+_DIFFUSERS_VAE = re.compile(r"(?:encoder|decoder)\.(?:down_blocks|up_blocks|mid_block|conv_norm_out)\.")
+_TO_COMPVIS_ATTENTION = {theirs: ours for ours, theirs in VAE_ATTENTION.items()} | {
+    old: next(ours for ours, theirs in VAE_ATTENTION.items() if theirs == new)
+    for old, new in VAE_OLD_ATTENTION.items()
+}
+_WRAPPERS = ("module.", "state_dict.")  # of data-parallel training, and of a state that was flattened whole
 
 
-def family_of(infos: Mapping[str, TensorInfo]) -> str:
-    """Name the family of model that a file belongs to, from its tensors' names and shapes.
+def canonical(names: Iterable[str]) -> dict[str, str]:
+    """Bring the names of a file's tensors to one spelling, whoever wrote it; what is not known stays as it is.
 
     Returns:
-        "v1" or "v1-inpainting" for a full model in the layout of Stable Diffusion v1, of any size; else a key
-        of REFUSED.
+        name in the file -> CompVis's full name ("model.diffusion_model.", "first_stage_model.",
+        "cond_stage_model.transformer.text_model."); where the file has diffusers' name for a part of the UNet or the
+        VAE, that name as it is in a folder ("unet/...", "vae/...").
     """
+    names = list(names)
+    wrapper = next((w for w in _WRAPPERS if names and all(name.startswith(w) for name in names)), "")
+    bare = {name: name.removeprefix(wrapper).replace("_orig_mod.", "") for name in names}
+    has_unet = any(_UNET.match(name) for name in bare.values())
+    embedders = Counter(
+        m[1] for name in bare.values() if (m := re.match(r"conditioner\.embedders\.(\d)\.", name))
+    )
+    return {
+        name: _canonical(inner, has_unet, is_xl=embedders["1"] > embedders["0"])
+        for name, inner in bare.items()
+    }
 
-    def has(*prefixes: str) -> bool:
-        return any(name.startswith(prefixes) for name in infos)
 
-    def width(name: str, axis: int) -> int | None:
-        shape = infos[name].shape if name in infos else ()
-        return shape[axis] if len(shape) > axis else None
-
-    if any(LORA.search(name) for name in infos):
-        return "LoRA"
-    if has("conditioner.embedders.", "conditioner.") or has(f"{UNET}label_emb.0.0.") and not has(TEXT):
-        return "SDXL"
-    if has(f"{UNET}joint_blocks.", "joint_blocks."):
-        return "SD3"
-    if has(f"{UNET}double_blocks.", "double_blocks."):
-        return "Flux"
-    if has("image_proj.", "ip_adapter."):
-        return "IP-Adapter"
-    if has("emb_params", "string_to_param.", "clip_l", "clip_g", "<"):
-        return "textual inversion"
-    if has(CONTROL, "input_hint_block.", "controlnet_cond_embedding."):
-        return "ControlNet"
-    if has(f"{TEXT}model."):
-        return "v2"
-    if has(UNET):
-        channels = width(f"{UNET}input_blocks.0.0.weight", 1)
-        if width(f"{UNET}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight", 1) == 1024 and not has(
-            TEXT
-        ):
-            return "v2"
-        if not has(VAE, TEXT):
-            return "UNet"
-        return {9: "v1-inpainting", 5: "depth", 8: "pix2pix"}.get(channels, "v1")
-    if has("down_blocks.", "mid_block.", "up_blocks."):
-        return "UNet (diffusers)"
-    if has("encoder.down_blocks.", "decoder.up_blocks."):
-        return "VAE (diffusers)"
-    if has(VAE, "encoder.down.", "decoder.up.", "quant_conv."):
-        return "VAE"
-    if has("input_blocks.", "middle_block.", "output_blocks."):
-        return "UNet"
-    if has(TEXT, "text_model.", "transformer.text_model.", "embeddings.", "encoder.layers."):
-        return "text encoder"
-    return "unknown"
+def _canonical(name: str, has_unet: bool, is_xl: bool) -> str:
+    if m := _UNET.fullmatch(name):
+        if COMPVIS_UNET.match(m[1]):
+            return UNET + m[1]
+        return f"unet/{m[1]}" if DIFFUSERS_UNET.match(m[1]) else name
+    if m := _VAE.fullmatch(name):
+        if _DIFFUSERS_VAE.match(m[1]):
+            return f"vae/{modern_vae_name(m[1])}"
+        if a := _VAE_ATTENTION_AS_DIFFUSERS.fullmatch(m[1]):
+            return f"{VAE}{a[1]}{_TO_COMPVIS_ATTENTION[a[2]]}.{a[3]}"
+        return VAE + m[1]
+    m = _CLIP.fullmatch(name)
+    if m is None or (m[1] and is_xl) or (not has_unet and name.startswith(("text_model.", "transformer."))):
+        return name
+    return f"{TEXT}transformer.text_model.{m[2]}" if m[2] else f"{TEXT}transformer.{m[3]}"

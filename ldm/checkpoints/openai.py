@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import names
+from ldm.checkpoints import families
 from ldm.checkpoints.account import LoadReport, TensorInfo, match, shown
 from ldm.checkpoints.files import open_weights
 from ldm.checkpoints.load import check_dtype, check_finite, fill, finish, memory_named, usable
@@ -28,8 +28,6 @@ from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, UNetModel
 logger = logging.getLogger(__name__)
 
 TORSO = ("input_blocks.", "middle_block.", "output_blocks.")
-COUNTS = ("total_ops", "total_params")  # buffers that the profiler thop leaves in every module
-PROFILED = "a profiler's count of operations"
 
 # What OpenAI published, by the name of its file, and the flags beyond the defaults that its READMEs give for it (but
 # for use_fp16, which is a matter of the machine). lsun_cat and lsun_horse are like lsun_bedroom.
@@ -306,10 +304,12 @@ class _Held:
 
     def refuse_others(self) -> None:
         """Raise MismatchError for another family of file, with its name."""
-        family = names.family_of(self.infos)
+        family = families.family_of(self.infos)
         wanted = "a bare state dict of OpenAI's UNet is needed (model*.pt or ema_*.pt)"
         if family != "UNet" or "input_blocks.0.0.weight" not in self:
-            kind = names.REFUSED.get(family, "a full Stable Diffusion model; load_latent_diffusion reads it")
+            kind = families.REFUSED.get(
+                family, "a full Stable Diffusion model; load_latent_diffusion reads it"
+            )
             raise MismatchError(f"'{self.path}' is {kind}; {wanted}")
         if any(".transformer_blocks." in name for name in self.infos):
             raise MismatchError(f"'{self.path}' is the UNet of a latent diffusion model; {wanted}")
@@ -568,7 +568,9 @@ def load_openai_model(
         with torch.device("meta"):
             model = kind.create(**script_util.flags_for(kind.create, flags))
         report = LoadReport(path=shown(source.path), family=kind.name, notes=[*source.notes, *notes])
-        report.ignored = {name: PROFILED for name in source.infos if name.rpartition(".")[2] in COUNTS}
+        report.ignored = {
+            name: families.PROFILED for name in source.infos if families.why_unused(name) == families.PROFILED
+        }
         report.assigned = match(
             source.path,
             held=source.infos,

@@ -1,29 +1,49 @@
 """Which tensor of a file goes where in a model, decided from names and shapes before any value is read."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ldm.checkpoints import names
-from ldm.checkpoints.account import LoadReport, match, shown
+from ldm.checkpoints import families, names
+from ldm.checkpoints.account import LoadReport, TensorInfo, first_few, match, shown
+from ldm.checkpoints.families import COMPUTED
 from ldm.checkpoints.files import Weights
-from ldm.checkpoints.folders import modern_name
-from ldm.errors import MismatchError
+from ldm.errors import MismatchError, UsageError
 from ldm.process.schedule import SCHEDULE_BUFFERS
 
-COMPUTED = "computed from the configuration"
-# Left over from a training that is not resumed, or from another reader; none of them is used in sampling.
-UNUSED = {
-    "cond_stage_model.logit_scale": "not used by the text encoder of v1",
-    "cond_stage_model.text_projection": "not used by the text encoder of v1",
-    "cond_stage_model.transformer.logit_scale": "not used by the text encoder of v1",
-    "cond_stage_model.transformer.text_projection.weight": "not used by the text encoder of v1",
-    "lvlb_weights": COMPUTED,
-    "model_ema.decay": "bookkeeping of a moving average that this model does not keep",
-    "model_ema.num_updates": "bookkeeping of a moving average that this model does not keep",
-}
+logger = logging.getLogger(__name__)
+
+LEFT_OUT = "left out by ignore"
+SCALES = (".scale_weight", ".weight_scale")  # what ComfyUI calls the factor of a weight in 8 bits
+
+
+def check_patterns(ignore: str | Iterable[str]) -> tuple[str, ...]:
+    """Bring `ignore` into a tuple of patterns.
+
+    Raises:
+        UsageError: one of them is no text, or empty, which would fit every name.
+    """
+    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern:
+            raise UsageError(
+                f"ignore takes names, their beginnings or shell patterns ('loss.*'), got {pattern!r:.60}"
+            )
+    return patterns
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Tell whether a name is a shell pattern's, or begins with it, as CompVis's ignore_keys have it."""
+    return name.startswith(pattern) or fnmatchcase(name, pattern)
+
+
+def without(infos: Mapping[str, TensorInfo], patterns: tuple[str, ...]) -> dict[str, TensorInfo]:
+    """Leave out the tensors that `ignore` names."""
+    return {name: info for name, info in infos.items() if not any(fits(name, one) for one in patterns)}
 
 
 def account_model(
@@ -32,31 +52,42 @@ def account_model(
     family: str,
     use_ema: bool | None = None,
     given_vae: str | Path | None = None,
+    ignore: tuple[str, ...] = (),
 ) -> LoadReport:
     """Pair a full model with its file.
 
     Raises:
-        MismatchError: tensors that do not pair, or an average that is asked for and not there.
+        MismatchError: tensors that do not pair, or an average that is asked for and not whole.
     """
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     report = LoadReport(path=shown(source.path), family=family, notes=list(source.notes))
-    folder = source.kind == "diffusers folder"
-    rename = _folder_names(wanted, source) if folder else _file_names(source)
-    for name in source.infos:
-        reason = _reason_to_ignore(rename.get(name, name), wanted)
+    rename = _to_model(names.canonical(source.infos), wanted)
+    _leave_out(report, source, ignore)
+    for name, target in rename.items():
+        reason = None if name in report.ignored else _reason_to_ignore(target, wanted)
         if reason:
             report.ignored[name] = reason
+    _account_scales(wanted, rename, report)
+    given = {target for name, target in rename.items() if name not in report.ignored}
     for name in dict(model.named_buffers()):
-        absent = name not in source.infos or name in report.ignored
-        if name in wanted and absent and not name.startswith(tuple(names.PARTS.values())):
+        if name in wanted and name not in given and not name.startswith(tuple(names.PARTS.values())):
             report.initialised[name] = COMPUTED
     _account_ema(wanted, source, rename, report, use_ema)
-    if given_vae is not None:
+    if given_vae is None:
+        _account_vae_average(wanted, source, rename, report, names.VAE)
+    else:
         reason = f"replaced by the VAE of '{shown(given_vae)}'"
-        report.ignored.update({n: reason for n in source.infos if rename.get(n, n).startswith(names.VAE)})
+        report.ignored.update({n: reason for n, t in rename.items() if t.startswith(names.VAE)})
         report.initialised.update(
             {n: f"VAE of '{shown(given_vae)}'" for n in wanted if n.startswith(names.VAE)}
         )
+    _match(report, source, wanted, rename)
+    return report
+
+
+def _match(
+    report: LoadReport, source: Weights, wanted: Mapping[str, tuple[int, ...]], rename: Mapping[str, str]
+) -> None:
     report.assigned = match(
         source.path,
         held=source.infos,
@@ -64,19 +95,17 @@ def account_model(
         rename=rename,
         ignored=report.ignored,
         initialised=report.initialised,
-        linear_is_conv=folder,
     )
-    return report
+    reshaped = sum(source.infos[n].shape != tuple(wanted[t]) for n, t in report.assigned.items())
+    if reshaped:
+        report.notes.append(f"{reshaped} tensors had sizes of 1 too many or too few at their ends")
 
 
-def _file_names(source: Weights) -> dict[str, str]:
-    """Where a single file's names differ from the model's: text keys without "text_model."."""
-    head = names.TEXT + "transformer."
-    return {n: head + names.text_name(n.removeprefix(head)) for n in source.infos if n.startswith(head)}
+def _to_model(spelling: Mapping[str, str], wanted: Iterable[str]) -> dict[str, str]:
+    """Give a file's tensors, under their canonical names, the names that they have in the model.
 
-
-def _folder_names(wanted: Mapping[str, Any], source: Weights) -> dict[str, str]:
-    """Translate a folder's names by translating the model's own and turning the table round."""
+    diffusers' names are translated by translating the model's own and turning the table round.
+    """
 
     def inside(prefix: str) -> list[str]:
         return [name.removeprefix(prefix) for name in wanted if name.startswith(prefix)]
@@ -84,19 +113,28 @@ def _folder_names(wanted: Mapping[str, Any], source: Weights) -> dict[str, str]:
     table = {
         f"unet/{theirs}": names.UNET + ours
         for ours, theirs in names.unet_to_diffusers(inside(names.UNET)).items()
-    }
-    table |= {
+    } | {
         f"vae/{theirs}": names.VAE + ours
         for ours, theirs in names.vae_to_diffusers(inside(names.VAE)).items()
     }
-    rename = {}
-    for name in source.infos:
-        modern = modern_name(name)
-        if modern.startswith("text_encoder/"):
-            rename[name] = f"{names.TEXT}transformer.{modern.removeprefix('text_encoder/')}"
-        else:
-            rename[name] = table.get(modern, name)
-    return rename
+    # A scale stands beside its weight.
+    table |= {
+        theirs.removesuffix(".weight") + end: ours.removesuffix(".weight") + end
+        for theirs, ours in table.items()
+        if theirs.endswith(".weight")
+        for end in SCALES
+    }
+    return {name: table.get(known, known) for name, known in spelling.items()}
+
+
+def _leave_out(report: LoadReport, source: Weights, patterns: tuple[str, ...]) -> None:
+    """Ignore what the caller names, and say which of the caller's words name nothing."""
+    for pattern in patterns:
+        found = [name for name in source.infos if fits(name, pattern)]
+        report.ignored.update(dict.fromkeys(found, LEFT_OUT))
+        if not found:
+            report.notes.append(f"ignore '{shown(pattern, 60)}' fits no tensor of the file")
+            logger.warning("'%s': %s", report.path, report.notes[-1])
 
 
 def _reason_to_ignore(name: str, wanted: Mapping[str, Any]) -> str | None:
@@ -107,15 +145,18 @@ def _reason_to_ignore(name: str, wanted: Mapping[str, Any]) -> str | None:
         return f"{COMPUTED}, and equal"
     if name in wanted:
         return None
-    if name in UNUSED:
-        return UNUSED[name]
-    if name.startswith((f"{names.VAE}loss.", "loss.")):
-        return "the VAE's training loss"
-    if name.startswith(f"{names.VAE}model_ema."):
-        return "a moving average of the VAE"
     if name in ("logvar", "scale_factor"):
         return "fixed by the configuration"
-    return None
+    return None if name.startswith(f"{names.VAE}model_ema.") else families.why_unused(name)
+
+
+def _account_scales(wanted: Mapping[str, Any], rename: Mapping[str, str], report: LoadReport) -> None:
+    """Find the factors of weights in 8 bits, which ComfyUI writes beside them."""
+    for name, target in rename.items():
+        base, dot, end = target.rpartition(".")
+        if dot + end in SCALES and f"{base}.weight" in wanted and name not in report.ignored:
+            report.ignored[name] = "a scale, multiplied into its weight"
+            report.scales[f"{base}.weight"] = name
 
 
 def _account_ema(
@@ -126,35 +167,79 @@ def _account_ema(
     use_ema: bool | None,
 ) -> None:
     """Decide where the UNet's weights and its moving average come from; changes rename and report."""
+    path = shown(source.path)
+    where = {target: name for name, target in rename.items() if name not in report.ignored}
     shadows = {names.ema_name(name): name for name in wanted if name.startswith("model.")}
-    held = [shadow for shadow in shadows if shadow in source.infos]
+    held = [shadow for shadow in shadows if shadow in where]
+    plain = [name for name in shadows.values() if name in where]
     keeps = any(name.startswith(names.EMA) for name in wanted)
+    is_only = bool(held) and not plain  # the UNet is nowhere else
     if use_ema and not held:
+        raise MismatchError(f"'{path}' has no EMA weights (model_ema.*); load it with use_ema=False")
+    if use_ema is False and is_only:
         raise MismatchError(
-            f"'{shown(source.path)}' has no EMA weights (model_ema.*); load it with use_ema=False"
+            f"'{path}' has its UNet as a moving average only (model_ema.*), no plain weights; load it with use_ema=True"
         )
-    if use_ema is None and held and keeps:
+    chosen = use_ema or is_only
+    if held and len(held) < len(shadows) and (chosen or (keeps and use_ema is None)):
+        raise _incomplete(path, "moving average (model_ema.*)", held, shadows, is_only)
+    if not chosen and held and keeps and use_ema is None:
         report.notes.append("plain weights in the UNet, the file's EMA weights in its moving average")
         return
-    if use_ema:
-        for shadow in held:
-            rename[shadow] = shadows[shadow]
-            if shadows[shadow] in source.infos:
-                report.ignored[shadows[shadow]] = "the EMA weights were chosen"
-    else:
-        report.ignored.update({shadow: "EMA weights, the plain ones were chosen" for shadow in held})
+    for shadow in held:
+        if chosen:
+            rename[where[shadow]] = shadows[shadow]
+        else:
+            report.ignored[where[shadow]] = "EMA weights, the plain ones were chosen"
+    if chosen:
+        report.ignored.update({where[name]: "the EMA weights were chosen" for name in plain})
+    if is_only:
+        report.notes.append("the UNet is in the file as a moving average only, which was loaded")
     if keeps:
         report.notes.append("the model's moving average was seeded from the loaded weights")
         for name in wanted:
             if name.startswith(names.EMA) and name in shadows:
                 report.initialised[name] = "seeded from the loaded weights"
-            elif name.startswith(names.EMA) and (use_ema is False or name not in source.infos):
+            elif name.startswith(names.EMA) and (use_ema is False or name not in where):
                 report.initialised[name] = COMPUTED
-                if name in source.infos:
-                    report.ignored[name] = UNUSED[name]
+                if name in where:
+                    report.ignored[where[name]] = families.why_unused(name)
 
 
-def account_vae(module: nn.Module, source: Weights, ignore_keys: tuple[str, ...] = ()) -> LoadReport:
+def _incomplete(
+    path: str, what: str, held: list[str], shadows: Mapping[str, str], is_only: bool
+) -> MismatchError:
+    missing = [shadow for shadow in shadows if shadow not in set(held)]
+    advice = "no plain weights are there; get the file again" if is_only else "load it with use_ema=False"
+    return MismatchError(
+        f"'{path}' holds {len(held)} of {len(shadows)} tensors of its {what}, without {first_few(missing)}; {advice}"
+    )
+
+
+def _account_vae_average(
+    wanted: Mapping[str, Any], source: Weights, rename: dict[str, str], report: LoadReport, prefix: str
+) -> None:
+    """Take the VAE's moving average where the file has the VAE in no other form; else leave it out."""
+    where = {target: name for name, target in rename.items() if name not in report.ignored}
+    average = f"{prefix}model_ema."
+    shadows = {
+        average + name.removeprefix(prefix).replace(".", ""): name
+        for name in wanted
+        if name.startswith(prefix) and not name.startswith((average, f"{prefix}loss."))
+    }
+    held = [shadow for shadow in shadows if shadow in where]
+    is_only = bool(held) and not any(name in where for name in shadows.values())
+    if is_only and len(held) < len(shadows):
+        raise _incomplete(shown(source.path), f"VAE's moving average ({average}*)", held, shadows, is_only)
+    if is_only:
+        rename.update({where[shadow]: shadows[shadow] for shadow in held})
+        report.notes.append("the VAE is in the file as a moving average only, which was loaded")
+    for target, name in where.items():
+        if target.startswith(average) and target not in wanted and not (is_only and target in shadows):
+            report.ignored[name] = "a moving average of the VAE"
+
+
+def account_vae(module: nn.Module, source: Weights, ignore: tuple[str, ...] = ()) -> LoadReport:
     """Pair an autoencoder with a file that holds one, alone or among others.
 
     Raises:
@@ -162,38 +247,28 @@ def account_vae(module: nn.Module, source: Weights, ignore_keys: tuple[str, ...]
     """
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     report = LoadReport(path=shown(source.path), family="VAE", notes=list(source.notes))
-    diffusers = source.kind == "diffusers folder" or names.family_of(source.infos) == "VAE (diffusers)"
-    rename: dict[str, str] = {}
-    if diffusers:
-        table = {theirs: ours for ours, theirs in names.vae_to_diffusers(wanted).items()}
-        for name in source.infos:
-            modern = names.modern_vae_name(name.removeprefix("vae/"))
-            rename[name] = table.get(modern, name)
-    elif any(name.startswith(names.VAE) for name in source.infos):
-        rename = {n: n.removeprefix(names.VAE) for n in source.infos if n.startswith(names.VAE)}
-        report.ignored = {n: "not part of the VAE" for n in source.infos if n not in rename}
-    for name in source.infos:
-        target = rename.get(name, name)
-        if ignore_keys and target.startswith(ignore_keys):
-            report.ignored[name] = "left out by ignore_keys"
-        elif target not in wanted and target.startswith(("loss.", "model_ema.")):
-            report.ignored[name] = "training state of the VAE"
-    given = {rename.get(name, name) for name in source.infos if name not in report.ignored}
-    if not given & wanted.keys():
-        kind = names.REFUSED.get(names.family_of(source.infos), "a model without one")
-        raise MismatchError(f"'{shown(source.path)}' holds no VAE that fits: it is {kind}")
-    for name in wanted:
-        if name in given:
+    spelling = names.canonical(source.infos)
+    if not any(known.startswith((names.VAE, "vae/")) for known in spelling.values()):
+        alone = names.canonical(names.VAE + known for known in spelling.values())
+        spelling = {name: alone[names.VAE + known] for name, known in spelling.items()}
+    full = _to_model(spelling, [names.VAE + name for name in wanted])
+    rename = {name: target.removeprefix(names.VAE) for name, target in full.items()}
+    _leave_out(report, source, ignore)
+    for name, target in full.items():
+        if name in report.ignored or rename[name] in wanted:
             continue
-        if name.startswith(("loss.", "model_ema.")) or (ignore_keys and name.startswith(ignore_keys)):
+        if not target.startswith((names.VAE, "vae/")):
+            report.ignored[name] = "not part of the VAE"
+        elif (reason := families.why_unused(target)) and not target.startswith(f"{names.VAE}model_ema."):
+            report.ignored[name] = reason
+    _account_scales(wanted, rename, report)
+    _account_vae_average(wanted, source, rename, report, "")
+    given = {target for name, target in rename.items() if name not in report.ignored}
+    if not given & wanted.keys():
+        kind = families.REFUSED.get(families.family_of(source.infos), "a model without one")
+        raise MismatchError(f"'{shown(source.path)}' holds no VAE that fits: it is {kind}")
+    for name in wanted.keys() - given:
+        if name.startswith(("loss.", "model_ema.")) or any(fits(name, pattern) for pattern in ignore):
             report.initialised[name] = "keeps its own value"
-    report.assigned = match(
-        source.path,
-        held=source.infos,
-        wanted=wanted,
-        rename=rename,
-        ignored=report.ignored,
-        initialised=report.initialised,
-        linear_is_conv=diffusers,
-    )
+    _match(report, source, wanted, rename)
     return report

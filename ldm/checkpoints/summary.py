@@ -2,24 +2,34 @@
 
 import contextlib
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoints import names
-from ldm.checkpoints.account import LoadReport, TensorInfo, shown
-from ldm.checkpoints.build import build_empty, open_model
-from ldm.checkpoints.files import Weights, open_weights
-from ldm.checkpoints.folders import FolderWeights, is_diffusers_folder
-from ldm.checkpoints.load import check_finite
-from ldm.checkpoints.pair import account_model
-from ldm.errors import LdmError, MismatchError
+import torch
 
-FOLDER_PARTS = {"UNet": "unet/", "VAE": "vae/", "text encoder": "text_encoder/"}
+from ldm.checkpoints import families, names
+from ldm.checkpoints.account import LoadReport, TensorInfo, first_few, shown
+from ldm.checkpoints.build import follow_hub, open_file, pair_file
+from ldm.checkpoints.files import Weights
+from ldm.checkpoints.folders import FolderWeights, is_diffusers_folder
+from ldm.checkpoints.load import is_finite
+from ldm.checkpoints.pair import check_patterns, without
+from ldm.errors import FormatError, LdmError, MismatchError, NumericError
+
+FOLDER_PARTS = {"UNet": "unet/", "VAE": "vae/"}  # diffusers' names, in a folder or a file
 REST = "other"
 VAE_FAMILIES = ("VAE", "VAE (diffusers)")
+# Smaller ones may be all zeros by chance or by design.
+MANY_VALUES = 1024
+# What CompVis's networks set to zero before training, and what is the zero half of a LoRA or ControlNet.
+STARTS_AT_ZERO = re.compile(
+    r"(^|[./])(out\.2|conv_out|zero_convs\.\d+\.0|middle_block_out\.0|input_hint_block\.14|controlnet_\w+\.\w+)\.weight$"
+    r"|\.(proj_out|out_layers\.3|conv2)\.weight$|lora_?(up|B)\b|_ema\.|\.hada_|\.lokr_|^model_ema\."
+)
 
 
 @dataclass
@@ -37,7 +47,8 @@ class FileSummary:
     """What a file holds.
 
     family: "v1", "v1-inpainting", or another family's name. parts: network -> its share. ema: whether a moving
-    average is there. report: the account of a load, if a full model would load. problem: why it would not.
+    average is there. report: the account of a load, if a full model would load. problem: why it would not. damage:
+    what is wrong with its values, in words, or "".
     """
 
     path: str
@@ -50,6 +61,7 @@ class FileSummary:
     notes: list[str]
     report: LoadReport | None = None
     problem: LdmError | None = None
+    damage: str = ""
 
     @property
     def tensors(self) -> int:
@@ -59,7 +71,7 @@ class FileSummary:
         lines = [
             f"{self.path}",
             f"  format    {self.kind}, {self.size / 1e6:.1f} MB",
-            f"  family    {names.REFUSED.get(self.family, self.family)}",
+            f"  family    {families.REFUSED.get(self.family, self.family)}",
             f"  tensors   {self.tensors}",
         ]
         for name, part in self.parts.items():
@@ -78,6 +90,8 @@ class FileSummary:
             lines += [f"    {line.strip()}" for line in self.report.summary().splitlines()]
         elif self.problem is not None:
             lines.append(f"  would not load as a full model: {self.problem}")
+        if self.damage and self.damage != str(self.problem):
+            lines.append(f"  values    {self.damage}")
         return "\n".join(lines)
 
 
@@ -87,6 +101,7 @@ def inspect(
     config: str | Path | Mapping[str, Any] | None = None,
     use_ema: bool | None = None,
     check_values: bool = True,
+    ignore: str | Iterable[str] = (),
 ) -> FileSummary:
     """Say what a weight file or diffusers folder holds and whether it would load as a full model.
 
@@ -94,59 +109,77 @@ def inspect(
         path: the file or folder.
         config: as for load_latent_diffusion.
         use_ema: as for load_latent_diffusion.
-        check_values: read every tensor and look for values that are not finite.
+        check_values: read every tensor and look for values that are not finite, and for weights of zeros only.
+        ignore: as for load_latent_diffusion.
 
     Raises:
         AbsentError, FormatError, UnsafeFileError: it cannot be read at all. That it can be read but does not
         load is no error here; it is the summary's `problem`.
     """
-    path = Path(path)
-    with contextlib.closing(
-        FolderWeights(path) if is_diffusers_folder(path) else open_weights(path)
-    ) as source:
-        family = names.family_of(source.infos)
+    patterns = check_patterns(ignore)
+    path = follow_hub(Path(path))
+    with contextlib.closing(FolderWeights(path) if is_diffusers_folder(path) else open_file(path)) as source:
+        family = families.family_of(without(source.infos, patterns))
         folder = isinstance(source, FolderWeights)
+        spelling = names.canonical(source.infos)
         summary = FileSummary(
             path=shown(path, 300),
             kind=source.kind,
             size=source.nbytes if folder else path.stat().st_size,
             family="diffusers folder" if folder else family,
-            parts=_parts(source.infos, FOLDER_PARTS if folder else names.PARTS),
-            ema=any(name.startswith(names.EMA) for name in source.infos),
+            parts=_parts(source.infos, spelling),
+            ema=any(name.startswith(names.EMA) for name in spelling.values()),
             metadata=source.metadata,
             notes=source.notes,
         )
         try:
             if not folder and family in VAE_FAMILIES:
                 summary.notes.append("a VAE: use it with --vae, or load_vae")
-            elif not folder and family in names.REFUSED:
-                raise MismatchError(f"'{summary.path}' is {names.REFUSED[family]}")
+            elif not folder and family in families.REFUSED:
+                raise MismatchError(
+                    f"'{summary.path}' is {families.REFUSED[family]}; {families.ADVICE[family]}"
+                )
             else:
-                summary.report = _would_load(path, config, use_ema)
+                with contextlib.ExitStack() as opened:
+                    _, summary.report, _ = pair_file(path, config, opened, use_ema=use_ema, ignore=patterns)
                 summary.family = summary.report.family
-            if check_values:
-                _check_values(source)
         except LdmError as error:
-            summary.report, summary.problem = None, error
+            summary.problem = error
+        if check_values and (damage := _damage(source, without(source.infos, patterns), summary.path)):
+            summary.damage = str(damage)
+            summary.problem = summary.problem or damage
+        if summary.problem is not None:
+            summary.report = None
     return summary
 
 
-def _would_load(path: Path, config: Any, use_ema: bool | None) -> LoadReport:
-    with contextlib.ExitStack() as opened:
-        source, family, settings = open_model(path, config, opened)
-        return account_model(build_empty(settings), source, family, use_ema)
+def _damage(source: Weights, infos: Mapping[str, TensorInfo], path: str) -> LdmError | None:
+    """Read every value and say which tensors hold NaN or infinity, or zeros where a trained network has none."""
+    broken, empty, count = [], [], 0
+    for name, info in infos.items():
+        if not info.dtype.is_floating_point:
+            continue
+        count += 1
+        values = source.read(name)
+        if not is_finite(values):
+            broken.append(name)
+        elif len(info.shape) > 1 and info.numel >= MANY_VALUES and not STARTS_AT_ZERO.search(name):
+            if not values.view(torch.uint8).any():
+                empty.append(name)
+    zeros = f"{len(empty)} of {count} tensors are all zeros ({first_few(empty)}), as after a download that stopped"
+    if broken:
+        return NumericError(
+            f"'{path}' is damaged: {len(broken)} of {count} tensors hold values that are not finite "
+            f"({first_few(broken)})" + (f"; {zeros}" if empty else "") + "; get the file again"
+        )
+    return FormatError(f"'{path}' is damaged: {zeros}; get the file again") if empty else None
 
 
-def _check_values(source: Weights) -> None:
-    for name, info in source.infos.items():
-        if info.dtype.is_floating_point:
-            check_finite(source.path, name, source.read(name))
-
-
-def _parts(infos: Mapping[str, TensorInfo], prefixes: Mapping[str, str]) -> dict[str, Part]:
+def _parts(infos: Mapping[str, TensorInfo], spelling: Mapping[str, str]) -> dict[str, Part]:
+    prefixes = {label: (prefix, FOLDER_PARTS.get(label, prefix)) for label, prefix in names.PARTS.items()}
     parts: dict[str, Part] = {}
     for name, info in infos.items():
-        label = next((label for label, prefix in prefixes.items() if name.startswith(prefix)), REST)
+        label = next((label for label, prefix in prefixes.items() if spelling[name].startswith(prefix)), REST)
         part = parts.setdefault(label, Part())
         part.tensors += 1
         part.parameters += info.numel
