@@ -32,7 +32,6 @@ from ldm.errors import (
     UsageError,
     is_out_of_memory,
 )
-from ldm.paths import shipped
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -431,7 +430,11 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
 
     model = p.add_argument_group("with what")
     model.add_argument("--ckpt", help="model file or diffusers folder (default: the model in the box)")
-    model.add_argument("--config", help="its YAML file (default: read off the weights)")
+    model.add_argument("--config", help="its YAML file (default: the one beside it, or read off the weights)")
+    model.add_argument(
+        "--ignore-keys", "--ignore_keys", action="append", default=[], metavar="PATTERN",
+        help="leave out of --ckpt the tensors with this name, beginning or shell pattern; may be repeated",
+    )  # fmt: skip
     model.add_argument("--vae", help="file whose VAE replaces the model's")
     model.add_argument("--tokenizer", help="folder or file of the tokenizer (default: the one in ldm)")
     model.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for the best there is")
@@ -483,8 +486,10 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
 
 def load_model(args: argparse.Namespace) -> StableDiffusion:
     """Load the model that the options name, or the one in the box."""
-    if args.ckpt is None and args.config is not None:
-        raise UsageError(f"--config {args.config} needs --ckpt, the file with the weights")
+    for name in ("config", "ignore_keys"):
+        if args.ckpt is None and getattr(args, name):
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{option} {getattr(args, name)} needs --ckpt, the file with the weights")
     import torch
 
     from ldm.generate import StableDiffusion
@@ -502,13 +507,8 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
     if args.ckpt is None:
         sd = StableDiffusion.default(**options)
     else:
-        config = args.config
-        if config is not None and not Path(config).exists():
-            try:
-                config = shipped(config)  # "configs/v1-inference.yaml" means ours, from every folder
-            except AbsentError:
-                raise AbsentError(f"--config '{config}' does not exist; check the path") from None
-        sd = StableDiffusion.from_single_file(args.ckpt, config=config, **options)
+        options["ignore"] = args.ignore_keys
+        sd = StableDiffusion.from_single_file(args.ckpt, config=args.config, **options)
     for name, given, own in (("C", args.C, sd.model.channels), ("f", args.f, downsampling(sd.model))):
         if given not in (None, own):
             raise UsageError(f"--{name} {given} does not fit this model, whose {name} is {own}; leave it out")

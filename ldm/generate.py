@@ -306,11 +306,13 @@ class StableDiffusion:
         vae_dtype: torch.dtype = torch.float32,
         low_vram: bool = False,
         disable_mmap: bool = False,
+        ignore: str | Sequence[str] = (),
     ) -> StableDiffusion:
         """Load a `.safetensors` or `.ckpt` file with CompVis's or diffusers' names inside.
 
         Args:
-            config: a CompVis YAML file (path, dict, OmegaConf); None reads the family off the weights.
+            config: a CompVis YAML file (path, dict, OmegaConf); None takes the one beside the file, of its name or
+                called config.yaml, or else reads the family off the weights.
             device: "cuda", "mps", "cpu"; None takes the best there is.
             dtype: what UNet and text encoder compute in; None is float16 on CUDA, else float32.
             autocast: compute the UNet under torch.autocast with this dtype, weights staying in `dtype`.
@@ -322,6 +324,7 @@ class StableDiffusion:
             low_vram: leave the weights in the machine's memory and let them visit the device part by part.
             disable_mmap: copy every weight, also those that could stay in the system's cache of the file, which is
                 where they stay on a CPU that computes in the file's own dtype.
+            ignore: names, beginnings of names or shell patterns of tensors in the file to leave out.
 
         Raises:
             AbsentError, FormatError, UnsafeFileError, MismatchError: see ldm.checkpoints.
@@ -343,6 +346,7 @@ class StableDiffusion:
             vae=vae,
             vae_dtype=vae_dtype,
             disable_mmap=disable_mmap,
+            ignore=ignore,
         )
         sd = cls(model, file=path, report=report, autocast=autocast, vae_dtype=vae_dtype)
         return sd.optimize(low_vram=device) if low_vram else sd.to(dtype=dtype, device=device)

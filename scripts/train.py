@@ -37,7 +37,11 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--scale_lr", type=str2bool, default=True, help="rate = accumulate x devices x batch x base"
     )
-    parser.add_argument("--export", metavar="FILE", help="write the run's weights in half precision and end")
+    parser.add_argument(
+        "--export",
+        metavar="FILE",
+        help="write the run's weights in half precision, with FILE's .yaml beside, and end",
+    )
     parser.add_argument(
         "--ema_rate",
         type=cli.number(0, 1),

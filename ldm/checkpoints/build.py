@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoints import families
 from ldm.checkpoints.account import LoadReport, first_few, shown
-from ldm.checkpoints.configs import Candidate, candidates, with_origin
+from ldm.checkpoints.configs import Candidate, candidates, find_config, with_origin
 from ldm.checkpoints.files import PICKLE_SUFFIXES, Weights, open_weights
 from ldm.checkpoints.folders import FolderWeights, folder_settings, is_diffusers_folder
 from ldm.checkpoints.pair import account_model, without
@@ -162,6 +162,8 @@ def pair_file(
         As load_latent_diffusion, before any value is read.
     """
     path = follow_hub(path)
+    if isinstance(config, str | Path):
+        config = find_config(config)
     if is_diffusers_folder(path):
         family, own = folder_settings(path)  # names another family before anything is missed
         source: Weights = opened.enter_context(contextlib.closing(FolderWeights(path)))

@@ -257,8 +257,6 @@ def vae_params(path: Path) -> tuple[dict[str, Any], float]:
 def scheduler_params(path: Path) -> dict[str, Any]:
     """Translate scheduler/scheduler_config.json; v1's schedule where a folder has none."""
     config = read_json(path) if path.is_file() else {}
-    if config.get("rescale_betas_zero_snr"):
-        raise MismatchError(f"'{shown(path)}': rescale_betas_zero_snr is not supported, v1 has none")
     prediction = config.get("prediction_type") or "epsilon"
     schedule = config.get("beta_schedule") or "scaled_linear"
     if prediction not in PREDICTIONS or schedule not in SCHEDULES:
@@ -273,6 +271,8 @@ def scheduler_params(path: Path) -> dict[str, Any]:
         "beta_schedule": SCHEDULES[schedule],
         "parameterization": PREDICTIONS[prediction],
     }
+    if config.get("rescale_betas_zero_snr"):
+        params["rescale_betas_zero_snr"] = True
     if config.get("trained_betas") is not None:
         params["given_betas"] = config["trained_betas"]
     return params

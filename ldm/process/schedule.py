@@ -27,6 +27,10 @@ SCHEDULE_BUFFERS = (
     "posterior_mean_coef2",
 )
 
+# What stands for "no signal" where a formula divides by it or takes its logarithm: float16's smallest number, as in
+# diffusers. The picture's share of such a level is a 4096th.
+LEAST_SIGNAL = 2.0**-24
+
 # Both cosine schedules stop short of replacing all signal in one step (arXiv:2102.09672, section 3.2).
 MAX_COSINE_BETA = 0.999
 
@@ -119,6 +123,33 @@ def respaced_betas(alpha_bar: np.ndarray, levels: np.ndarray) -> np.ndarray:
     return 1 - kept / np.append(1.0, kept[:-1])
 
 
+def zero_terminal_snr(betas: np.ndarray, last: float = 0.0) -> np.ndarray:
+    """Rescale a schedule so that its last level has no signal: algorithm 1 of arXiv:2305.08891.
+
+    sqrt(alpha_bar) is shifted and stretched so that its first value stays and its last becomes 0.
+
+    Args:
+        betas: (num_steps,), at least two, of a schedule whose signal falls.
+        last: alpha_bar of the last level instead of 0, for what divides by the signal; see LEAST_SIGNAL.
+
+    Returns:
+        (num_steps,) float64; the last is 1 where `last` is 0.
+
+    Raises:
+        UsageError: fewer than two levels, or no level that is noisier than the first.
+    """
+    signal = np.sqrt(np.cumprod(1 - np.asarray(betas, dtype=np.float64)))
+    if len(signal) < 2 or not signal[-1] < signal[0]:
+        raise UsageError(
+            f"a last level without signal needs at least 2 levels and growing noise, got {len(signal)} levels from "
+            f"alpha_bar {signal[0] ** 2:g} to {signal[-1] ** 2:g}"
+        )
+    signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
+    alpha_bar = signal**2
+    alpha_bar[-1] = last
+    return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
     """A schedule seen four ways, one value a level, float64, level 0 the cleanest.
@@ -132,12 +163,15 @@ class NoiseSchedule:
     alpha_bar_prev: np.ndarray
 
     @classmethod
-    def from_betas(cls, betas: np.ndarray, *, up_to_one: bool = False) -> "NoiseSchedule":
+    def from_betas(
+        cls, betas: np.ndarray, *, up_to_one: bool = False, last_is_one: bool = False
+    ) -> "NoiseSchedule":
         """Accumulate betas into alpha_bar.
 
         Args:
             up_to_one: take betas from (0, 1] instead of [0, 1), as OpenAI's diffusion does: every level adds
                 noise, and a beta of 1 leaves no signal.
+            last_is_one: let the last beta be 1, as `zero_terminal_snr` makes it.
 
         Raises:
             UsageError: betas are not a non-empty row of numbers in that range.
@@ -146,6 +180,8 @@ class NoiseSchedule:
         if betas.ndim != 1 or betas.size == 0:
             raise UsageError(f"betas must be one non-empty row of numbers, got shape {betas.shape}")
         inside = (betas > 0) & (betas <= 1) if up_to_one else (betas >= 0) & (betas < 1)
+        if last_is_one and betas[-1] == 1:
+            inside[-1] = True
         if not inside.all():
             wanted = "(0, 1]" if up_to_one else "[0, 1)"
             raise UsageError(f"betas must lie in {wanted}, got {betas.min():g} to {betas.max():g}")
@@ -163,12 +199,16 @@ class NoiseSchedule:
 
     @property
     def sigma(self) -> np.ndarray:
-        """Noise over signal, sqrt((1 - alpha_bar) / alpha_bar): the level in the units of k-diffusion."""
-        return np.sqrt((1 - self.alpha_bar) / self.alpha_bar)
+        """Noise over signal, sqrt((1 - alpha_bar) / alpha_bar): the level in the units of k-diffusion.
+
+        Infinite without signal.
+        """
+        with np.errstate(divide="ignore"):
+            return np.sqrt((1 - self.alpha_bar) / self.alpha_bar)
 
     @property
     def log_snr(self) -> np.ndarray:
-        """log(alpha_bar / (1 - alpha_bar)), falling from clean to noisy (infinite where beta starts at 0)."""
+        """log(alpha_bar / (1 - alpha_bar)), falling from clean to noisy (infinite without noise or signal)."""
         with np.errstate(divide="ignore"):
             return np.log(self.alpha_bar) - np.log1p(-self.alpha_bar)
 

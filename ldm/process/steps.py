@@ -69,7 +69,8 @@ def ddim_step(
     variance = 1 - alpha_bar_prev
     if std is None:
         return _mix(pred_x0, eps, alpha_bar_prev.sqrt(), variance.sqrt()), pred_x0
-    x_prev = _mix(pred_x0, eps, alpha_bar_prev.sqrt(), (variance - std**2).sqrt())
+    # From alpha_bar_t = 0 at eta 1 all noise is fresh, and what is left of the old may round below 0.
+    x_prev = _mix(pred_x0, eps, alpha_bar_prev.sqrt(), (variance - std**2).clamp(min=0).sqrt())
     return x_prev + _factor(std, x_t) * noise, pred_x0
 
 

@@ -1,14 +1,29 @@
 """From a training state to plain weights: the averaged network in its place, no optimizer, no loss."""
 
+import copy
+import logging
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.errors import AbsentError, MismatchError
+from ldm.errors import AbsentError, MismatchError, OutputError
 from ldm.models.diffusion.pixel_diffusion import average_key
+from ldm.paths import shipped
 from ldm.process.schedule import SCHEDULE_BUFFERS
 from ldm.training.checkpointing import read_newest
+from ldm.util import load_config
+
+logger = logging.getLogger(__name__)
+
+MARK = (
+    "# Written with the weights of the same name, for use; a training's configuration is in its run folder.\n"
+)
+# Of the model's parameters, what only a training needs.
+FOR_TRAINING = ("ckpt_path", "ignore_keys", "load_only_unet", "scheduler_config", "monitor", "reset_ema")
 
 
 def plain_weights(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -60,12 +75,52 @@ def pixel_weights(
     return {name: tensor.to(dtype).contiguous() for name, tensor in averaged.items()}
 
 
+def settings_for_use(config: Mapping[str, Any], beside: Path) -> dict[str, Any]:
+    """Turn a latent diffusion run's configuration into one for the exported weights.
+
+    Args:
+        config: of the run, with `model:`.
+        beside: the folder of the weights; a text encoder's folder of one's own is named from there.
+    """
+    model = copy.deepcopy(dict(config["model"]))
+    model.pop("base_learning_rate", None)
+    params = {name: value for name, value in model["params"].items() if name not in FOR_TRAINING}
+    params |= {"use_ema": False, "cond_stage_trainable": False}
+    if "finetune_keys" in params:
+        params["finetune_keys"] = None
+    first_stage = params["first_stage_config"]
+    if isinstance(first_stage, dict):
+        inner = {n: v for n, v in first_stage.get("params", {}).items() if n not in FOR_TRAINING}
+        first_stage["params"] = {**inner, "lossconfig": {"target": "torch.nn.Identity"}}
+    text = params.get("cond_stage_config")
+    version = text.get("params", {}).get("version") if isinstance(text, dict) else None
+    if isinstance(version, str) and os.path.isdir(version) and not os.path.isabs(version):
+        try:
+            shipped(version)
+        except AbsentError:
+            text["params"]["version"] = os.path.relpath(version, beside)
+    return {"model": {**model, "params": params}}
+
+
+def _yaml_for(run: Path, path: Path) -> str | None:
+    """Write down the configuration of a run's weights; None where the run has none."""
+    from omegaconf import OmegaConf
+
+    file = run / "configs" / "project.yaml"
+    if not file.is_file():
+        logger.warning("'%s' is not there, so no configuration is written beside '%s'", file, path)
+        return None
+    config = OmegaConf.to_container(load_config(file), resolve=True)
+    return MARK + OmegaConf.to_yaml(OmegaConf.create(settings_for_use(config, path.parent)))
+
+
 def export_run(
     run: Path, path: Path, *, dtype: torch.dtype = torch.float16, ema_rate: float | None = None
 ) -> dict[str, str]:
     """Write a run's newest weights as one safetensors file.
 
-    A latent diffusion run's file is a v1 checkpoint, a pixel diffusion run's has the network alone, as OpenAI's have.
+    A latent diffusion run's file is a v1 checkpoint, and its configuration for use is written beside it under the same
+    name, where every loader finds it. A pixel diffusion run's has the network alone, as OpenAI's have.
 
     Args:
         ema_rate: which of a pixel model's averages; None for the one that was named first.
@@ -76,8 +131,9 @@ def export_run(
     Raises:
         AbsentError: the run has no checkpoint.
         MismatchError: the run kept no average of that rate.
+        OutputError: a YAML file of that name is there and was not written by an export; nothing is written then.
     """
-    from ldm.checkpoints import save_safetensors
+    from ldm.checkpoints import replacing, save_safetensors
 
     found = read_newest(run / "checkpoints")
     if found is None:
@@ -91,5 +147,19 @@ def export_run(
         weights = pixel_weights(tensors, dtype, ema_rate)
     else:
         weights = plain_weights(tensors, dtype)
+    beside = path.with_suffix(".yaml")
+    text = _yaml_for(run, path) if any(name.startswith("first_stage_model.") for name in weights) else None
+    if text is not None and beside.exists() and not _is_ours(beside):
+        raise OutputError(
+            f"'{beside}' is there and not of an export, so the weights' configuration has no place; choose another name"
+        )
     save_safetensors(path, weights, metadata)
+    if text is not None:
+        with replacing(beside) as file:
+            file.write(text.encode("utf-8"))
     return metadata
+
+
+def _is_ours(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MARK)) == MARK.encode("utf-8")

@@ -117,6 +117,7 @@ def test_the_schedule_and_scale_are_the_folders(folder):
         ("sample", {"prediction_type": "sample"}, ("x0", 0.001)),
         ("linear", {"beta_schedule": "linear"}, ("eps", 0.001)),
         ("nothing", {"beta_start": None, "beta_end": None, "beta_schedule": None}, ("eps", 0.00085)),
+        ("zero SNR", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, ("v", 0.001)),
         ("trained", {"trained_betas": [0.003] * 500}, ("eps", 0.003)),
     ],
 )
@@ -124,6 +125,7 @@ def test_schedulers_are_translated(folder, words, changes, wanted):
     edit(folder / "scheduler" / "scheduler_config.json", **changes)
     model, _ = load_latent_diffusion(folder)
     assert (model.parameterization, round(model.betas[0].item(), 6)) == wanted
+    assert (model.alphas_cumprod[-1] == 0) == (words == "zero SNR")
     if words == "linear":
         steps = model.betas.diff()
         torch.testing.assert_close(steps, torch.full_like(steps, 0.019 / 499), rtol=0, atol=1e-8)
@@ -291,11 +293,6 @@ def test_a_diffusers_vae_file_loads_by_its_names(folder):
         ("vae/config", {"use_quant_conv": False}, "use_quant_conv is False"),
         ("vae/config", {"shift_factor": 0.1}, "shift_factor is 0.1"),
         ("vae/config", {"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "not those of a KL autoencoder"),
-        (
-            "scheduler/scheduler_config",
-            {"rescale_betas_zero_snr": True},
-            "rescale_betas_zero_snr is not supported",
-        ),
         ("scheduler/scheduler_config", {"beta_schedule": "sigmoid"}, "beta_schedule sigmoid; known are"),
         ("scheduler/scheduler_config", {"prediction_type": "flow"}, "prediction_type flow"),
     ],

@@ -1,6 +1,7 @@
 """The look into a file: what is said, and with which exit code the script ends."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from ldm.checkpoints import inspect, save_safetensors
 from ldm.cli import run
-from ldm.errors import LdmError, MismatchError, NumericError, UsageError
+from ldm.errors import FormatError, LdmError, MismatchError, NumericError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "inspect_checkpoint.py"
@@ -71,6 +72,94 @@ def test_values_are_looked_at_unless_quick(tiny, tmp_path):
     path = tiny.save(tmp_path, bad)
     assert isinstance(inspect(path, config=tiny.config).problem, NumericError)
     assert inspect(path, config=tiny.config, check_values=False).problem is None
+
+
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+EMPTY = ["first_stage_model.decoder.conv_in.weight", "first_stage_model.encoder.mid.attn_1.q.weight"]
+
+
+def changed(tensors, how, names):
+    return {name: how(value) if name in names else value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("how", "names", "kind", "words"),
+    [
+        (torch.zeros_like, EMPTY, FormatError, f"2 of 368 tensors are all zeros ('{EMPTY[0]}'"),
+        (torch.zeros_like, [FIRST], FormatError, f"1 of 368 tensors are all zeros ('{FIRST}')"),
+        (lambda v: v * torch.nan, EMPTY, NumericError, "2 of 368 tensors hold values that are not finite"),
+        (
+            lambda v: v / 0,
+            [FIRST],
+            NumericError,
+            f"1 of 368 tensors hold values that are not finite ('{FIRST}')",
+        ),
+        # What CompVis's networks begin with, and biases, may be zero.
+        (
+            torch.zeros_like,
+            ["model.diffusion_model.out.2.weight", "first_stage_model.quant_conv.bias"],
+            None,
+            "",
+        ),
+        (torch.zeros_like, ["model.diffusion_model.input_blocks.1.1.proj_out.weight"], None, ""),
+        (torch.zeros_like, ["model.diffusion_model.input_blocks.1.0.out_layers.3.weight"], None, ""),
+    ],
+)
+def test_tensors_of_zeros_or_without_finite_values_are_counted_and_named(
+    tiny, tmp_path, how, names, kind, words
+):
+    path = tiny.save(tmp_path, changed(tiny.tensors, how, names))
+    problem = inspect(path, config=tiny.config).problem
+    assert (problem is None) if kind is None else (type(problem) is kind and words in str(problem))
+    assert inspect(path, config=tiny.config, check_values=False).problem is None
+
+
+def test_a_sparse_tail_is_a_download_that_stopped(tiny, config, tmp_path):
+    """As aria2 and torrents leave it: the size is right, the second half is a hole."""
+    path = tiny.save(tmp_path, tiny.tensors)
+    size = path.stat().st_size
+    os.truncate(path, size // 2)
+    os.truncate(path, size)
+    with pytest.raises(
+        FormatError, match="are all zeros .*download that stopped; get the file again"
+    ) as caught:
+        script.main([str(path), "--config", str(config)])
+    assert caught.value.exit_code == 3 and len(str(caught.value)) <= 400
+
+
+def test_other_families_are_looked_at_too(tmp_path):
+    save_safetensors(
+        tmp_path / "a.safetensors", {"lora_unet_a.lora_down.weight": torch.full((2, 3), torch.nan)}
+    )
+    summary = inspect(tmp_path / "a.safetensors")
+    assert "is a LoRA" in str(summary.problem) and "hold values that are not finite" in str(summary)
+
+
+def test_a_fresh_model_of_compvis_is_not_called_damaged(tmp_path):
+    """Every tensor that its constructors leave at zero is known, in the UNet as in the VAE and the text encoder."""
+    from tiny import tiny_config
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+    settings = tiny_config()
+    settings["model"]["params"]["unet_config"]["params"]["model_channels"] = 64
+    model = LatentDiffusion(**settings["model"]["params"])
+    zeros = [n for n, p in model.named_parameters() if p.dim() > 1 and not p.any()]
+    assert len(zeros) > 10
+    save_safetensors(tmp_path / "a.safetensors", {n: v.contiguous() for n, v in model.state_dict().items()})
+    assert inspect(tmp_path / "a.safetensors", config=settings).problem is None
+
+
+def test_keys_can_be_left_out_on_the_command_line(tiny, config, tmp_path, capsys):
+    path = tiny.save(
+        tmp_path, {**tiny.tensors, "extra.a": torch.ones(2), "extra.b": torch.ones(2), "x": torch.ones(2)}
+    )
+    with pytest.raises(MismatchError, match="1 of the file's 371 not expected .'x'.*--ignore-keys"):
+        script.main([str(path), "--config", str(config), "--ignore-keys", "extra.*"])
+    words = ["--ignore-keys", "extra.*", "--ignore-keys", "x", "--ignore-keys", "nothing"]
+    assert script.main([str(path), "--config", str(config), *words]) == 0
+    out = capsys.readouterr().out
+    assert "3 ignored: left out by ignore" in out and "ignore 'nothing' fits no tensor of the file" in out
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,14 @@ from make_synthetic import make_tensors, tiny_config
 from ldm.checkpoints import load_latent_diffusion, load_vae, read_tensors
 from ldm.checkpoints.families import family_of
 from ldm.checkpoints.names import EMA, TEXT, UNET, VAE, ema_name
-from ldm.errors import MismatchError, NumericError, ResourceError, UnsafeFileError, UsageError
+from ldm.errors import (
+    MismatchError,
+    NumericError,
+    ResourceError,
+    UnsafeFileError,
+    UsageError,
+    is_out_of_memory,
+)
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.process.schedule import SCHEDULE_BUFFERS
 
@@ -394,6 +401,100 @@ def test_averages_stay_float32_in_a_half_model(tiny, tmp_path, ema_tensors):
     assert state[PARAMETER].dtype == torch.float16 and state[ema_name(PARAMETER)].dtype == torch.float32
 
 
+def partly(tensors, keep_plain=1.0, keep_average=1.0):
+    """Keep only the first share of the UNet's plain weights and of its averages."""
+    plain = [name for name in tensors if name.startswith(UNET)]
+    average = [name for name in tensors if name.startswith(f"{EMA}diffusion_model")]
+    dropped = {*plain[int(keep_plain * len(plain)) :], *average[int(keep_average * len(average)) :]}
+    return {name: value for name, value in tensors.items() if name not in dropped}
+
+
+INCOMPLETE = (
+    r"holds 104 of 208 tensors of its moving average \(model_ema\.\*\), without 'model_ema\.diffusion_model"
+)
+# (share of plain weights, share of averages, does the model keep one, use_ema) -> factor of the weights, or the error
+AVERAGES = {
+    "half an average, asked for": (1, 0.5, False, True, INCOMPLETE + ".*use_ema=False"),
+    "half an average, asked for, kept": (1, 0.5, True, True, INCOMPLETE),
+    "half an average, kept by the model": (1, 0.5, True, None, INCOMPLETE),
+    "half an average, not needed": (1, 0.5, False, None, 1.0),
+    "half an average, not wanted": (1, 0.5, True, False, 1.0),
+    "only an average": (0, 1, False, None, 0.5),
+    "only an average, asked for": (0, 1, False, True, 0.5),
+    "only an average, kept": (0, 1, True, None, 0.5),
+    "only an average, kept and asked for": (0, 1, True, True, 0.5),
+    "only an average, not wanted": (0, 1, False, False, "as a moving average only .*use_ema=True"),
+    "only an average, kept, not wanted": (0, 1, True, False, "as a moving average only .*use_ema=True"),
+    "only half an average": (0, 0.5, False, None, INCOMPLETE + ".*get the file again"),
+    "only half an average, asked for": (0, 0.5, False, True, INCOMPLETE),
+    "half of the plain weights": (0.5, 1, False, None, "104 of the model's .* missing"),
+    "half of the plain weights, the average asked for": (0.5, 1, False, True, 0.5),
+    "neither": (0, 0, False, None, "a VAE and a text encoder without a UNet"),
+}
+
+
+@pytest.mark.parametrize("case", AVERAGES)
+def test_no_weights_are_mixed_of_an_average_and_plain_ones(tiny, tmp_path, ema_tensors, case):
+    keep_plain, keep_average, keeps, use_ema, wanted = AVERAGES[case]
+    path = tiny.save(tmp_path, partly(ema_tensors, keep_plain, keep_average))
+    config = with_ema(tiny.config) if keeps else tiny.config
+    if isinstance(wanted, str):
+        with pytest.raises(MismatchError, match=wanted) as caught:
+            load_latent_diffusion(path, config=config, use_ema=use_ema)
+        assert len(str(caught.value)) <= 400
+        return
+    model, report = load_latent_diffusion(path, config=config, use_ema=use_ema)
+    state = model.state_dict()
+    for name, value in tiny.tensors.items():
+        factor = wanted if name.startswith(UNET) else 1.0
+        assert torch.equal(state[name], value * factor), name
+    if keep_plain == 0:
+        assert "the UNet is in the file as a moving average only, which was loaded" in report.notes
+    if keeps:
+        with model.ema_scope():
+            assert torch.equal(model.state_dict()[PARAMETER], tiny.tensors[PARAMETER] * wanted)
+
+
+def vae_average(tiny, share=1.0, prefix=VAE):
+    """The VAE as LitEma names its average: half as large."""
+    own = [name.removeprefix(VAE) for name in tiny.tensors if name.startswith(VAE)]
+    return {
+        f"{prefix}model_ema.{name.replace('.', '')}": tiny.tensors[VAE + name] * 0.5
+        for name in own[: int(share * len(own))]
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", VAE])
+def test_a_vae_that_is_only_an_average_is_loaded_and_said(tiny, tmp_path, prefix):
+    key = f"{VAE}decoder.conv_in.weight"
+    rest = {} if prefix == "" else {n: v for n, v in tiny.tensors.items() if not n.startswith(VAE)}
+    path = tiny.save(tmp_path, {**rest, **vae_average(tiny, prefix=prefix)})
+    model, report = load_latent_diffusion(tiny.path if prefix == "" else path, config=tiny.config)
+    report = load_vae(model, path) if prefix == "" else report
+    assert torch.equal(model.state_dict()[key], tiny.tensors[key] * 0.5)
+    assert "the VAE is in the file as a moving average only, which was loaded" in report.notes
+
+
+@pytest.mark.parametrize("prefix", ["", VAE])
+def test_half_a_vaes_average_is_refused_where_it_is_all_there_is(tiny, tmp_path, prefix):
+    rest = {} if prefix == "" else {n: v for n, v in tiny.tensors.items() if not n.startswith(VAE)}
+    path = tiny.save(tmp_path, {**rest, **vae_average(tiny, 0.5, prefix)})
+    with pytest.raises(MismatchError, match="holds 62 of 124 tensors of its VAE's moving average"):
+        if prefix:
+            load_latent_diffusion(path, config=tiny.config)
+        else:
+            load_latent_diffusion(tiny.path, config=tiny.config, vae=path)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_vaes_average_beside_its_weights_is_left_out(tiny, tmp_path, share):
+    path = tiny.save(tmp_path, {**tiny.tensors, **vae_average(tiny, share)})
+    model, report = load_latent_diffusion(path, config=tiny.config)
+    assert set(report.ignored.values()) == {"a moving average of the VAE"}
+    key = f"{VAE}decoder.conv_in.weight"
+    assert torch.equal(model.state_dict()[key], tiny.tensors[key])
+
+
 # --- dtypes, values, devices, memory ---------------------------------------------------------------------------------
 
 
@@ -456,17 +557,70 @@ def test_an_unknown_dtype_or_device_is_refused(tiny):
         load_latent_diffusion(tiny.path, config=tiny.config, device="gpu")
 
 
+# As each library says it.
+NO_MEMORY = [
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    ),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:116] . DefaultCPUAllocator: not enough memory: you tried to allocate"
+    ),
+    RuntimeError("could not create a primitive"),
+    RuntimeError("could not create a memory object"),
+    RuntimeError("std::bad_alloc"),
+    RuntimeError("bad allocation: std::bad_alloc"),
+    RuntimeError("unable to mmap 4265146304 bytes from file: Cannot allocate memory (12)"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+    RuntimeError("HIP error: hipErrorOutOfMemory"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    OSError(12, "Cannot allocate memory"),
+    OSError("The paging file is too small for this operation to complete. (os error 1455)"),
+    MemoryError(),
+]
+SOMETHING_ELSE = [
+    RuntimeError("could not create a primitive descriptor for a convolution"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    RuntimeError("memory format option is only supported by strided tensors"),
+    OSError(28, "No space left on device"),
+    ValueError("out of memory"),
+    ResourceError("said already: out of memory"),
+    KeyError("out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=str)
+def test_every_library_s_word_for_too_little_memory_is_known(error):
+    assert is_out_of_memory(error)
+
+
 def test_too_little_memory_is_said_with_sizes(tiny, monkeypatch):
     """C13."""
 
     def no_memory(*args, **kwargs):
-        raise RuntimeError(
-            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ..."
-        )
+        raise RuntimeError("could not create a primitive")
 
     monkeypatch.setattr("ldm.checkpoints.safe.SafetensorsWeights.read", no_memory)
     with pytest.raises(ResourceError, match=r"the model takes 0\.01 GiB in float32; load it as float16"):
         load_latent_diffusion(tiny.path, config=tiny.config, disable_mmap=True)
+
+
+def test_too_little_memory_to_build_or_open_is_said_too(tiny, monkeypatch):
+    def no_memory(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("ldm.checkpoints.build.build_empty", no_memory)
+    with pytest.raises(
+        ResourceError, match="not enough memory to load '.*tiny.safetensors'; load it as float16"
+    ):
+        load_latent_diffusion(tiny.path, config=tiny.config)
+
+
+@pytest.mark.parametrize("error", SOMETHING_ELSE, ids=str)
+def test_other_errors_are_no_lack_of_memory(error):
+    assert not is_out_of_memory(error)
 
 
 def test_loading_says_what_it_did_in_the_log(tiny, caplog):

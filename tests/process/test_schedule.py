@@ -4,10 +4,18 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ldm.errors import UsageError
-from ldm.process.schedule import SCHEDULES, NoiseSchedule, betas_for_alpha_bar, named_betas
+from ldm.process.schedule import (
+    LEAST_SIGNAL,
+    SCHEDULES,
+    NoiseSchedule,
+    betas_for_alpha_bar,
+    named_betas,
+    zero_terminal_snr,
+)
 
 V1 = {"linear_start": 0.00085, "linear_end": 0.012}
 
@@ -103,3 +111,47 @@ def test_betas_of_a_wrong_shape_are_refused():
         NoiseSchedule.from_betas(np.zeros((2, 3)))
     with pytest.raises(UsageError, match=r"got shape \(0,\)"):
         NoiseSchedule.from_betas(np.zeros(0))
+
+
+# --- zero terminal SNR ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "options"), [("linear", V1), ("sqrt_linear", {}), ("cosine", {})])
+def test_a_rescaled_schedule_ends_without_signal_and_begins_as_before(name, options):
+    betas = named_betas(name, 37, **options)
+    before = NoiseSchedule.from_betas(betas)
+    after = NoiseSchedule.from_betas(zero_terminal_snr(betas), last_is_one=True)
+    assert after.alpha_bar[-1] == 0 and after.betas[-1] == 1 and after.sigma[-1] == np.inf
+    assert after.alpha_bar[0] == pytest.approx(before.alpha_bar[0], abs=1e-15)
+    assert (np.diff(after.alpha_bar) < 0).all() and (after.alpha_bar[1:] < before.alpha_bar[1:]).all()
+    # The roots keep their shape: a straight line takes one to the other.
+    old, new = np.sqrt(before.alpha_bar), np.sqrt(after.alpha_bar)
+    slope = new[0] / (old[0] - old[-1])
+    np.testing.assert_allclose(new, slope * (old - old[-1]), rtol=0, atol=1e-12)
+
+
+def test_rescaling_agrees_with_diffusers():
+    ddim = pytest.importorskip("diffusers.schedulers.scheduling_ddim")
+    betas = named_betas("linear", 1000, **V1)
+    theirs = ddim.rescale_zero_terminal_snr(torch.from_numpy(betas.copy())).numpy()
+    np.testing.assert_allclose(zero_terminal_snr(betas), theirs, rtol=0, atol=1e-13)
+
+
+def test_what_divides_by_the_signal_keeps_a_little():
+    betas = zero_terminal_snr(named_betas("linear", 1000, **V1), LEAST_SIGNAL)
+    schedule = NoiseSchedule.from_betas(betas)
+    assert (
+        schedule.alpha_bar[-1] == pytest.approx(2**-24, rel=1e-9) and (np.diff(schedule.alpha_bar) < 0).all()
+    )
+
+
+@pytest.mark.parametrize("betas", [[0.1], [0.0, 0.0, 0.0]])
+def test_a_schedule_without_growing_noise_cannot_be_rescaled(betas):
+    with pytest.raises(UsageError, match="needs at least 2 levels and growing noise"):
+        zero_terminal_snr(np.array(betas))
+
+
+def test_a_beta_of_one_is_for_the_last_level_only():
+    for betas in ([0.1, 1.0], [1.0, 0.1], [1.0, 1.0]):
+        with pytest.raises(UsageError, match=r"betas must lie in \[0, 1\)"):
+            NoiseSchedule.from_betas(np.array(betas), last_is_one=betas != [0.1, 1.0])

@@ -38,6 +38,7 @@ def raiser(error):
         (KeyboardInterrupt(), 130, "interrupted; finished images"),
         (MemoryError("big"), 6, "out of memory: big"),
         (RuntimeError("CUDA out of memory. Tried"), 6, "smaller size or batch"),
+        (RuntimeError("could not create a primitive"), 6, "smaller size or batch"),
         (OSError(28, "No space left on device"), 7, "cannot write"),
         (FileNotFoundError(2, "No such file", "x.png"), 9, "not found"),
         (

@@ -394,7 +394,7 @@ BAD = [
     ("txt2img", ["--outdir", "/proc/x"], 7, "cannot write to folder '/proc/x'"),
     ("txt2img", ["--ckpt", "none.ckpt"], 9, "none.ckpt"),
     ("txt2img", ["--ckpt", "empty.txt"], 3, "empty.txt"),
-    ("txt2img", ["--config", "none.yaml"], 9, "--config 'none.yaml' does not exist"),
+    ("txt2img", ["--config", "none.yaml"], 9, "configuration 'none.yaml' does not exist"),
     ("txt2img", ["--laion400m"], 9, "txt2img-1p4B-eval.yaml' does not exist"),
     ("txt2img", ["--ddim_stepz", "5"], 2, "did you mean '--ddim_steps'?"),
     ("txt2img", ["red", "circle"], 2, "unexpected word"),

@@ -583,16 +583,45 @@ def test_an_exported_run_loads_with_an_account_of_every_tensor(tmp_path, diffusi
 
     folder, made = diffusion_run
     export_run(folder, tmp_path / "a.safetensors", dtype=torch.float32)
-    config = OmegaConf.to_container(made.options.config.model)
-    del config["params"]["first_stage_config"]["params"]["ckpt_path"]
-    config["params"]["use_ema"] = False
-    loaded, report = load_latent_diffusion(tmp_path / "a.safetensors", config={"model": config})
+    loaded, report = load_latent_diffusion(tmp_path / "a.safetensors")
+    assert not loaded.use_ema and any("a.yaml', found beside the file" in note for note in report.notes)
     with made.model.ema_scope():
         for (name, mine), (_, theirs) in zip(
             made.model.model.named_parameters(), loaded.model.named_parameters(), strict=True
         ):
             assert torch.equal(mine, theirs), name
     assert torch.equal(loaded.scale_factor, made.model.scale_factor)
+
+
+def test_an_export_writes_its_configuration_for_use_and_over_nothing_else(
+    tmp_path, diffusion_run, monkeypatch
+):
+    from ldm.training.export import MARK, export_run, settings_for_use
+
+    folder, _ = diffusion_run
+    path, beside = tmp_path / "a.safetensors", tmp_path / "a.yaml"
+    export_run(folder, path)
+    text = beside.read_text()
+    assert text.startswith(MARK) and text == (folder / "weights.yaml").read_text()
+    params = OmegaConf.to_container(OmegaConf.load(beside))["model"]["params"]
+    assert params["use_ema"] is False and "scheduler_config" not in params
+    assert "ckpt_path" not in params["first_stage_config"]["params"]
+    export_run(folder, path)  # over its own
+    beside.write_text("model: {}")
+    path.unlink()
+    with pytest.raises(OutputError, match="a.yaml' is there and not of an export"):
+        export_run(folder, path)
+    assert beside.read_text() == "model: {}" and not path.exists()
+
+    # A text encoder of one's own is named from the weights' folder; one that ships by its own name.
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for version, written in (("mine", "../mine"), ("model_data/shapes/text", "model_data/shapes/text")):
+        config = diffusion()
+        config["model"]["params"]["cond_stage_config"]["params"] = {"version": version}
+        made = settings_for_use(config, tmp_path / "out")["model"]["params"]
+        assert made["cond_stage_config"]["params"]["version"] == written
 
 
 def test_the_scale_factor_is_measured_on_the_first_batch(diffusion_run):

@@ -27,7 +27,8 @@ from ldm.modules.diffusionmodules.util import (
     make_ddim_sampling_parameters,
     make_ddim_timesteps,
 )
-from ldm.process.spacing import check_steps, exact_levels
+from ldm.process.schedule import LEAST_SIGNAL
+from ldm.process.spacing import EXACT_METHODS, check_steps, exact_levels
 from ldm.process.steps import ddim_inverse_step
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ class TableSampler:
             ddim_num_steps: 1 to the model's number of levels.
             ddim_discretize: "uniform" has exactly ddim_num_steps levels: the original's own wherever their
                 number divides the model's, and an even spread where the original gave another count or
-                failed. "compvis" has the original's uniform list, "quad" its quadratic one.
+                failed. "compvis" has the original's uniform list, "quad" its quadratic one; "trailing", "leading"
+                and "linspace" are diffusers'. For a model whose last level has no signal take "trailing".
             ddim_eta: 0 = deterministic, 1 = DDPM's variance.
 
         Raises:
@@ -87,14 +89,22 @@ class TableSampler:
         check_eta(self.sampler, ddim_eta)
         num_train = self.ddpm_num_timesteps
         steps = check_steps(ddim_num_steps, num_train, name="the number of DDIM steps")
-        if ddim_discretize == "uniform":
-            self.ddim_timesteps = exact_levels("uniform", steps, num_train)
+        if ddim_discretize in EXACT_METHODS and ddim_discretize != "quad":
+            self.ddim_timesteps = exact_levels(ddim_discretize, steps, num_train)
         elif ddim_discretize in ("compvis", "quad"):
             method = "uniform" if ddim_discretize == "compvis" else "quad"
             levels = make_ddim_timesteps(method, steps, num_train, verbose=verbose)
             self.ddim_timesteps = check_levels(levels, num_train)
         else:
-            raise UsageError(f"ddim_discretize must be uniform, quad or compvis; got {ddim_discretize!r}")
+            known = ", ".join((*EXACT_METHODS, "compvis"))
+            raise UsageError(f"ddim_discretize must be one of {known}; got {ddim_discretize!r}")
+        if self.ddim_timesteps[-1] < num_train - 1 and float(self.model.alphas_cumprod[-1]) <= LEAST_SIGNAL:
+            logger.warning(
+                "the model's last level has no signal and is where pure noise belongs, but '%s' begins at %d; take "
+                "ddim_discretize='trailing'",
+                ddim_discretize,
+                self.ddim_timesteps[-1],
+            )
 
         alpha_bar = self.model.alphas_cumprod.detach().float().cpu()
         alpha_bar_prev = self.model.alphas_cumprod_prev.detach().float().cpu()

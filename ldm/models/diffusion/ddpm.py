@@ -26,7 +26,7 @@ from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_sch
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
 from ldm.modules.ema import LitEma
 from ldm.process import gaussian, prediction
-from ldm.process.schedule import SCHEDULE_BUFFERS, NoiseSchedule
+from ldm.process.schedule import LEAST_SIGNAL, SCHEDULE_BUFFERS, NoiseSchedule, zero_terminal_snr
 from ldm.process.tiling import Tiling
 from ldm.util import count_params, default, instantiate_from_config, mean_flat
 
@@ -131,6 +131,8 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         unet_config: of the network, for DiffusionWrapper.
         timesteps, beta_schedule, linear_start, linear_end, cosine_s, given_betas: the noise schedule
             (ldm.process.schedule); given_betas, (timesteps,), replaces the named one.
+        rescale_betas_zero_snr: rescale the schedule so that the last level has no signal (arXiv:2305.08891). A
+            network that predicts eps says nothing there, so that it keeps a 2^24th, as in diffusers.
         loss_type: "l1" or "l2".
         ckpt_path, ignore_keys, load_only_unet: a file to load at once, beginnings of keys to leave out, and
             whether only the network's tensors are wanted.
@@ -189,6 +191,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         ucg_training: Mapping[str, Mapping[str, Any]] | None = None,
         reset_ema: bool = False,
         reset_num_ema_updates: bool = False,
+        rescale_betas_zero_snr: bool = False,
     ):
         super().__init__()
         prediction.check_prediction(parameterization)
@@ -199,6 +202,11 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
                 "use_positional_encodings has no implementation, in the original neither; leave it out"
             )
         self.parameterization = parameterization
+        if not isinstance(rescale_betas_zero_snr, bool):
+            raise UsageError(
+                f"rescale_betas_zero_snr should be true or false, got {rescale_betas_zero_snr!r}"
+            )
+        self.rescale_betas_zero_snr = rescale_betas_zero_snr
         self.cond_stage_model: nn.Module | None = None
         self.clip_denoised = clip_denoised
         self.log_every_t = log_every_t
@@ -265,7 +273,12 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
             given_betas = make_beta_schedule(
                 beta_schedule, timesteps, linear_start=linear_start, linear_end=linear_end, cosine_s=cosine_s
             )
-        schedule = NoiseSchedule.from_betas(np.asarray(given_betas, dtype=np.float64))
+        if self.rescale_betas_zero_snr:
+            last = LEAST_SIGNAL if self.parameterization == "eps" else 0.0
+            given_betas = zero_terminal_snr(np.asarray(given_betas, dtype=np.float64), last)
+        schedule = NoiseSchedule.from_betas(
+            np.asarray(given_betas, dtype=np.float64), last_is_one=self.rescale_betas_zero_snr
+        )
         self.num_timesteps = schedule.num_steps
         self.linear_start = linear_start
         self.linear_end = linear_end
@@ -537,7 +550,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         )
         with torch.no_grad():
             for name in report.assigned:
-                wanted[name].copy_(tensors[name])
+                wanted[name].copy_(tensors[name].reshape(wanted[name].shape))
         if self.use_ema and not averages_given:
             self.model_ema.copy_from(self.model)
         logger.info("%s", report.summary())

@@ -25,6 +25,7 @@ from ldm.errors import UsageError
 from ldm.process.gaussian import q_sample
 from ldm.process.guidance import first_tensor, guide, join, rescale
 from ldm.process.prediction import to_eps, to_x0
+from ldm.process.schedule import LEAST_SIGNAL
 from ldm.process.spacing import check_steps, compvis_levels, continuous_levels, exact_levels
 from ldm.process.steps import (
     SOLVER_TYPES,
@@ -269,7 +270,8 @@ class NoisySampler(Sampler):
 class DDIM(NoisySampler):
     """DDIM (arXiv:2010.02502), eta from 0 (deterministic) to 1 (DDPM's variance).
 
-    The last step goes to the model's level 0, not to the clean end, as CompVis's does.
+    The last step goes to the model's level 0, not to the clean end, as CompVis's does. A model whose last level has no
+    signal is begun there ("trailing"), for pure noise is what that level was trained on, and no other.
     """
 
     name = "ddim"
@@ -280,7 +282,8 @@ class DDIM(NoisySampler):
     def plan(
         cls, alpha_bar: np.ndarray, steps: int, *, eta: float = 0.0, spacing: str | None = None
     ) -> list[Level]:
-        levels = choose_levels(spacing or cls.spacing, steps, len(alpha_bar))
+        own = "trailing" if alpha_bar[-1] <= LEAST_SIGNAL else cls.spacing
+        levels = choose_levels(spacing or own, steps, len(alpha_bar))
         return make_plan(levels, alpha_bar[levels], alpha_bar[0], eta)
 
     @classmethod
@@ -312,7 +315,8 @@ class DDIM(NoisySampler):
 class PLMS(DDIM):
     """Pseudo linear multistep (arXiv:2202.09778) over DDIM's levels and transfer, as CompVis has it.
 
-    The first step averages the noise at both its ends, so a run of S steps asks the network S + 1 times.
+    The first step averages the noise at both its ends, so a run of S steps asks the network S + 1 times. From a level
+    without signal it is DDIM's.
 
     Attributes:
         old_eps: the last three raw predictions, oldest first.
@@ -332,6 +336,9 @@ class PLMS(DDIM):
         eps, pred_x0 = self.denoise(x, level.t, level.alpha_bar)
         if self.old_eps:
             mean = plms_eps(eps, self.old_eps)
+        elif level.alpha_bar == 0:  # no average of noise tells a picture there, but the network has told one
+            self.old_eps = [eps]
+            return self.move(x, eps, self.quantize(pred_x0), level)
         else:
             guess, _ = self.move(x, eps, self.quantize(pred_x0), level)
             # Below the lowest level there is none to tell the network; the original tells it the lowest again.
@@ -387,7 +394,8 @@ class DDPM(NoisySampler):
 class DPMSolver(Sampler):
     """DPM-Solver, multistep, between levels: CompVis's --dpm_solver.
 
-    Levels divide the whole range, so the network is told fractions: 999, 949.05, ... for 20 steps.
+    Levels divide the whole range, so the network is told fractions: 999, 949.05, ... for 20 steps. A level without
+    signal counts as one with a 2^24th, as in diffusers: its log-SNR would be infinite.
 
     Options:
         predict_x0: extrapolate the clean sample (DPM-Solver++, arXiv:2211.01095; CompVis's choice) or the
@@ -419,7 +427,7 @@ class DPMSolver(Sampler):
     def plan(
         cls, alpha_bar: np.ndarray, steps: int, *, eta: float = 0.0, spacing: str | None = None
     ) -> list[Level]:
-        t, alpha_bar = continuous_levels(spacing or cls.spacing, steps, alpha_bar)
+        t, alpha_bar = continuous_levels(spacing or cls.spacing, steps, np.maximum(alpha_bar, LEAST_SIGNAL))
         return make_plan(t[1:], alpha_bar[1:], alpha_bar[0], eta)
 
     def step(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
@@ -469,7 +477,7 @@ class DPMSolverPP2M(DPMSolver):
             ]  # level 0 is where the last step would start
         else:
             levels = choose_levels(spacing, steps, train)
-        return make_plan(levels, alpha_bar[levels], 1.0, eta)
+        return make_plan(levels, np.maximum(alpha_bar[levels], LEAST_SIGNAL), 1.0, eta)
 
     def order_at(self, level: Level) -> int:
         return 1 if level.index == 0 else super().order_at(level)
