@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import names
-from ldm.checkpoints.account import LoadReport, shown
+from ldm.checkpoints.account import LoadReport, first_few, shown
 from ldm.checkpoints.build import collector_paused, follow_hub, open_file, pair_file
 from ldm.checkpoints.files import Weights, require_float
 from ldm.checkpoints.folders import FolderWeights
@@ -27,6 +28,14 @@ logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Relative difference that storing the schedule in these dtypes explains.
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+# Smaller ones may be all zeros by chance or by design.
+MANY_VALUES = 1024
+# What CompVis's networks set to zero before training, and what is the zero half of a LoRA or ControlNet.
+STARTS_AT_ZERO = re.compile(
+    r"(^|[./])(out\.2|conv_out|zero_convs\.\d+\.0|middle_block_out\.0|input_hint_block\.14|controlnet_\w+\.\w+)\.weight$"
+    r"|\.(proj_out|out_layers\.3|conv2)\.weight$|lora_?(up|B)\b|\.hada_|\.lokr_|^model_ema\."
+)
 
 
 @collector_paused()
@@ -167,6 +176,19 @@ def is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
+def is_empty(name: str, values: Tensor) -> bool:
+    """Tell whether a weight is all zeros where a trained network has none, as a download that stopped leaves it."""
+    if values.dim() < 2 or values.numel() < MANY_VALUES or STARTS_AT_ZERO.search(name):
+        return False
+    values = values.detach().contiguous().view(torch.uint8).reshape(-1)
+    return not values[:MANY_VALUES].any() and not values.any()  # few are looked at more than briefly
+
+
+def all_zeros(empty: list[str], count: int) -> str:
+    """Say which weights are empty, of how many."""
+    return f"{len(empty)} of {count} tensors are all zeros ({first_few(empty)}), as after a download that stopped"
+
+
 def _computable(values: Tensor) -> Tensor:
     """Widen values in 8 bits, for which torch has no arithmetic."""
     return values.float() if values.dtype.itemsize == 1 else values
@@ -223,10 +245,12 @@ def fill(
     lent: dict[str, Tensor] = {}
     if device.type == "cpu" and not disable_mmap:
         lent = {name: values for name in wanted if (values := source.lend(name)) is not None}
+    empty: list[str] = []
     # One after the other, for between two checks that are apart the threads go to sleep.
     for name, values in lent.items():
         if wanted[name].is_floating_point:
             check_finite(source.path, name, values, wanted[name])
+            empty += [name] * is_empty(name, values)
     # What is copied once more anyway is read into the same memory over and over: fresh pages cost more than bytes.
     passing = {
         name
@@ -242,11 +266,15 @@ def fill(
             values = source.read(name, scratch if name in passing else None).to(device)
             if wanted[name].is_floating_point:
                 check_finite(source.path, name, values, wanted[name])
+                empty += [name] * is_empty(name, values)
         if target in report.scales:
             values = _scaled(values, source.read(report.scales[target]).to(device), source.path, name)
             check_finite(source.path, name, values, wanted[name])
         # On the device before the cast: fewer bytes travel, and an accelerator casts faster.
         state[prefix + target] = values.to(wanted[name]).reshape(own[prefix + target].shape)
+    if empty:
+        report.notes.append(f"{all_zeros(empty, len(wanted))}; get the file again if it was trained")
+        logger.warning("'%s': %s", report.path, report.notes[-1])
 
 
 def _scaled(values: Tensor, scale: Tensor, path: str, name: str) -> Tensor:
@@ -270,6 +298,8 @@ def _check_tables(model: nn.Module, report: LoadReport, source: Weights) -> None
         ours = own[name] if name in own else getattr(model, name, None)
         theirs = source.read(name)
         if ours is None:
+            continue
+        if theirs.dtype.itemsize == 1:  # 8 bits say too little of a schedule to hold it against another
             continue
         ours = torch.as_tensor(ours, dtype=torch.float64)
         if ours.numel() != theirs.numel():

@@ -2,34 +2,24 @@
 
 import contextlib
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ldm.checkpoints import families, names
 from ldm.checkpoints.account import LoadReport, TensorInfo, first_few, shown
 from ldm.checkpoints.build import follow_hub, open_file, pair_file
 from ldm.checkpoints.files import Weights
 from ldm.checkpoints.folders import FolderWeights, is_diffusers_folder
-from ldm.checkpoints.load import is_finite
+from ldm.checkpoints.load import all_zeros, is_empty, is_finite
 from ldm.checkpoints.pair import check_patterns, without
 from ldm.errors import FormatError, LdmError, MismatchError, NumericError
 
 FOLDER_PARTS = {"UNet": "unet/", "VAE": "vae/"}  # diffusers' names, in a folder or a file
 REST = "other"
 VAE_FAMILIES = ("VAE", "VAE (diffusers)")
-# Smaller ones may be all zeros by chance or by design.
-MANY_VALUES = 1024
-# What CompVis's networks set to zero before training, and what is the zero half of a LoRA or ControlNet.
-STARTS_AT_ZERO = re.compile(
-    r"(^|[./])(out\.2|conv_out|zero_convs\.\d+\.0|middle_block_out\.0|input_hint_block\.14|controlnet_\w+\.\w+)\.weight$"
-    r"|\.(proj_out|out_layers\.3|conv2)\.weight$|lora_?(up|B)\b|_ema\.|\.hada_|\.lokr_|^model_ema\."
-)
 
 
 @dataclass
@@ -163,10 +153,9 @@ def _damage(source: Weights, infos: Mapping[str, TensorInfo], path: str) -> LdmE
         values = source.read(name)
         if not is_finite(values):
             broken.append(name)
-        elif len(info.shape) > 1 and info.numel >= MANY_VALUES and not STARTS_AT_ZERO.search(name):
-            if not values.view(torch.uint8).any():
-                empty.append(name)
-    zeros = f"{len(empty)} of {count} tensors are all zeros ({first_few(empty)}), as after a download that stopped"
+        elif is_empty(name, values):
+            empty.append(name)
+    zeros = all_zeros(empty, count)
     if broken:
         return NumericError(
             f"'{path}' is damaged: {len(broken)} of {count} tensors hold values that are not finite "

@@ -623,6 +623,21 @@ def test_other_errors_are_no_lack_of_memory(error):
     assert not is_out_of_memory(error)
 
 
+def test_weights_of_zeros_are_said(tiny, tmp_path, caplog):
+    """A download that stopped paints grey; a fresh network's zero layers are no reason for a word."""
+    keys = [f"{VAE}decoder.conv_in.weight", f"{UNET}out.2.weight", f"{UNET}out.2.bias"]
+    path = tiny.save(tmp_path, {n: torch.zeros_like(v) if n in keys else v for n, v in tiny.tensors.items()})
+    for disable_mmap in (False, True):
+        caplog.clear()
+        _, report = load_latent_diffusion(path, config=tiny.config, disable_mmap=disable_mmap)
+        assert (
+            f"1 of 368 tensors are all zeros ('{keys[0]}')" in report.notes[-1]
+            and report.notes[-1] in caplog.text
+        )
+    load_latent_diffusion(tiny.path, config=tiny.config)
+    assert caplog.text.count("all zeros") == 1
+
+
 def test_loading_says_what_it_did_in_the_log(tiny, caplog):
     with caplog.at_level(logging.INFO, logger="ldm.checkpoints"):
         _, report = load_latent_diffusion(tiny.path, config=tiny.config)
