@@ -71,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
         from ldm.training.export import export_run
 
         metadata = export_run(folder, Path(options.export), ema_rate=options.ema_rate)
-        cli.say(f"{options.export}: weights of step {metadata['global_step']} of {folder}")
+        beside = Path(options.export).with_suffix(".yaml")
+        also = f", their configuration in {beside}" if beside.is_file() else ""
+        cli.say(f"{options.export}: weights of step {metadata['global_step']} of {folder}{also}")
         return 0
     if not files:
         saved = folder / "configs" / "project.yaml"

@@ -123,7 +123,7 @@ def test_ddim_beside_diffusers(steps):
         torch.testing.assert_close(step.x_t, x, rtol=0, atol=2e-5 * (1 + x.abs().max().item()))
 
 
-@pytest.mark.parametrize("steps", [2, 3, 7, 10, 20, 50, 999])
+@pytest.mark.parametrize("steps", [2, 5, 6, 8, 30])  # at most of these the root is of less than 0
 def test_the_first_step_at_eta_one_is_all_fresh_noise(steps):
     """From no signal the posterior forgets x_T: DDPM's draw at the next level."""
     model = rescale(Wavy("v"))

@@ -436,6 +436,30 @@ def test_a_config_needs_its_weights(home, end):
     assert code == 2 and err == "ldm: error: --config a.yaml needs --ckpt, the file with the weights\n"
 
 
+def test_keys_to_leave_out_need_weights_to_leave_them_out_of(home, end):
+    code, _, err = end("txt2img", "--ignore-keys", "loss.*")
+    assert code == 2 and "--ignore-keys ['loss.*'] needs --ckpt" in err
+
+
+def test_a_yaml_beside_the_weights_is_enough_and_foreign_keys_can_be_left_out(home, end):
+    from ldm.checkpoints import read_tensors, save_safetensors
+
+    checkpoint, _ = write_tiny(home)
+    tensors, _ = read_tensors(checkpoint)
+    save_safetensors(
+        checkpoint, {**tensors, "a.b": tensors["logvar"], "a.c": tensors["logvar"], "d": tensors["logvar"]}
+    )
+    words = ["txt2img", "--ckpt", checkpoint, "--prompt", "x", "--steps", 1, "--outdir", "o", "--skip_grid"]
+    code, _, err = end(*words, "--ignore-keys", "a.")
+    assert (
+        code == 5
+        and "1 of the file's" in err
+        and "('d'); leave it out with ignore= (--ignore-keys PATTERN)" in err
+    )
+    code, _, err = end(*words, "--ignore-keys", "a.", "--ignore_keys", "d")
+    assert (code, err) == (0, "") and files("o") == ["samples/00000.png"]
+
+
 def test_nan_from_a_model_file_ends_with_8_and_no_picture(home, end):
     """Weights that are finite but overflow to NaN; NaN weights are refused when the file is read."""
     checkpoint, config = write_tiny(home, poison="model.diffusion_model.out.2.bias")
