@@ -140,11 +140,14 @@ _REMAINS = {
         PROFILED: r"(.*\.)?total_(ops|params)",
     }.items()
 }
+_ANY_REMAINS = re.compile("|".join(pattern.pattern for pattern in _REMAINS))
 
 
 def why_unused(name: str) -> str | None:
     """Say why a tensor with this canonical name is of no use to a model; None if nothing is known of it."""
-    return next((reason for pattern, reason in _REMAINS.items() if pattern.fullmatch(name)), None)
+    if not _ANY_REMAINS.fullmatch(name):  # most names of a file, at once
+        return None
+    return next(reason for pattern, reason in _REMAINS.items() if pattern.fullmatch(name))
 
 
 def canonical_infos(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -167,10 +170,10 @@ def family_of(infos: Mapping[str, TensorInfo]) -> str:
         of REFUSED.
     """
     found = canonical_infos(infos)
-    marks = Counter(map(_mark_of, found))
-    if marks["model"]:  # a few of those may look like what they remain of
+    mark = {name: _mark_of(name) for name in found}
+    if "model" in mark.values():  # what remains of a training beside it may look like something else
         found = {name: info for name, info in found.items() if not why_unused(name)}
-        marks = Counter(map(_mark_of, found))
+    marks = Counter(mark[name] for name in found)
     # A ControlNet is a copy of half a UNet, or comes with a whole model, and only some of its tensors are its own.
     if marks["ControlNet"] * 20 > marks.total():
         return "ControlNet"
