@@ -29,25 +29,9 @@ V1_WIDTH = 320  # channels of Stable Diffusion v1's UNet; other sizes need their
 YAML = (".yaml", ".yml")
 # Parameters that forks give LatentDiffusion for their trainings; none of them changes what a loaded model computes.
 TRAINING_ONLY = frozenset(
-    {
-        *("personalization_config", "embedding_reg_weight", "unfreeze_model", "model_lr", "embedding_lr"),
-        *(
-            "freeze_model",
-            "add_token",
-            "reg_weight",
-            "prior_loss_weight",
-            "train_text_encoder",
-            "training_strategy",
-        ),
-        *(
-            "trainable_keys",
-            "sd_locked",
-            "only_mid_control",
-            "use_lora_training",
-            "learning_rate",
-            "weight_decay",
-        ),
-    }
+    "personalization_config embedding_reg_weight unfreeze_model model_lr embedding_lr learning_rate weight_decay "
+    "freeze_model add_token reg_weight prior_loss_weight train_text_encoder trainable_keys sd_locked "
+    "only_mid_control".split()
 )
 # What trainers and forks call the option of the last level without signal -> our name, diffusers' own.
 ZERO_SNR = "rescale_betas_zero_snr"
