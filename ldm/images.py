@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.containers import Container, take_apart
 from ldm.errors import AbsentError, FormatError, NumericError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -35,8 +36,16 @@ MAX_PIXELS = 36_000_000
 MAX_BYTES = 256 * 2**20
 MAX_SIDE = 32_767
 MIN_SIDE = 8
+# A file of less than a megabyte may make a decoder take so many bytes, at its bytes for each pixel: Pillow keeps 4;
+# a progressive JPEG's coefficients are 6 more; libwebp keeps two further frames and hands out a copy.
+SMALL_FILE = 2**20
+DECODER_BYTES = 200 * 10**6
+PIXEL_BYTES = {"PNG": 4, "JPEG": 4, "progressive JPEG": 10, "WEBP": 16}
+_PATTERN = r"([^{}]*)\{(?::(?:0([1-9]|1\d|20))?d?)?\}([^{}]*)"
 STALE_SECONDS = 3600  # a .part file older than this was left by a killed run
 
+
+_WANTED = "wanted a sound PNG, JPEG or WebP file; convert or download it again"
 
 # --- pixels and tensors ---------------------------------------------------------------------------
 
@@ -183,39 +192,70 @@ def grid(pictures: Sequence[Image.Image], nrow: int | None = None) -> Image.Imag
 # --- reading --------------------------------------------------------------------------------------
 
 
-def open_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a PNG, JPEG or WebP picture whole, upright by its EXIF orientation, in the mode it was stored in.
-
-    The size is judged from the header, before anything is decoded; only the first frame is read.
+def read_file(path: str | os.PathLike) -> Container:
+    """Read a PNG, JPEG or WebP file whole and take it apart, without decoding a pixel.
 
     Raises:
         AbsentError: no such file. UsageError: a URL. FormatError: everything else that is wrong with it.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     name = os.fspath(path)
+    if isinstance(name, bytes):
+        name = os.fsdecode(name)
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
-        raise UsageError(f"pictures are read from files, got the URL {name!r}; download it first")
+        raise UsageError(f"pictures are read from files, got the URL {name!r:.100}; download it first")
     try:
         status = os.stat(name)
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError(f"picture '{name}' is not a regular file; give a PNG, JPEG or WebP file")
+        if not 0 < status.st_size <= MAX_BYTES:
+            raise FormatError(f"picture '{name}' has {status.st_size} bytes; wanted 1 to {MAX_BYTES}")
+        data = Path(name).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise AbsentError(f"picture '{name}' does not exist; check the path") from None
+    except FormatError:
+        raise
     except (OSError, ValueError) as error:
         raise FormatError(f"cannot read picture '{name}': {error}; check the path") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise FormatError(f"picture '{name}' is not a regular file; give a PNG, JPEG or WebP file")
-    if not 0 < status.st_size <= MAX_BYTES:
-        raise FormatError(f"picture '{name}' has {status.st_size} bytes; wanted 1 to {MAX_BYTES}")
-    wanted = "wanted a sound PNG, JPEG or WebP file; convert or download it again"
+    try:
+        parts = take_apart(data)
+    except FormatError as error:
+        raise FormatError(f"picture '{name}' is damaged or hostile ({error}); {_WANTED}") from None
+    if parts is None:
+        raise FormatError(f"picture '{name}' is no picture that can be read; {_WANTED}")
+    return parts
+
+
+def open_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a PNG, JPEG or WebP picture whole, upright by its EXIF orientation, in the mode it was stored in.
+
+    The size is judged from the header, before anything is decoded; only the first frame is read. Damage in what is
+    said beside the pixels (EXIF, profiles, texts) is passed over; texts that read_metadata knows are in `info`.
+
+    Raises:
+        AbsentError: no such file. UsageError: a URL. FormatError: everything else that is wrong with it.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    parts, name = read_file(path), os.fspath(path)
+    size = len(parts.pixels)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # PIL warns of bombs and damage where we want an end
-            with Image.open(name, formats=FORMATS) as image:
+            warnings.simplefilter("ignore")  # what is passed over
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(parts.pixels), formats=FORMATS) as image:
+                parts.pixels = b""
                 width, height = image.size
                 if width * height > max_pixels or max(width, height) > MAX_SIDE:
                     raise FormatError(
                         f"picture '{name}' has too many pixels, {width} x {height}; "
                         f"wanted at most {max_pixels / 1e6:g} million and {MAX_SIDE} a side"
+                    )
+                kind = "progressive JPEG" if "progressive" in image.info else image.format
+                most = DECODER_BYTES // PIXEL_BYTES[kind]
+                if width * height > most and size < SMALL_FILE:
+                    raise FormatError(
+                        f"picture '{name}' has too many pixels, {width} x {height}, for a {kind} file of {size} "
+                        f"bytes; wanted at most {most / 1e6:g} million; convert it to PNG"
                     )
                 if min(width, height) < MIN_SIDE:
                     raise FormatError(
@@ -223,15 +263,53 @@ def open_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.I
                         f"wanted {MIN_SIDE} pixels a side or more"
                     )
                 image.load()
-                return ImageOps.exif_transpose(image)
+                image = _turned(image, parts.orientation)
     except FormatError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise FormatError(f"picture '{name}' has too many pixels ({error}); {wanted}") from None
+        raise FormatError(f"picture '{name}' has too many pixels ({error}); {_WANTED}") from None
     except UnidentifiedImageError:
-        raise FormatError(f"picture '{name}' is no picture that can be read; {wanted}") from None
+        raise FormatError(f"picture '{name}' is no picture that can be read; {_WANTED}") from None
     except Exception as error:  # decoders raise nearly every kind of error on damaged files
-        raise FormatError(f"picture '{name}' is damaged or incomplete ({error}); {wanted}") from None
+        raise FormatError(f"picture '{name}' is damaged or incomplete ({error}); {_WANTED}") from None
+    image.info |= parts.texts
+    return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn a picture that somebody opened with PIL as its EXIF orientation says; EXIF that cannot be read says nothing.
+
+    Raises:
+        FormatError: its pixels are damaged or incomplete, or its file is closed.
+    """
+    try:
+        image.load()
+    except Exception as error:  # as in open_image
+        raise FormatError(f"the picture given is damaged or incomplete ({error}); {_WANTED}") from None
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        return _turned(image, image.getexif().get(0x0112, 1))
+    return image
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    """Undo an EXIF orientation of 2 to 8, and forget what told of it."""
+    from PIL.Image import Transpose
+
+    ways = (
+        Transpose.FLIP_LEFT_RIGHT,
+        Transpose.ROTATE_180,
+        Transpose.FLIP_TOP_BOTTOM,
+        Transpose.TRANSPOSE,
+        Transpose.ROTATE_270,
+        Transpose.TRANSVERSE,
+        Transpose.ROTATE_90,
+    )
+    if orientation in range(2, 9):
+        image = image.transpose(ways[orientation - 2])
+        for key in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
+            image.info.pop(key, None)
+    return image
 
 
 # --- writing --------------------------------------------------------------------------------------

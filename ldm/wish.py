@@ -309,10 +309,10 @@ def _as_picture(name: str, value: Tensor, channels: int) -> Tensor:
 
 
 def _open(name: str, value: Any) -> Image.Image:
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if isinstance(value, str | os.PathLike):
         return pictures.open_image(value)
     if isinstance(value, Image.Image):
-        return ImageOps.exif_transpose(value)
+        return pictures.upright(value)
     raise UsageError(f"{name} must be a PIL picture, a path or a tensor, got {type(value).__name__}")

@@ -15,7 +15,7 @@ SOURCES = sorted((ROOT / "ldm").rglob("*.py"))
 # and do not know each other.
 ROOMS = (
     ("errors",),
-    ("util", "paths", "lr_scheduler", "data", "compiled"),
+    ("util", "paths", "lr_scheduler", "data", "compiled", "containers", "comfyui"),
     ("process",),
     ("modules",),
     ("kernels",),
