@@ -565,7 +565,7 @@ class StableDiffusion:
             None if width is None else check_size("width", width, f),
             None if height is None else check_size("height", height, f),
         )
-        pixels, marks, image_hash = read_pictures(image, mask, size, f)
+        pixels, kept, marks, image_hash = read_pictures(image, mask, size, f)
         if pixels is not None:
             height, width = pixels.shape[2:]
         else:
@@ -598,6 +598,7 @@ class StableDiffusion:
             height=height,
             width=width,
             image=pixels,
+            kept=kept,
             image_hash=image_hash,
             mask=marks,
             strength=None if strength is None else real("strength", strength, 0, 1),
@@ -787,26 +788,20 @@ class StableDiffusion:
         b = len(batch)
         if latents is None:
             latents = encode_image(self.model, job.image, b, torch.zeros_like)
-            x = job.image.expand(b, -1, -1, -1)
+            unit = job.kept.repeat(b, 1, 1, 1)
         elif job.output_type != "latent":
-            x = decode(self.model, latents).cpu()
+            unit = pictures.to_unit(decode(self.model, latents)).cpu()
             if job.mask is not None:
-                x = pictures.paste(x, job.image, job.mask)
+                unit = pictures.paste(unit, job.kept, job.mask)
         latents = latents.float().cpu()
+        parameters = [self._parameters(job, shot, i, b, dropped[i]) for i, shot in enumerate(batch)]
         if job.output_type == "pil":
-            images = pictures.to_pil(x)
+            images = pictures.unit_to_pil(unit)
         elif job.output_type == "latent":
             images = latents
         else:
-            unit = pictures.to_unit(x)
             images = unit if job.output_type == "pt" else unit.permute(0, 2, 3, 1).numpy()
-        result = GenerationResult(
-            images,
-            [shot.seed for shot in batch],
-            [self._parameters(job, shot, i, b, dropped[i]) for i, shot in enumerate(batch)],
-            latents,
-            self.file,
-        )
+        result = GenerationResult(images, [shot.seed for shot in batch], parameters, latents, self.file)
         return Progress(job.steps, job.steps, x_t=latents, pred_x0=latents, result=result, **place)
 
     def _parameters(

@@ -68,37 +68,77 @@ def to_unit(x: Tensor) -> Tensor:
     return ((x + 1.0) / 2.0).clamp(0.0, 1.0)
 
 
+def given_unit(x: Tensor) -> Tensor:
+    """Map a given picture from [-1, 1] to [0, 1] float32, so that the bytes it was made of come back.
+
+    The way through to_tensor costs an ulp, which truncation makes a whole level for 63 of the 256 bytes. A value that
+    is a byte's up to the rounding of its dtype becomes float32's k / 255, of which unit_to_uint8 makes k again; one
+    that lies between two bytes stays there.
+    """
+    unit = ((x.double() + 1.0) / 2.0).clamp(0.0, 1.0)
+    level = (255.0 * unit).round()
+    eps = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
+    near = (255.0 * unit - level).abs() <= 255.0 * eps  # two roundings of a value below 1
+    return torch.where(near, level.float() / 255.0, unit.float())
+
+
+def unit_to_uint8(unit: Tensor) -> np.ndarray:
+    """Turn (b, 3, height, width) float32 in [0, 1] into (b, height, width, 3) uint8, by truncation."""
+    return (255.0 * unit).permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)  # (b, height, width, 3)
+
+
 def to_uint8(x: Tensor) -> np.ndarray:
     """Turn (b, 3, height, width) in [-1, 1] into (b, height, width, 3) uint8.
 
     CompVis truncates 255 x where diffusers rounds: 45 % of pixels then differ by one. Truncation is kept, and
-    float32 with it: in float16 the same arithmetic moves one pixel in twenty.
+    float32 with it: in float16 the same arithmetic moves one pixel in twenty. A given picture's own bytes come back by
+    given_unit and unit_to_uint8 instead.
     """
-    return (255.0 * to_unit(x)).permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)  # (b, height, width, 3)
+    return unit_to_uint8(to_unit(x))
+
+
+def unit_to_pil(unit: Tensor) -> list[Image.Image]:
+    """Turn (b, 3, height, width) float32 in [0, 1] into b RGB pictures."""
+    from PIL import Image
+
+    return [Image.fromarray(pixels) for pixels in unit_to_uint8(unit)]
 
 
 def to_pil(x: Tensor) -> list[Image.Image]:
     """Turn (b, 3, height, width) in [-1, 1] into b RGB pictures."""
-    from PIL import Image
-
-    return [Image.fromarray(pixels) for pixels in to_uint8(x)]
+    return unit_to_pil(to_unit(x))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any picture to 8-bit RGB: transparency on white, 16-bit grey scaled (PIL would clip it)."""
+    """Convert any picture to 8-bit RGB: transparency on white, 16-bit grey scaled (PIL would clip it).
+
+    Raises:
+        UsageError: PIL knows no way from its mode to RGB.
+    """
     from PIL import Image
 
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         grey = np.asarray(image, dtype=np.float64)
         grey = grey / 257.0 if image.mode != "F" else grey
         image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(ground, image)
-    return image.convert("RGB")
+    return _on_ground(image, 255)
+
+
+def _on_ground(image: Image.Image, grey: int) -> Image.Image:
+    """Convert a picture to RGB; what is transparent lets a ground of black (0) to white (255) through."""
+    from PIL import Image
+
+    try:
+        if image.has_transparency_data:
+            ground = Image.new("RGBA", image.size, (grey, grey, grey, 255))
+            image = Image.alpha_composite(ground, image.convert("RGBA"))
+        return image.convert("RGB")
+    except ValueError:
+        raise UsageError(
+            f"a picture must be one that PIL can convert to RGB, got mode {image.mode}"
+        ) from None
 
 
 def to_mask(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
@@ -108,12 +148,14 @@ def to_mask(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
 
     Args:
         size: (width, height) to resize to, with the nearest pixel, as CompVis does.
+
+    Raises:
+        UsageError: PIL knows no way from its mode to RGB.
     """
     from PIL import Image
 
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+        image = _on_ground(image, 0)
     grey = to_rgb(image).convert("L")
     if size is not None and grey.size != size:
         grey = grey.resize(size, Image.Resampling.NEAREST)
@@ -147,7 +189,7 @@ def fit_size(image: Image.Image, multiple: int, size: tuple[int, int] | None = N
 
 def paste(painted: Tensor, original: Tensor, mask: Tensor) -> Tensor:
     """Keep the original where mask is 0, the painted picture where it is 1; all (b, c, height, width)."""
-    return mask * painted + (1.0 - mask) * original
+    return torch.where(mask >= 0.5, painted, original)
 
 
 # --- grids ----------------------------------------------------------------------------------------

@@ -122,14 +122,16 @@ class GenerationResult:
         ]
 
     def _pil(self) -> list[Image.Image]:
-        from PIL import Image
-
         if isinstance(self.images, list):
             return self.images
         if isinstance(self.images, Tensor) and self.images.shape[1] != 3:
             raise UsageError("these are latents, not pictures; decode them, or ask for another output_type")
-        array = self.images.permute(0, 2, 3, 1).numpy() if isinstance(self.images, Tensor) else self.images
-        return [Image.fromarray((255.0 * one).astype(np.uint8)) for one in array]
+        unit = (
+            self.images
+            if isinstance(self.images, Tensor)
+            else torch.from_numpy(self.images).permute(0, 3, 1, 2)
+        )
+        return pictures.unit_to_pil(unit)
 
     def _repr_png_(self) -> bytes | None:
         if not len(self):

@@ -142,7 +142,8 @@ class Job:
     batch_size: int
     height: int
     width: int
-    image: Tensor | None  # (1, 3, height, width) in [-1, 1]
+    image: Tensor | None  # (1, 3, height, width) in [-1, 1], for the encoder
+    kept: Tensor | None  # the same in [0, 1], as it comes back where nothing is painted
     image_hash: str | None
     mask: Tensor | None  # (1, 1, height, width), 1 = repaint
     strength: float | None
@@ -260,20 +261,27 @@ def list_prompts(
 
 def read_pictures(
     image: Any, mask: Any, size: tuple[int | None, int | None], f: int
-) -> tuple[Tensor | None, Tensor | None, str | None]:
-    """Read picture and mask into tensors of one size, with the picture's hash."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, str | None]:
+    """Read a picture, in [-1, 1] and as it is given back in [0, 1], and a mask, of one size; and the picture's hash."""
     if image is None:
         if mask is not None:
             raise UsageError("a mask needs a picture to repaint, got mask and image=None")
-        return None, None, None
+        return None, None, None, None
     if isinstance(image, Tensor):
         pixels = _as_picture("image", image, 3)
+        if not pixels.is_floating_point() or pixels.abs().max() > 2:
+            most = pixels.abs().max().item()
+            raise UsageError(
+                f"an image given as a tensor must be floating point from -1 (black) to 1 (white), "
+                f"got {dtype_name(pixels.dtype)} up to {most:g}; bytes x are 2 * (x / 255) - 1"
+            )
         for name, side in zip(("width", "height"), (pixels.shape[3], pixels.shape[2]), strict=True):
             check_size(name, side, f)
         if size[0] not in (None, pixels.shape[3]) or size[1] not in (None, pixels.shape[2]):
             raise UsageError(
                 f"an image given as a tensor keeps its size, got {tuple(pixels.shape)} and {size}"
             )
+        kept = pictures.given_unit(pixels.cpu())
         pixels = pixels.float().cpu()
     else:
         image = _open("image", image)
@@ -283,6 +291,7 @@ def read_pictures(
         if tuple(sides) != image.size:
             log.info("the picture was resized from %s to %s", image.size, tuple(sides))
         pixels = pictures.to_tensor(pictures.fit_size(pictures.to_rgb(image), f, tuple(sides)))
+        kept = pictures.given_unit(pixels)
     marks = None
     if mask is not None:
         at = (pixels.shape[3], pixels.shape[2])
@@ -297,7 +306,7 @@ def read_pictures(
             marks = pictures.to_mask(mask, at)
         if not marks.any():
             raise UsageError("the mask marks nothing; paint white what is to be repainted")
-    return pixels, marks, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:10]
+    return pixels, kept, marks, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:10]
 
 
 def _as_picture(name: str, value: Tensor, channels: int) -> Tensor:
