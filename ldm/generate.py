@@ -37,7 +37,7 @@ from ldm.models.diffusion.samplers import (
 )
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.paths import shipped
-from ldm.results import GenerationParameters, GenerationResult, Progress, join
+from ldm.results import GenerationParameters, GenerationResult, Progress, join, painted
 from ldm.wish import (
     Job,
     Shot,
@@ -796,7 +796,7 @@ class StableDiffusion:
         latents = latents.float().cpu()
         parameters = [self._parameters(job, shot, i, b, dropped[i]) for i, shot in enumerate(batch)]
         if job.output_type == "pil":
-            images = pictures.unit_to_pil(unit)
+            images = painted(pictures.unit_to_pil(unit), parameters, self.file)
         elif job.output_type == "latent":
             images = latents
         else:

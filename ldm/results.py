@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,7 +65,7 @@ class GenerationResult:
     """Finished pictures with what made them; a notebook shows them as a grid.
 
     Attributes:
-        images: list of PIL pictures, or what output_type asked for.
+        images: list of PIL pictures, which carry their metadata when PIL saves them, or what output_type asked for.
         seeds: one for each image.
         parameters: one GenerationParameters for each image.
         latents: (n, c, h, w) float32 on the CPU, scaled units.
@@ -92,7 +93,7 @@ class GenerationResult:
 
     def metadata(self, index: int) -> dict[str, Any]:
         """Collect what goes into the PNG of one image, its model's hash included."""
-        return asdict(self.parameters[index]) | {"model_hash": file_hash(self.model_file)}
+        return metadata_of(self.parameters[index], self.model_file)
 
     @property
     def infotexts(self) -> list[str]:
@@ -102,8 +103,9 @@ class GenerationResult:
         return [to_infotext(self.metadata(i)) for i in range(len(self))]
 
     def grid(self, nrow: int | None = None) -> Image.Image:
-        """Lay the pictures out as one, nrow in a row (default: near a square)."""
-        return pictures.grid(self._pil(), nrow)
+        """Lay the pictures out as one, nrow in a row (default: near a square); saved, it tells of its first."""
+        grid = pictures.grid(self._pil(), nrow)
+        return painted([grid], self.parameters[:1], self.model_file)[0]
 
     def save(
         self, folder: str | os.PathLike, pattern: str = "{:05}.png", *, metadata: bool = True
@@ -139,6 +141,23 @@ class GenerationResult:
         buffer = io.BytesIO()
         self.grid().save(buffer, format="PNG")
         return buffer.getvalue()
+
+
+def metadata_of(parameters: GenerationParameters, model_file: Path | None) -> dict[str, Any]:
+    """Collect what goes into the PNG of an image, its model's hash included."""
+    return asdict(parameters) | {"model_hash": file_hash(model_file)}
+
+
+def painted(
+    images: Sequence[Image.Image], parameters: Sequence[GenerationParameters], model_file: Path | None
+) -> list[Image.Image]:
+    """Let each picture say how it was made, wherever PIL saves it."""
+    from ldm.metadata import Painted
+
+    return [
+        Painted.of(image, partial(metadata_of, one, model_file))
+        for image, one in zip(images, parameters, strict=True)
+    ]
 
 
 def join(results: Sequence[GenerationResult], empty: Any) -> GenerationResult:
