@@ -16,7 +16,7 @@ import stat
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -379,6 +379,25 @@ def prepare_folder(path: str | os.PathLike) -> Path:
     return folder
 
 
+def split_pattern(pattern: str) -> tuple[str, int, str]:
+    """Split a pattern for file names into what stands before its number, the number's digits, and what stands after it.
+
+    A pattern is a file name, never a path, with one field for a number: `{}` or `{:05}`, of at most 20 digits.
+
+    Raises:
+        UsageError: it is anything else.
+    """
+    found = re.fullmatch(_PATTERN, pattern) if isinstance(pattern, str) else None
+    name = found and found[1] + found[3]
+    # Windows' rule knows every separator there is, and drives. A lone surrogate can be in no name.
+    if not found or PureWindowsPath(f"{name}0").name != f"{name}0" or not name.isprintable():
+        raise UsageError(
+            "a pattern must be a file name, without folders, with one number in it, {} or {:05} (20 digits at most), "
+            f"such as 'red-{{:05}}.png'; got {pattern!r:.100}"
+        )
+    return found[1], int(found[2] or 1), found[3]
+
+
 def save_numbered(
     image: Image.Image, folder: str | os.PathLike, pattern: str = "{:05}.png", info: PngInfo | None = None
 ) -> Path:
@@ -388,13 +407,13 @@ def save_numbered(
     Here a name is claimed by a hard link, which fails if the name is taken; the next number is then tried.
 
     Args:
-        pattern: file name with one number, such as "grid-{:04}.png".
+        pattern: file name with one number, such as "grid-{:04}.png"; see split_pattern.
 
     Raises:
-        OutputError: the folder cannot be written, the disk is full.
+        OutputError: the folder cannot be written, the disk is full. UsageError: the pattern is none.
     """
     folder = Path(folder)
-    before, after = re.split(r"\{[^}]*\}", pattern)
+    before, width, after = split_pattern(pattern)
     taken = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
 
     def names():
@@ -404,7 +423,7 @@ def save_numbered(
             raise _cannot(folder, error) from None
         number = max(numbers, default=-1) + 1
         while True:
-            yield folder / pattern.format(number)
+            yield folder / f"{before}{number:0{width}}{after}"
             number += 1
 
     return _place(_png(image, info), folder, names())

@@ -112,11 +112,15 @@ class GenerationResult:
     ) -> list[Path]:
         """Save each picture as a PNG with its metadata, numbered on from what the folder holds; returns paths.
 
+        Args:
+            pattern: file name with one number, `{}` or `{:05}`; see ldm.images.split_pattern.
+
         Raises:
-            OutputError: the folder cannot be written.
+            OutputError: the folder cannot be written. UsageError: the pattern is none.
         """
         from ldm.metadata import png_info
 
+        pictures.split_pattern(pattern)  # before a folder is made
         folder = pictures.prepare_folder(folder)
         return [
             pictures.save_numbered(image, folder, pattern, png_info(self.metadata(i)) if metadata else None)
