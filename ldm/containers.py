@@ -39,7 +39,7 @@ class Container:
     Attributes:
         pixels: the file without what no pixel needs.
         texts: what is said beside the pixels, by the keys of PNG's texts; from EXIF "UserComment" and "prompt".
-        orientation: EXIF's, or else XMP's: 1 to 8, 1 being upright.
+        orientation: EXIF's, or else XMP's: 2 to 8 say how to turn the picture, all others that it is upright.
     """
 
     pixels: bytes
@@ -66,11 +66,7 @@ def take_apart(data: bytes) -> Container | None:
 
 def _container(pixels: bytes, texts: dict[str, str], exif: bytes, xmp: bytes) -> Container:
     found, orientation = read_exif(exif)
-    if orientation is None:
-        _, told, after = xmp.partition(b"tiff:Orientation")
-        digit = after.lstrip(b'=">')[:1]
-        orientation = int(digit) if told and digit.isdigit() else 1
-    return Container(pixels, {**found, **texts}, orientation if 1 <= orientation <= 8 else 1)
+    return Container(pixels, {**found, **texts}, read_xmp(xmp) if orientation is None else orientation)
 
 
 # --- PNG ------------------------------------------------------------------------------------------
@@ -201,7 +197,7 @@ def _webp(data: bytes) -> Container:
     return _container(data, {}, found.get(b"EXIF", b""), found.get(b"XMP ", b""))
 
 
-# --- EXIF -----------------------------------------------------------------------------------------
+# --- EXIF and XMP ---------------------------------------------------------------------------------
 
 
 def read_exif(exif: bytes) -> tuple[dict[str, str], int | None]:
@@ -227,6 +223,12 @@ def read_exif(exif: bytes) -> tuple[dict[str, str], int | None]:
     orientation = fields.get(_ORIENTATION, b"")
     big = "little" if order == "<" else "big"
     return texts, int.from_bytes(orientation, big) if len(orientation) in (1, 2, 4) else None
+
+
+def read_xmp(xmp: bytes) -> int:
+    """Read the orientation from an XMP block; 1 if it says none."""
+    digit = xmp.partition(b"tiff:Orientation")[2].lstrip(b'=">')[:1]
+    return int(digit) if digit.isdigit() else 1
 
 
 def write_comment(text: str) -> bytes:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.containers import Container, take_apart
+from ldm.containers import Container, read_exif, read_xmp, take_apart
 from ldm.errors import AbsentError, FormatError, NumericError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -328,6 +328,10 @@ def upright(image: Image.Image) -> Image.Image:
         image.load()
     except Exception as error:  # as in open_image
         raise FormatError(f"the picture given is damaged or incomplete ({error}); {_WANTED}") from None
+    exif, xmp = image.info.get("exif"), image.info.get("xmp")
+    if isinstance(exif, bytes):  # not by Pillow, whose reader a small file can make take gigabytes
+        orientation = read_exif(exif)[1] or (read_xmp(xmp) if isinstance(xmp, bytes) else 1)
+        return _turned(image, orientation)
     with warnings.catch_warnings(), contextlib.suppress(Exception):
         warnings.simplefilter("ignore")
         return _turned(image, image.getexif().get(0x0112, 1))

@@ -269,17 +269,17 @@ def read_pictures(
         return None, None, None, None
     if isinstance(image, Tensor):
         pixels = _as_picture("image", image, 3)
-        if not pixels.is_floating_point() or pixels.abs().max() > 2:
-            most = pixels.abs().max().item()
-            raise UsageError(
-                f"an image given as a tensor must be floating point from -1 (black) to 1 (white), "
-                f"got {dtype_name(pixels.dtype)} up to {most:g}; bytes x are 2 * (x / 255) - 1"
-            )
         for name, side in zip(("width", "height"), (pixels.shape[3], pixels.shape[2]), strict=True):
             check_size(name, side, f)
         if size[0] not in (None, pixels.shape[3]) or size[1] not in (None, pixels.shape[2]):
             raise UsageError(
                 f"an image given as a tensor keeps its size, got {tuple(pixels.shape)} and {size}"
+            )
+        most = pixels.float().abs().max().item()
+        if not pixels.is_floating_point() or most > 2:
+            raise UsageError(
+                "an image given as a tensor must be floating point from -1 (black) to 1 (white), "
+                f"got {dtype_name(pixels.dtype)} up to {most:g}; bytes x are 2 * (x / 255) - 1"
             )
         kept = pictures.given_unit(pixels.cpu())
         pixels = pixels.float().cpu()

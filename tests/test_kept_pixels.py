@@ -192,6 +192,7 @@ def test_a_tensor_between_bytes_comes_back_as_it_is(painters):
         torch.full((1, 3, 64, 72), 200, dtype=torch.uint8),
         torch.full((1, 3, 64, 72), 7, dtype=torch.int64),
         torch.full((1, 3, 64, 72), 255.0),
+        torch.ones((1, 3, 64, 72), dtype=torch.bool),
     ],
 )
 def test_tensors_of_bytes_are_refused_not_clamped(painters, image):
@@ -249,3 +250,16 @@ def test_exif_of_a_picture_that_pil_opened_turns_it_or_says_nothing(painters, ex
     image = all_levels()
     image.info["exif"] = exif
     assert painters[4].img2img(PROMPT, image, 0, steps=1)[0].size == size
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_a_picture_that_pil_opened_is_turned_once(painters, tmp_path, kind):
+    """Also one of a format that only PIL reads, and one whose EXIF was changed after it was opened."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    all_levels().save(tmp_path / "a", kind, exif=exif)
+    image = Image.open(tmp_path / "a")
+    assert painters[4].img2img(PROMPT, image, 0, steps=1)[0].size == (64, 72)
+    changed = all_levels()
+    changed.getexif()[0x0112] = 6
+    assert images.upright(changed).size == (64, 72) == images.upright(images.upright(changed)).size

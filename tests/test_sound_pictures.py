@@ -188,6 +188,18 @@ def test_a_decoder_sees_the_same_pixels_with_and_without_the_rest(tmp_path, kind
         assert got.has_transparency_data == want.has_transparency_data
 
 
+@pytest.mark.parametrize("transform", [0, 1])
+def test_the_segment_that_says_how_colours_are_coded_is_kept(tmp_path, transform):
+    """Adobe's: 0 is RGB, 1 is YCbCr; JFIF's, which would say YCbCr, is taken out."""
+    data = jpeg()
+    assert data[2:4] == b"\xff\xe0"
+    adobe = segment(0xFFEE, b"Adobe\0\x64" + bytes(4) + bytes([transform]))
+    (tmp_path / "a.jpg").write_bytes(data[:2] + adobe + data[4 + int.from_bytes(data[4:6], "big") :])
+    got = np.asarray(images.open_image(tmp_path / "a.jpg")).astype(int)
+    assert np.array_equal(got, np.asarray(Image.open(tmp_path / "a.jpg")))
+    assert (np.abs(got - np.asarray(scene())).max() <= 9) == bool(transform)
+
+
 def test_the_first_frame_of_an_animation_is_the_picture(tmp_path):
     frames = [scene(), Image.new("RGB", (WIDTH, HEIGHT), (9, 200, 3))]
     for kind in ("PNG", "WEBP"):
