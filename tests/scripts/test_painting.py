@@ -105,10 +105,11 @@ def test_skips_rows_and_silence_about_the_making(model, home, end):
     assert end("txt2img", *model, *base, "a", "--skip_grid")[0] == 0
     assert end("txt2img", *model, *base, "b", "--skip_save", "--n_rows", 1)[0] == 0
     assert end("txt2img", *model, *base, "c", "--skip_save", "--skip_grid", "--no_metadata")[0] == 0
-    assert end("txt2img", *model, *base, "d", "--skip_grid", "--no_metadata")[0] == 0
-    assert [len(files(f)) for f in "abcd"] == [3, 1, 0, 3]
+    assert end("txt2img", *model, *base, "d", "--no_metadata")[0] == 0
+    assert [len(files(f)) for f in "abcd"] == [3, 1, 0, 4]
     assert Image.open("b/grid-0000.png").size == (68, 3 * 66 + 2)
-    assert ldm.read_metadata("d/samples/00000.png") == {}
+    for silent in ("d/samples/00000.png", "d/grid-0000.png"):
+        assert Image.open(silent).info == {} == ldm.read_metadata(silent)
 
 
 @pytest.mark.parametrize(
