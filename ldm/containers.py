@@ -8,13 +8,17 @@ that somebody reads are read here.
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 import struct
 import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from ldm.errors import FormatError
+from ldm.errors import AbsentError, FormatError, UsageError
 
+MAX_BYTES = 256 * 2**20  # of a file
 MAX_TEXT = (
     5 * 2**19
 )  # bytes of a text that is worth reading: two prompts of 100,000 characters, each told twice
@@ -22,6 +26,8 @@ MAX_UNPACKED = 64 * 2**20  # bytes of all compressed texts and profiles of a PNG
 MAX_SCANS = 100  # of a JPEG: encoders write up to 20, and each is a walk over the whole picture
 # Keys of PNG texts that somebody here reads.
 PNG_KEYS = ("ldm", "parameters", "invokeai_metadata", "prompt", "XML:com.adobe.xmp", "Raw profile type exif")
+
+WANTED = "wanted a sound PNG, JPEG or WebP file; convert or download it again"
 
 # EXIF's fields (Exif 2.32, tables 3 to 8) and the bytes of the types that they are written in.
 _ORIENTATION, _EXIF_TABLE, _USER_COMMENT = 0x0112, 0x8769, 0x9286
@@ -45,6 +51,39 @@ class Container:
     pixels: bytes
     texts: dict[str, str] = field(default_factory=dict)
     orientation: int = 1
+
+
+def read_file(path: str | os.PathLike) -> Container:
+    """Read a PNG, JPEG or WebP file whole and take it apart, without decoding a pixel.
+
+    Raises:
+        AbsentError: no such file. UsageError: a URL. FormatError: everything else that is wrong with it.
+    """
+    name = os.fspath(path)
+    if isinstance(name, bytes):
+        name = os.fsdecode(name)
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
+        raise UsageError(f"pictures are read from files, got the URL {name!r:.100}; download it first")
+    try:
+        status = os.stat(name)
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError(f"picture '{name}' is not a regular file; give a PNG, JPEG or WebP file")
+        if not 0 < status.st_size <= MAX_BYTES:
+            raise FormatError(f"picture '{name}' has {status.st_size} bytes; wanted 1 to {MAX_BYTES}")
+        data = Path(name).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise AbsentError(f"picture '{name}' does not exist; check the path") from None
+    except FormatError:
+        raise
+    except (OSError, ValueError) as error:
+        raise FormatError(f"cannot read picture '{name}': {error}; check the path") from None
+    try:
+        parts = take_apart(data)
+    except FormatError as error:
+        raise FormatError(f"picture '{name}' is damaged or hostile ({error}); {WANTED}") from None
+    if parts is None:
+        raise FormatError(f"picture '{name}' is no picture that can be read; {WANTED}")
+    return parts
 
 
 def take_apart(data: bytes) -> Container | None:

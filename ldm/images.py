@@ -12,7 +12,6 @@ import itertools
 import math
 import os
 import re
-import stat
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.containers import Container, read_exif, read_xmp, take_apart
-from ldm.errors import AbsentError, FormatError, NumericError, OutputError, UsageError
+from ldm.containers import WANTED, read_exif, read_file, read_xmp
+from ldm.errors import FormatError, NumericError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # decoders without interpreters or external programs behind them
 MAX_PIXELS = 36_000_000
-MAX_BYTES = 256 * 2**20
 MAX_SIDE = 32_767
 MIN_SIDE = 8
 # A file of less than a megabyte may make a decoder take so many bytes, at its bytes for each pixel: Pillow keeps 4;
@@ -43,9 +41,6 @@ DECODER_BYTES = 200 * 10**6
 PIXEL_BYTES = {"PNG": 4, "JPEG": 4, "progressive JPEG": 10, "WEBP": 16}
 _PATTERN = r"([^{}]*)\{(?::(?:0([1-9]|1\d|20))?d?)?\}([^{}]*)"
 STALE_SECONDS = 3600  # a .part file older than this was left by a killed run
-
-
-_WANTED = "wanted a sound PNG, JPEG or WebP file; convert or download it again"
 
 # --- pixels and tensors ---------------------------------------------------------------------------
 
@@ -234,39 +229,6 @@ def grid(pictures: Sequence[Image.Image], nrow: int | None = None) -> Image.Imag
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read_file(path: str | os.PathLike) -> Container:
-    """Read a PNG, JPEG or WebP file whole and take it apart, without decoding a pixel.
-
-    Raises:
-        AbsentError: no such file. UsageError: a URL. FormatError: everything else that is wrong with it.
-    """
-    name = os.fspath(path)
-    if isinstance(name, bytes):
-        name = os.fsdecode(name)
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
-        raise UsageError(f"pictures are read from files, got the URL {name!r:.100}; download it first")
-    try:
-        status = os.stat(name)
-        if not stat.S_ISREG(status.st_mode):
-            raise FormatError(f"picture '{name}' is not a regular file; give a PNG, JPEG or WebP file")
-        if not 0 < status.st_size <= MAX_BYTES:
-            raise FormatError(f"picture '{name}' has {status.st_size} bytes; wanted 1 to {MAX_BYTES}")
-        data = Path(name).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise AbsentError(f"picture '{name}' does not exist; check the path") from None
-    except FormatError:
-        raise
-    except (OSError, ValueError) as error:
-        raise FormatError(f"cannot read picture '{name}': {error}; check the path") from None
-    try:
-        parts = take_apart(data)
-    except FormatError as error:
-        raise FormatError(f"picture '{name}' is damaged or hostile ({error}); {_WANTED}") from None
-    if parts is None:
-        raise FormatError(f"picture '{name}' is no picture that can be read; {_WANTED}")
-    return parts
-
-
 def open_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read a PNG, JPEG or WebP picture whole, upright by its EXIF orientation, in the mode it was stored in.
 
@@ -309,11 +271,11 @@ def open_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.I
     except FormatError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise FormatError(f"picture '{name}' has too many pixels ({error}); {_WANTED}") from None
+        raise FormatError(f"picture '{name}' has too many pixels ({error}); {WANTED}") from None
     except UnidentifiedImageError:
-        raise FormatError(f"picture '{name}' is no picture that can be read; {_WANTED}") from None
+        raise FormatError(f"picture '{name}' is no picture that can be read; {WANTED}") from None
     except Exception as error:  # decoders raise nearly every kind of error on damaged files
-        raise FormatError(f"picture '{name}' is damaged or incomplete ({error}); {_WANTED}") from None
+        raise FormatError(f"picture '{name}' is damaged or incomplete ({error}); {WANTED}") from None
     image.info |= parts.texts
     return image
 
@@ -327,7 +289,7 @@ def upright(image: Image.Image) -> Image.Image:
     try:
         image.load()
     except Exception as error:  # as in open_image
-        raise FormatError(f"the picture given is damaged or incomplete ({error}); {_WANTED}") from None
+        raise FormatError(f"the picture given is damaged or incomplete ({error}); {WANTED}") from None
     exif, xmp = image.info.get("exif"), image.info.get("xmp")
     if isinstance(exif, bytes):  # not by Pillow, whose reader a small file can make take gigabytes
         orientation = read_exif(exif)[1] or (read_xmp(xmp) if isinstance(xmp, bytes) else 1)

@@ -19,9 +19,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.comfyui import read_graph
-from ldm.containers import MAX_TEXT, read_exif, write_comment
+from ldm.containers import MAX_TEXT, read_exif, read_file, write_comment
 from ldm.errors import UsageError
-from ldm.images import read_file
 
 log = logging.getLogger(__name__)
 
