@@ -16,9 +16,10 @@ from ldm.checkpoints import names
 from ldm.checkpoints.account import shown
 from ldm.checkpoints.files import Weights, open_weights
 from ldm.checkpoints.folders import FolderWeights, folder_settings, is_diffusers_folder
+from ldm.configs import load_config, resolved
 from ldm.errors import MismatchError, UsageError
 from ldm.paths import shipped
-from ldm.util import instantiate_from_config, load_config
+from ldm.util import instantiate_from_config
 
 CONFIGS = {"v1": "configs/v1-inference.yaml", "v1-inpainting": "configs/v1-inpainting.yaml"}
 V1_WIDTH = 320  # channels of Stable Diffusion v1's UNet; other sizes need their own configuration
@@ -80,9 +81,7 @@ def read_settings(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
     if isinstance(config, str | Path):
         config = load_config(config)
-    settings = (
-        OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else copy.deepcopy(config)
-    )
+    settings = resolved(config) if OmegaConf.is_config(config) else copy.deepcopy(config)
     model = settings.get("model") if isinstance(settings, Mapping) else None
     if not isinstance(model, dict) or "target" not in model:
         raise MismatchError(
@@ -132,4 +131,4 @@ def build_empty(settings: Mapping[str, Any], tokenizer: str | Path | None = None
             raise UsageError("tokenizer= needs a model with a text encoder; this configuration has none")
         stage.setdefault("params", {})["tokenizer"] = str(tokenizer)
     with torch.device("meta"), _Empty():
-        return instantiate_from_config(model_config).eval()
+        return instantiate_from_config(model_config, where="model").eval()

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from ldm.process import gaussian, prediction
 from ldm.process.schedule import SCHEDULE_BUFFERS, NoiseSchedule
 from ldm.process.tiling import Tiling
 from ldm.util import count_params, default, instantiate_from_config, mean_flat
+from ldm.values import SHARE, check_value
 
 if TYPE_CHECKING:
     from ldm.checkpoints.account import LoadReport
@@ -137,7 +138,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         monitor: the name of the value that decides which training checkpoint is best.
         use_ema: keep a moving average of the network's weights in `model_ema`.
         first_stage_key: of the pictures in a batch.
-        image_size, channels: what `sample` makes.
+        image_size, channels: what `sample` makes; (height, width) where they differ.
         log_every_t: how many levels apart intermediate results are kept.
         clip_denoised: clamp predicted clean samples to [-1, 1] while sampling.
         original_elbo_weight, l_simple_weight: of the variational and of the plain loss.
@@ -156,20 +157,21 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
     """
 
     learning_rate: float | None = None  # set by whoever trains; configure_optimizers needs it
+    loaded: frozenset[str] = frozenset()  # names of the tensors that init_from_ckpt has read
 
     def __init__(
         self,
-        unet_config: Any,
+        unet_config: Mapping[str, Any],
         timesteps: int = 1000,
-        beta_schedule: str = "linear",
-        loss_type: str = "l2",
+        beta_schedule: Literal["linear", "sqrt_linear", "sqrt", "cosine"] = "linear",
+        loss_type: Literal["l1", "l2"] = "l2",
         ckpt_path: str | None = None,
         ignore_keys: Iterable[str] = (),
         load_only_unet: bool = False,
         monitor: str | None = "val/loss",
         use_ema: bool = True,
         first_stage_key: str = "image",
-        image_size: int = 256,
+        image_size: int | tuple[int, int] = 256,
         channels: int = 3,
         log_every_t: int = 100,
         clip_denoised: bool = True,
@@ -181,8 +183,8 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         v_posterior: float = 0.0,
         l_simple_weight: float = 1.0,
         conditioning_key: str | None = None,
-        parameterization: str = "eps",
-        scheduler_config: Any = None,
+        parameterization: Literal["eps", "x0", "v"] = "eps",
+        scheduler_config: Mapping[str, Any] | None = None,
         use_positional_encodings: bool = False,
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
@@ -217,7 +219,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         self.l_simple_weight = l_simple_weight
         self.monitor = monitor
         self.loss_type = loss_type
-        self.ucg_training = dict(ucg_training or {})
+        self.ucg_training = _dropping_rules(ucg_training or {})
         self.register_schedule(
             given_betas=given_betas,
             beta_schedule=beta_schedule,
@@ -540,6 +542,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
                 wanted[name].copy_(tensors[name])
         if self.use_ema and not averages_given:
             self.model_ema.copy_from(self.model)
+        self.loaded |= frozenset(report.assigned.values())
         logger.info("%s", report.summary())
         return report
 
@@ -574,8 +577,8 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
 
     def __init__(
         self,
-        first_stage_config: Any,
-        cond_stage_config: Any,
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any] | str,
         num_timesteps_cond: int | None = None,
         cond_stage_key: str = "image",
         cond_stage_trainable: bool = False,
@@ -1085,6 +1088,19 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
         log = super().log_images(batch, N, *args, **kwargs)
         log["masked_image"] = DDPM.get_input(self, batch, self.masked_image_key)[:N]
         return log
+
+
+def _dropping_rules(rules: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Hold ucg_training's rules, a {"p": probability, "val": replacement} for each key, against what they may be."""
+    read = {}
+    for key, rule in rules.items():
+        where = f"ucg_training.{key}"
+        rule = check_value(rule, Mapping, where)
+        if "p" not in rule or set(rule) - {"p", "val"}:
+            raise UsageError(f"{where} should have 'p' and 'val', got {', '.join(map(repr, rule)) or 'none'}")
+        val = check_value(rule.get("val"), str | int | float | None, f"{where}.val")
+        read[key] = {"p": check_value(rule["p"], float, f"{where}.p", SHARE), "val": val}
+    return read
 
 
 def _frozen(model: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UsageError
 from ldm.modules.attention import LinearAttention, Normalize, attend
+from ldm.values import expect_tensors
 
 __all__ = [
     "AttnBlock",
@@ -270,6 +271,7 @@ def _down_path(
     options: dict[str, Any],
 ) -> tuple[nn.ModuleList, int]:
     """Build the levels from high to low resolution; return them and the width of the last."""
+    expect_tensors(8 * len(ch_mult) * num_res_blocks)
     levels, width = nn.ModuleList(), ch
     for i, mult in enumerate(ch_mult):
         channels = [(width if j == 0 else ch * mult, ch * mult) for j in range(num_res_blocks)]

@@ -26,6 +26,7 @@ from ldm.modules.diffusionmodules.util import (
     zero_module,
 )
 from ldm.util import exists
+from ldm.values import expect_tensors
 
 
 def convert_module_to_f16(module: nn.Module) -> None:
@@ -400,6 +401,7 @@ def _path_down(
     Returns:
         The blocks, the channels after each of them, and the downsampling factor reached.
     """
+    expect_tensors(8 * sum(num_res_blocks))
     ch, ds = widths[0], 1
     blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))])
     after = [ch]
@@ -452,7 +454,7 @@ class UNetModel(_UNetBase):
 
     def __init__(
         self,
-        image_size: int,
+        image_size: int | tuple[int, int] | None,
         in_channels: int,
         model_channels: int,
         out_channels: int,
@@ -510,6 +512,9 @@ class UNetModel(_UNetBase):
                     f"{name} lists {len(per_level)} values for the {levels} levels of channel_mult"
                 )
 
+        attending = [2 * n + 1 for level, n in enumerate(num_res_blocks) if 2**level in attention_resolutions]
+        if use_spatial_transformer:  # 20 tensors in each of its blocks; the middle has one transformer, too
+            expect_tensors(20 * transformer_depth * (1 + sum(attending)))
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.channel_mult = model_channels, channel_mult
         self.num_res_blocks, self.attention_resolutions = num_res_blocks, attention_resolutions

@@ -177,6 +177,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
     """
 
     LAYERS = ("last", "pooled", "hidden")
+    loaded: frozenset[str] = frozenset()  # names of the tensors that were read while it was built
 
     def __init__(
         self,
@@ -205,6 +206,8 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             self.transformer = CLIPTextTransformer(config)
         else:
             self.transformer = self._build_transformer(config, version, found.weights)
+            if found.weights is not None and found.weights.is_file():
+                self.loaded = frozenset(self.transformer.state_dict())
             self.to(device)
         if freeze:
             self.freeze()
