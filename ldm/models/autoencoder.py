@@ -173,9 +173,12 @@ class AutoencoderKL(_FirstStage):
 
     @torch.no_grad()
     def log_images(
-        self, batch: dict[str, Any], only_inputs: bool = False, **kwargs: Any
+        self, batch: dict[str, Any], only_inputs: bool = False, split: str = "train"
     ) -> dict[str, Tensor]:
-        """Return pictures to look at: inputs, their reconstructions, and decoded unit normal noise."""
+        """Return pictures to look at: inputs, their reconstructions, and decoded unit normal noise.
+
+        `split` is what CompVis's ImageLogger says; it changes nothing.
+        """
         x = self.get_input(batch, self.image_key).to(self.device)
         pictures = {"inputs": x}
         if not only_inputs:
@@ -389,9 +392,12 @@ class VQModel(_FirstStage):
 
     @torch.no_grad()
     def log_images(
-        self, batch: dict[str, Any], only_inputs: bool = False, plot_ema: bool = False, **kwargs: Any
+        self, batch: dict[str, Any], only_inputs: bool = False, plot_ema: bool = False, split: str = "train"
     ) -> dict[str, Tensor]:
-        """Return pictures to look at: inputs and their reconstructions."""
+        """Return pictures to look at: inputs and their reconstructions.
+
+        `split` is what CompVis's ImageLogger says; it changes nothing.
+        """
         x = self.get_input(batch, self.image_key).to(self.device)
         pictures = {"inputs": x}
         if not only_inputs:
@@ -423,19 +429,23 @@ class IdentityFirstStage(nn.Module):
 
     def __init__(self, *args: Any, vq_interface: bool = False, **kwargs: Any):
         super().__init__()
+        if args or kwargs:  # the parameters of the first stage whose place it takes, as CompVis allows
+            named = ", ".join([*map(repr, args), *kwargs])
+            logger.warning("IdentityFirstStage has no parts; without effect: %.200s", named)
         self.vq_interface = vq_interface
 
-    def encode(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:
         """Return x."""
         return x
 
-    def decode(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def decode(self, x: Tensor, force_not_quantize: bool = False) -> Tensor:
         """Return x."""
         return x
 
-    def quantize(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def quantize(self, x: Tensor) -> Any:
         """Return x, in the shape of a codebook's answer where vq_interface asks for it."""
         return (x, None, [None, None, None]) if self.vq_interface else x
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, sample_posterior: bool = True) -> Tensor:
+        """Return x."""
         return x

@@ -853,7 +853,7 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
             out.append(original)
         return out
 
-    def shared_step(self, batch: Mapping[str, Any], **kwargs: Any) -> tuple[Tensor, dict]:
+    def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict]:
         """Return (loss, values to log) of a batch at random levels."""
         x, c = self.get_input(batch, self.first_stage_key)[:2]
         return self(x, c)
@@ -1016,9 +1016,13 @@ class LatentFinetuneDiffusion(LatentDiffusion):
         cond_key: str | None = None,
         bs: int | None = None,
         return_first_stage_outputs: bool = False,
-        **kwargs: Any,
+        force_c_encode: bool = True,
+        return_original_cond: bool = True,
     ) -> list[Any]:
         """Encode a batch as LatentDiffusion does, with what is joined to the latents.
+
+        Conditions are always encoded and the originals come with the pictures, so that `force_c_encode` and
+        `return_original_cond`, which LatentDiffusion's callers give, change nothing.
 
         Returns:
             [z, {"c_concat": [(b, n, h, w)], "c_crossattn": [(b, n, d)]}], and with return_first_stage_outputs

@@ -625,9 +625,8 @@ class UNetModel(_UNetBase):
         timesteps: Tensor | None = None,
         context: Any = None,
         y: Tensor | None = None,
-        **kwargs: Any,
     ) -> Tensor:
-        """Predict from maps and their levels.
+        """Predict from maps and their levels; a keyword of another network (ControlNet's `control`) is a TypeError.
 
         Args:
             x: (b, in_channels, *space).
