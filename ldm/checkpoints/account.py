@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ldm.checkpoints.sampling import SamplingDefaults
 from ldm.errors import MismatchError
 
 NAMED = 3  # how many names an error spells out before it only counts
@@ -36,7 +37,7 @@ class LoadReport:
 
     assigned: name in the file -> name in the model. ignored: name in the file -> why. initialised: name in
     the model -> where its value came from instead. Names in a diffusers folder begin with "unet/", "vae/" or
-    "text_encoder/".
+    "text_encoder/". sampling: what the configuration advises for painting with the model.
     """
 
     path: str
@@ -45,6 +46,7 @@ class LoadReport:
     ignored: dict[str, str] = field(default_factory=dict)
     initialised: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
     @property
     def total(self) -> int:

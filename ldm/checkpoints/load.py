@@ -16,6 +16,7 @@ from ldm.checkpoints.build import build_empty, collector_paused, open_model
 from ldm.checkpoints.files import Weights, open_weights, require_float
 from ldm.checkpoints.folders import FolderWeights
 from ldm.checkpoints.pair import account_model, account_vae
+from ldm.checkpoints.sampling import read_sampling
 from ldm.errors import LdmError, MismatchError, NumericError, ResourceError, UsageError
 from ldm.process.schedule import SCHEDULE_BUFFERS
 
@@ -50,7 +51,8 @@ def load_latent_diffusion(
     Args:
         path: .safetensors, .ckpt, or a diffusers folder.
         config: a YAML file, mapping or OmegaConf with CompVis's keys. None chooses Stable Diffusion v1 or its
-            inpainting model from the shapes in the file; a folder brings its own.
+            inpainting model from the shapes in the file; a folder brings its own. A section `sampling:` beside
+            `model:` may advise how to paint with the model (ldm.checkpoints.sampling); the report holds it.
         device: where the model goes.
         dtype: of the parameters; None = float32, as CompVis's loader. Buffers keep their own.
         use_ema: the file's weights that the UNet gets. True: the moving average. False: the plain ones.
@@ -67,7 +69,7 @@ def load_latent_diffusion(
 
     Raises:
         AbsentError, FormatError, UnsafeFileError: the file cannot be had, read or trusted.
-        MismatchError: another family, or tensors that do not pair with the model's.
+        MismatchError: another family, tensors that do not pair with the model's, or a wrong section `sampling:`.
         NumericError: weights that are not finite, or not any more in dtype.
         ResourceError: out of memory.
     """
@@ -77,8 +79,10 @@ def load_latent_diffusion(
     device = usable(device)
     with contextlib.ExitStack() as opened:
         source, family, settings = open_model(Path(path), config, opened)
+        sampling = read_sampling(settings.get("sampling"))
         model = build_empty(settings, tokenizer)
         report = account_model(model, source, family, use_ema, given_vae=vae)
+        report.sampling = sampling
         state = {}
         with memory_named(path, model):
             if vae is not None:
