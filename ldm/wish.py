@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 import secrets
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import images as pictures
-from ldm.errors import MismatchError, UsageError
+from ldm.errors import MismatchError, UsageError, told
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_SEED = 2**64 - 1
+MAX_SEED = 2**64 - 1  # of its bits the generator on the CPU keeps the lowest 32
+RANDOM_SEEDS = (None, -1, "random")  # what stands for "draw one"
 MAX_PROMPT = 100_000  # characters; the tokenizer would read on for seconds and keep 75 tokens
 CELLS = (8, 256)  # latent cells a side: 64 to 2048 pixels at 8 pixels a cell
 
@@ -147,6 +147,7 @@ class Job:
     image_hash: str | None
     mask: Tensor | None  # (1, 1, height, width), 1 = repaint
     strength: float | None
+    run_last: int  # of the steps, with a picture to start from
     steps: int
     sampler: str
     spacing: str | None
@@ -168,22 +169,22 @@ class Job:
 def whole(name: str, value: Any, low: int, high: int) -> int:
     """Return a whole number within low and high, both included, or raise UsageError."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise UsageError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+        raise UsageError(f"{name} must be a whole number from {low} to {high}, got {told(value)}")
     return int(value)
 
 
 def real(name: str, value: Any, low: float, high: float) -> float:
     """Return a finite number within low and high, both included, or raise UsageError."""
-    sound = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
-    if not sound or not math.isfinite(value) or not low <= value <= high:
-        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
+    sound = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not sound or not low <= value <= high:  # NaN is in no range
+        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, got {told(value)}")
     return float(value)
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> Any:
     """Return a value that is one of the choices, or raise UsageError with all of them."""
-    if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {told(value)}")
     return value
 
 
@@ -195,7 +196,7 @@ def check_size(name: str, value: int, f: int) -> int:
     """
     low, high = (cells * f for cells in CELLS)
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise UsageError(f"{name} must be a multiple of {f} from {low} to {high}, got {value!r}")
+        raise UsageError(f"{name} must be a multiple of {f} from {low} to {high}, got {told(value)}")
     if value % f:
         below = value - value % f
         raise UsageError(
@@ -208,7 +209,7 @@ def list_texts(name: str, value: Any) -> list[str]:
     """List one text, or several, that the tokenizer can read, or raise UsageError."""
     texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else None
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise UsageError(f"{name} must be a text or a list of texts with one at least, got {value!r:.80}")
+        raise UsageError(f"{name} must be a text or a list of texts with one at least, got {told(value)}")
     for text in texts:
         if len(text) > MAX_PROMPT:
             raise UsageError(f"{name} must have at most {MAX_PROMPT} characters, got {len(text)}; shorten it")
@@ -216,19 +217,40 @@ def list_texts(name: str, value: Any) -> list[str]:
             text.encode()
         except UnicodeEncodeError:
             raise UsageError(
-                f"{name} holds characters that are no text (lone surrogates): {text!r:.80}"
+                f"{name} holds characters that are no text (lone surrogates): {told(text)}"
             ) from None
     return texts
 
 
+def draw_seed() -> int:
+    """Draw a seed; below 2^31, so that seed + i stays within the 32 bits that the generator on the CPU keeps."""
+    return secrets.randbelow(2**31)
+
+
 def list_seeds(seed: Any, count: int) -> list[int]:
-    """List one seed for each of count images: seed + i, a list as given, or from a random one for None."""
-    if isinstance(seed, Sequence) and not isinstance(seed, str):
+    """List one seed for each of count images: seed + i, or a list as given.
+
+    None, -1 and "random" draw one, also within a list.
+
+    Raises:
+        UsageError: no such seed, or a list of another length.
+    """
+
+    def one(value: Any, high: int) -> int:
+        if value is None or (isinstance(value, str | int | np.integer) and value in RANDOM_SEEDS):
+            return draw_seed()
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= high:
+            raise UsageError(
+                f"seed must be a whole number from 0 to {high}, or -1, 'random' or None to draw one; got {told(value)}"
+            )
+        return int(value)
+
+    seed = seed.tolist() if isinstance(seed, np.ndarray) else seed
+    if isinstance(seed, Sequence) and not isinstance(seed, str | bytes):
         if len(seed) != count:
             raise UsageError(f"a list of seeds must name one for each image, wanted {count}, got {len(seed)}")
-        return [whole("seed", one, 0, MAX_SEED) for one in seed]
-    seed = secrets.randbelow(2**32 - count) if seed is None else seed
-    first = whole("seed", seed, 0, MAX_SEED - count + 1)
+        return [one(value, MAX_SEED) for value in seed]
+    first = one(seed, MAX_SEED - count + 1)
     return [first + i for i in range(count)]
 
 
@@ -249,7 +271,7 @@ def list_prompts(
             raise UsageError(
                 f"prompt_embeds holds {len(embeds)} prompts, but {len(prompts)} prompts were given"
             )
-    negatives = list_texts("negative_prompt", negative)
+    negatives = list_texts("negative_prompt", "" if negative is None else negative)
     if len(negatives) == 1:
         negatives = negatives * len(prompts)
     if len(negatives) != len(prompts):

@@ -25,7 +25,7 @@ ROOMS = (
     ("checkpoints", "adapters", "images"),
     ("stories",),
 )
-STORIES = ("cli", "edit", "generate", "metadata", "pixels", "results", "training", "web", "wish")
+STORIES = ("advice", "cli", "edit", "generate", "metadata", "pixels", "results", "training", "web", "wish")
 # The one arrow that points up, inside functions only: CompVis's constructors take `ckpt_path` and so read files.
 UPWARD = {("models", "checkpoints")}
 CORE_FORBIDS = ("accelerate", "diffusers", "lightning", "pytorch_lightning")
