@@ -43,6 +43,7 @@ from ldm.results import GenerationParameters, GenerationResult, Progress, join, 
 from ldm.wish import (
     Job,
     Shot,
+    check_embeds,
     check_low_vram,
     check_size,
     choice,
@@ -597,6 +598,9 @@ class StableDiffusion:
         num_images = whole("num_images", num_images, 1, 100_000)
         batch_size = whole("batch_size", batch_size, 1, 1024)
         prompts, negatives = list_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        check_embeds(self.model, prompt_embeds, negative_prompt_embeds)
+        if not isinstance(fixed_code, bool | np.bool_):
+            raise UsageError(f"fixed_code must be True or False, got {told(fixed_code)}")
         count = len(prompts) * num_images
         seeds = list_seeds(seed, count)
         if rng == "compvis":

@@ -83,12 +83,12 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         have[:0] = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if device is None or device == "auto":
         return torch.device(have[0])
-    try:
-        wanted = torch.device(device)
+    try:  # whatever else it may be, torch takes some of it for the current device
+        wanted = torch.device(device) if isinstance(device, str | int | torch.device) else None
     except RuntimeError:
         wanted = None
     if wanted is None or str(wanted) not in {*have, *(name.split(":")[0] for name in have)}:
-        raise UsageError(f"device '{device}' is not available; have: {', '.join(have)}")
+        raise UsageError(f"device {told(str(device))} is not available; have: {', '.join(have)}")
     return wanted
 
 
@@ -108,7 +108,7 @@ def pick_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise UsageError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        raise UsageError(f"dtype must be float32, float16 or bfloat16, got {told(dtype)}")
     if dtype == torch.float16 and device.type == "cpu":
         log.warning("float16 is slow and overflows on a CPU; float32 is used instead (bfloat16 works)")
         return torch.float32
@@ -118,6 +118,28 @@ def pick_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """Name a dtype for people: "float16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def context_width(model: LatentDiffusion) -> int | None:
+    """Tell how many features a token of the prompt has for the UNet's cross-attentions: 768 for v1."""
+    for name, module in model.model.diffusion_model.named_modules():
+        if name.endswith("attn2") and isinstance(getattr(module, "to_k", None), nn.Linear):
+            return module.to_k.in_features
+    return None
+
+
+def check_embeds(model: LatentDiffusion, *embeds: Any) -> None:
+    """Raise UsageError for text features that the UNet cannot read: of another width, whole numbers, or not finite."""
+    width = context_width(model)
+    for one in embeds:
+        if not isinstance(one, Tensor):
+            continue
+        if width is not None and one.shape[-1] != width:
+            raise UsageError(f"prompt_embeds must have {width} features a token, got {tuple(one.shape)}")
+        if not one.is_floating_point() or one.is_meta or not torch.isfinite(one).all():
+            raise UsageError(
+                f"prompt_embeds must be finite floating-point numbers, got {one.dtype}: {told(one)}"
+            )
 
 
 # --- wishes ---------------------------------------------------------------------------------------
@@ -263,7 +285,7 @@ def list_prompts(
     else:
         for name, one in (("prompt_embeds", embeds), ("negative_prompt_embeds", negative_embeds)):
             if not isinstance(one, Tensor) or one.dim() != 3 or one.shape != embeds.shape:
-                got = tuple(one.shape) if isinstance(one, Tensor) else one
+                got = tuple(one.shape) if isinstance(one, Tensor) else told(one)
                 raise UsageError(f"{name} must be (n, tokens, d), both alike, got {got}")
         prompts = list_texts("prompt", "" if prompt is None else prompt)
         prompts = prompts * len(embeds) if len(prompts) == 1 else prompts

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -452,6 +453,10 @@ def test_a_picture_gives_the_size_rounded_down(sd):
 # --- refusals, all at the call and before any work ---
 
 
+def both(embeds):
+    return {"prompt_embeds": embeds, "negative_prompt_embeds": embeds}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -554,6 +559,24 @@ def test_a_picture_gives_the_size_rounded_down(sd):
         ({"image": picture(), "strength": "0.5"}, "strength must be a number from 0 to 1, got '0.5'"),
         ({"prompt_embeds": [[1.0]]}, "prompt_embeds must be (n, tokens, d)"),
         ({"prompt_embeds": 3}, "prompt_embeds must be (n, tokens, d)"),
+        (both(torch.zeros(1, 7, 24)), "prompt_embeds must have 128 features a token, got (1, 7, 24)"),
+        (
+            both(torch.zeros(1, 7, 128, dtype=torch.int64)),
+            "must be finite floating-point numbers, got torch.int64",
+        ),
+        (both(torch.full((1, 7, 128), math.nan)), "must be finite floating-point numbers"),
+        (both(torch.zeros(1, 7, 128, device="meta")), "must be finite floating-point numbers"),
+        ({"prompt_embeds": 10**5000}, "got a int that cannot be shown"),
+        (
+            {"merge_ratio": 10**5000},
+            "merge_ratio must be a number from 0 to 0.75, got a int that cannot be shown",
+        ),
+        ({"merge_seed": 10**5000}, "got a int that cannot be shown"),
+        ({"cache_interval": "x" * 9000}, "cache_interval must be a whole number from 1 to 1000, got 'xxx"),
+        ({"sampler": "x" * 9000}, "got 'xxx"),
+        ({"spacing": "x" * 9000}, "got 'xxx"),
+        ({"guidance_interval": torch.zeros(3, 3)}, "guidance_interval must be (low, high)"),
+        ({"fixed_code": "no"}, "fixed_code must be True or False, got 'no'"),
     ],
 )
 def test_values_out_of_range_are_refused(sd, options, words):
@@ -596,9 +619,11 @@ def test_pictures_and_masks_are_wanted_where_the_name_says_so(sd):
         sd.inpaint(PROMPT, picture(), None)
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "toaster", "meta"])
+@pytest.mark.parametrize("device", ["cuda:99", "toaster", "meta", 99, 1.5, [], b"cpu", "x" * 9000])
 def test_devices_that_are_not_there(device):
-    with pytest.raises(UsageError, match=f"device '{device}' is not available; have: .*cpu"):
+    with pytest.raises(
+        UsageError, match=rf"device {re.escape(repr(str(device))[:40])}.* is not available; have: .*cpu"
+    ):
         pick_device(device)
 
 
