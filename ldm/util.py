@@ -5,6 +5,7 @@ imported that the program has not chosen already.
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 import logging
@@ -188,7 +189,7 @@ def _is_buildable(cls: type) -> bool:
     )
 
 
-def instantiate_from_config(config: Any, *, allow: Iterable[str] = (), where: str = "") -> Any:
+def instantiate_from_config(config: Any, *, allow: Iterable[str] = (), where: str = "", **kwargs: Any) -> Any:
     """Build the object that {"target": dotted name, "params": {...}} describes.
 
     Values are held against the annotations of the classes of ldm and torch that take them, those of configurations
@@ -196,7 +197,12 @@ def instantiate_from_config(config: Any, *, allow: Iterable[str] = (), where: st
     CompVis's configurations, "__is_first_stage__" and "__is_unconditional__", give None.
 
     Args:
+        allow: see `get_obj_from_str`.
         where: the configuration's place in its file, such as "model", for messages; an OmegaConf node knows its own.
+        kwargs: go to the constructor, too, and win over params of the same name.
+
+    A class outside of ldm whose constructor takes any keyword is given the params as they are; those that it hands on
+    to a class of ldm which does not know them are left to it (`leaves_others_to_subclasses`).
 
     Raises:
         MismatchError: no target, an unknown class, a parameter that the class does not take, or values that do not
@@ -222,7 +228,7 @@ def instantiate_from_config(config: Any, *, allow: Iterable[str] = (), where: st
         refuse_resolvers(config)
     target = config["target"]
     cls = get_obj_from_str(target, allow=allow)
-    params = _checked(config, cls, f"{where}.params" if where else "params")
+    params = {**_checked(config, cls, f"{where}.params" if where else "params"), **kwargs}
     _refuse_giant(cls, params, where or f"'{target}'")
     with values.bounded(where or f"'{target}'"):
         try:
@@ -377,3 +383,42 @@ def parallel_data_prefetch(
     return (
         np.concatenate(results, axis=0) if target_data_type == "ndarray" else [x for r in results for x in r]
     )
+
+
+def leaves_others_to_subclasses(init: Callable[..., None]) -> Callable[..., None]:
+    """Let a constructor pass over keywords that it does not know, where they are those of somebody else's class.
+
+    Other people's subclasses take `**kwargs`, read a keyword of their own from it, and hand all of it on. What is
+    passed over is said in a warning. The classes of ldm, and subclasses that name all of their keywords, get Python's
+    TypeError, as ever.
+    """
+    known = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        others = [name for name in kwargs if name not in known]
+        if others and _hands_on_anything(type(self)):
+            constructors = [base.__init__ for base in type(self).__mro__ if "__init__" in base.__dict__]
+            names = {name for one in constructors for name in inspect.signature(one).parameters}
+            near = {name: difflib.get_close_matches(name, names, n=1, cutoff=0.8) for name in others}
+            hints = (f"{name} (did you mean '{hit[0]}'?)" if hit else name for name, hit in near.items())
+            logger.warning(
+                "left to %s, for ldm does not know these parameters: %s",
+                type(self).__name__,
+                ", ".join(hints),
+            )
+            kwargs = {name: value for name, value in kwargs.items() if name in known}
+        init(self, *args, **kwargs)
+
+    return construct
+
+
+def _hands_on_anything(cls: type) -> bool:
+    """Tell whether a class is from outside of ldm and its constructor, one that is not ldm's, takes any keyword."""
+    for base in cls.__mro__:
+        if base.__module__.split(".")[0] == "ldm":
+            return False
+        if "__init__" in base.__dict__:
+            parameters = inspect.signature(base.__init__).parameters.values()
+            return any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return False

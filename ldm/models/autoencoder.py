@@ -13,7 +13,7 @@ from ldm.errors import MismatchError
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.util import handed_on, instantiate_from_config
+from ldm.util import handed_on, instantiate_from_config, leaves_others_to_subclasses
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ class AutoencoderKL(_FirstStage):
         monitor: the name of the value that decides which checkpoint is best.
     """
 
+    @leaves_others_to_subclasses
     def __init__(
         self,
         ddconfig: Mapping[str, Any],
@@ -258,6 +259,7 @@ class VQModel(_FirstStage):
         use_ema: keep a moving average of the weights.
     """
 
+    @leaves_others_to_subclasses
     def __init__(
         self,
         ddconfig: Mapping[str, Any],

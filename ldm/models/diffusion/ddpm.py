@@ -28,7 +28,13 @@ from ldm.modules.ema import LitEma
 from ldm.process import gaussian, prediction
 from ldm.process.schedule import SCHEDULE_BUFFERS, NoiseSchedule
 from ldm.process.tiling import Tiling
-from ldm.util import count_params, default, instantiate_from_config, mean_flat
+from ldm.util import (
+    count_params,
+    default,
+    instantiate_from_config,
+    leaves_others_to_subclasses,
+    mean_flat,
+)
 from ldm.values import SHARE, check_value
 
 if TYPE_CHECKING:
@@ -159,6 +165,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
     learning_rate: float | None = None  # set by whoever trains; configure_optimizers needs it
     loaded: frozenset[str] = frozenset()  # names of the tensors that init_from_ckpt has read
 
+    @leaves_others_to_subclasses
     def __init__(
         self,
         unet_config: Mapping[str, Any],

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UsageError, told
+from ldm.models.diffusion.sampling_util import norm_thresholding
 from ldm.process.gaussian import q_sample
 from ldm.process.guidance import first_tensor, guide, join, rescale
 from ldm.process.prediction import to_eps, to_x0
@@ -206,6 +207,7 @@ class Sampler:
 
     Options of every sampler:
         quantize_denoised: snap each predicted clean sample to the first stage's codebook.
+        dynamic_threshold: shrink each predicted clean sample to at most this root mean square; None leaves it.
     """
 
     name: ClassVar[str]
@@ -216,6 +218,7 @@ class Sampler:
     noise: Noise = unit_noise
     _: KW_ONLY
     quantize_denoised: bool = False
+    dynamic_threshold: float | None = None
 
     @classmethod
     def plan(
@@ -239,9 +242,11 @@ class Sampler:
         raise NotImplementedError
 
     def quantize(self, pred_x0: Tensor) -> Tensor:
-        if not self.quantize_denoised:
+        if self.quantize_denoised:
+            pred_x0 = self.denoise.model.first_stage_model.quantize(pred_x0)[0]
+        if self.dynamic_threshold is None:
             return pred_x0
-        return self.denoise.model.first_stage_model.quantize(pred_x0)[0]
+        return norm_thresholding(pred_x0, self.dynamic_threshold)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ldm.errors import AbsentError, FormatError, MismatchError, UsageError
 from ldm.modules.encoders.tokenizer import WORD_END, find_tokenizer
 from ldm.paths import shipped
+from ldm.util import leaves_others_to_subclasses
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +180,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
     LAYERS = ("last", "pooled", "hidden")
     loaded: frozenset[str] = frozenset()  # names of the tensors that were read while it was built
 
+    @leaves_others_to_subclasses
     def __init__(
         self,
         version: str | Path = CLIP_L,
