@@ -16,7 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ldm.configs import first_line
 from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, ResourceError, UsageError
@@ -123,7 +123,7 @@ class Stream(Dataset):
 
     Raises:
         MismatchError: the source holds fewer samples than one batch of all processes.
-        UsageError: batch_size below 1.
+        UsageError: batch_size below 1, or a source without numbers.
     """
 
     def __init__(
@@ -139,6 +139,11 @@ class Stream(Dataset):
     ):
         if batch_size < 1:
             raise UsageError(f"batch_size should be at least 1, got {batch_size}")
+        if isinstance(source, IterableDataset):
+            raise UsageError(
+                f"{type(source).__name__} is a stream, but a run that can be resumed asks for samples by number; give "
+                "the data set a __getitem__ and a __len__, or train with a loop of your own"
+            )
         if len(source) < batch_size * world:
             raise MismatchError(
                 f"the data holds {len(source)} samples but one batch takes {batch_size * world}, so there are no "

@@ -577,7 +577,11 @@ def test_etas_without_meaning_are_refused(name, eta, message):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("ddim", {"order": 2}, "ddim has no option order; it has dynamic_threshold, noise_dropout, quantize_"),
+        (
+            "ddim",
+            {"order": 2},
+            "ddim has no option order; it has dynamic_threshold, noise_dropout, quantize_",
+        ),
         (
             "dpm_solver",
             {"temperature": 1.0},
