@@ -52,6 +52,23 @@ WHOLE_BATCH_KEYS = ("class_label", "cls")
 FIRST_STAGE = "__is_first_stage__"
 UNCONDITIONAL = "__is_unconditional__"
 
+# Classes that Stability and CompVis have in this file.
+ELSEWHERE = (
+    "LatentDepth2ImageDiffusion",
+    "LatentUpscaleDiffusion",
+    "LatentUpscaleFinetuneDiffusion",
+    "Layout2ImgDiffusion",
+)
+
+
+def __getattr__(name: str) -> Any:
+    # They stand on this module, so they are looked for when they are asked for.
+    if name in ELSEWHERE:
+        from ldm.models.diffusion import further_conditions
+
+        return getattr(further_conditions, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
     """Stand in for `train` on a frozen stage, so that model.train() leaves its dropout and norms alone."""
@@ -528,7 +545,8 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         for name in wanted:
             if name in given:
                 continue
-            if name in SCHEDULE_BUFFERS or name in ("logvar", "scale_factor"):
+            table = name.removeprefix("low_scale_model.")  # an upscaler's has a schedule of its own
+            if table in SCHEDULE_BUFFERS or name in ("logvar", "scale_factor"):
                 report.initialised[name] = "computed from the configuration"
             elif name.startswith("model_ema.") and not averages_given:
                 report.initialised[name] = "seeded from the loaded network"
@@ -655,7 +673,7 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
 
     def instantiate_first_stage(self, config: Any) -> None:
         """Build and freeze the first stage."""
-        self.first_stage_model = _frozen(instantiate_from_config(config))
+        self.first_stage_model = frozen(instantiate_from_config(config))
 
     def instantiate_cond_stage(self, config: Any) -> None:
         """Build the condition stage, frozen unless it is trained along.
@@ -671,7 +689,7 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
             self.cond_stage_model = self.first_stage_model if config == FIRST_STAGE else None
             return
         model = instantiate_from_config(config)
-        self.cond_stage_model = model if self.cond_stage_trainable else _frozen(model)
+        self.cond_stage_model = model if self.cond_stage_trainable else frozen(model)
 
     def get_first_stage_encoding(self, encoder_posterior: DiagonalGaussianDistribution | Tensor) -> Tensor:
         """Draw latents (b, c, h, w) from what the first stage says, in scaled units.
@@ -1114,8 +1132,8 @@ def _dropping_rules(rules: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return read
 
 
-def _frozen(model: nn.Module) -> nn.Module:
-    """Put a stage into evaluation for good."""
+def frozen(model: nn.Module) -> nn.Module:
+    """Put a stage into evaluation for good, without gradients."""
     model.eval()
     model.train = disabled_train.__get__(model)
     return model.requires_grad_(False)

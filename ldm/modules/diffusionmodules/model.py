@@ -30,6 +30,27 @@ __all__ = [
     "nonlinearity",
 ]
 
+# Classes that CompVis has in this file.
+ELSEWHERE = (
+    "FirstStagePostProcessor",
+    "LatentRescaler",
+    "MergedRescaleDecoder",
+    "MergedRescaleEncoder",
+    "Resize",
+    "SimpleDecoder",
+    "UpsampleDecoder",
+    "Upsampler",
+)
+
+
+def __getattr__(name: str) -> Any:
+    # They stand on this module, so they are looked for when they are asked for.
+    if name in ELSEWHERE:
+        from ldm.modules.diffusionmodules import rescaling
+
+        return getattr(rescaling, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 def get_timestep_embedding(timesteps: Tensor, embedding_dim: int) -> Tensor:
     """Embed levels as [sin, cos] with the last frequency at exactly 1/10000, as the DDPM paper's code does.
