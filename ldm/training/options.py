@@ -8,7 +8,8 @@ from typing import Any
 from ldm.errors import UsageError
 from ldm.values import check, shown
 
-SECTIONS = ("model", "data", "training", "lightning")
+# `sampling` says how to paint with the model; training leaves it to whoever does.
+SECTIONS = ("model", "data", "training", "lightning", "sampling")
 
 
 def training_options(

@@ -539,3 +539,9 @@ def test_unusual_lines_that_are_sound_are_read(tmp_path):
 def test_a_folder_that_is_no_path_is_named(folder):
     with pytest.raises(UsageError, match="is no path; set data.params.train.params.folder"):
         ImageFolder(folder)
+
+
+def test_a_configuration_that_advises_how_to_paint_trains(tmp_path):
+    """configs/v1-inference.yaml carries `sampling:`; merged under data and training settings it is no fault."""
+    config = OmegaConf.create(first_stage() | {"sampling": {"known_sizes": [384, 1024]}})
+    assert Run(RunOptions(config=config, folder=tmp_path)).max_steps == config.lightning.trainer.max_steps
