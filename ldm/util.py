@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -347,6 +348,49 @@ def handed_on(params: Mapping[str, Any], kind: Any, where: str) -> dict[str, Any
     if missing:
         raise MismatchError(f"{where} lacks {', '.join(map(repr, missing)):.300}")
     return values.check({name: params[name] for name in params}, kind, where)
+
+
+def create_model(config_path: str | Path) -> nn.Module:
+    """Build the model of a configuration file on the CPU, with initial weights, ready for `load_state_dict`.
+
+    ControlNet's words for it, which tutorials go by:
+
+        model = create_model("configs/v1-inference.yaml")
+        model.load_state_dict(load_state_dict("model_data/v1-5-pruned-emaonly.safetensors"), strict=False)
+
+    strict=False says nothing of what it leaves out; load_latent_diffusion of ldm.checkpoints does both in one call,
+    faster, and accounts for every tensor.
+
+    Raises:
+        As load_config and instantiate_from_config; MismatchError: the file has no 'model:'.
+    """
+    config = load_config(config_path)
+    if "model" not in config:
+        found = ", ".join(map(str, config))
+        raise MismatchError(
+            f"configuration '{config_path}' needs a 'model:' with 'target' and 'params'; it has {found:.120}"
+        )
+    model = instantiate_from_config(config["model"])
+    return model.cpu()
+
+
+def load_state_dict(path: str | Path, location: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Read the tensors of a .ckpt, .pt, .pth, .bin or .safetensors file by name, what is under "state_dict" as it is.
+
+    Files are told apart by what they hold, not by their names, and none can run code.
+
+    Args:
+        location: the device that the tensors go to.
+
+    Raises:
+        As ldm.checkpoints.read_tensors; UsageError: there is no such device.
+    """
+    from ldm.checkpoints import read_tensors
+    from ldm.checkpoints.load import usable
+
+    device = usable(location)
+    tensors, _ = read_tensors(path)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def parallel_data_prefetch(

@@ -27,8 +27,9 @@ ROOMS = (
     ("stories",),
 )
 STORIES = ("advice", "cli", "edit", "generate", "metadata", "pixels", "results", "training", "web", "wish")
-# The one arrow that points up, inside functions only: CompVis's constructors take `ckpt_path` and so read files.
-UPWARD = {("models", "checkpoints")}
+# The arrows that point up, inside functions only: CompVis's constructors take `ckpt_path` and so read files, and
+# tutorials look for ControlNet's load_state_dict in ldm.util.
+UPWARD = {("models", "checkpoints"), ("util", "checkpoints")}
 CORE_FORBIDS = ("accelerate", "diffusers", "lightning", "pytorch_lightning")
 LATE = ("huggingface_hub", "transformers")
 

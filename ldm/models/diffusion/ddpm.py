@@ -236,6 +236,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         self.use_ema = use_ema
         if use_ema:
             self.model_ema = LitEma(self.model)
+            self.register_load_state_dict_post_hook(_seed_averages)
         self.use_scheduler = scheduler_config is not None
         self.scheduler_config = scheduler_config
         self.v_posterior = v_posterior
@@ -574,6 +575,20 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
     def _fit(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adapt a file's tensors to this model before they are accounted for."""
         return tensors
+
+
+def _seed_averages(model: DDPM, keys: Any) -> None:
+    """Begin the averages at the loaded weights where load_state_dict(strict=False) was given none.
+
+    Files for use alone, such as v1-5-pruned-emaonly, hold none; averages left at the initial weights would paint noise
+    within every ema_scope.
+    """
+    no_averages = sum("model_ema." in name for name in keys.missing_keys) >= len(
+        model.model_ema.m_name2s_name
+    )
+    if no_averages and not any("model.diffusion_model." in name for name in keys.missing_keys):
+        model.model_ema.copy_from(model.model)
+        logger.info("the averages begin at the loaded weights, for the file has none")
 
 
 class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
