@@ -26,7 +26,21 @@ ROOMS = (
     ("data",),
     ("stories",),
 )
-STORIES = ("advice", "cli", "edit", "generate", "metadata", "pixels", "results", "training", "web", "wish")
+STORIES = (
+    "advice",
+    "cli",
+    "diffusers_style",
+    "edit",
+    "generate",
+    "guided_diffusion",
+    "metadata",
+    "pixels",
+    "results",
+    "training",
+    "tutorials",
+    "web",
+    "wish",
+)
 # The arrows that point up, inside functions only: CompVis's constructors take `ckpt_path` and so read files, and
 # tutorials look for ControlNet's load_state_dict in ldm.util.
 UPWARD = {("models", "checkpoints"), ("util", "checkpoints")}
