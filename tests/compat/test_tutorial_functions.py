@@ -1,6 +1,9 @@
 """The functions that tutorials write out: ldm_text_to_image with its scheduler, and load_image."""
 
 import io
+import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +131,23 @@ def test_what_cannot_be_painted_is_refused(model, changes, words):
         ldm_text_to_image(
             **{"image_shape": (64, 64), "text": TEXT, "ddim_steps": 1, "model": model, **changes}
         )
+
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+BLOCKS = re.findall(
+    r"^```python\n(.*?)^```", (DOCS / "tutorials.md").read_text(encoding="utf-8"), re.M | re.S
+)
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
+def test_the_page_of_tutorials_runs(code, tmp_path, monkeypatch):
+    os.symlink(DOCS.parent / "model_data", tmp_path / "model_data")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(code, "docs/tutorials.md", "exec"), names)
+    for saved in re.findall(r"save\(\"(.+?)\"\)", code):
+        assert Image.open(tmp_path / saved).size == (128, 128)
+    assert len(BLOCKS) == 3
 
 
 # --- load_image ---
