@@ -208,9 +208,10 @@ class DDIMScheduler(scheduler.DDIMScheduler):
             raise UsageError("step needs to know how many steps there are; call set_timesteps(n) first")
         if not 0 <= eta <= 1:
             raise UsageError(f"eta must be from 0 to 1, got {eta}")
-        t = int(timestep)
-        if t != timestep or not 0 <= t < len(self):
-            raise UsageError(f"level {float(timestep):g} is no level of this schedule, 0 to {len(self) - 1}")
+        told = timestep.item() if isinstance(timestep, Tensor) else timestep  # one wait for a GPU, not three
+        t = int(told)
+        if t != told or not 0 <= t < len(self):
+            raise UsageError(f"level {told:g} is no level of this schedule, 0 to {len(self) - 1}")
         lower = t - len(self) // self.num_inference_steps
         alpha_bar, below = self._alpha_bar[t], self._alpha_bar[lower] if lower >= 0 else self._final
         kind = folders.PREDICTIONS[self.config.prediction_type]

@@ -443,6 +443,29 @@ def test_files_and_folders_of_this_machine_are_loaded(tmp_path, ours):
         close(pipe(PROMPT, num_inference_steps=2, latents=latents, output_type="latent").images, want, 0)
 
 
+def test_dtypes_are_asked_for_as_diffusers_do(tmp_path, ours):
+    """bfloat16 computes in it; float16, which a CPU has not, waits for a GPU; the VAE stays in float32."""
+    checkpoint, config = write_tiny(tmp_path)
+    options = {
+        "num_inference_steps": 2,
+        "latents": keyed_input("p.start", (1, 4, 8, 8)),
+        "output_type": "latent",
+    }
+    pipe = StableDiffusionPipeline.from_single_file(
+        checkpoint, original_config=config, torch_dtype=torch.bfloat16
+    )
+    assert pipe.dtype == pipe.unet.dtype == torch.bfloat16 and pipe.vae.dtype == torch.float32
+    want = ours(PROMPT, **options).images
+    assert (pipe(PROMPT, **options).images - want).abs().max() < 0.1 * want.abs().max()
+    assert pipe.to(torch.float32).dtype == torch.float32
+    half = StableDiffusionPipeline.from_single_file(
+        checkpoint, original_config=config, torch_dtype=torch.float16
+    ).to("cpu")
+    close(half(PROMPT, **options).images, want, 0)
+    with pytest.raises(UsageError, match="to has no option 'devise'; did you mean 'device'"):
+        half.to(devise="cpu")
+
+
 def test_a_folder_of_diffusers_is_loaded(tmp_path, ours, theirs, caplog):
     theirs.save_pretrained(tmp_path / "pipe")
     settings = tmp_path / "pipe" / "scheduler" / "scheduler_config.json"

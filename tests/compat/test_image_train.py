@@ -93,10 +93,10 @@ def train(folder, pictures, monkeypatch, **flags):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Seven pictures of three classes, one of them in a folder below; and files that are none."""
+    """Seven pictures of three classes, the first by name of the last class; and files that are none."""
     folder = tmp_path / "pictures"
-    (folder / "more").mkdir(parents=True)
-    names = ["cat_0.png", "cat_1.jpg", "dog_0.png", "ant_0.webp", "dog_1.png", "cat_2.png", "more/ant_1.png"]
+    (folder / "above").mkdir(parents=True)
+    names = ["cat_0.png", "cat_1.jpg", "dog_0.png", "ant_0.webp", "dog_1.png", "cat_2.png", "above/dog_2.png"]
     for i, name in enumerate(names):
         rng = np.random.default_rng(i)
         Image.fromarray(rng.integers(0, 256, (20 + i, 25, 3), dtype=np.uint8)).save(folder / name)
@@ -408,7 +408,7 @@ def test_classes_are_what_stands_before_the_first_underscore(pictures, caplog):
         and batch.dtype == torch.float32
         and -1 <= batch.min() < batch.max() <= 1
     )
-    assert cond["y"].tolist() == [0, 1, 1, 1, 2, 2, 0] and cond["y"].dtype == torch.int64  # ant, cat, dog
+    assert cond["y"].tolist() == [2, 0, 1, 1, 1, 2, 2] and cond["y"].dtype == torch.int64  # ant, cat, dog
     assert "1 files in" in caplog.text
     assert next(load_data(data_dir=pictures, batch_size=2, image_size=12))[1] == {}
 
@@ -448,7 +448,7 @@ def test_a_picture_that_cannot_be_read_is_left_out_with_a_word(pictures, caplog)
     (pictures / "dog_0.png").write_bytes(b"not a picture")
     data = load_data(data_dir=pictures, batch_size=7, image_size=12, class_cond=True, deterministic=True)
     for _ in range(2):
-        assert next(data)[1]["y"].tolist() == [0, 1, 1, 1, 2, 2, 0]
+        assert next(data)[1]["y"].tolist() == [2, 0, 1, 1, 1, 2, 2]
     assert caplog.text.count("a picture is left out") == 1 and "dog_0.png" in caplog.text
     for path in pictures.rglob("*_*"):
         path.write_bytes(b"no")
