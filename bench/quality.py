@@ -478,7 +478,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--prompts", type=cli.integer(2, 100_000), default=500, help="prompts of each split")
     parser.add_argument("--batch", type=cli.integer(1, 10_000), default=50, help="pictures painted at once")
     parser.add_argument(
-        "--guidance", type=cli.number(0, 100), default=3.0, help="of rows that vary the sampler"
+        "--guidance", type=cli.number(0, 100), help="of rows that vary the sampler (default: the model's)"
     )
     parser.add_argument(
         "--rows", nargs="+", metavar="PATTERN", help="only rows that match, e.g. 'ddim-0/20/*'"
@@ -542,22 +542,22 @@ def machine_name(pipeline: "StableDiffusion") -> str:
 
 def main(argv: list[str] | None = None) -> None:
     opt = parse(argv)
-    rows = choose_rows(all_rows(opt.guidance), opt.rows)
+    if opt.config and not opt.ckpt:
+        raise UsageError("--config describes --ckpt, which is not given; add it or leave --config away")
+    knobs = read_knobs(opt.knob or [])
+    pipeline = load_pipeline(opt.ckpt, opt.config, opt.device, opt.precision, opt.compile)
+    guidance = pipeline.defaults.guidance_scale if opt.guidance is None else opt.guidance
+    rows = choose_rows(all_rows(guidance), opt.rows)
     if opt.list:
         for row in rows:
             cli.say(row.key)
         return
-    if opt.config and not opt.ckpt:
-        raise UsageError("--config describes --ckpt, which is not given; add it or leave --config away")
-
-    knobs = read_knobs(opt.knob or [])
-    pipeline = load_pipeline(opt.ckpt, opt.config, opt.device, opt.precision, opt.compile)
     pipeline.stream("", **knobs)  # refuses what is out of range, before anything is painted
     bench = Bench(pipeline, opt.prompts, opt.batch, **knobs)
     if opt.grid:
         import io
 
-        sheet, right = make_grid(bench, opt.guidance)
+        sheet, right = make_grid(bench, guidance)
         file = io.BytesIO()
         sheet.save(file, "PNG")
         write(opt.grid, file.getvalue())
@@ -581,9 +581,9 @@ def main(argv: list[str] | None = None) -> None:
             f"[{number}/{len(rows)}] {row.key}: {100 * found['right'] / found['prompts']:.1f} % right, "
             f"Frechet {found['frechet']:.3f}, {found['seconds']:.1f} s"
         )
-    tables = make_tables(results, opt.guidance)
+    tables = make_tables(results, guidance)
     write(opt.results.with_suffix(".md"), tables.encode())
-    draw_plot(results, opt.guidance, opt.results.with_suffix(".png"))
+    draw_plot(results, guidance, opt.results.with_suffix(".png"))
     cli.say(tables)
 
 

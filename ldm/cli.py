@@ -6,6 +6,7 @@ torch is imported only when painting begins, so that `--help` and a wrong option
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import difflib
 import errno
@@ -13,13 +14,12 @@ import itertools
 import json
 import logging
 import math
-import secrets
-import shlex
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -31,6 +31,7 @@ from ldm.errors import (
     ResourceError,
     UsageError,
     is_out_of_memory,
+    told,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from ldm.generate import StableDiffusion
     from ldm.results import GenerationResult, Progress
+    from ldm.wish import Job
 
 MAX_LINE = 400  # characters of an error line, so that it stays readable in a log
 MAX_SEED = 2**64 - 1  # what torch.Generator takes
@@ -72,6 +74,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += ", or one that begins with a dash, as --name=-value"
         raise UsageError(f"{message}; see {self.prog} --help")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
@@ -117,7 +121,7 @@ def integer(low: int, high: int) -> Callable[[str], int]:
     """Make an argparse type that takes whole numbers from low to high, both included."""
 
     def parse(text: str) -> int:
-        wanted = f"wanted a whole number from {low} to {high}, got {text!r}"
+        wanted = f"wanted a whole number from {low} to {high}, got {told(text)}"
         try:
             value = int(text)
         except ValueError:
@@ -133,7 +137,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
     """Make an argparse type that takes finite numbers from low to high, both included."""
 
     def parse(text: str) -> float:
-        wanted = f"wanted a number from {low:g} to {high:g}, got {text!r}"
+        wanted = f"wanted a number from {low:g} to {high:g}, got {told(text)}"
         try:
             value = float(text)
         except ValueError:
@@ -146,15 +150,17 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def seed(text: str) -> int | None:
-    """Read a seed as an argparse type: 0 to 2^64 - 1, or "random" (None)."""
-    if text == "random":
+    """Read a seed as an argparse type: 0 to 2^64 - 1; "random", or -1 as A1111 has it, is None."""
+    if text.strip() in ("random", "-1"):
         return None
     try:
         value = int(text)
     except ValueError:
         value = -1
     if not 0 <= value <= MAX_SEED:
-        raise argparse.ArgumentTypeError(f"wanted a seed from 0 to 2^64-1 or 'random', got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"wanted a seed from 0 to 2^64-1, or -1 or 'random' to draw one, got {told(text)}"
+        )
     return value
 
 
@@ -260,13 +266,31 @@ def _terminable() -> Iterator[None]:
 
 MAX_PROMPT_BYTES = 10 * 2**20
 MAX_PROMPT_LINES = 100_000
+MAX_PROMPT = 100_000  # characters of one
+MAX_DIGITS = 100  # of a number in a .jsonl file
 
-# What a line may set beside its prompt: name in the line -> (option of StableDiffusion.stream, type). The names
+
+def prompt_text(text: str) -> str:
+    """Read a prompt as an argparse type: any text that can be encoded, of at most MAX_PROMPT characters."""
+    if len(text) > MAX_PROMPT:
+        raise argparse.ArgumentTypeError(
+            f"wanted at most {MAX_PROMPT} characters, got {len(text)}; shorten it"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(
+            f"wanted text, got characters that are none (lone surrogates): {told(text)}"
+        ) from None
+    return text
+
+
+# What a line may set beside its prompt: name in the line -> (option of StableDiffusion.plan, type). The names
 # are A1111's ("prompts from file") and ours; n_iter and batch_size multiply to a number of pictures.
 LINE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "prompt": ("prompt", str),
-    "negative_prompt": ("negative_prompt", str),
-    "seed": ("seed", lambda text: None if text == "-1" else seed(text)),
+    "prompt": ("prompt", prompt_text),
+    "negative_prompt": ("negative_prompt", prompt_text),
+    "seed": ("seed", seed),
     "sampler_name": ("sampler", str),
     "sampler": ("sampler", str),
     "steps": ("steps", integer(1, 1000)),
@@ -281,80 +305,178 @@ LINE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 @dataclass(frozen=True)
 class Line:
-    """One prompt of a file with the options that its line sets, in the words of StableDiffusion.stream."""
+    """One prompt of a file with the options that its line sets, in the words of StableDiffusion.plan."""
 
     prompt: str
     options: dict[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False)  # for errors that only the model can find
 
 
 def read_prompts(path: str) -> list[Line]:
-    """Read prompts from a file, one a line; empty lines are skipped.
+    """Read prompts from a file, one a line; empty lines, and those that begin with #, are skipped.
 
-    A line that begins with a known option (`--prompt "a cat" --steps 20 --seed 5`, A1111's) is split by
-    the shell's quoting rules and read as options; any other line is a prompt as it stands. In a `.jsonl`
-    file each line is a JSON object with the same names.
+    A line that begins with an option (`--prompt a cat --steps 20 --seed 5`, A1111's) is read as options: a value goes
+    up to the next ` --name`, and quotes around it, or around a part of it, are taken off (\\" stands for a quote within
+    double ones). Any other line is a prompt as it stands. A prompt that begins with # or with an option's name is
+    written `--prompt #1 fan`. In a `.jsonl` file each line is a JSON object with the same names; null is "not given".
 
     Raises:
-        AbsentError: no such file. FormatError: no UTF-8 text, too large, or without any prompt.
+        AbsentError: no such file. FormatError: no text, too large, or without any prompt.
         UsageError: a line with an unknown option or a value out of range; the line's number is named.
     """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_PROMPT_BYTES + 1)
-        text = data.decode("utf-8-sig")
-    except (FileNotFoundError, NotADirectoryError):
-        raise AbsentError(f"prompt file '{path}' does not exist; check the path") from None
-    except (OSError, ValueError) as error:
-        raise FormatError(f"cannot read prompt file '{path}' as UTF-8: {error}; save it as such") from None
-    lines = text.splitlines()
-    if len(data) > MAX_PROMPT_BYTES or len(lines) > MAX_PROMPT_LINES or "\0" in text:
+    lines = _text_of(path).split("\n")
+    lines = lines[:-1] if lines[-1] == "" else lines
+    if len(lines) > MAX_PROMPT_LINES:
         raise FormatError(
-            f"prompt file '{path}' is no list of prompts; wanted text of at most {MAX_PROMPT_BYTES} bytes and "
-            f"{MAX_PROMPT_LINES} lines"
+            f"prompt file '{path}' has {len(lines)} lines, at most {MAX_PROMPT_LINES} are read; split it"
         )
-    read = _from_json if path.endswith(".jsonl") else _from_words
-    found = []
+    read = _from_json if path.lower().endswith((".jsonl", ".ndjson")) else _from_words
+    found, comments = [], 0
     for i, line in enumerate(lines, start=1):
-        if line.strip():
+        place, line = f"line {i} of '{path}'", line.strip()
+        if line.startswith("#"):
+            comments += 1
+        elif line:
             try:
-                found.append(read(line.strip()))
-            except (UsageError, argparse.ArgumentTypeError, ValueError) as error:
-                raise UsageError(f"line {i} of '{path}': {error}") from None
+                found.append(replace(read(line), place=place))
+            except (UsageError, argparse.ArgumentTypeError) as error:
+                raise UsageError(f"{place}: {error}") from None
     if not found:
-        raise FormatError(f"prompt file '{path}' holds no prompt; write one a line")
+        raise FormatError(
+            f"prompt file '{path}' holds no prompt; write one a line"
+            + (" (lines that begin with # are comments)" if comments else "")
+        )
+    if comments:
+        say(f"{path}: {len(found)} prompts; {comments} lines that begin with # are comments")
     return found
 
 
+def _text_of(path: str) -> str:
+    """Read a file of text: UTF-8, or UTF-16 that says so in its first two bytes, as Windows' editors write it."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_PROMPT_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise AbsentError(f"prompt file '{path}' does not exist; check the path") from None
+    except IsADirectoryError:
+        raise FormatError(f"prompt file '{path}' is a folder; name the file in it") from None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"cannot read prompt file '{path}': {error}; give a file of text") from None
+    if len(data) > MAX_PROMPT_BYTES:
+        raise FormatError(
+            f"prompt file '{path}' is no list of prompts; wanted text of at most {MAX_PROMPT_BYTES} bytes"
+        )
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode("utf-16" if wide else "utf-8-sig").lstrip("\ufeff")  # some have two marks
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise FormatError(
+            f"cannot read prompt file '{path}' as {'UTF-16' if wide else 'UTF-8'}: {error.reason} in line {line}; "
+            "save it as UTF-8"
+        ) from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise FormatError(
+            f"prompt file '{path}' is no list of prompts: it holds a NUL character in line {line}; save it as UTF-8"
+        )
+    return text
+
+
+_OPTION = re.compile(r"--([A-Za-z][\w-]*)(?:=|(?!\S))")
+# A quote closes where a space or the end follows, so that the apostrophe of "it's" is a letter.
+_QUOTED = {
+    '"': re.compile(r'"((?:\\.|[^\\])*?)"(?!\S)', re.DOTALL),
+    "'": re.compile(r"'(.*?)'(?!\S)", re.DOTALL),
+}
+_WORD, _SPACE = re.compile(r"\S+"), re.compile(r"\s*")
+
+
 def _from_words(line: str) -> Line:
-    if line.split()[0].removeprefix("--") not in LINE_OPTIONS or not line.startswith("--"):
-        return Line(line)
-    words = shlex.split(line)
-    values: dict[str, str] = {}
-    for name, value in zip(words[::2], [*words[1::2], None][: len(words[::2])], strict=True):
-        if not name.startswith("--") or value is None:
-            raise UsageError(f"wanted --name value --name value ..., got {name!r} without one of the two")
-        values[name[2:]] = value
-    return _line(values)
+    first = _OPTION.match(line)
+    name = first[1].replace("-", "_") if first else ""
+    if not first or not (
+        name in LINE_OPTIONS or difflib.get_close_matches(name, LINE_OPTIONS, n=1, cutoff=0.75)
+    ):
+        return Line(prompt_text(line))
+    values: dict[str, list[str]] = {}
+    parts: list[str] = []
+    never_closed: set[str] = set()  # so that each kind of quote is looked for in vain only once
+    at = 0
+    while at < len(line):
+        option, quote = _OPTION.match(line, at), line[at]
+        if option:
+            name = option[1].replace("-", "_")
+            if name in values:
+                raise UsageError(f"option --{name} was given twice; give it once")
+            parts = values[name] = []
+            found = option
+        else:
+            found = _QUOTED[quote].match(line, at) if quote in _QUOTED and quote not in never_closed else None
+            if found:
+                parts.append(re.sub(r'\\(["\\])', r"\1", found[1]) if quote == '"' else found[1])
+            else:
+                never_closed.add(quote)
+                found = _WORD.match(line, at)
+                parts.append(found[0])
+        at = _SPACE.match(line, found.end()).end()
+    for name, found in values.items():
+        if not found:
+            raise UsageError(f"wanted a value after --{name}, got none")
+    return _line({name: " ".join(parts) for name, parts in values.items()})
 
 
 def _from_json(line: str) -> Line:
-    values = json.loads(line)
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in values:
+                raise UsageError(f"{told(name)} was given twice; give it once")
+            values[name] = value
+        return values
+
+    def whole(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            raise UsageError(f"wanted a number of at most {MAX_DIGITS} digits, got {len(digits)}")
+        return int(digits)
+
+    def refuse(name: str) -> NoReturn:
+        raise UsageError(f"wanted a number, got {name}")
+
+    try:
+        values = json.loads(line, object_pairs_hook=distinct, parse_int=whole, parse_constant=refuse)
+    except UsageError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f'wanted a JSON object, such as {{"prompt": "a cat"}}; {error}') from None
     if not isinstance(values, dict):
-        raise UsageError("wanted a JSON object with a prompt")
-    return _line(values)
+        raise UsageError(f"wanted a JSON object with a prompt, got {told(values)}")
+    texts = {}
+    for name, value in values.items():
+        is_text = name.replace("-", "_") in ("prompt", "negative_prompt")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # 20.0 is what some programs write for 20
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, str if is_text else str | int | float):
+            raise UsageError(f"{name}: wanted a text{'' if is_text else ' or a number'}, got {told(value)}")
+        texts[name.replace("-", "_")] = str(value)
+    return _line(texts)
 
 
-def _line(values: dict[str, Any]) -> Line:
+def _line(values: dict[str, str]) -> Line:
     """Check the options of a line as those of the command line are checked."""
     options: dict[str, Any] = {}
     for name, value in values.items():
         if name not in LINE_OPTIONS:
-            raise UsageError(f"unknown option {name!r}; there are {', '.join(LINE_OPTIONS)}")
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise UsageError(f"{name}: wanted a text or a number, got {value!r:.80}")
+            near = difflib.get_close_matches(name, LINE_OPTIONS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(LINE_OPTIONS)}"
+            raise UsageError(f"unknown option {told(name)}{hint}")
         option, kind = LINE_OPTIONS[name]
+        if option in options:
+            raise UsageError(f"{name}: {option} was given twice, by two names; give one")
         try:
-            options[option] = kind(str(value))
+            options[option] = kind(value)
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"{name}: {error}") from None
     if "prompt" not in options:
@@ -367,7 +489,8 @@ def _line(values: dict[str, Any]) -> Line:
 DEFAULT_PROMPT = "a large red circle above a small blue square on a white background"
 COMPVIS_PROMPT = "a painting of a virus monster playing guitar"
 GRID_AT_MOST = 64  # pictures in one grid
-# What trades a little fidelity for time, in the words of StableDiffusion.stream: docs/knobs.md.
+SEED_HELP = "picture i has seed + i; -1 or 'random' draws one; 32 bits count: 2^32 + 5 paints what 5 paints"
+# What trades a little fidelity for time, in the words of StableDiffusion.plan: docs/knobs.md.
 KNOBS = ("guidance_interval", "cache_interval", "cache_depth", "merge_ratio", "merge_seed")
 
 
@@ -378,25 +501,40 @@ def _add_optimize(group: argparse._ArgumentGroup) -> None:
 
 
 def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Parser:
-    """Make the parser of a painting script: CompVis's options by their names, others' names beside them."""
+    """Make the parser of a painting script: CompVis's options by their names, others' names beside them.
+
+    Args:
+        scale: the guidance that CompVis's script has for Stable Diffusion v1: where neither options nor model say one.
+    """
     p = Parser(prog=name, description=about)
+    p.set_defaults(v1_scale=scale)
     words = p.add_argument_group("what to paint")
-    words.add_argument("--prompt", nargs="?", help="what to paint (default: one that suits the model)")
+    words.add_argument(
+        "--prompt",
+        help="what to paint (default: one that suits the model); one that begins with - as --prompt=-x",
+    )
     words.add_argument("--negative_prompt", "--negative-prompt", default="", help="what to keep away from")
-    words.add_argument("--from-file", "--from_file", metavar="FILE", help="prompts, one a line, or .jsonl")
+    words.add_argument(
+        "--from-file", "--from_file", metavar="FILE",
+        help="prompts, one a line, also with options (--prompt a cat --steps 20), or .jsonl; # begins a comment",
+    )  # fmt: skip
     words.add_argument("--H", "--height", type=integer(1, 10**6), help="pixels (default: the model's)")
     words.add_argument("--W", "--width", type=integer(1, 10**6), help="pixels (default: the model's)")
     words.add_argument(
         "--n_samples", "--batch_size", type=integer(1, 1024), default=1, help="pictures painted at once"
     )
     words.add_argument("--n_iter", type=integer(1, 10_000), default=1, help="how often to paint n_samples")
-    words.add_argument("--seed", type=seed, default=42, help="picture i has seed + i; 'random' draws one")
+    words.add_argument("--seed", type=seed, default=42, help=SEED_HELP)
 
     how = p.add_argument_group("how")
-    how.add_argument("--ddim_steps", "--steps", type=integer(1, 1000), default=50, help="denoising steps")
     how.add_argument(
-        "--scale", "--cfg-scale", "--cfg_scale", "--guidance_scale", type=number(0, 100), default=scale,
-        help="guidance: how strictly to follow the prompt",
+        "--ddim_steps", "--steps", type=integer(1, 1000),
+        help="denoising steps (default: the model's; for Stable Diffusion v1: 50)",
+    )  # fmt: skip
+    how.add_argument(
+        "--scale", "--cfg-scale", "--cfg_scale", "--guidance_scale", type=number(0, 100),
+        help="guidance: how strictly to follow the prompt (default: the model's; for Stable Diffusion v1: "
+        f"{scale:g})",
     )  # fmt: skip
     how.add_argument("--sampler", help="ddim, plms, ddpm, dpm_solver or dpmpp_2m (default: ddim)")
     how.add_argument("--plms", action="store_true", help="the same as --sampler plms")
@@ -550,13 +688,16 @@ class _Group:
     prompts: list[str] = field(default_factory=list)
     negatives: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
+    place: str = ""  # of its first line
 
 
 def _groups(args: argparse.Namespace, lines: list[Line]) -> list[_Group]:
     """Lay out the whole run, picture by picture, in CompVis's order: all prompts, then all again, n_iter times."""
 
+    from ldm.wish import draw_seed
+
     def start(seed: int | None) -> int:
-        return secrets.randbelow(2**32) if seed is None else seed
+        return draw_seed() if seed is None else seed
 
     shared = itertools.count(start(args.seed))  # lines without a seed of their own share one count
     seeds = [
@@ -569,7 +710,7 @@ def _groups(args: argparse.Namespace, lines: list[Line]) -> list[_Group]:
             count = options.pop("n_iter", 1) * options.pop("batch_size", 1)
             negative = options.pop("negative_prompt", args.negative_prompt)
             if not groups or groups[-1].options != options:
-                groups.append(_Group(options))
+                groups.append(_Group(options, place=line.place))
             groups[-1].prompts += [line.prompt] * count
             groups[-1].negatives += [negative] * count
             groups[-1].seeds += itertools.islice(numbers, count)
@@ -584,7 +725,7 @@ def paint(
     """Paint all that the options ask for, saving every batch as soon as it is finished.
 
     Args:
-        wishes: options of StableDiffusion.stream beyond the common ones (picture, mask, strength); the whole
+        wishes: options of StableDiffusion.plan beyond the common ones (picture, mask, strength); the whole
             run is painted for each.
         save: saves a batch of the i-th wish; default: `outdir/samples/00000.png` and on.
     """
@@ -599,19 +740,28 @@ def paint(
             return result.save(samples, metadata=not args.no_metadata)
 
     sd = load_model(args)
-    streams = []
+    scale = args.scale
+    if scale is None and (sd.report is None or sd.report.sampling.guidance_scale is None):
+        scale = args.v1_scale
+    jobs: list[tuple[int, Job]] = []
     for i, wish in enumerate(wishes or ({},)):
         for group in _groups(args, lines):
-            options = {"steps": args.ddim_steps, "guidance_scale": args.scale, "sampler": sampler}
+            options = {"steps": args.ddim_steps, "guidance_scale": scale, "sampler": sampler}
             options |= {"height": args.H, "width": args.W, "eta": args.ddim_eta, "rng": args.rng}
             options |= {name: getattr(args, name) for name in KNOBS}
             options |= {"batch_size": args.n_samples, "fixed_code": args.fixed_code, **group.options, **wish}
-            # Each stream is checked here, before the first picture of the first one is begun.
-            stream = sd.stream(group.prompts, negative_prompt=group.negatives, seed=group.seeds, **options)
-            streams.append((i, stream))
+            # All is checked here, before the first picture is begun.
+            try:
+                job = sd.plan(group.prompts, negative_prompt=group.negatives, seed=group.seeds, **options)
+            except UsageError as error:
+                if any(name in str(error) for name in group.options):
+                    raise UsageError(f"{group.place}: {error}") from None
+                raise
+            jobs.append((i, job))
+    sd.advise([job for _, job in jobs])
     finished: list[tuple[Image.Image, dict[str, Any]]] = []
-    for i, stream in streams:
-        for result in _with_bar(stream):
+    for i, job in jobs:
+        for result in _with_bar(sd.paint(job)):
             if not args.skip_save:
                 for path, number in zip(save(result, i), result.seeds, strict=True):
                     say(f"{path} (seed {number})")
@@ -672,7 +822,7 @@ def diffusion_parser(name: str, about: str, *, outdir: str, classifies: bool) ->
     model.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for the best there is")
     _add_optimize(model)
     p.add_argument("--batch_size", type=integer(1, 1024), default=16, help="at once; changes nothing else")
-    p.add_argument("--seed", type=seed, default=42, help="picture i has seed + i; 'random' draws one")
+    p.add_argument("--seed", type=seed, default=42, help=SEED_HELP)
     p.add_argument("--outdir", "-l", "--logdir", default=outdir, help="folder for what is written")
     flags = p.add_argument_group(
         "how the network was built (default: read off the file; see docs/openai-models.md)"

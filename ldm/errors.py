@@ -3,6 +3,16 @@
 import re
 
 
+def told(value: object, limit: int = 80) -> str:
+    """Show a value in an error's line, however large it is; Python itself refuses to print 4,301 digits and more."""
+    try:
+        text = repr(value)
+    except Exception:  # a stranger's object may fail at this as it likes
+        return f"a {type(value).__name__} that cannot be shown"
+    text = " ".join(text.splitlines())
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 class LdmError(Exception):
     """Base of all errors raised on purpose; the message is one line: what was wanted, what came, what to do."""
 

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from ldm import images as pictures
-from ldm.errors import LdmError, NumericError, ResourceError, UsageError, is_out_of_memory
+from ldm.advice import FOREIGN_SYNTAX, advice
+from ldm.checkpoints.sampling import SamplingDefaults
+from ldm.errors import LdmError, NumericError, ResourceError, UsageError, is_out_of_memory, told
 from ldm.kernels.deepcache import DeepCache
 from ldm.kernels.tome import TokenMerging
 from ldm.models.diffusion.samplers import (
@@ -37,10 +39,11 @@ from ldm.models.diffusion.samplers import (
 )
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.paths import shipped
-from ldm.results import GenerationParameters, GenerationResult, Progress, join
+from ldm.results import GenerationParameters, GenerationResult, Progress, join, painted
 from ldm.wish import (
     Job,
     Shot,
+    check_embeds,
     check_low_vram,
     check_size,
     choice,
@@ -62,6 +65,9 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 log = logging.getLogger(__name__)
+
+# What CompVis's txt2img.py has, for models that say nothing of their own.
+V1_GUIDANCE, V1_STEPS = 7.5, 50
 
 # --- the words of the story -----------------------------------------------------------------------
 
@@ -266,6 +272,8 @@ class StableDiffusion:
         name, file: what pictures say about the model; the file's hash goes into their metadata.
         autocast: dtype of torch.autocast around the UNet, CompVis's --precision autocast, or None.
         vae_dtype: what the VAE computes in.
+        defaults: what is done where the caller says nothing: the model's own advice, which its configuration may
+            hold under `sampling:`, filled up with Stable Diffusion v1's guidance 7.5, 50 steps and the model's size.
     """
 
     def __init__(
@@ -285,7 +293,15 @@ class StableDiffusion:
         self.name = name
         self.report = report
         self.autocast = autocast
+        advised = getattr(report, "sampling", None) or SamplingDefaults()
+        self.defaults = replace(
+            advised,
+            guidance_scale=V1_GUIDANCE if advised.guidance_scale is None else advised.guidance_scale,
+            steps=min(advised.steps or V1_STEPS, model.num_timesteps),
+            size=advised.size or native_size(model),
+        )
         self._averaged = False
+        self._told: set[str] = set()  # kinds of foreign prompt syntax that were warned of
         self._latent_rgb: tuple[Tensor, Tensor] | None = None
         # Half-precision decoders overflow into black pictures; the VAE is a tenth of the work.
         self.vae_dtype = vae_dtype
@@ -449,9 +465,10 @@ class StableDiffusion:
     # --- doors ---
 
     def txt2img(self, prompt: str | Sequence[str], **options: Any) -> GenerationResult:
-        """Paint from a prompt. Options are those of stream(); `callback` is called with each Progress.
+        """Paint from a prompt. Options are those of plan(); `callback` is called with each Progress.
 
-        A callback that returns False ends the run; pictures finished by then are returned.
+        A callback that returns False ends the run; pictures finished by then are returned. What it raises comes out
+        as it is.
         """
         return self._collect(prompt, options, "txt2img")
 
@@ -473,6 +490,8 @@ class StableDiffusion:
 
     def _collect(self, prompt: Any, options: dict[str, Any], mode: str) -> GenerationResult:
         callback = options.pop("callback", None)
+        if callback is not None and not callable(callback):
+            raise UsageError(f"callback must be a function of one Progress, got {told(callback)}")
         for name, thing in (("image", "a picture"), ("mask", "a mask")):
             if name in options and options[name] is None:
                 raise UsageError(f"{mode} needs {thing}, got {name}=None")
@@ -486,7 +505,31 @@ class StableDiffusion:
         empty = [] if options.get("output_type", "pil") == "pil" else torch.empty(0)
         return replace(join(results, empty), interrupted=interrupted)
 
-    def stream(
+    def stream(self, prompt: str | Sequence[str] | None, **options: Any) -> Iterator[Progress]:
+        """Paint step by step: yields a Progress for each step, and one with the pictures for each batch.
+
+        Stop iterating to stop painting. Everything is checked before the first step, at the call; what is known to
+        go wrong with this model (words it has never seen, other sizes, too few steps) is logged as warnings.
+
+        Args:
+            options: those of plan().
+
+        Raises:
+            As plan(). NumericError: NaN. ResourceError: out of memory at batch size 1.
+        """
+        job = self.plan(prompt, **options)
+        self.advise([job])
+        return self.paint(job)
+
+    def advise(self, jobs: Sequence[Job]) -> None:
+        """Log what is known to go wrong with these wishes, a line for each kind; other programs' syntax once only."""
+        for kind, line in advice(jobs, self.defaults, on_cpu=self.device.type == "cpu").items():
+            if kind not in self._told:
+                log.warning("%s", line)
+            if kind in FOREIGN_SYNTAX:
+                self._told.add(kind)
+
+    def plan(
         self,
         prompt: str | Sequence[str] | None,
         *,
@@ -496,10 +539,10 @@ class StableDiffusion:
         strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        steps: int = 50,
+        steps: int | None = None,
         sampler: str = "ddim",
         spacing: str | None = None,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: Sequence[float] = WHOLE_INTERVAL,
         cache_interval: int = 1,
@@ -507,7 +550,7 @@ class StableDiffusion:
         merge_ratio: float = 0.0,
         merge_seed: int | None = None,
         eta: float = 0.0,
-        seed: int | Sequence[int] | None = None,
+        seed: int | str | Sequence[int] | None = None,
         num_images: int = 1,
         batch_size: int = 4,
         rng: Literal["image", "compvis"] = "image",
@@ -515,22 +558,21 @@ class StableDiffusion:
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-    ) -> Iterator[Progress]:
-        """Paint step by step: yields a Progress for each step, and one with the pictures for each batch.
-
-        Stop iterating to stop painting. Everything is checked before the first step, at the call.
+    ) -> Job:
+        """Check every part of a wish, without painting; paint() does that.
 
         Args:
             prompt: a text, or several; each is painted num_images times, in this order.
-            negative_prompt: one text for all, or one for each prompt.
+            negative_prompt: one text for all, or one for each prompt; None is the empty one.
             image: PIL picture, path, or (1, 3, height, width) in [-1, 1]: repaint this one.
             mask: PIL picture, path, or (1, 1, height, width): white, or 1, is repainted, the rest kept.
             strength: 0 to 1, how much of the picture is forgotten; default 0.75, with a mask 1.
             height, width: pixels, multiples of the model's f (8); default the picture's or the model's own.
-            steps: 1 to the model's number of levels; with strength, that share of them is run.
+            steps: 1 to the model's number of levels; with strength, that share of them is run. None is the model's
+                (`defaults`), or the fewest that it advises for this sampler if those are more.
             sampler: "ddim", "plms", "ddpm", "dpm_solver", "dpmpp_2m", in any usual spelling.
             spacing: which levels are visited, a name of ldm.process.spacing; None is the sampler's own.
-            guidance_scale: 0 to 100; 1 ignores the negative prompt and takes half the time.
+            guidance_scale: 0 to 100; 1 ignores the negative prompt and takes half the time; None is the model's.
             guidance_interval: (low, high): only levels t of T with low <= t / T < high are guided, the others
                 take half the time; 0 is the cleanest.
             cache_interval: ask the whole UNet at every so many-th step only, and at the steps between its
@@ -538,7 +580,8 @@ class StableDiffusion:
             merge_ratio: 0 to 0.75, the share of tokens that are merged before the finest self-attentions;
                 merge_seed draws which ones may be merged into. All five: docs/knobs.md.
             eta: 0 to 1, fresh noise in each DDIM step.
-            seed: image i has seed + i; a list names each; None draws one, which the result tells.
+            seed: image i has seed + i; a list names each; None, -1 and "random" draw one, which the result tells.
+                0 to 2^64 - 1, of which the generator on the CPU keeps 32 bits: 2^32 + 5 paints what 5 paints.
             batch_size: how many are painted at once; no image depends on it but for rounding (rng="image").
             rng: "image" draws image i from its own CPU generator; "compvis" seeds the global generators
                 once, at the call, and draws whole batches in the original's order: picture encoding, x_T,
@@ -548,13 +591,16 @@ class StableDiffusion:
             prompt_embeds, negative_prompt_embeds: (n, tokens, d) text features that replace the prompts'.
 
         Raises:
-            UsageError: a value out of range. NumericError: NaN. ResourceError: out of memory at batch size 1.
+            UsageError: a value out of range, or of another kind.
         """
         f = downsampling(self.model)
         rng = choice("rng", rng, ("image", "compvis"))
         num_images = whole("num_images", num_images, 1, 100_000)
         batch_size = whole("batch_size", batch_size, 1, 1024)
         prompts, negatives = list_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        check_embeds(self.model, prompt_embeds, negative_prompt_embeds)
+        if not isinstance(fixed_code, bool | np.bool_):
+            raise UsageError(f"fixed_code must be True or False, got {told(fixed_code)}")
         count = len(prompts) * num_images
         seeds = list_seeds(seed, count)
         if rng == "compvis":
@@ -565,12 +611,15 @@ class StableDiffusion:
             None if width is None else check_size("width", width, f),
             None if height is None else check_size("height", height, f),
         )
-        pixels, marks, image_hash = read_pictures(image, mask, size, f)
+        pixels, kept, marks, image_hash = read_pictures(image, mask, size, f)
         if pixels is not None:
             height, width = pixels.shape[2:]
         else:
-            native = native_size(self.model)
-            height, width = size[1] or native[0], size[0] or native[1]
+            height, width = size[1], size[0]
+            if height is None:
+                height = check_size("height", self.defaults.size[0], f)
+            if width is None:
+                width = check_size("width", self.defaults.size[1], f)
             if strength is not None:
                 raise UsageError(
                     f"strength is for a picture to start from, got strength={strength} and image=None"
@@ -582,6 +631,19 @@ class StableDiffusion:
         mode = "txt2img" if pixels is None else "img2img" if marks is None else "inpaint"
         if strength is None and pixels is not None:
             strength = 0.75 if marks is None else 1.0
+        strength = None if strength is None else real("strength", strength, 0, 1)
+        sampler = resolve_sampler(sampler)
+        if steps is None:
+            fewest = self.defaults.least_steps.get(sampler, 1)
+            steps = min(max(self.defaults.steps, fewest), self.model.num_timesteps)
+        steps = whole("steps", steps, 1, self.model.num_timesteps)
+        if guidance_scale is None:
+            guidance_scale = self.defaults.guidance_scale
+        if spacing is not None and not isinstance(spacing, str):
+            raise UsageError(f"spacing must be a name of ldm.process.spacing, got {told(spacing)}")
+        # Both refuse what does not fit: spacings without a name, UNets of other kinds.
+        run_last, _ = start_level(sampler, self.model, steps, strength or 0.0, spacing=spacing)
+        is_inpainting(self.model)
         job = Job(
             mode=mode,
             shots=[
@@ -598,11 +660,13 @@ class StableDiffusion:
             height=height,
             width=width,
             image=pixels,
+            kept=kept,
             image_hash=image_hash,
             mask=marks,
-            strength=None if strength is None else real("strength", strength, 0, 1),
-            steps=whole("steps", steps, 1, self.model.num_timesteps),
-            sampler=resolve_sampler(sampler),
+            strength=strength,
+            run_last=run_last,
+            steps=steps,
+            sampler=sampler,
             spacing=spacing,
             guidance_scale=real("guidance_scale", guidance_scale, 0, 100),
             guidance_rescale=real("guidance_rescale", guidance_rescale, 0, 1),
@@ -619,16 +683,13 @@ class StableDiffusion:
             negative_embeds=negative_prompt_embeds,
         )
         check_eta(SAMPLERS[job.sampler], job.eta)
-        # Both refuse what does not fit: spacings without a name, UNets of other kinds.
-        start_level(job.sampler, self.model, job.steps, job.strength or 0.0, spacing=spacing)
-        is_inpainting(self.model)
-        return self._paint(job)
+        return job
 
     # --- the story ---
 
     @torch.no_grad()
-    def _paint(self, job: Job) -> Iterator[Progress]:
-        """Paint a job batch by batch; a batch that does not fit into memory is halved."""
+    def paint(self, job: Job) -> Iterator[Progress]:
+        """Paint what plan() checked, batch by batch; a batch that does not fit into memory is halved. See stream()."""
         if self._averaged:
             raise UsageError(
                 "this model's moving average paints another stream; finish or close that one first"
@@ -787,26 +848,20 @@ class StableDiffusion:
         b = len(batch)
         if latents is None:
             latents = encode_image(self.model, job.image, b, torch.zeros_like)
-            x = job.image.expand(b, -1, -1, -1)
+            unit = job.kept.repeat(b, 1, 1, 1)
         elif job.output_type != "latent":
-            x = decode(self.model, latents).cpu()
+            unit = pictures.to_unit(decode(self.model, latents)).cpu()
             if job.mask is not None:
-                x = pictures.paste(x, job.image, job.mask)
+                unit = pictures.paste(unit, job.kept, job.mask)
         latents = latents.float().cpu()
+        parameters = [self._parameters(job, shot, i, b, dropped[i]) for i, shot in enumerate(batch)]
         if job.output_type == "pil":
-            images = pictures.to_pil(x)
+            images = painted(pictures.unit_to_pil(unit), parameters, self.file)
         elif job.output_type == "latent":
             images = latents
         else:
-            unit = pictures.to_unit(x)
             images = unit if job.output_type == "pt" else unit.permute(0, 2, 3, 1).numpy()
-        result = GenerationResult(
-            images,
-            [shot.seed for shot in batch],
-            [self._parameters(job, shot, i, b, dropped[i]) for i, shot in enumerate(batch)],
-            latents,
-            self.file,
-        )
+        result = GenerationResult(images, [shot.seed for shot in batch], parameters, latents, self.file)
         return Progress(job.steps, job.steps, x_t=latents, pred_x0=latents, result=result, **place)
 
     def _parameters(

@@ -12,11 +12,10 @@ import itertools
 import math
 import os
 import re
-import stat
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -24,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.errors import AbsentError, FormatError, NumericError, OutputError, UsageError
+from ldm.containers import WANTED, read_exif, read_file, read_xmp
+from ldm.errors import FormatError, NumericError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,11 +32,15 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # decoders without interpreters or external programs behind them
 MAX_PIXELS = 36_000_000
-MAX_BYTES = 256 * 2**20
 MAX_SIDE = 32_767
 MIN_SIDE = 8
+# A file of less than a megabyte may make a decoder take so many bytes, at its bytes for each pixel: Pillow keeps 4;
+# a progressive JPEG's coefficients are 6 more; libwebp keeps two further frames and hands out a copy.
+SMALL_FILE = 2**20
+DECODER_BYTES = 200 * 10**6
+PIXEL_BYTES = {"PNG": 4, "JPEG": 4, "progressive JPEG": 10, "WEBP": 16}
+_PATTERN = r"([^{}]*)\{(?::(?:0([1-9]|1\d|20))?d?)?\}([^{}]*)"
 STALE_SECONDS = 3600  # a .part file older than this was left by a killed run
-
 
 # --- pixels and tensors ---------------------------------------------------------------------------
 
@@ -59,37 +63,77 @@ def to_unit(x: Tensor) -> Tensor:
     return ((x + 1.0) / 2.0).clamp(0.0, 1.0)
 
 
+def given_unit(x: Tensor) -> Tensor:
+    """Map a given picture from [-1, 1] to [0, 1] float32, so that the bytes it was made of come back.
+
+    The way through to_tensor costs an ulp, which truncation makes a whole level for 63 of the 256 bytes. A value that
+    is a byte's up to the rounding of its dtype becomes float32's k / 255, of which unit_to_uint8 makes k again; one
+    that lies between two bytes stays there.
+    """
+    unit = ((x.double() + 1.0) / 2.0).clamp(0.0, 1.0)
+    level = (255.0 * unit).round()
+    eps = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
+    near = (255.0 * unit - level).abs() <= 255.0 * eps  # two roundings of a value below 1
+    return torch.where(near, level.float() / 255.0, unit.float())
+
+
+def unit_to_uint8(unit: Tensor) -> np.ndarray:
+    """Turn (b, 3, height, width) float32 in [0, 1] into (b, height, width, 3) uint8, by truncation."""
+    return (255.0 * unit).permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)  # (b, height, width, 3)
+
+
 def to_uint8(x: Tensor) -> np.ndarray:
     """Turn (b, 3, height, width) in [-1, 1] into (b, height, width, 3) uint8.
 
     CompVis truncates 255 x where diffusers rounds: 45 % of pixels then differ by one. Truncation is kept, and
-    float32 with it: in float16 the same arithmetic moves one pixel in twenty.
+    float32 with it: in float16 the same arithmetic moves one pixel in twenty. A given picture's own bytes come back by
+    given_unit and unit_to_uint8 instead.
     """
-    return (255.0 * to_unit(x)).permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)  # (b, height, width, 3)
+    return unit_to_uint8(to_unit(x))
+
+
+def unit_to_pil(unit: Tensor) -> list[Image.Image]:
+    """Turn (b, 3, height, width) float32 in [0, 1] into b RGB pictures."""
+    from PIL import Image
+
+    return [Image.fromarray(pixels) for pixels in unit_to_uint8(unit)]
 
 
 def to_pil(x: Tensor) -> list[Image.Image]:
     """Turn (b, 3, height, width) in [-1, 1] into b RGB pictures."""
-    from PIL import Image
-
-    return [Image.fromarray(pixels) for pixels in to_uint8(x)]
+    return unit_to_pil(to_unit(x))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any picture to 8-bit RGB: transparency on white, 16-bit grey scaled (PIL would clip it)."""
+    """Convert any picture to 8-bit RGB: transparency on white, 16-bit grey scaled (PIL would clip it).
+
+    Raises:
+        UsageError: PIL knows no way from its mode to RGB.
+    """
     from PIL import Image
 
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         grey = np.asarray(image, dtype=np.float64)
         grey = grey / 257.0 if image.mode != "F" else grey
         image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(ground, image)
-    return image.convert("RGB")
+    return _on_ground(image, 255)
+
+
+def _on_ground(image: Image.Image, grey: int) -> Image.Image:
+    """Convert a picture to RGB; what is transparent lets a ground of black (0) to white (255) through."""
+    from PIL import Image
+
+    try:
+        if image.has_transparency_data:
+            ground = Image.new("RGBA", image.size, (grey, grey, grey, 255))
+            image = Image.alpha_composite(ground, image.convert("RGBA"))
+        return image.convert("RGB")
+    except ValueError:
+        raise UsageError(
+            f"a picture must be one that PIL can convert to RGB, got mode {image.mode}"
+        ) from None
 
 
 def to_mask(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
@@ -99,12 +143,14 @@ def to_mask(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
 
     Args:
         size: (width, height) to resize to, with the nearest pixel, as CompVis does.
+
+    Raises:
+        UsageError: PIL knows no way from its mode to RGB.
     """
     from PIL import Image
 
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+        image = _on_ground(image, 0)
     grey = to_rgb(image).convert("L")
     if size is not None and grey.size != size:
         grey = grey.resize(size, Image.Resampling.NEAREST)
@@ -138,7 +184,7 @@ def fit_size(image: Image.Image, multiple: int, size: tuple[int, int] | None = N
 
 def paste(painted: Tensor, original: Tensor, mask: Tensor) -> Tensor:
     """Keep the original where mask is 0, the painted picture where it is 1; all (b, c, height, width)."""
-    return mask * painted + (1.0 - mask) * original
+    return torch.where(mask >= 0.5, painted, original)
 
 
 # --- grids ----------------------------------------------------------------------------------------
@@ -186,36 +232,34 @@ def grid(pictures: Sequence[Image.Image], nrow: int | None = None) -> Image.Imag
 def open_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read a PNG, JPEG or WebP picture whole, upright by its EXIF orientation, in the mode it was stored in.
 
-    The size is judged from the header, before anything is decoded; only the first frame is read.
+    The size is judged from the header, before anything is decoded; only the first frame is read. Damage in what is
+    said beside the pixels (EXIF, profiles, texts) is passed over; texts that read_metadata knows are in `info`.
 
     Raises:
         AbsentError: no such file. UsageError: a URL. FormatError: everything else that is wrong with it.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
-    name = os.fspath(path)
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
-        raise UsageError(f"pictures are read from files, got the URL {name!r}; download it first")
-    try:
-        status = os.stat(name)
-    except (FileNotFoundError, NotADirectoryError):
-        raise AbsentError(f"picture '{name}' does not exist; check the path") from None
-    except (OSError, ValueError) as error:
-        raise FormatError(f"cannot read picture '{name}': {error}; check the path") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise FormatError(f"picture '{name}' is not a regular file; give a PNG, JPEG or WebP file")
-    if not 0 < status.st_size <= MAX_BYTES:
-        raise FormatError(f"picture '{name}' has {status.st_size} bytes; wanted 1 to {MAX_BYTES}")
-    wanted = "wanted a sound PNG, JPEG or WebP file; convert or download it again"
+    parts, name = read_file(path), os.fspath(path)
+    size = len(parts.pixels)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # PIL warns of bombs and damage where we want an end
-            with Image.open(name, formats=FORMATS) as image:
+            warnings.simplefilter("ignore")  # what is passed over
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(parts.pixels), formats=FORMATS) as image:
+                parts.pixels = b""
                 width, height = image.size
                 if width * height > max_pixels or max(width, height) > MAX_SIDE:
                     raise FormatError(
                         f"picture '{name}' has too many pixels, {width} x {height}; "
                         f"wanted at most {max_pixels / 1e6:g} million and {MAX_SIDE} a side"
+                    )
+                kind = "progressive JPEG" if "progressive" in image.info else image.format
+                most = DECODER_BYTES // PIXEL_BYTES[kind]
+                if width * height > most and size < SMALL_FILE:
+                    raise FormatError(
+                        f"picture '{name}' has too many pixels, {width} x {height}, for a {kind} file of {size} "
+                        f"bytes; wanted at most {most / 1e6:g} million; convert it to PNG"
                     )
                 if min(width, height) < MIN_SIDE:
                     raise FormatError(
@@ -223,15 +267,57 @@ def open_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.I
                         f"wanted {MIN_SIDE} pixels a side or more"
                     )
                 image.load()
-                return ImageOps.exif_transpose(image)
+                image = _turned(image, parts.orientation)
     except FormatError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise FormatError(f"picture '{name}' has too many pixels ({error}); {wanted}") from None
+        raise FormatError(f"picture '{name}' has too many pixels ({error}); {WANTED}") from None
     except UnidentifiedImageError:
-        raise FormatError(f"picture '{name}' is no picture that can be read; {wanted}") from None
+        raise FormatError(f"picture '{name}' is no picture that can be read; {WANTED}") from None
     except Exception as error:  # decoders raise nearly every kind of error on damaged files
-        raise FormatError(f"picture '{name}' is damaged or incomplete ({error}); {wanted}") from None
+        raise FormatError(f"picture '{name}' is damaged or incomplete ({error}); {WANTED}") from None
+    image.info |= parts.texts
+    return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn a picture that somebody opened with PIL as its EXIF orientation says; EXIF that cannot be read says nothing.
+
+    Raises:
+        FormatError: its pixels are damaged or incomplete, or its file is closed.
+    """
+    try:
+        image.load()
+    except Exception as error:  # as in open_image
+        raise FormatError(f"the picture given is damaged or incomplete ({error}); {WANTED}") from None
+    exif, xmp = image.info.get("exif"), image.info.get("xmp")
+    if isinstance(exif, bytes):  # not by Pillow, whose reader a small file can make take gigabytes
+        orientation = read_exif(exif)[1] or (read_xmp(xmp) if isinstance(xmp, bytes) else 1)
+        return _turned(image, orientation)
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        return _turned(image, image.getexif().get(0x0112, 1))
+    return image
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    """Undo an EXIF orientation of 2 to 8, and forget what told of it."""
+    from PIL.Image import Transpose
+
+    ways = (
+        Transpose.FLIP_LEFT_RIGHT,
+        Transpose.ROTATE_180,
+        Transpose.FLIP_TOP_BOTTOM,
+        Transpose.TRANSPOSE,
+        Transpose.ROTATE_270,
+        Transpose.TRANSVERSE,
+        Transpose.ROTATE_90,
+    )
+    if orientation in range(2, 9):
+        image = image.transpose(ways[orientation - 2])
+        for key in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
+            image.info.pop(key, None)
+    return image
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -259,6 +345,25 @@ def prepare_folder(path: str | os.PathLike) -> Path:
     return folder
 
 
+def split_pattern(pattern: str) -> tuple[str, int, str]:
+    """Split a pattern for file names into what stands before its number, the number's digits, and what stands after it.
+
+    A pattern is a file name, never a path, with one field for a number: `{}` or `{:05}`, of at most 20 digits.
+
+    Raises:
+        UsageError: it is anything else.
+    """
+    found = re.fullmatch(_PATTERN, pattern) if isinstance(pattern, str) else None
+    name = found and found[1] + found[3]
+    # Windows' rule knows every separator there is, and drives. A lone surrogate can be in no name.
+    if not found or PureWindowsPath(f"{name}0").name != f"{name}0" or not name.isprintable():
+        raise UsageError(
+            "a pattern must be a file name, without folders, with one number in it, {} or {:05} (20 digits at most), "
+            f"such as 'red-{{:05}}.png'; got {pattern!r:.100}"
+        )
+    return found[1], int(found[2] or 1), found[3]
+
+
 def save_numbered(
     image: Image.Image, folder: str | os.PathLike, pattern: str = "{:05}.png", info: PngInfo | None = None
 ) -> Path:
@@ -268,13 +373,13 @@ def save_numbered(
     Here a name is claimed by a hard link, which fails if the name is taken; the next number is then tried.
 
     Args:
-        pattern: file name with one number, such as "grid-{:04}.png".
+        pattern: file name with one number, such as "grid-{:04}.png"; see split_pattern.
 
     Raises:
-        OutputError: the folder cannot be written, the disk is full.
+        OutputError: the folder cannot be written, the disk is full. UsageError: the pattern is none.
     """
     folder = Path(folder)
-    before, after = re.split(r"\{[^}]*\}", pattern)
+    before, width, after = split_pattern(pattern)
     taken = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
 
     def names():
@@ -284,7 +389,7 @@ def save_numbered(
             raise _cannot(folder, error) from None
         number = max(numbers, default=-1) + 1
         while True:
-            yield folder / pattern.format(number)
+            yield folder / f"{before}{number:0{width}}{after}"
             number += 1
 
     return _place(_png(image, info), folder, names())

@@ -1,4 +1,4 @@
-"""What a PNG says about how it was made: A1111's `parameters` text and our own lossless `ldm` chunk.
+"""What a picture says about how it was made: A1111's `parameters` text and our own lossless `ldm` chunk.
 
 A1111's text is read by every tool of the field but cannot say everything (a prompt that holds a line
 "Negative prompt:" is cut there); the `ldm` chunk is JSON and holds every parameter with its type.
@@ -7,23 +7,31 @@ A1111's text is read by every tool of the field but cannot say everything (a pro
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from pathlib import PurePath
+from typing import Any
 
-from ldm.images import open_image
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-if TYPE_CHECKING:
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
+from ldm.comfyui import read_graph
+from ldm.containers import MAX_TEXT, read_exif, read_file, write_comment
+from ldm.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
-MAX_TEXT = 64 * 1024  # characters of a chunk that are worth reading
+MAX_DEPTH = 8  # of lists in lists in our own chunk
+MAX_WHOLE = 2**64 - 1  # of seeds, the largest whole numbers that anybody writes
+MAX_SEGMENT = 65_533  # bytes of EXIF that a JPEG has room for
 NEGATIVE = "Negative prompt:"
-_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-_SIZE = re.compile(r"(\d+)x(\d+)")
+_QUOTED = re.compile(r'\s*("(?:\\.|[^\\"])+")(?=,|$)')
+_SIZE = re.compile(r"(\d{1,9})x(\d{1,9})", re.ASCII)
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".webp": "WEBP"}
 
 # A1111's keys in A1111's order, with our names; Size is put together from width and height.
 KEYS = (
@@ -76,7 +84,7 @@ def unquote(text: str) -> str:
             value = json.loads(text)
         except ValueError:
             return text
-        return value if isinstance(value, str) else text
+        return clean(value) if isinstance(value, str) else text
     return text
 
 
@@ -113,7 +121,7 @@ def from_infotext(text: str) -> dict[str, Any]:
     Known fields come back typed and only if they are sound; unknown ones come back as text under `extra`.
     """
     *lines, last = clean(text[:MAX_TEXT]).strip().split("\n")
-    pairs = _PAIR.findall(last)
+    pairs = _pairs(last)
     if len(pairs) < 3:  # A1111's own rule: this is no line of options
         lines, pairs = [*lines, last], []
     prompt: list[str] = []
@@ -131,7 +139,7 @@ def from_infotext(text: str) -> dict[str, Any]:
     for key, raw in pairs:
         value = unquote(raw.strip())
         if key == "Size" and (size := _SIZE.fullmatch(value)):
-            found["width"], found["height"] = int(size[1][:9]), int(size[2][:9])
+            found["width"], found["height"] = int(size[1]), int(size[2])
         elif key in ours and key != "Size":
             found |= _typed(ours[key], words.get(value, value) if key == "Sampler" else value)
         else:
@@ -139,10 +147,34 @@ def from_infotext(text: str) -> dict[str, Any]:
     return found | ({"extra": extra} if extra else {})
 
 
+def _pairs(line: str) -> list[tuple[str, str]]:
+    """Split a line of options into (key, raw value), as A1111's pattern does, but in one walk along the line.
+
+    A key is two characters or more of letters, digits, blanks, "-" and "/" before a colon, beginning with a letter or
+    a digit; a value reaches to the next comma, or is a quoted text.
+    """
+    pairs, at = [], 0
+    while (colon := line.find(":", at)) >= 0:
+        start = colon
+        while start > at and (line[start - 1].isalnum() or line[start - 1] in "_ -/"):
+            start -= 1
+        key = line[start:colon].lstrip(" -/")
+        at = colon + 1
+        if len(key) < 2:
+            continue
+        quoted = _QUOTED.match(line, at)
+        comma = line.find(",", at)
+        end = quoted.end() if quoted else comma if comma >= 0 else len(line)
+        pairs.append((key, quoted[1] if quoted else line[at:end]))
+        at = end + 1
+    return pairs
+
+
 def _typed(name: str, value: str) -> dict[str, Any]:
     """Make {name: value} of the right type, or {} if the text is no such value."""
     if name in _WHOLE:
-        return {name: int(value)} if re.fullmatch(r"\d{1,20}", value) else {}
+        sound = re.fullmatch(r"[0-9]{1,20}", value) and int(value) <= MAX_WHOLE
+        return {name: int(value)} if sound else {}
     if name in _REAL:
         numbers = _numbers(value)
         return {name: numbers[0]} if len(numbers) == 1 else {}
@@ -155,7 +187,7 @@ def _typed(name: str, value: str) -> dict[str, Any]:
 def _numbers(*texts: str) -> list[float]:
     """Read finite numbers; [] if one of the texts is none."""
     try:
-        numbers = [float(text) for text in texts]
+        numbers = [float(text[:40]) for text in texts]
     except ValueError:
         return []
     return numbers if all(map(math.isfinite, numbers)) else []
@@ -163,33 +195,112 @@ def _numbers(*texts: str) -> list[float]:
 
 def png_info(parameters: Mapping[str, Any]) -> PngInfo:
     """Make the text chunks of a PNG: `parameters` (A1111) and `ldm` (ours)."""
-    from PIL.PngImagePlugin import PngInfo
-
     info = PngInfo()
     info.add_text("parameters", to_infotext(parameters))
-    # ASCII JSON, so that the chunk is plain Latin-1 text for every reader.
-    info.add_text("ldm", json.dumps({"schema": SCHEMA, "parameters": dict(parameters)}, allow_nan=False))
+    info.add_text("ldm", to_chunk(parameters))
     return info
 
 
-def read_metadata(png: str | os.PathLike | Image.Image) -> dict[str, Any]:
+def to_chunk(parameters: Mapping[str, Any]) -> str:
+    """Write parameters as our own text, JSON. Lone surrogates (of a file's odd name) are escaped and so come back."""
+    text = json.dumps({"schema": SCHEMA, "parameters": dict(parameters)}, allow_nan=False, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+class Painted(Image.Image):
+    """A picture that says how it was made, wherever it is saved by PIL's own `save`.
+
+    A PNG gets both texts, a JPEG or WebP A1111's. A copy says the same; what PIL makes of it otherwise (a crop, another
+    size) is another picture and says nothing.
+
+    Attributes:
+        told: gives the parameters. They are asked for when they are needed: the hash of a model file takes seconds.
+    """
+
+    told: Callable[[], Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, image: Image.Image, told: Callable[[], Mapping[str, Any]]) -> Painted:
+        """Take over a picture's pixels."""
+        painted = cls()
+        painted.__dict__ |= image.__dict__
+        painted.told = told
+        return painted
+
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
+        """Save as PIL does; `pnginfo` or `exif` that is given, be it None or empty, replaces what would be told."""
+        name = fp if isinstance(fp, str | bytes | os.PathLike) else getattr(fp, "name", "")
+        name = os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else ""
+        kind = (format or _FORMATS.get(PurePath(name).suffix.lower(), "")).upper()
+        if kind == "PNG" and "pnginfo" not in params:
+            params["pnginfo"] = png_info(self.told())
+        elif kind in ("JPEG", "WEBP") and "exif" not in params:
+            exif = write_comment(to_infotext(self.told()))
+            if kind == "JPEG" and len(exif) > MAX_SEGMENT:
+                log.warning(
+                    "a JPEG holds texts up to 32,000 characters; this one is saved without its metadata"
+                )
+            else:
+                params["exif"] = exif
+        super().save(fp, format, **params)
+
+    def copy(self) -> Painted:
+        """Copy the picture with what it says."""
+        return Painted.of(super().copy(), self.told)
+
+    __copy__ = copy
+
+    def __eq__(self, other: object) -> bool:
+        """Compare as PIL does, which wants both of one class."""
+        plain = (_plain(one) if isinstance(one, Painted) else one for one in (self, other))
+        return next(plain) == next(plain)
+
+    __hash__ = None
+
+    def __getstate__(self) -> list[Any]:
+        return [*super().__getstate__(), self.told]
+
+    def __setstate__(self, state: list[Any]) -> None:
+        *state, self.told = state
+        super().__setstate__(state)
+
+
+def _plain(painted: Painted) -> Image.Image:
+    image = Image.Image()
+    image.__dict__ |= painted.__dict__
+    del image.told
+    return image
+
+
+def read_metadata(picture: str | os.PathLike | Image.Image) -> dict[str, Any]:
     """Read how a picture was made; {} if it does not say.
 
-    Our own chunk is preferred, being lossless; then A1111's text, then InvokeAI's and ComfyUI's JSON, of
-    which the common fields are taken. What a chunk holds never raises and is never acted upon. The key
-    `source` says which was read: "ldm", "a1111", "invokeai" or "comfyui".
+    Our own chunk is preferred, being lossless; then A1111's text, in a PNG's chunk or in EXIF's comment, then
+    InvokeAI's and ComfyUI's JSON, of which the common fields are taken. What a text holds never raises and is never
+    acted upon. The key `source` says which was read: "ldm", "a1111", "invokeai" or "comfyui".
+
+    Args:
+        picture: a PNG, JPEG or WebP file, whose pixels are not looked at, or a PIL picture.
 
     Raises:
-        AbsentError, FormatError: the file is not there or is no picture.
+        AbsentError, FormatError: the file is not there or is no picture. UsageError: neither a path nor a picture.
     """
-    texts = (open_image(png) if isinstance(png, str | os.PathLike) else png).info
-    readers = {
-        "ldm": ("ldm", _from_ours),
-        "a1111": ("parameters", from_infotext),
-        "invokeai": ("invokeai_metadata", _from_invokeai),
-        "comfyui": ("prompt", _from_comfyui),
-    }
-    for source, (key, reader) in readers.items():
+    if isinstance(picture, Painted):
+        texts = {"ldm": to_chunk(picture.told())}
+    elif isinstance(picture, Image.Image):
+        exif = picture.info.get("exif")
+        texts = {**(read_exif(exif)[0] if isinstance(exif, bytes) else {}), **picture.info}
+    elif isinstance(picture, str | os.PathLike):
+        texts = read_file(picture).texts
+    else:
+        raise UsageError(f"read_metadata wants a path or a PIL picture, got {type(picture).__name__}")
+    for source, key, reader in (
+        ("ldm", "ldm", _from_ours),
+        ("a1111", "parameters", from_infotext),
+        ("a1111", "UserComment", from_infotext),
+        ("invokeai", "invokeai_metadata", _from_invokeai),
+        ("comfyui", "prompt", _from_comfyui),
+    ):
         text = texts.get(key)
         if isinstance(text, str) and text and len(text) <= MAX_TEXT and (found := reader(text)):
             return {"source": source, **found}
@@ -197,24 +308,33 @@ def read_metadata(png: str | os.PathLike | Image.Image) -> dict[str, Any]:
 
 
 def _json(text: str) -> Any:
-    """Parse JSON strictly (no NaN); None if it is not sound, or nested beyond reason."""
+    """Parse JSON; None if it is not sound, or nested beyond reason.
 
-    def refuse(word: str):
-        raise ValueError(word)
+    NaN, which Python and ComfyUI write, stands for every number that nobody can use: infinite, or longer than a seed.
+    """
+
+    def bounded(word: str) -> int | float:
+        return int(word) if len(word) <= 21 else math.nan
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_int=bounded)
     except (ValueError, RecursionError):
         return None
 
 
 def _finite(value: Any) -> bool:
-    """Tell whether a parsed value holds no infinity (JSON's 1e999)."""
-    if isinstance(value, dict):
-        return all(map(_finite, value.values()))
-    if isinstance(value, list):
-        return all(map(_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+    """Tell whether a parsed value holds no NaN and no infinity, and no more lists in lists than we write."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        if not all(math.isfinite(one) for one in level if isinstance(one, float)):
+            return False
+        holders = (
+            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)
+        )
+        level = [inner for holder in holders for inner in holder]
+        if not level:
+            return True
+    return False
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -232,14 +352,13 @@ def _numbers_and_words(raw: Mapping[str, Any], names: Mapping[str, str]) -> dict
     found = {}
     for theirs, ours in names.items():
         value = raw.get(theirs)
-        if ours in _WHOLE:
-            sound = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        elif ours in _REAL:
-            sound = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        else:
-            sound = isinstance(value, str)
-        if sound:
-            found[ours] = value
+        if isinstance(value, str) and ours not in _WHOLE | _REAL:
+            found[ours] = clean(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_WHOLE:
+            if ours in _REAL:
+                found[ours] = value
+            elif ours in _WHOLE and value >= 0 and value == int(value):
+                found[ours] = int(value)
     return found
 
 
@@ -259,24 +378,5 @@ def _from_invokeai(text: str) -> dict[str, Any]:
 
 
 def _from_comfyui(text: str) -> dict[str, Any]:
-    """Follow the first KSampler's links to its two CLIPTextEncode nodes and its empty latent."""
-    graph = _mapping(_json(text))
-    nodes = {key: _mapping(node) for key, node in graph.items()}
-
-    def inputs(link: Any) -> dict[str, Any]:
-        key = link[0] if isinstance(link, list) and link and isinstance(link[0], str) else None
-        return _mapping(nodes.get(key, {}).get("inputs"))
-
-    sampler = next((n for n in nodes.values() if n.get("class_type") == "KSampler"), {})
-    own = _mapping(sampler.get("inputs"))
-    names = {
-        "seed": "seed",
-        "steps": "steps",
-        "cfg": "guidance_scale",
-        "sampler_name": "sampler",
-        "denoise": "strength",
-    }
-    found = _numbers_and_words(own, names)
-    found |= _numbers_and_words(inputs(own.get("positive")), {"text": "prompt"})
-    found |= _numbers_and_words(inputs(own.get("negative")), {"text": "negative_prompt"})
-    return found | _numbers_and_words(inputs(own.get("latent_image")), {"width": "width", "height": "height"})
+    found = read_graph(_mapping(_json(text)))
+    return _numbers_and_words(found, {name: name for name in found})

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.advice import SEED_BITS, about_seeds, about_size, about_steps, about_syntax, about_words
 from ldm.checkpoints import load_latent_diffusion, open_weights
 from ldm.checkpoints.account import shown
 from ldm.checkpoints.families import family_of
@@ -34,7 +35,7 @@ from ldm.models.diffusion.respace import SpacedDiffusion
 from ldm.models.diffusion.script_util import COLOURS, diffusion_from_flags
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, SuperResModel
 from ldm.paths import shipped
-from ldm.wish import check_size, downsampling, is_inpainting, native_size
+from ldm.wish import check_size, downsampling, is_inpainting, list_texts, native_size
 
 MAX_IN_GRID = 64
 MAX_BASE_BYTES = 4 * 2**30  # 10,000 pictures of 256 pixels are half of it
@@ -133,7 +134,7 @@ class LatentModel:
 
     Args:
         path, config, device: as load_latent_diffusion takes them.
-        respacing: levels to visit, as space_timesteps takes them; "" = all.
+        respacing: levels to visit, as space_timesteps takes them; "" = all. respace() changes it.
         image_size: side of the pictures in pixels; None = the model's own.
 
     Raises:
@@ -157,15 +158,31 @@ class LatentModel:
             raise MismatchError(
                 f"'{shown(path)}' is an inpainting model, which needs pictures; use inpaint.py"
             )
-        self.device, self.respacing = self.model.device, respacing
+        self.device = self.model.device
         f = downsampling(self.model)
-        sides = native_size(self.model) if image_size is None else (image_size, image_size)
+        sides = self.report.sampling.size or native_size(self.model)
+        if image_size is not None:
+            sides = (image_size, image_size)
         height, width = (check_size("image_size", side, f) for side in sides)
         self.shape = (self.model.channels, height // f, width // f)
         self.size = height
         self.is_conditional = self.model.cond_stage_model is not None
-        as_gaussian_diffusion(self.model, timestep_respacing=respacing)  # an impossible respacing ends here
+        self.respace(respacing)
         self._features: dict[str, Tensor] = {}
+
+    def respace(self, respacing: str) -> None:
+        """Visit other levels, as space_timesteps takes them.
+
+        Raises:
+            UsageError: an impossible respacing.
+        """
+        as_gaussian_diffusion(self.model, timestep_respacing=respacing)
+        self.respacing = respacing
+
+    @property
+    def steps(self) -> int:
+        """How many levels are visited."""
+        return as_gaussian_diffusion(self.model, timestep_respacing=self.respacing)[1].num_timesteps
 
     def ask(self, prompts: Sequence[str] | None = None, guidance_scale: float = 1.0) -> Asked:
         """Tell the network the prompts of a batch; None for an unconditional model."""
@@ -319,7 +336,10 @@ def choose_labels(num_classes: int | None, given: Sequence[int], seeds: Sequence
     if given:
         check_labels(num_classes, torch.tensor(given))
         return torch.tensor([given[i % len(given)] for i in range(len(seeds))])
-    draws = [np.random.default_rng((CLASS_STREAM, seed)).integers(num_classes) for seed in seeds]
+    # Of a seed as many bits count as for the noise.
+    draws = [
+        np.random.default_rng((CLASS_STREAM, seed % 2**SEED_BITS)).integers(num_classes) for seed in seeds
+    ]
     return torch.tensor(np.array(draws))
 
 
@@ -360,14 +380,15 @@ def what_to_tell(
     guide: Classifier | None = None,
     base: tuple[np.ndarray, np.ndarray | None] | None = None,
     prompt: str | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | None = None,
 ) -> tuple[Callable[[slice], Asked], Tensor | None]:
     """Prepare what the model is told about each of the samples, and list their labels, (n,) or None.
 
     Args:
         classes, guide: see choose_labels.
         base: small pictures and their labels, as read_samples gives them; used over and over.
-        prompt, guidance_scale: for a latent model; without a prompt it is told the empty one.
+        prompt, guidance_scale: for a latent model; without a prompt it is told the empty one. Without a scale it is
+            guided as its configuration advises, or else not at all.
 
     Raises:
         UsageError: something that this kind of model is not told, or not told what it needs.
@@ -376,11 +397,13 @@ def what_to_tell(
         wrong = "--class" if classes else "--base_samples" if base is not None else None
         if wrong is not None:
             raise UsageError(f"{wrong} is for OpenAI's pixel models, the model is a latent one; leave it out")
-        if not model.is_conditional and (prompt is not None or guidance_scale != 1):
+        if not model.is_conditional and (prompt is not None or guidance_scale not in (None, 1)):
             raise UsageError("this model is unconditional; leave --prompt and --scale out")
-        prompts = [prompt or ""] * len(seeds) if model.is_conditional else None
+        prompts = list_texts("prompt", prompt or "") * len(seeds) if model.is_conditional else None
+        if guidance_scale is None:  # the empty prompt against itself is no guidance
+            guidance_scale = (model.report.sampling.guidance_scale or 1.0) if prompt else 1.0
         return lambda rows: model.ask(None if prompts is None else prompts[rows], guidance_scale), None
-    if prompt is not None or guidance_scale != 1:
+    if prompt is not None or guidance_scale not in (None, 1):
         raise UsageError(
             "--prompt and --scale are for latent models, the model is one of pixels; use --class"
         )
@@ -403,6 +426,21 @@ def what_to_tell(
         return model.ask(None if labels is None else labels[rows], small)
 
     return ask, labels
+
+
+def advice(model: Model, recipe: Recipe, seeds: Sequence[int], prompt: str | None = None) -> list[str]:
+    """Say in a line each what is known to go wrong: seeds of many bits and, with a latent model, words, size, steps."""
+    lines = [about_seeds(seeds)]
+    if isinstance(model, LatentModel):
+        advised, f = model.report.sampling, downsampling(model.model)
+        _, height, width = model.shape
+        lines += [
+            about_words(advised.known_words, [prompt or ""]),
+            about_size(advised.known_sizes, width * f, height * f),
+            about_steps(advised.least_steps, "ddim" if recipe.use_ddim else "ddpm", model.steps),
+            *about_syntax([prompt or ""]).values(),
+        ]
+    return [line for line in lines if line is not None]
 
 
 # --- sampling -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,7 +65,7 @@ class GenerationResult:
     """Finished pictures with what made them; a notebook shows them as a grid.
 
     Attributes:
-        images: list of PIL pictures, or what output_type asked for.
+        images: list of PIL pictures, which carry their metadata when PIL saves them, or what output_type asked for.
         seeds: one for each image.
         parameters: one GenerationParameters for each image.
         latents: (n, c, h, w) float32 on the CPU, scaled units.
@@ -92,7 +93,7 @@ class GenerationResult:
 
     def metadata(self, index: int) -> dict[str, Any]:
         """Collect what goes into the PNG of one image, its model's hash included."""
-        return asdict(self.parameters[index]) | {"model_hash": file_hash(self.model_file)}
+        return metadata_of(self.parameters[index], self.model_file)
 
     @property
     def infotexts(self) -> list[str]:
@@ -102,19 +103,24 @@ class GenerationResult:
         return [to_infotext(self.metadata(i)) for i in range(len(self))]
 
     def grid(self, nrow: int | None = None) -> Image.Image:
-        """Lay the pictures out as one, nrow in a row (default: near a square)."""
-        return pictures.grid(self._pil(), nrow)
+        """Lay the pictures out as one, nrow in a row (default: near a square); saved, it tells of its first."""
+        grid = pictures.grid(self._pil(), nrow)
+        return painted([grid], self.parameters[:1], self.model_file)[0]
 
     def save(
         self, folder: str | os.PathLike, pattern: str = "{:05}.png", *, metadata: bool = True
     ) -> list[Path]:
         """Save each picture as a PNG with its metadata, numbered on from what the folder holds; returns paths.
 
+        Args:
+            pattern: file name with one number, `{}` or `{:05}`; see ldm.images.split_pattern.
+
         Raises:
-            OutputError: the folder cannot be written.
+            OutputError: the folder cannot be written. UsageError: the pattern is none.
         """
         from ldm.metadata import png_info
 
+        pictures.split_pattern(pattern)  # before a folder is made
         folder = pictures.prepare_folder(folder)
         return [
             pictures.save_numbered(image, folder, pattern, png_info(self.metadata(i)) if metadata else None)
@@ -122,14 +128,16 @@ class GenerationResult:
         ]
 
     def _pil(self) -> list[Image.Image]:
-        from PIL import Image
-
         if isinstance(self.images, list):
             return self.images
         if isinstance(self.images, Tensor) and self.images.shape[1] != 3:
             raise UsageError("these are latents, not pictures; decode them, or ask for another output_type")
-        array = self.images.permute(0, 2, 3, 1).numpy() if isinstance(self.images, Tensor) else self.images
-        return [Image.fromarray((255.0 * one).astype(np.uint8)) for one in array]
+        unit = (
+            self.images
+            if isinstance(self.images, Tensor)
+            else torch.from_numpy(self.images).permute(0, 3, 1, 2)
+        )
+        return pictures.unit_to_pil(unit)
 
     def _repr_png_(self) -> bytes | None:
         if not len(self):
@@ -137,6 +145,23 @@ class GenerationResult:
         buffer = io.BytesIO()
         self.grid().save(buffer, format="PNG")
         return buffer.getvalue()
+
+
+def metadata_of(parameters: GenerationParameters, model_file: Path | None) -> dict[str, Any]:
+    """Collect what goes into the PNG of an image, its model's hash included."""
+    return asdict(parameters) | {"model_hash": file_hash(model_file)}
+
+
+def painted(
+    images: Sequence[Image.Image], parameters: Sequence[GenerationParameters], model_file: Path | None
+) -> list[Image.Image]:
+    """Let each picture say how it was made, wherever PIL saves it."""
+    from ldm.metadata import Painted
+
+    return [
+        Painted.of(image, partial(metadata_of, one, model_file))
+        for image, one in zip(images, parameters, strict=True)
+    ]
 
 
 def join(results: Sequence[GenerationResult], empty: Any) -> GenerationResult:

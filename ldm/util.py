@@ -5,10 +5,10 @@ imported that the program has not chosen already.
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 import logging
-import os
 import pkgutil
 import re
 import sys
@@ -20,15 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UnsafeFileError, UsageError
+from ldm import values
+from ldm.configs import first_line, refuse_resolvers, resolved
+from ldm.configs import load_config as load_config  # part of this module for its callers
+from ldm.errors import LdmError, MismatchError, UnsafeFileError, UsageError
 
 logger = logging.getLogger(__name__)
 
 DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
-# Of a configuration file; v1-inference.yaml has 3 kB, 141 nodes and 7 levels.
-MAX_CONFIG_BYTES = 1 << 20
-MAX_CONFIG_VALUES = 10_000
-MAX_CONFIG_DEPTH = 64
 # Kinds of class that a target may be; Lightning's are recognised by name so that it need not be imported.
 PLAIN_KINDS = (
     nn.Module,
@@ -105,132 +104,6 @@ def log_txt_as_img(wh: tuple[int, int], xc: Iterable[str], size: int = 10) -> Te
     return torch.stack(pictures)
 
 
-def load_config(path: str | Path) -> Any:
-    """Read a YAML configuration as an OmegaConf mapping.
-
-    Raises:
-        AbsentError: there is no such file.
-        FormatError: it is too large, is not YAML, or is not a mapping.
-        UnsafeFileError: it carries a Python tag, or asks a resolver such as ${oc.env:...} for a value.
-    """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if not os.path.isfile(path):  # False, too, for what can be no path at all
-        raise AbsentError(
-            f"configuration '{path}' is not a file; name a YAML file such as configs/v1-inference.yaml"
-        )
-    try:
-        size = os.path.getsize(path)
-        if size > MAX_CONFIG_BYTES:
-            raise FormatError(f"configuration '{path}' has {size} bytes; at most {MAX_CONFIG_BYTES} are read")
-        text = Path(path).read_text(encoding="utf-8")
-        _check_yaml(text, path)
-        config = OmegaConf.create(text)
-    except LdmError:
-        raise
-    except yaml.MarkedYAMLError as error:
-        place = error.problem_mark or error.context_mark
-        where = f"line {place.line + 1}, column {place.column + 1}: " if place else ""
-        raise FormatError(
-            f"configuration '{path}' is not readable YAML: {where}{_first_line(error.problem or error.context)}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise FormatError(f"configuration '{path}' is not text in UTF-8; save it as such") from error
-    except OSError as error:
-        raise FormatError(f"configuration '{path}' cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise FormatError(f"configuration '{path}' is not readable YAML: {_first_line(error)}") from error
-    refuse_resolvers(config, f"configuration '{path}'")
-    return config
-
-
-def _check_yaml(text: str, path: str | Path) -> None:
-    """Look through a YAML text before anything is built from it: one mapping, plain tags, and of sane size.
-
-    The events of a text cost no more than its length, whatever its aliases would multiply to.
-    """
-    import yaml
-
-    sizes: dict[str, int] = {}  # values below each anchor, its aliases multiplied out
-    open_nodes: list[tuple[str | None, int]] = []
-    root, total = None, 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1
-        if (getattr(event, "tag", None) or "").startswith("tag:yaml.org,2002:python"):
-            raise UnsafeFileError(
-                f"configuration '{path}' carries a Python tag in line {line}; only plain YAML is read"
-            )
-        if isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = open_nodes.pop()
-            if anchor is not None:
-                sizes[anchor] = total - before
-            continue
-        if not isinstance(event, yaml.NodeEvent):
-            continue
-        root = event if root is None else root
-        if isinstance(event, yaml.AliasEvent):
-            if event.anchor not in sizes:
-                raise FormatError(
-                    f"configuration '{path}': alias '{event.anchor}' in line {line} stands for nothing before it"
-                )
-            total += sizes[event.anchor]
-        elif isinstance(event, yaml.CollectionStartEvent):
-            open_nodes.append((event.anchor, total))
-            total += 1
-        else:
-            total += 1
-            if event.anchor is not None:
-                sizes[event.anchor] = 1
-        if len(open_nodes) > MAX_CONFIG_DEPTH or total > MAX_CONFIG_VALUES:
-            raise FormatError(
-                f"configuration '{path}' is too large: by line {line} it has {total} values "
-                f"{len(open_nodes)} levels deep; at most {MAX_CONFIG_VALUES} and {MAX_CONFIG_DEPTH} are read"
-            )
-    if not isinstance(root, yaml.MappingStartEvent) or total == 1:
-        raise FormatError(f"configuration '{path}' should be a mapping with a 'model:' key, but holds none")
-
-
-def _first_line(error: object) -> str:
-    """Squeeze an error into one line of at most 200 characters."""
-    text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
-    return text[:200]
-
-
-def refuse_resolvers(config: Any, where: str = "configuration") -> None:
-    """Raise UnsafeFileError if any value asks a resolver (${oc.env:...}); plain ${node} references may stay.
-
-    The whole tree that a part belongs to is looked at, for the part may refer to any of it.
-    """
-    from omegaconf import OmegaConf
-
-    if OmegaConf.is_config(config):
-        config = OmegaConf.to_container(config._get_root(), resolve=False)
-    stack = [config]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Mapping):
-            stack.extend(value.keys())
-            stack.extend(value.values())
-        elif isinstance(value, list | tuple):
-            stack.extend(value)
-        elif isinstance(value, str) and _asks_resolver(value):
-            raise UnsafeFileError(
-                f"{where}: '{value[:80]}' asks a resolver for a value; only plain ${{node}} references are read"
-            )
-
-
-def _asks_resolver(value: str) -> bool:
-    """Tell whether a colon stands anywhere inside ${...}, however nested: ${oc.${name}:...} counts."""
-    depth = 0
-    for part in re.findall(r"\$\{|\}|:", value):
-        if part == ":" and depth:
-            return True
-        depth = depth + 1 if part == "${" else max(0, depth - 1) if part == "}" else depth
-    return False
-
-
 def get_obj_from_str(string: str, reload: bool = False, *, allow: Iterable[str] = ()) -> type:
     """Find the class that a dotted name means, importing nothing that was not chosen before.
 
@@ -245,7 +118,7 @@ def get_obj_from_str(string: str, reload: bool = False, *, allow: Iterable[str] 
     """
     if not isinstance(string, str) or not DOTTED_NAME.fullmatch(string):
         raise UnsafeFileError(
-            f"target {string!r:.80} is not a dotted class name such as 'ldm.models.autoencoder.AutoencoderKL'"
+            f"target {values.shown(string)} is not a dotted class name such as 'ldm.models.autoencoder.AutoencoderKL'"
         )
     string = HISTORIC_NAMES.get(string, string)
     module_name, class_name = string.rsplit(".", 1)
@@ -317,73 +190,207 @@ def _is_buildable(cls: type) -> bool:
     )
 
 
-def instantiate_from_config(config: Any, *, allow: Iterable[str] = ()) -> Any:
+def instantiate_from_config(config: Any, *, allow: Iterable[str] = (), where: str = "", **kwargs: Any) -> Any:
     """Build the object that {"target": dotted name, "params": {...}} describes.
 
-    The two special strings of CompVis's configurations, "__is_first_stage__" and "__is_unconditional__",
-    give None.
+    Values are held against the annotations of the classes of ldm and torch that take them, those of configurations
+    inside of this one too, and against `ldm.values.RANGES`, before anything is built. The two special strings of
+    CompVis's configurations, "__is_first_stage__" and "__is_unconditional__", give None.
+
+    Args:
+        allow: see `get_obj_from_str`.
+        where: the configuration's place in its file, such as "model", for messages; an OmegaConf node knows its own.
+        kwargs: go to the constructor, too, and win over params of the same name.
+
+    A class outside of ldm whose constructor takes any keyword is given the params as they are; those that it hands on
+    to a class of ldm which does not know them are left to it (`leaves_others_to_subclasses`).
 
     Raises:
-        MismatchError: no target, an unknown class, or a parameter that the class does not take.
-        UnsafeFileError: a target or a value that does more than name a class or a number.
+        MismatchError: no target, an unknown class, a parameter that the class does not take, or values that do not
+            fit together.
+        UsageError: a value of the wrong kind or out of range; its key, what was wanted and what came are named.
+        UnsafeFileError: a target or a value that does more than name a class or a number, or a model beyond every
+            sensible size.
     """
+    from omegaconf import OmegaConf
+
     if isinstance(config, str) and config in ("__is_first_stage__", "__is_unconditional__"):
         return None
+    where = where or place_of(config)
+    at = f"{where}: " if where else ""
     if not hasattr(config, "keys"):
-        raise MismatchError(f"a configuration needs 'target' and 'params', got {config!r:.80}")
+        raise MismatchError(f"{at}a configuration needs 'target' and 'params', got {values.shown(config)}")
     if "target" not in config:
-        found = ", ".join(map(repr, config)) or "nothing"
-        raise MismatchError(f"a configuration needs the key 'target', got only {found:.80}")
-    refuse_resolvers(config)
-    _check_references(config)
+        found = ", ".join(map(values.shown, config)) or "nothing"
+        raise MismatchError(f"{at}a configuration needs the key 'target', got only {found:.80}")
+    if OmegaConf.is_config(config):
+        resolved(config)
+    else:
+        refuse_resolvers(config)
     target = config["target"]
     cls = get_obj_from_str(target, allow=allow)
-    params = config.get("params") or {}
+    params = {**_checked(config, cls, f"{where}.params" if where else "params"), **kwargs}
+    _refuse_giant(cls, params, where or f"'{target}'")
+    with values.bounded(where or f"'{target}'"):
+        try:
+            return cls(**params)
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown and unknown.group(1) in params:
+                raise _unknown(unknown.group(1), cls, f"{at}'{target}'") from error
+            lacking = re.search(r"__init__\(\) missing \d+ required [a-z-]+ arguments?: (.+)", str(error))
+            if lacking and not set(re.findall(r"'(\w+)'", lacking.group(1))) & set(params):
+                raise MismatchError(f"{at}params of '{target}' lack {lacking.group(1):.300}") from error
+            raise _misfit(error, cls, where or target) from error
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
+            raise _misfit(error, cls, where or target) from error
+
+
+def _refuse_giant(cls: type, params: Mapping[str, Any], where: str) -> None:
+    """Build a model that may be very large without memory first, so that one beyond every sensible size fills none.
+
+    Whatever else is wrong with it is left to be found when it is built.
+    """
+    if values.is_counting() or torch.empty(0).is_meta or not cls.__module__.startswith("ldm."):
+        return
+    if issubclass(cls, nn.Module) and values.may_be_giant(params):
+        with values.bounded(where), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            try:
+                cls(**_without_files(params))
+            except UnsafeFileError:
+                raise
+            except Exception:
+                logger.debug("%s cannot be built without memory", where, exc_info=True)
+
+
+def _without_files(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy params, and those of the configurations inside, without weights to load."""
+    copied = {
+        name: _without_files(value) if isinstance(value, Mapping) else value for name, value in params.items()
+    }
+    if copied.pop("ckpt_path", None) is not None and "finetune_keys" in copied:
+        copied["finetune_keys"] = None
+    return copied
+
+
+def place_of(config: Any) -> str:
+    """Say where in its file an OmegaConf node is: "model.params.unet_config"; "" for anything else."""
+    from omegaconf import OmegaConf
+
+    return config._get_full_key(None) if OmegaConf.is_config(config) else ""
+
+
+def _unknown(name: str, kind: Any, taker: str) -> MismatchError:
+    known = list(values.parameters_of(kind))
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(known) or 'none'}"
+    return MismatchError(f"{taker} has no parameter '{name}'; {hint:.300}")
+
+
+def _misfit(error: Exception, cls: type, where: str) -> Exception:
+    """Turn what torch or Python says of values that do not fit together into one line; other errors stay."""
+    if isinstance(error, LdmError) or not values.is_annotated(cls) or "memory" in str(error):
+        return error
+    return MismatchError(
+        f"{where}: {cls.__name__} cannot be built from these values: {type(error).__name__}: {first_line(error)}"
+    )
+
+
+def _checked(config: Any, cls: type, where: str) -> dict[str, Any]:
+    """Return a configuration's params as its class wants them, having looked at those of all inside of it as well."""
+    params = config.get("params")
+    if params is None:
+        return {}
     if not hasattr(params, "keys") or not all(isinstance(name, str) for name in params):
         raise MismatchError(
-            f"params of '{target}' should be a mapping of names to values, got {params!r:.80}"
+            f"params of '{config['target']}' should be a mapping of names to values, got {values.shown(params)}"
         )
-    try:
-        return cls(**params)
-    except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown and unknown.group(1) in params:
-            name, known = unknown.group(1), _keywords(cls)
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(known) or 'none'}"
-            raise MismatchError(f"'{target}' has no parameter '{name}'; {hint:.300}") from error
-        lacking = re.search(r"__init__\(\) missing \d+ required [a-z-]+ arguments?: (.+)", str(error))
-        if lacking and not set(re.findall(r"'(\w+)'", lacking.group(1))) & set(params):
-            raise MismatchError(f"params of '{target}' lack {lacking.group(1):.300}") from error
-        raise
-
-
-def _check_references(config: Any) -> None:
-    """Raise FormatError for a ${node} that leads nowhere or in a circle, and for a value left as ???."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if not OmegaConf.is_config(config):
-        return
-    try:
-        OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, RecursionError) as error:
-        raise FormatError(f"configuration cannot be resolved: {_first_line(error)}") from error
-
-
-def _keywords(cls: type) -> list[str]:
-    """List the constructor keywords of a class and of the bases that it hands its own on to."""
-    names: list[str] = []
-    for base in cls.__mro__:
-        if "__init__" not in base.__dict__ or base in (nn.Module, object):
+    params = {name: params[name] for name in params}
+    if values.is_annotated(cls):
+        unknown = (
+            [] if values.takes_anything(cls) else [n for n in params if n not in values.parameters_of(cls)]
+        )
+        if unknown:
+            raise _unknown(unknown[0], cls, f"{where}: '{config['target']}'")
+        params = values.check(params, cls, where)
+    for name, value in params.items():
+        if not isinstance(value, Mapping):
             continue
-        parameters = inspect.signature(base.__init__).parameters.values()
-        names += [
-            p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name != "self"
-        ]
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return list(dict.fromkeys(names))
+        if name in getattr(cls, "PARAMS_OF", {}):
+            params[name] = handed_on(value, cls.PARAMS_OF[name], f"{where}.{name}")
+        elif isinstance(value.get("target"), str):
+            # One that cannot be had is left to whoever builds it, for not everything that is written is built.
+            inner = _class_if_any(value["target"])
+            if inner is not None:
+                _checked(value, inner, f"{where}.{name}.params")
+    return params
+
+
+def _class_if_any(target: str) -> type | None:
+    try:
+        return get_obj_from_str(target)
+    except (LdmError, ImportError):
+        return None
+
+
+def handed_on(params: Mapping[str, Any], kind: Any, where: str) -> dict[str, Any]:
+    """Hold a mapping that a constructor hands on whole against the class that takes it; see `ldm.values.check`.
+
+    Raises:
+        MismatchError: it has a name that the class does not take, or lacks one that the class needs.
+        UsageError: a value of the wrong kind or out of range.
+    """
+    known = values.parameters_of(kind)
+    for name in params:
+        if name not in known:
+            raise _unknown(str(name), kind, where)
+    missing = [name for name, p in known.items() if p.default is p.empty and name not in params]
+    if missing:
+        raise MismatchError(f"{where} lacks {', '.join(map(repr, missing)):.300}")
+    return values.check({name: params[name] for name in params}, kind, where)
+
+
+def create_model(config_path: str | Path) -> nn.Module:
+    """Build the model of a configuration file on the CPU, with initial weights, ready for `load_state_dict`.
+
+    ControlNet's words for it, which tutorials go by:
+
+        model = create_model("configs/v1-inference.yaml")
+        model.load_state_dict(load_state_dict("model_data/v1-5-pruned-emaonly.safetensors"), strict=False)
+
+    strict=False says nothing of what it leaves out; load_latent_diffusion of ldm.checkpoints does both in one call,
+    faster, and accounts for every tensor.
+
+    Raises:
+        As load_config and instantiate_from_config; MismatchError: the file has no 'model:'.
+    """
+    config = load_config(config_path)
+    if "model" not in config:
+        found = ", ".join(map(str, config))
+        raise MismatchError(
+            f"configuration '{config_path}' needs a 'model:' with 'target' and 'params'; it has {found:.120}"
+        )
+    model = instantiate_from_config(config["model"])
+    return model.cpu()
+
+
+def load_state_dict(path: str | Path, location: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Read the tensors of a .ckpt, .pt, .pth, .bin or .safetensors file by name, what is under "state_dict" as it is.
+
+    Files are told apart by what they hold, not by their names, and none can run code.
+
+    Args:
+        location: the device that the tensors go to.
+
+    Raises:
+        As ldm.checkpoints.read_tensors; UsageError: there is no such device.
+    """
+    from ldm.checkpoints import read_tensors
+    from ldm.checkpoints.load import usable
+
+    device = usable(location)
+    tensors, _ = read_tensors(path)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def parallel_data_prefetch(
@@ -420,3 +427,42 @@ def parallel_data_prefetch(
     return (
         np.concatenate(results, axis=0) if target_data_type == "ndarray" else [x for r in results for x in r]
     )
+
+
+def leaves_others_to_subclasses(init: Callable[..., None]) -> Callable[..., None]:
+    """Let a constructor pass over keywords that it does not know, where they are those of somebody else's class.
+
+    Other people's subclasses take `**kwargs`, read a keyword of their own from it, and hand all of it on. What is
+    passed over is said in a warning. The classes of ldm, and subclasses that name all of their keywords, get Python's
+    TypeError, as ever.
+    """
+    known = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        others = [name for name in kwargs if name not in known]
+        if others and _hands_on_anything(type(self)):
+            constructors = [base.__init__ for base in type(self).__mro__ if "__init__" in base.__dict__]
+            names = {name for one in constructors for name in inspect.signature(one).parameters}
+            near = {name: difflib.get_close_matches(name, names, n=1, cutoff=0.8) for name in others}
+            hints = (f"{name} (did you mean '{hit[0]}'?)" if hit else name for name, hit in near.items())
+            logger.warning(
+                "left to %s, for ldm does not know these parameters: %s",
+                type(self).__name__,
+                ", ".join(hints),
+            )
+            kwargs = {name: value for name, value in kwargs.items() if name in known}
+        init(self, *args, **kwargs)
+
+    return construct
+
+
+def _hands_on_anything(cls: type) -> bool:
+    """Tell whether a class is from outside of ldm and its constructor, one that is not ldm's, takes any keyword."""
+    for base in cls.__mro__:
+        if base.__module__.split(".")[0] == "ldm":
+            return False
+        if "__init__" in base.__dict__:
+            parameters = inspect.signature(base.__init__).parameters.values()
+            return any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return False

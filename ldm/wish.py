@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 import secrets
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import images as pictures
-from ldm.errors import MismatchError, UsageError
+from ldm.errors import MismatchError, UsageError, told
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_SEED = 2**64 - 1
+MAX_SEED = 2**64 - 1  # of its bits the generator on the CPU keeps the lowest 32
+RANDOM_SEEDS = (None, -1, "random")  # what stands for "draw one"
 MAX_PROMPT = 100_000  # characters; the tokenizer would read on for seconds and keep 75 tokens
 CELLS = (8, 256)  # latent cells a side: 64 to 2048 pixels at 8 pixels a cell
 
@@ -83,12 +83,12 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         have[:0] = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if device is None or device == "auto":
         return torch.device(have[0])
-    try:
-        wanted = torch.device(device)
+    try:  # whatever else it may be, torch takes some of it for the current device
+        wanted = torch.device(device) if isinstance(device, str | int | torch.device) else None
     except RuntimeError:
         wanted = None
     if wanted is None or str(wanted) not in {*have, *(name.split(":")[0] for name in have)}:
-        raise UsageError(f"device '{device}' is not available; have: {', '.join(have)}")
+        raise UsageError(f"device {told(str(device))} is not available; have: {', '.join(have)}")
     return wanted
 
 
@@ -108,7 +108,7 @@ def pick_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise UsageError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        raise UsageError(f"dtype must be float32, float16 or bfloat16, got {told(dtype)}")
     if dtype == torch.float16 and device.type == "cpu":
         log.warning("float16 is slow and overflows on a CPU; float32 is used instead (bfloat16 works)")
         return torch.float32
@@ -118,6 +118,28 @@ def pick_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """Name a dtype for people: "float16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def context_width(model: LatentDiffusion) -> int | None:
+    """Tell how many features a token of the prompt has for the UNet's cross-attentions: 768 for v1."""
+    for name, module in model.model.diffusion_model.named_modules():
+        if name.endswith("attn2") and isinstance(getattr(module, "to_k", None), nn.Linear):
+            return module.to_k.in_features
+    return None
+
+
+def check_embeds(model: LatentDiffusion, *embeds: Any) -> None:
+    """Raise UsageError for text features that the UNet cannot read: of another width, whole numbers, or not finite."""
+    width = context_width(model)
+    for one in embeds:
+        if not isinstance(one, Tensor):
+            continue
+        if width is not None and one.shape[-1] != width:
+            raise UsageError(f"prompt_embeds must have {width} features a token, got {tuple(one.shape)}")
+        if not one.is_floating_point() or one.is_meta or not torch.isfinite(one).all():
+            raise UsageError(
+                f"prompt_embeds must be finite floating-point numbers, got {one.dtype}: {told(one)}"
+            )
 
 
 # --- wishes ---------------------------------------------------------------------------------------
@@ -142,10 +164,12 @@ class Job:
     batch_size: int
     height: int
     width: int
-    image: Tensor | None  # (1, 3, height, width) in [-1, 1]
+    image: Tensor | None  # (1, 3, height, width) in [-1, 1], for the encoder
+    kept: Tensor | None  # the same in [0, 1], as it comes back where nothing is painted
     image_hash: str | None
     mask: Tensor | None  # (1, 1, height, width), 1 = repaint
     strength: float | None
+    run_last: int  # of the steps, with a picture to start from
     steps: int
     sampler: str
     spacing: str | None
@@ -167,22 +191,22 @@ class Job:
 def whole(name: str, value: Any, low: int, high: int) -> int:
     """Return a whole number within low and high, both included, or raise UsageError."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise UsageError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+        raise UsageError(f"{name} must be a whole number from {low} to {high}, got {told(value)}")
     return int(value)
 
 
 def real(name: str, value: Any, low: float, high: float) -> float:
     """Return a finite number within low and high, both included, or raise UsageError."""
-    sound = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
-    if not sound or not math.isfinite(value) or not low <= value <= high:
-        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
+    sound = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not sound or not low <= value <= high:  # NaN is in no range
+        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, got {told(value)}")
     return float(value)
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> Any:
     """Return a value that is one of the choices, or raise UsageError with all of them."""
-    if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {told(value)}")
     return value
 
 
@@ -194,7 +218,7 @@ def check_size(name: str, value: int, f: int) -> int:
     """
     low, high = (cells * f for cells in CELLS)
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise UsageError(f"{name} must be a multiple of {f} from {low} to {high}, got {value!r}")
+        raise UsageError(f"{name} must be a multiple of {f} from {low} to {high}, got {told(value)}")
     if value % f:
         below = value - value % f
         raise UsageError(
@@ -207,7 +231,7 @@ def list_texts(name: str, value: Any) -> list[str]:
     """List one text, or several, that the tokenizer can read, or raise UsageError."""
     texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else None
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise UsageError(f"{name} must be a text or a list of texts with one at least, got {value!r:.80}")
+        raise UsageError(f"{name} must be a text or a list of texts with one at least, got {told(value)}")
     for text in texts:
         if len(text) > MAX_PROMPT:
             raise UsageError(f"{name} must have at most {MAX_PROMPT} characters, got {len(text)}; shorten it")
@@ -215,19 +239,40 @@ def list_texts(name: str, value: Any) -> list[str]:
             text.encode()
         except UnicodeEncodeError:
             raise UsageError(
-                f"{name} holds characters that are no text (lone surrogates): {text!r:.80}"
+                f"{name} holds characters that are no text (lone surrogates): {told(text)}"
             ) from None
     return texts
 
 
+def draw_seed() -> int:
+    """Draw a seed; below 2^31, so that seed + i stays within the 32 bits that the generator on the CPU keeps."""
+    return secrets.randbelow(2**31)
+
+
 def list_seeds(seed: Any, count: int) -> list[int]:
-    """List one seed for each of count images: seed + i, a list as given, or from a random one for None."""
-    if isinstance(seed, Sequence) and not isinstance(seed, str):
+    """List one seed for each of count images: seed + i, or a list as given.
+
+    None, -1 and "random" draw one, also within a list.
+
+    Raises:
+        UsageError: no such seed, or a list of another length.
+    """
+
+    def one(value: Any, high: int) -> int:
+        if value is None or (isinstance(value, str | int | np.integer) and value in RANDOM_SEEDS):
+            return draw_seed()
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= high:
+            raise UsageError(
+                f"seed must be a whole number from 0 to {high}, or -1, 'random' or None to draw one; got {told(value)}"
+            )
+        return int(value)
+
+    seed = seed.tolist() if isinstance(seed, np.ndarray) else seed
+    if isinstance(seed, Sequence) and not isinstance(seed, str | bytes):
         if len(seed) != count:
             raise UsageError(f"a list of seeds must name one for each image, wanted {count}, got {len(seed)}")
-        return [whole("seed", one, 0, MAX_SEED) for one in seed]
-    seed = secrets.randbelow(2**32 - count) if seed is None else seed
-    first = whole("seed", seed, 0, MAX_SEED - count + 1)
+        return [one(value, MAX_SEED) for value in seed]
+    first = one(seed, MAX_SEED - count + 1)
     return [first + i for i in range(count)]
 
 
@@ -240,7 +285,7 @@ def list_prompts(
     else:
         for name, one in (("prompt_embeds", embeds), ("negative_prompt_embeds", negative_embeds)):
             if not isinstance(one, Tensor) or one.dim() != 3 or one.shape != embeds.shape:
-                got = tuple(one.shape) if isinstance(one, Tensor) else one
+                got = tuple(one.shape) if isinstance(one, Tensor) else told(one)
                 raise UsageError(f"{name} must be (n, tokens, d), both alike, got {got}")
         prompts = list_texts("prompt", "" if prompt is None else prompt)
         prompts = prompts * len(embeds) if len(prompts) == 1 else prompts
@@ -248,7 +293,7 @@ def list_prompts(
             raise UsageError(
                 f"prompt_embeds holds {len(embeds)} prompts, but {len(prompts)} prompts were given"
             )
-    negatives = list_texts("negative_prompt", negative)
+    negatives = list_texts("negative_prompt", "" if negative is None else negative)
     if len(negatives) == 1:
         negatives = negatives * len(prompts)
     if len(negatives) != len(prompts):
@@ -260,12 +305,12 @@ def list_prompts(
 
 def read_pictures(
     image: Any, mask: Any, size: tuple[int | None, int | None], f: int
-) -> tuple[Tensor | None, Tensor | None, str | None]:
-    """Read picture and mask into tensors of one size, with the picture's hash."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, str | None]:
+    """Read a picture, in [-1, 1] and as it is given back in [0, 1], and a mask, of one size; and the picture's hash."""
     if image is None:
         if mask is not None:
             raise UsageError("a mask needs a picture to repaint, got mask and image=None")
-        return None, None, None
+        return None, None, None, None
     if isinstance(image, Tensor):
         pixels = _as_picture("image", image, 3)
         for name, side in zip(("width", "height"), (pixels.shape[3], pixels.shape[2]), strict=True):
@@ -274,6 +319,13 @@ def read_pictures(
             raise UsageError(
                 f"an image given as a tensor keeps its size, got {tuple(pixels.shape)} and {size}"
             )
+        most = pixels.float().abs().max().item()
+        if not pixels.is_floating_point() or most > 2:
+            raise UsageError(
+                "an image given as a tensor must be floating point from -1 (black) to 1 (white), "
+                f"got {dtype_name(pixels.dtype)} up to {most:g}; bytes x are 2 * (x / 255) - 1"
+            )
+        kept = pictures.given_unit(pixels.cpu())
         pixels = pixels.float().cpu()
     else:
         image = _open("image", image)
@@ -283,6 +335,7 @@ def read_pictures(
         if tuple(sides) != image.size:
             log.info("the picture was resized from %s to %s", image.size, tuple(sides))
         pixels = pictures.to_tensor(pictures.fit_size(pictures.to_rgb(image), f, tuple(sides)))
+        kept = pictures.given_unit(pixels)
     marks = None
     if mask is not None:
         at = (pixels.shape[3], pixels.shape[2])
@@ -297,7 +350,7 @@ def read_pictures(
             marks = pictures.to_mask(mask, at)
         if not marks.any():
             raise UsageError("the mask marks nothing; paint white what is to be repainted")
-    return pixels, marks, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:10]
+    return pixels, kept, marks, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:10]
 
 
 def _as_picture(name: str, value: Tensor, channels: int) -> Tensor:
@@ -309,10 +362,10 @@ def _as_picture(name: str, value: Tensor, channels: int) -> Tensor:
 
 
 def _open(name: str, value: Any) -> Image.Image:
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if isinstance(value, str | os.PathLike):
         return pictures.open_image(value)
     if isinstance(value, Image.Image):
-        return ImageOps.exif_transpose(value)
+        return pictures.upright(value)
     raise UsageError(f"{name} must be a PIL picture, a path or a tensor, got {type(value).__name__}")

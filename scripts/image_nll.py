@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         pictures = pixels.folder_to_measure(model, args.data_dir, args.num_samples)
     seeds = list_seeds(args.seed, len(pictures))
+    say(f"picture i draws from seed {seeds[0]} + i")
     result = pixels.measure(model, pictures, seeds=seeds, batch_size=args.batch_size, say=say)
     result = {"model": str(path), "data": args.data_dir or "shapes", **result}
     say(f"total {result['total_bpd']:.4f}, of them prior {result['prior_bpd']:.4g}; {result['unit']}")

@@ -5,6 +5,7 @@ python scripts/sample_diffusion.py --model_path 64x64_diffusion.pt --timestep_re
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -16,7 +17,8 @@ except ModuleNotFoundError:  # run from a checkout that is not installed
 from ldm.cli import Parser, diffusion_parser, given_flags, integer, number, run, say
 from ldm.errors import UsageError
 
-CUSTOM_STEPS = 50  # of a latent model, where nothing is said: CompVis's
+log = logging.getLogger("ldm.sample_diffusion")
+CUSTOM_STEPS = 50  # of a latent model, where neither options nor its configuration say any: CompVis's
 
 
 def make_parser() -> Parser:
@@ -38,7 +40,9 @@ def make_parser() -> Parser:
     what.add_argument("--classifier_path", metavar="FILE", help="a classifier that guides towards the labels")
     what.add_argument("--classifier_scale", type=number(-1000, 1000), help="how strongly (default: 1)")
     what.add_argument("--prompt", help="what a latent model is to paint")
-    what.add_argument("--scale", type=number(0, 100), default=1.0, help="how strictly to follow the prompt")
+    what.add_argument(
+        "--scale", type=number(0, 100), help="how strictly to follow the prompt (default: the model's, or 1)"
+    )
     how = p.add_argument_group("how")
     how.add_argument(
         "--use_ddim", type=str2bool, metavar="BOOL", help="DDIM, not DDPM (default: for latent models)"
@@ -55,8 +59,8 @@ def make_parser() -> Parser:
     return p
 
 
-def settle_steps(args: argparse.Namespace, flags: dict, is_latent: bool) -> tuple[bool, float]:
-    """Say whether to use DDIM and with which eta, and put the levels into the flags."""
+def settle_steps(args: argparse.Namespace, flags: dict, is_latent: bool) -> tuple[bool, float, bool]:
+    """Say whether to use DDIM, with which eta, and whether the model says the levels; else they go into the flags."""
     respacing = "timestep_respacing" in flags
     if args.vanilla_sample and (args.custom_steps or respacing or args.use_ddim):
         raise UsageError("-v is DDPM over all levels; leave -c, --timestep_respacing and --use_ddim out")
@@ -69,10 +73,10 @@ def settle_steps(args: argparse.Namespace, flags: dict, is_latent: bool) -> tupl
     use_ddim = use_ddim and not args.vanilla_sample
     if args.eta is not None and not use_ddim:
         raise UsageError(f"--eta {args.eta} is DDIM's; give --use_ddim True or -c as well")
-    steps = args.custom_steps or (CUSTOM_STEPS if is_latent and use_ddim and not respacing else None)
-    if steps:
-        flags["timestep_respacing"] = f"ddim{steps}"
-    return use_ddim, float(is_latent) if args.eta is None else args.eta
+    if args.custom_steps:
+        flags["timestep_respacing"] = f"ddim{args.custom_steps}"
+    models_own = is_latent and use_ddim and not args.custom_steps and not respacing
+    return use_ddim, float(is_latent) if args.eta is None else args.eta, models_own
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,8 +99,10 @@ def main(argv: list[str] | None = None) -> None:
     device, outdir = pick_device(args.device), prepare_folder(args.outdir)
     base = None if args.base_samples is None else pixels.read_samples(args.base_samples)
     path, is_latent = pixels.find_model(args.model_path)
-    use_ddim, eta = settle_steps(args, flags, is_latent)
+    use_ddim, eta, models_own = settle_steps(args, flags, is_latent)
     model = pixels.open_model(path, config=args.config, device=device, flags=flags)
+    if models_own:
+        model.respace(f"ddim{model.report.sampling.steps or CUSTOM_STEPS}")
     if args.optimize:
         model.optimize()
     guide = None
@@ -118,6 +124,8 @@ def main(argv: list[str] | None = None) -> None:
         guidance_scale=args.scale,
     )
     recipe = pixels.Recipe(use_ddim=use_ddim, eta=eta, clip_denoised=args.clip_denoised)
+    for line in pixels.advice(model, recipe, seeds, args.prompt):
+        log.warning("%s", line)
     batches = []
     for batch in pixels.sample(model, ask, recipe, seeds=seeds, batch_size=args.batch_size, guide=guide):
         batches.append(batch)

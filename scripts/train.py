@@ -24,7 +24,8 @@ def make_parser() -> cli.Parser:
         "--resume",
         nargs="?",
         const="",
-        help="go on with the run in LOGDIR, or with the run or file named here",
+        help="go on with the run in LOGDIR, or with the run or file named here; options that differ from the run's are "
+        "taken over or refused, and each is named",
     )
     parser.add_argument("-f", "--postfix", default="", help="end of the run folder's name, with --name")
     parser.add_argument(

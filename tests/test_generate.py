@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from tiny_diffusion import latent_model
 
 import ldm
 from ldm import generate
+from ldm.checkpoints.account import LoadReport
+from ldm.checkpoints.sampling import read_sampling
 from ldm.errors import AbsentError, MismatchError, NumericError, ResourceError, UsageError
 from ldm.generate import ImageNoise, StableDiffusion
 from ldm.images import to_tensor
@@ -61,7 +64,159 @@ def far(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
+# --- what the caller leaves to the model ---
+
+
+def advised(model, **values):
+    return StableDiffusion(model, report=LoadReport("x", "v1", sampling=read_sampling(values)))
+
+
+def test_a_model_that_says_nothing_has_the_defaults_of_v1(sd):
+    assert (sd.defaults.guidance_scale, sd.defaults.steps, sd.defaults.size) == (7.5, 50, (64, 64))
+    job = sd.plan(PROMPT)
+    assert (job.guidance_scale, job.steps, job.height, job.width) == (7.5, 50, 64, 64)
+
+
+def test_what_the_caller_leaves_open_is_the_models(sd):
+    own = advised(
+        sd.model, guidance_scale=3, steps=11, size=[80, 72], least_steps={"plms": 17, "DPM++ 2M": 5}
+    )
+    job = own.plan(PROMPT)
+    assert (job.guidance_scale, job.steps, job.height, job.width) == (3.0, 11, 80, 72)
+    assert own.plan(PROMPT, sampler="plms").steps == 17 and own.plan(PROMPT, sampler="dpmpp_2m").steps == 11
+    job = own.plan(PROMPT, guidance_scale=7.5, steps=50, width=64, sampler="plms")
+    assert (job.guidance_scale, job.steps, job.height, job.width) == (7.5, 50, 80, 64)
+    job = own.plan(PROMPT, image=picture())
+    assert (job.guidance_scale, job.steps, job.height, job.width) == (
+        3.0,
+        11,
+        64,
+        72,
+    )  # a picture has its own size
+    done = own.txt2img(PROMPT, seed=1)
+    assert done.parameters[0].guidance_scale == 3.0 and done.parameters[0].steps == 11
+    assert done.images[0].size == (72, 80)
+
+
+def test_a_model_of_few_levels_has_no_more_steps(own):
+    own.model.num_timesteps = 20
+    assert StableDiffusion(own.model).defaults.steps == 20
+
+
+def test_a_size_that_the_model_cannot_paint_is_not_its_size(sd):
+    with pytest.raises(UsageError, match="height must be a multiple of 8 from 64 to 2048, got 16"):
+        advised(sd.model, size=16).plan(PROMPT)
+
+
+def test_the_box_paints_with_what_it_says_and_everything_else_is_quiet(caplog):
+    box = StableDiffusion.default()
+    assert (box.defaults.guidance_scale, box.defaults.steps, box.defaults.size) == (3.0, 20, (128, 128))
+    caplog.clear()
+    job = box.plan("a large red circle above a small blue square on a white background")
+    box.advise([job])
+    assert (job.guidance_scale, job.steps, job.sampler, job.height) == (3.0, 20, "ddim", 128)
+    assert caplog.messages == []
+    box.advise([box.plan("a photograph of an astronaut", width=512, height=512, sampler="plms", steps=10)])
+    assert [line.split(":")[0] for line in caplog.messages] == [
+        "the model has never seen these words and paints something of its own for them",
+        "the model knows pictures of 128 x 128 pixels only; at 512 x 512 expect noise or repetition",
+        "plms with 10 steps paints badly on this model",
+    ]
+    assert "for them: photograph, an, astronaut; it knows: a above" in caplog.messages[0]
+    assert caplog.messages[2].endswith("give it 30 or more, or ddim, which paints well with 10")
+
+
+def test_trouble_is_told_once_a_call_and_foreign_syntax_once(sd, caplog):
+    own = advised(sd.model, known_words="a red circle")
+    for _ in range(2):
+        list(own.stream(["a (red:1.3) cat", "a dog"], steps=1, negative_prompt="fog", seed=2**32 + 5))
+    words = (
+        "the model has never seen these words and paints something of its own for them: 1, 3, cat, dog, fog"
+    )
+    seed = "seed 4294967301 paints what seed 5 paints: the generator on the CPU keeps 32 bits"
+    assert [line.split("; it knows")[0] for line in caplog.messages] == [
+        words,
+        seed,
+        "'(red:1.3)' is a weight to other programs; here it is read as plain text: say it in words",
+        words,
+        seed,
+    ]
+    caplog.clear()
+    list(own.stream("a red circle", steps=1, negative_prompt="fog", guidance_scale=1, seed=5))
+    assert caplog.messages == []  # at scale 1 nobody reads the negative prompt
+
+
+@pytest.mark.parametrize(
+    ("strength", "steps", "line"),
+    [
+        (0.01, 20, "strength 0.01 of 20 steps is less than one step, so the picture comes back unchanged; give "
+         "strength 0.05 or more, or more steps"),
+        (0.04, 20, "strength 0.04 of 20"),
+        (0.05, 20, None),
+        (0.0, 20, None),  # asks for the picture
+        (0.3, 3, "give strength 0.334 or more"),
+        (1.0, 1, None),
+        (0.99, 1, "give strength 1 or more"),
+    ],
+)  # fmt: skip
+def test_a_strength_of_less_than_one_step_is_told(sd, caplog, strength, steps, line):
+    options = {"image": picture(), "strength": strength, "steps": steps, "seed": 1}
+    for more in ({}, {"mask": half_mask()}):
+        caplog.clear()
+        sd.advise([sd.plan(PROMPT, **options, **more)])
+        assert [line in got for got in caplog.messages] == ([] if line is None else [True])
+
+
+def test_a_strength_that_is_advised_runs_a_step(sd):
+    for steps in range(1, 1001):
+        strength = math.ceil(1000 / steps) / 1000
+        assert int(strength * steps) >= 1, steps
+
+
 # --- seeds ---
+
+
+@pytest.mark.parametrize("wide", [2**32 + 5, 2**63 + 5, 2**64 - 2**32 + 5])
+def test_the_generator_on_the_cpu_keeps_32_bits_of_a_seed(sd, wide):
+    draws = [ImageNoise([seed])(torch.empty(1, 4, 8, 9)) for seed in (5, wide, 6)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    a, b = (sd.txt2img(PROMPT, seed=seed, steps=1, output_type="latent") for seed in (5, wide))
+    assert torch.equal(a.latents, b.latents) and b.seeds == [wide]
+
+
+@pytest.mark.parametrize("rng", ["image", "compvis"])
+def test_a_seed_of_more_bits_is_told_with_the_smaller_one(sd, caplog, rng):
+    sd.advise([sd.plan(PROMPT, seed=2**32 - 1, num_images=2, rng=rng), sd.plan(PROMPT, seed=2**32 - 1)])
+    told = ["seed 4294967296 paints what seed 0 paints: the generator on the CPU keeps 32 bits"]
+    assert caplog.messages == (told if rng == "image" else [])  # compvis's pictures have one seed together
+    caplog.clear()
+    sd.advise([sd.plan(PROMPT, seed=2**64 - 1, rng=rng)])
+    assert [line.split(":")[0] for line in caplog.messages] == [
+        "seed 18446744073709551615 paints what seed 4294967295 paints"
+    ]
+
+
+@pytest.mark.parametrize("seed", [None, -1, "random", np.int64(-1)])
+def test_a_seed_can_be_drawn_by_every_usual_name(sd, seed):
+    drawn = [sd.plan(PROMPT, seed=seed, num_images=2).shots for _ in range(2)]
+    assert drawn[0][1].seed == drawn[0][0].seed + 1 and drawn[0][0].seed != drawn[1][0].seed
+    assert all(0 <= shot.seed <= 2**31 for shots in drawn for shot in shots)
+    mixed = sd.plan(PROMPT, seed=[7, seed], num_images=2).shots
+    assert mixed[0].seed == 7 and mixed[1].seed not in (-1, 7, 8)
+
+
+def test_numbers_of_numpy_are_numbers(sd):
+    job = sd.plan(
+        PROMPT,
+        steps=np.int64(2),
+        width=np.int32(72),
+        seed=np.uint64(9),
+        guidance_scale=np.float32(3),
+        eta=np.int8(1),
+    )
+    assert (job.steps, job.width, job.shots[0].seed, job.guidance_scale, job.eta) == (2, 72, 9, 3.0, 1.0)
+    assert [s.seed for s in sd.plan(PROMPT, seed=np.array([4, 8]), num_images=2).shots] == [4, 8]
+    assert sd.plan(PROMPT, negative_prompt=None).shots[0].negative == ""
 
 
 def test_noise_of_seed_42_is_the_one_on_record():
@@ -298,6 +453,10 @@ def test_a_picture_gives_the_size_rounded_down(sd):
 # --- refusals, all at the call and before any work ---
 
 
+def both(embeds):
+    return {"prompt_embeds": embeds, "negative_prompt_embeds": embeds}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -324,7 +483,7 @@ def test_a_picture_gives_the_size_rounded_down(sd):
             "the sampler must be one of ddim, plms, ddpm, dpm_solver, dpmpp_2m; got 'magic'",
         ),
         ({"spacing": "magic"}, "magic"),
-        ({"seed": -1}, "seed must be a whole number from 0 to 18446744073709551615, got -1"),
+        ({"seed": -2}, "seed must be a whole number from 0 to 18446744073709551615, or -1, 'random' or None"),
         ({"seed": 2**64 - 1, "num_images": 2}, "got 18446744073709551615"),
         ({"seed": [1]} | {"num_images": 2}, "one for each image, wanted 2, got 1"),
         ({"seed": "abc"}, "got 'abc'"),
@@ -355,6 +514,69 @@ def test_a_picture_gives_the_size_rounded_down(sd):
             "negative_prompt_embeds must be (n, tokens, d), both alike, got None",
         ),
         ({"prompt_embeds": torch.zeros(7, 24)}, "prompt_embeds must be (n, tokens, d)"),
+        # Other kinds of values, and numbers that Python itself refuses to print or to turn into a float.
+        ({"steps": "20"}, "steps must be a whole number from 1 to 1000, got '20'"),
+        ({"steps": 10**5000}, "steps must be a whole number from 1 to 1000, got a int that cannot be shown"),
+        ({"steps": True}, "got True"),
+        ({"steps": math.nan}, "got nan"),
+        ({"width": 512.0}, "width must be a multiple of 8 from 64 to 2048, got 512.0"),
+        ({"width": "512"}, "got '512'"),
+        (
+            {"height": 10**5000},
+            "height must be a multiple of 8 from 64 to 2048, got a int that cannot be shown",
+        ),
+        ({"height": [64]}, "got [64]"),
+        ({"seed": 1.5}, "got 1.5"),
+        ({"seed": "5"}, "got '5'"),
+        ({"seed": True}, "got True"),
+        ({"seed": 10**5000}, "got a int that cannot be shown"),
+        ({"seed": [1, -2], "num_images": 2}, "got -2"),
+        ({"seed": np.array([[1]])}, "got [1]"),
+        ({"seed": b"5"}, "got b'5'"),
+        ({"seed": torch.Generator()}, "got <torch._C.Generator"),
+        ({"guidance_scale": "7"}, "guidance_scale must be a number from 0 to 100, got '7'"),
+        ({"guidance_scale": 10**400}, "guidance_scale must be a number from 0 to 100, got 1000"),
+        ({"guidance_scale": 1 + 1j}, "got (1+1j)"),
+        ({"guidance_rescale": None}, "guidance_rescale must be a number from 0 to 1, got None"),
+        ({"guidance_interval": ("0", "1")}, "guidance_interval must be (low, high)"),
+        ({"guidance_interval": (0, math.nan)}, "guidance_interval must be (low, high)"),
+        ({"cache_interval": "2"}, "cache_interval must be a whole number from 1 to 1000, got '2'"),
+        ({"cache_depth": 1.0}, "cache_depth must be"),
+        ({"merge_ratio": "0.5"}, "merge_ratio must be a number from 0 to 0.75"),
+        ({"merge_seed": 1.5}, "merge_seed must be a whole number"),
+        ({"eta": "1"}, "eta must be a number from 0 to 1, got '1'"),
+        ({"sampler": None}, "the sampler must be one of"),
+        ({"sampler": 3}, "the sampler must be one of"),
+        ({"spacing": 3}, "spacing must be a name of ldm.process.spacing, got 3"),
+        ({"num_images": 2.0}, "num_images must be a whole number from 1 to 100000, got 2.0"),
+        ({"batch_size": "4"}, "batch_size must be a whole number from 1 to 1024, got '4'"),
+        ({"rng": ["image"]}, "rng must be one of image, compvis; got ['image']"),
+        ({"output_type": None}, "output_type must be one of pil, np, pt, latent; got None"),
+        (
+            {"negative_prompt": 5},
+            "negative_prompt must be a text or a list of texts with one at least, got 5",
+        ),
+        ({"image": picture(), "strength": "0.5"}, "strength must be a number from 0 to 1, got '0.5'"),
+        ({"prompt_embeds": [[1.0]]}, "prompt_embeds must be (n, tokens, d)"),
+        ({"prompt_embeds": 3}, "prompt_embeds must be (n, tokens, d)"),
+        (both(torch.zeros(1, 7, 24)), "prompt_embeds must have 128 features a token, got (1, 7, 24)"),
+        (
+            both(torch.zeros(1, 7, 128, dtype=torch.int64)),
+            "must be finite floating-point numbers, got torch.int64",
+        ),
+        (both(torch.full((1, 7, 128), math.nan)), "must be finite floating-point numbers"),
+        (both(torch.zeros(1, 7, 128, device="meta")), "must be finite floating-point numbers"),
+        ({"prompt_embeds": 10**5000}, "got a int that cannot be shown"),
+        (
+            {"merge_ratio": 10**5000},
+            "merge_ratio must be a number from 0 to 0.75, got a int that cannot be shown",
+        ),
+        ({"merge_seed": 10**5000}, "got a int that cannot be shown"),
+        ({"cache_interval": "x" * 9000}, "cache_interval must be a whole number from 1 to 1000, got 'xxx"),
+        ({"sampler": "x" * 9000}, "got 'xxx"),
+        ({"spacing": "x" * 9000}, "got 'xxx"),
+        ({"guidance_interval": torch.zeros(3, 3)}, "guidance_interval must be (low, high)"),
+        ({"fixed_code": "no"}, "fixed_code must be True or False, got 'no'"),
     ],
 )
 def test_values_out_of_range_are_refused(sd, options, words):
@@ -370,6 +592,9 @@ def test_values_out_of_range_are_refused(sd, options, words):
         ([], "with one at least, got []"),
         ([3], "got [3]"),
         (b"red", "got b'red'"),
+        (5, "with one at least, got 5"),
+        ({"a": 1}, "got {'a': 1}"),
+        (["a", None], "got ['a', None]"),
         ("a\ud800b", "lone surrogates"),
         ("x" * 100_001, "at most 100000 characters, got 100001"),
     ],
@@ -394,9 +619,11 @@ def test_pictures_and_masks_are_wanted_where_the_name_says_so(sd):
         sd.inpaint(PROMPT, picture(), None)
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "toaster", "meta"])
+@pytest.mark.parametrize("device", ["cuda:99", "toaster", "meta", 99, 1.5, [], b"cpu", "x" * 9000])
 def test_devices_that_are_not_there(device):
-    with pytest.raises(UsageError, match=f"device '{device}' is not available; have: .*cpu"):
+    with pytest.raises(
+        UsageError, match=rf"device {re.escape(repr(str(device))[:40])}.* is not available; have: .*cpu"
+    ):
         pick_device(device)
 
 
@@ -557,8 +784,7 @@ def test_strength_zero_returns_the_picture_itself(sd):
     image = picture()
     for strength in (0, 0.05):  # less than one of ten steps
         out = sd.img2img(PROMPT, image, strength, steps=10)
-        lost = np.asarray(image).astype(int) - np.asarray(out[0])
-        assert set(np.unique(lost)) <= {0, 1}  # by truncation
+        assert np.array_equal(np.asarray(image), np.asarray(out[0]))
     assert out.parameters[0].mode == "img2img" and out.latents.shape == (1, 4, 8, 9)
 
 
@@ -693,6 +919,30 @@ def test_a_callback_that_says_false_ends_the_run_with_what_is_finished(sd):
     seen = []
     whole = sd.txt2img(PROMPT, steps=2, callback=seen.append)
     assert not whole.interrupted and len(seen) == 3
+
+
+def test_what_a_callback_raises_comes_out_as_it_is(sd):
+    class Mine(Exception):
+        pass
+
+    def callback(progress):
+        raise Mine("stop")
+
+    with pytest.raises(Mine, match="stop"):
+        sd.txt2img(PROMPT, steps=2, callback=callback)
+    assert len(sd.txt2img(PROMPT, steps=1)) == 1  # and the model is as it was
+
+
+@pytest.mark.parametrize("callback", [5, "print", [print]])
+def test_a_callback_that_is_no_function_is_refused_at_once(sd, callback):
+    with pytest.raises(UsageError, match="callback must be a function of one Progress, got"):
+        sd.txt2img(PROMPT, steps=2, callback=callback)
+
+
+@pytest.mark.parametrize("door", ["txt2img", "stream", "plan"])
+def test_an_unknown_option_is_a_type_error_that_names_it(sd, door):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'num_inference_steps'"):
+        getattr(sd, door)(PROMPT, num_inference_steps=3)
 
 
 def test_gradients_stay_off_inside_and_on_outside(sd):

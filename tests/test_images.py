@@ -15,6 +15,7 @@ from PIL import Image
 
 from ldm import images
 from ldm.errors import AbsentError, FormatError, NumericError, OutputError, UsageError
+from ldm.results import GenerationResult
 
 
 def picture(width=13, height=9, seed=0, mode="RGB"):
@@ -219,6 +220,47 @@ def test_numbers_go_on_after_the_highest_and_gaps_stay(tmp_path):
     (tmp_path / "99999.png").touch()
     assert images.save_numbered(picture(), tmp_path).name == "100000.png"
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("{}", "7"), ("{:05}.png", "00007.png"), ("{:d}.png", "7.png"), ("{:04d}.png", "0007.png"),
+        ("{:}.png", "7.png"), ("grid-{:04}.png", "grid-0007.png"), ("a b é 日.{:03}", "a b é 日.007"),
+        ("{:020}.png", "0" * 19 + "7.png"),
+        (".{}.png", ".7.png"), ("..{}", "..7"), ("100%{:02}$(x).png", "100%07$(x).png"), ("{:01}_", "7_"),
+    ],
+)  # fmt: skip
+def test_a_pattern_is_a_file_name_with_one_number(tmp_path, pattern, name):
+    (tmp_path / name.replace("7", "6")).touch()
+    assert images.save_numbered(picture(), tmp_path, pattern) == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "../x{:05}.png", "/tmp/x{:05}.png", "sub/{:05}.png", "{:05}/x.png", "..\\x{}.png", "C:x{}.png", "C:\\x{}.png",
+        "\\\\host\\x{}.png", "~/x{}.png", "./x{}.png", "x{}/../y.png",
+        "{:>999999999}", "{:0999999999}", "{:021}.png", "{:5}.png", "{:>5}.png", "{:,}.png", "{:.3f}.png", "{:x}.png",
+        "{!r}.png", "{0}.png", "{0:05}.png", "{n}.png", "{:{}}.png", "{0.__class__}.png", "{:00}.png", "{:05s}.png",
+        "", "x.png", "{}{}.png", "{{}}.png", "{{{}}}.png", "{", "}", "x{.png", "x}.png", "{:05}{", "%05d.png",
+        "a\0{}.png", "a\n{}.png", "\x1b[31m{}.png", "\ud800{}.png",
+        None, 5, b"{}.png", Path("{}.png"), ["{}.png"],
+    ],
+)  # fmt: skip
+def test_any_other_pattern_is_refused_before_a_folder_is_made(tmp_path, pattern):
+    result = GenerationResult([picture()], [1], [], torch.zeros(1))
+    calls = (
+        lambda: images.save_numbered(picture(), tmp_path / "in", pattern),
+        lambda: result.save(tmp_path / "in", pattern, metadata=False),
+    )
+    for call in calls:
+        with pytest.raises(
+            UsageError, match="a pattern must be a file name, without folders, with one number"
+        ) as caught:
+            call()
+        assert len(str(caught.value)) < 400 and "\n" not in str(caught.value) and caught.value.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_link_at_the_name_is_not_followed(tmp_path):

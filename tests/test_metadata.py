@@ -1,15 +1,22 @@
 """What is written into a picture comes back, and what others wrote never does harm."""
 
 import json
+import math
 import random
+import re
+import struct
 
+import numpy as np
 import pytest
+from hostile_texts import HOSTILE
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm import metadata
-from ldm.errors import AbsentError
+from ldm.containers import read_exif, write_comment
+from ldm.errors import AbsentError, UsageError
 from ldm.images import save_png
+from ldm.wish import MAX_PROMPT
 
 FULL = {
     "prompt": "a large red circle",
@@ -128,12 +135,251 @@ def test_unsound_numbers_are_left_out(line):
     assert not {"steps", "guidance_scale", "seed", "width"} & set(metadata.from_infotext("p\n" + line))
 
 
-def test_reading_never_raises():
-    rng = random.Random(0)
-    letters = 'Steps: Seed Size Negative prompt:\n"\\,x1{}[]\x00\x1b\ud800é'
+LETTERS = 'Steps: Seed Size Negative prompt:\n"\\,x1{}[]\x00\x1b\ud800é'
+JSON = [
+    "{",
+    "}",
+    "[",
+    "]",
+    ",",
+    ":",
+    '"',
+    "\\",
+    "1e999",
+    "NaN",
+    "-Infinity",
+    "true",
+    "null",
+    "0",
+    "9" * 5000,
+    "\\ud800",
+    " ",
+]
+JSON += [
+    '"schema": 1',
+    '"parameters": ',
+    '"inputs": ',
+    '"class_type": ',
+    '"latent_image": ["1", 0]',
+    '"positive": ["2", 0]',
+]
+JSON += ['"seed": ', '"steps": 3', '"text": "t"', '"1": ', '"2": ', '{"inputs": {', "}}"]
+READERS = {
+    "infotext": (
+        metadata.from_infotext,
+        list(LETTERS) + ["Steps: 3, ", "Seed: 4", "Size: 5x", "CFG scale: 1e999"],
+    ),
+    "ours": (metadata._from_ours, JSON),
+    "invokeai": (metadata._from_invokeai, JSON),
+    "comfyui": (metadata._from_comfyui, JSON),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_reading_never_raises(name):
+    reader, pieces = READERS[name]
+    rng = random.Random(name)
     for _ in range(3000):
-        text = "".join(rng.choice(letters) for _ in range(rng.randrange(60)))
-        assert isinstance(metadata.from_infotext(text)["prompt"], str)
+        text = "".join(rng.choice(pieces) for _ in range(rng.randrange(60)))
+        found = reader(text)
+        assert isinstance(found, dict)
+        json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("name", ["ours", "invokeai", "comfyui"])
+def test_reading_sound_json_of_any_shape_never_raises(name):
+    """Trees whose keys are the ones that are looked for, and whose leaves are everything JSON can say."""
+    rng = random.Random(name)
+    keys = [
+        "schema",
+        "parameters",
+        "inputs",
+        "class_type",
+        "latent_image",
+        "positive",
+        "guider",
+        "text",
+        "string_a",
+    ]
+    keys += [
+        "string_b",
+        "seed",
+        "steps",
+        "cfg",
+        "1",
+        "2",
+        "positive_prompt",
+        "width",
+        "height",
+        "sigmas",
+        "delimiter",
+    ]
+    leaves = [
+        1,
+        0,
+        -5,
+        1.5,
+        10**400,
+        -(10**30),
+        math.nan,
+        math.inf,
+        "t",
+        "",
+        "\ud800\x1b",
+        True,
+        None,
+        ["1", 0],
+        ["2", 0],
+    ]
+
+    def tree(depth):
+        if depth == 0 or rng.random() < 0.2:
+            return rng.choice(leaves)
+        if rng.random() < 0.15:
+            return [tree(depth - 1) for _ in range(rng.randrange(4))]
+        return {rng.choice(keys): tree(depth - 1) for _ in range(rng.randrange(8))}
+
+    for _ in range(1500):
+        found = READERS[name][0](json.dumps(tree(4)).replace(str(10**400), "9" * 5000))
+        json.dumps(found, allow_nan=False)
+
+
+def test_exif_of_any_bytes_never_raises():
+    rng = random.Random(3)
+    sound = write_comment("p\nSteps: 3, Seed: 4, Size: 5x6")
+    for _ in range(3000):
+        exif = bytearray(sound[: rng.randrange(len(sound) + 1)])
+        for _ in range(rng.randrange(4)):
+            if exif:
+                exif[rng.randrange(len(exif))] = rng.randrange(256)
+        texts, orientation = read_exif(bytes(exif))
+        assert all(isinstance(text, str) for text in texts.values()) and (
+            orientation is None or orientation >= 0
+        )
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_texts_do_not_raise(name):
+    """What they cost is measured in test_sound_pictures.py."""
+    for reader, _ in READERS.values():
+        json.dumps(reader(HOSTILE[name]), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "found"),
+    [
+        ("900 lists", "ldm", {"prompt": "p"}),
+        ("an integer of 100,000 digits", "ldm", {"prompt": "p"}),
+        ("an integer of 400 digits", "invokeai", {"prompt": "p"}),
+        ("escapes", "invokeai", {"prompt": "A" * 50_000}),
+        ("one key many times", "invokeai", {"seed": 2}),
+    ],
+)
+def test_what_is_sound_beside_hostile_values_is_read(tmp_path, name, source, found):
+    key = {"ldm": "ldm", "invokeai": "invokeai_metadata"}[source]
+    assert metadata.read_metadata(saved(tmp_path, **{key: HOSTILE[name]})) == {"source": source, **found}
+
+
+@pytest.mark.parametrize("line", LINES := [
+    "Steps: 20, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 965400086, Size: 512x768, Model: a b/c-d_e",
+    'Lora hashes: "a: 0123, b: 4567", Version: v1.9.3, Hires upscale: 2, TI hashes: "x\\"y: 1"',
+    "http://a: b, a:bc: 5, é日: 1, _a: 2, 9b : 3, -c: 4, /d: 5,, ,e e:,f f: ",
+    'ab: "cd" ef, gh: "", ij: "k, lm: "n", op: ""q"',
+    "  ab:\t1 ,cd:2,ef :3", "ab: 1,cd", "ab", ":", "a: 1", "", ", , ,", 'ab: "\\', "ab: \\,cd: 1",
+])  # fmt: skip
+def test_pairs_are_those_of_a1111s_pattern(line):
+    pattern = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+    want = [(key, value.strip()) for key, value in pattern.findall(line)]
+    assert [(key, value.strip()) for key, value in metadata._pairs(line)] == want
+
+
+def test_pairs_of_random_lines_are_those_of_a1111s_pattern():
+    pattern = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+    rng = random.Random(1)
+    for _ in range(5000):
+        line = "".join(rng.choice('aB1_ -/::,,"\\é') for _ in range(rng.randrange(24)))
+        want = [(key, value.strip()) for key, value in pattern.findall(line)]
+        assert [(key, value.strip()) for key, value in metadata._pairs(line)] == want, line
+
+
+@pytest.mark.parametrize("count", [20_000, MAX_PROMPT])
+@pytest.mark.parametrize("letters", ["red ", "é, ", "日本", "\U0001f600", '"\\', "\x01"])
+def test_our_longest_prompts_come_back(tmp_path, count, letters):
+    """Both prompts as long as they may be, and each told once more as the words that were dropped."""
+    prompt = (letters * count)[:count]
+    ours = {
+        **FULL,
+        "prompt": prompt,
+        "negative_prompt": prompt[::-1],
+        "dropped_words": [prompt, prompt[::-1]],
+    }
+    path = save_png(Image.new("RGB", (16, 8)), tmp_path / "a.png", metadata.png_info(ours))
+    assert metadata.read_metadata(path) == {"source": "ldm", **ours}
+
+
+def test_odd_names_of_files_come_back_from_our_chunk():
+    name = b"\xff.safetensors".decode("utf-8", "surrogateescape")
+    assert metadata._from_ours(metadata.to_chunk({"model": name})) == {"model": name}
+
+
+# --- JPEG and WebP ---
+
+TEXT = "a cat, é 日本 \U0001f600\nNegative prompt: dog\nSteps: 20, Sampler: Euler a, CFG scale: 7.0, Seed: 3, Size: 8x9"
+COMMENTS = {
+    "A1111's": b"UNICODE\0" + TEXT.encode("utf-16-be"),
+    "the other order": b"UNICODE\0" + TEXT.encode("utf-16-le"),
+    "with a mark of order": b"UNICODE\0" + TEXT.encode("utf-16"),
+    "with zeros at the end": b"UNICODE\0" + TEXT.encode("utf-16-be") + bytes(8),
+    "ASCII": b"ASCII\0\0\0" + TEXT.encode(),
+    "no code": bytes(8) + TEXT.encode(),
+    "UTF-8 that is called UNICODE": b"UNICODE\0" + TEXT.encode(),
+    "nothing in front": TEXT.encode(),
+}
+
+
+def exif_with(comment, order):
+    """EXIF whose comment lies behind other fields."""
+    entries = [(0x010F, 2, 6, 100), (0x8769, 4, 1, 50)]
+    head = {">": b"MM\0*", "<": b"II*\0"}[order] + struct.pack(f"{order}IH", 8, len(entries))
+    table = b"".join(struct.pack(f"{order}HHII", *entry) for entry in entries)
+    block = (head + table + bytes(4)).ljust(50, b"\0")
+    block += struct.pack(f"{order}HHHII", 1, 0x9286, 7, len(comment), 120) + bytes(4)
+    return (b"Exif\0\0" + block).ljust(106, b"\0") + b"Canon\0".ljust(20, b"\0") + comment
+
+
+@pytest.mark.parametrize("order", [">", "<"])
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+@pytest.mark.parametrize("name", COMMENTS)
+def test_a1111s_text_in_an_exif_comment(tmp_path, name, kind, order):
+    Image.new("RGB", (16, 8)).save(tmp_path / "a", kind, exif=exif_with(COMMENTS[name], order))
+    for back in (metadata.read_metadata(tmp_path / "a"), metadata.read_metadata(Image.open(tmp_path / "a"))):
+        assert back["source"] == "a1111" and back["prompt"] == TEXT.split("\n")[0]
+        assert (back["seed"], back["width"], back["negative_prompt"]) == (3, 8, "dog")
+
+
+@pytest.mark.parametrize(
+    "comment", [b"", b"ASCII\0\0\0my holiday", b"UNICODE\0\xd8\x00", bytes(99), b"\xff" * 40]
+)
+def test_comments_of_cameras_say_nothing(tmp_path, comment):
+    Image.new("RGB", (16, 8)).save(tmp_path / "a.jpg", exif=exif_with(comment, ">"))
+    assert metadata.read_metadata(tmp_path / "a.jpg") == {}
+
+
+def test_comfyuis_graph_in_exif(tmp_path):
+    graph = {"1": {"class_type": "KSampler", "inputs": {"seed": 5, "positive": [], "latent_image": []}}}
+    exif = Image.Exif()
+    exif[0x0110] = "prompt:" + json.dumps(graph)
+    Image.new("RGB", (16, 8)).save(tmp_path / "a.webp", exif=exif)
+    assert metadata.read_metadata(tmp_path / "a.webp") == {"source": "comfyui", "seed": 5}
+
+
+@pytest.mark.parametrize("given", [None, 3, b"png", np.zeros((3, 4))])
+def test_what_is_neither_path_nor_picture_is_refused(given):
+    with pytest.raises(UsageError, match="read_metadata wants a path or a PIL picture, got"):
+        metadata.read_metadata(given)
+
+
+# --- what is in a PNG ---
 
 
 def saved(tmp_path, **texts):

@@ -56,7 +56,8 @@ def test_python_block_runs(code, newcomer):
     exec(compile(stand_in(code), "README.md", "exec"), names)
     assert names["ldm"].__version__
     for saved in re.findall(r"save\(\"(.+?)\"\)", code):
-        assert (newcomer / saved).stat().st_size > 0
+        told = names["ldm"].read_metadata(newcomer / saved)
+        assert told["source"] == "ldm" and told["prompt"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -131,6 +131,14 @@ def run(config: dict[str, Any], folder: Path, **options: Any) -> Any:
     return made
 
 
+def put(config: dict[str, Any], path: str, value: Any) -> None:
+    """Set a value of a configuration by its place, such as "model.params.embed_dim"."""
+    *way, last = path.split(".")
+    for name in way:
+        config = config.setdefault(name, {})
+    config[last] = value
+
+
 def figures(folder: Path, name: str = "train/loss") -> dict[int, float]:
     """Read one figure of every step from a run's log; no step may be there twice."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -201,6 +209,13 @@ class Raises(Shapes):
 
     def item(self, index: int, rng: np.random.Generator, step: int) -> dict[str, Any]:
         raise self.error("the source's own trouble")
+
+
+class Odd(Shapes):
+    """Shapes that divide by zero in their loader process."""
+
+    def item(self, index: int, rng: np.random.Generator, step: int) -> dict[str, Any]:
+        return {"image": 1 // 0}
 
 
 class SignalAt(AfterSteps):

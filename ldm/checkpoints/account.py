@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ldm.checkpoints.sampling import SamplingDefaults
 from ldm.errors import MismatchError
 
 NAMED = 3  # how many names an error spells out before it only counts
@@ -37,6 +38,7 @@ class LoadReport:
     assigned: name in the file -> name in the model. ignored: name in the file -> why. initialised: name in
     the model -> where its value came from instead. scales: name in the model -> name in the file of the tensor
     that its weight is multiplied by. Names in a diffusers folder begin with "unet/", "vae/" or "text_encoder/".
+    sampling: what the configuration advises for painting with the model.
     """
 
     path: str
@@ -46,6 +48,7 @@ class LoadReport:
     initialised: dict[str, str] = field(default_factory=dict)
     scales: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
     @property
     def total(self) -> int:

@@ -19,6 +19,7 @@ from ldm.checkpoints.configs import Candidate, candidates, find_config, with_ori
 from ldm.checkpoints.files import PICKLE_SUFFIXES, Weights, open_weights
 from ldm.checkpoints.folders import FolderWeights, folder_settings, is_diffusers_folder
 from ldm.checkpoints.pair import account_model, without
+from ldm.checkpoints.sampling import read_sampling
 from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UsageError
 from ldm.util import instantiate_from_config
 
@@ -111,7 +112,7 @@ def build_empty(settings: Mapping[str, Any], tokenizer: str | Path | None = None
             raise UsageError("tokenizer= needs a model with a text encoder; this configuration has none")
         stage.setdefault("params", {})["tokenizer"] = str(tokenizer)
     with torch.device("meta"), _Empty():
-        return instantiate_from_config(model_config).eval()
+        return instantiate_from_config(model_config, where="model").eval()
 
 
 def build_fitting(
@@ -128,6 +129,7 @@ def build_fitting(
     failure: LdmError | None = None
     for candidate in tried:
         try:
+            sampling = read_sampling(candidate.settings.get("sampling"))
             model = build_empty(candidate.settings, tokenizer)
             report = pair(model)
         except LdmError as error:
@@ -141,6 +143,7 @@ def build_fitting(
             )
             logger.warning("'%s': %s", report.path, report.notes[-1])
         report.notes += candidate.notes
+        report.sampling = sampling
         return model, report
     assert failure is not None, "there is no candidate"
     raise failure

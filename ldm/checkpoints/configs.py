@@ -12,9 +12,9 @@ from typing import Any
 from ldm.checkpoints import families
 from ldm.checkpoints.account import shown
 from ldm.checkpoints.files import Weights
+from ldm.configs import load_config, resolved
 from ldm.errors import AbsentError, LdmError, MismatchError
 from ldm.paths import shipped
-from ldm.util import load_config
 
 logger = logging.getLogger(__name__)
 
@@ -205,9 +205,7 @@ def read_settings(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(config, str | Path):
         file = find_config(config)
         folder, config = file.parent, load_config(file)
-    settings = (
-        OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else copy.deepcopy(config)
-    )
+    settings = resolved(config) if OmegaConf.is_config(config) else copy.deepcopy(config)
     model = settings.get("model") if isinstance(settings, Mapping) else None
     if not isinstance(model, dict) or "target" not in model:
         raise MismatchError(

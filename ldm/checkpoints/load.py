@@ -61,7 +61,8 @@ def load_latent_diffusion(
         path: .safetensors, .ckpt, a diffusers folder, or a model's folder in the hub's cache.
         config: a YAML file, mapping or OmegaConf with CompVis's keys. None takes the YAML file beside the weights,
             of the same name or called config.yaml; without one, Stable Diffusion v1 or its inpainting model by the
-            shapes in the file. A folder brings its own.
+            shapes in the file. A folder brings its own. A section `sampling:` beside `model:` may advise how to
+            paint with the model (ldm.checkpoints.sampling); the report holds it.
         device: where the model goes.
         dtype: of the parameters; None = float32, as CompVis's loader. Buffers keep their own.
         use_ema: the file's weights that the UNet gets. True: the moving average. False: the plain ones.
@@ -83,7 +84,7 @@ def load_latent_diffusion(
 
     Raises:
         AbsentError, FormatError, UnsafeFileError: the file cannot be had, read or trusted.
-        MismatchError: another family, or tensors that do not pair with the model's.
+        MismatchError: another family, tensors that do not pair with the model's, or a wrong section `sampling:`.
         NumericError: weights that are not finite, or not any more in dtype.
         ResourceError: out of memory.
     """

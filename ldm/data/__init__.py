@@ -1,1 +1,1 @@
-"""Package data: the merges of CLIP's vocabulary, with the licence they come under."""
+"""Data sets under CompVis's names; and the merges of CLIP's vocabulary, with the licence they come under."""

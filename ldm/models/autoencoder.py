@@ -1,7 +1,7 @@
 """First stages: pictures to latents and back, by a Gaussian (KL) or by a codebook (VQ)."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from ldm.errors import MismatchError
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.util import instantiate_from_config
+from ldm.util import handed_on, instantiate_from_config, leaves_others_to_subclasses
 
 logger = logging.getLogger(__name__)
 
@@ -21,18 +21,21 @@ logger = logging.getLogger(__name__)
 class _FirstStage(nn.Module):
     """What both kinds share: the two networks, reading batches, loading, and optimizers for a trainer."""
 
+    PARAMS_OF = {"ddconfig": Encoder}  # which class the values inside of a parameter belong to
     learning_rate: float = 4.5e-6
     global_step: int = 0
+    loaded: frozenset[str] = frozenset()  # names of the tensors that init_from_ckpt has read
 
     def __init__(
         self,
-        ddconfig: Any,
-        lossconfig: Any,
+        ddconfig: Mapping[str, Any],
+        lossconfig: Mapping[str, Any],
         image_key: str,
         colorize_nlabels: int | None,
         monitor: str | None,
     ):
         super().__init__()
+        ddconfig = handed_on(ddconfig, Encoder, "ddconfig")
         self.image_key = image_key
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
@@ -56,6 +59,7 @@ class _FirstStage(nn.Module):
         from ldm.checkpoints import load_vae
 
         report = load_vae(self, path, ignore_keys=tuple(ignore_keys))
+        self.loaded |= frozenset(report.assigned.values())
         logger.info("%s: %s", path, report.summary())
 
     def get_input(self, batch: dict[str, Any], k: str) -> Tensor:
@@ -104,10 +108,11 @@ class AutoencoderKL(_FirstStage):
         monitor: the name of the value that decides which checkpoint is best.
     """
 
+    @leaves_others_to_subclasses
     def __init__(
         self,
-        ddconfig: Any,
-        lossconfig: Any,
+        ddconfig: Mapping[str, Any],
+        lossconfig: Mapping[str, Any],
         embed_dim: int,
         ckpt_path: str | None = None,
         ignore_keys: Iterable[str] = (),
@@ -116,7 +121,7 @@ class AutoencoderKL(_FirstStage):
         monitor: str | None = None,
     ):
         super().__init__(ddconfig, lossconfig, image_key, colorize_nlabels, monitor)
-        if not ddconfig["double_z"]:
+        if not ddconfig.get("double_z", True):
             raise MismatchError(
                 "AutoencoderKL needs double_z: True in its ddconfig (means and log variances)"
             )
@@ -169,9 +174,12 @@ class AutoencoderKL(_FirstStage):
 
     @torch.no_grad()
     def log_images(
-        self, batch: dict[str, Any], only_inputs: bool = False, **kwargs: Any
+        self, batch: dict[str, Any], only_inputs: bool = False, split: str = "train"
     ) -> dict[str, Tensor]:
-        """Return pictures to look at: inputs, their reconstructions, and decoded unit normal noise."""
+        """Return pictures to look at: inputs, their reconstructions, and decoded unit normal noise.
+
+        `split` is what CompVis's ImageLogger says; it changes nothing.
+        """
         x = self.get_input(batch, self.image_key).to(self.device)
         pictures = {"inputs": x}
         if not only_inputs:
@@ -251,10 +259,11 @@ class VQModel(_FirstStage):
         use_ema: keep a moving average of the weights.
     """
 
+    @leaves_others_to_subclasses
     def __init__(
         self,
-        ddconfig: Any,
-        lossconfig: Any,
+        ddconfig: Mapping[str, Any],
+        lossconfig: Mapping[str, Any],
         n_embed: int,
         embed_dim: int,
         ckpt_path: str | None = None,
@@ -263,7 +272,7 @@ class VQModel(_FirstStage):
         colorize_nlabels: int | None = None,
         monitor: str | None = None,
         batch_resize_range: tuple[int, int] | None = None,
-        scheduler_config: Any = None,
+        scheduler_config: Mapping[str, Any] | None = None,
         lr_g_factor: float = 1.0,
         remap: None = None,
         sane_index_shape: bool = False,
@@ -385,9 +394,12 @@ class VQModel(_FirstStage):
 
     @torch.no_grad()
     def log_images(
-        self, batch: dict[str, Any], only_inputs: bool = False, plot_ema: bool = False, **kwargs: Any
+        self, batch: dict[str, Any], only_inputs: bool = False, plot_ema: bool = False, split: str = "train"
     ) -> dict[str, Tensor]:
-        """Return pictures to look at: inputs and their reconstructions."""
+        """Return pictures to look at: inputs and their reconstructions.
+
+        `split` is what CompVis's ImageLogger says; it changes nothing.
+        """
         x = self.get_input(batch, self.image_key).to(self.device)
         pictures = {"inputs": x}
         if not only_inputs:
@@ -419,19 +431,23 @@ class IdentityFirstStage(nn.Module):
 
     def __init__(self, *args: Any, vq_interface: bool = False, **kwargs: Any):
         super().__init__()
+        if args or kwargs:  # the parameters of the first stage whose place it takes, as CompVis allows
+            named = ", ".join([*map(repr, args), *kwargs])
+            logger.warning("IdentityFirstStage has no parts; without effect: %.200s", named)
         self.vq_interface = vq_interface
 
-    def encode(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:
         """Return x."""
         return x
 
-    def decode(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def decode(self, x: Tensor, force_not_quantize: bool = False) -> Tensor:
         """Return x."""
         return x
 
-    def quantize(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def quantize(self, x: Tensor) -> Any:
         """Return x, in the shape of a codebook's answer where vq_interface asks for it."""
         return (x, None, [None, None, None]) if self.vq_interface else x
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, sample_posterior: bool = True) -> Tensor:
+        """Return x."""
         return x

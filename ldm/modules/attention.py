@@ -93,7 +93,16 @@ def _is_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:  # noqa: N802 (CompVis's name)
-    """Make a group norm with the autoencoder's eps of 1e-6 (the UNet's residual blocks have 1e-5)."""
+    """Make a group norm with the autoencoder's eps of 1e-6 (the UNet's residual blocks have 1e-5).
+
+    Raises:
+        MismatchError: the channels do not divide into the groups.
+    """
+    if in_channels % num_groups:
+        raise MismatchError(
+            f"{in_channels} channels do not divide into num_groups={num_groups} groups; "
+            "change ch, ch_mult or num_groups"
+        )
     return nn.GroupNorm(num_groups=num_groups, num_channels=in_channels, eps=1e-6, affine=True)
 
 

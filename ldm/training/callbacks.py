@@ -309,7 +309,12 @@ class Checkpoints(AfterSteps):
         state = module.training_state()
         data = self.run["data"]
         state["epoch"] = module.step * data["accumulate"] * data["global_batch"] // data["length"]
-        state["run"] = {"format": FORMAT, "guard": state.pop("guard"), **self.run}
+        state["run"] = {
+            "format": FORMAT,
+            "guard": state.pop("guard"),
+            "moments": state.pop("moments"),
+            **self.run,
+        }
         for attempt in range(SAVE_ATTEMPTS):
             try:
                 save_state(self.folder, state)

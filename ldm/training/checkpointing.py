@@ -15,14 +15,16 @@ import torch
 
 from ldm.checkpoints import read_object, save_object
 from ldm.errors import FormatError, MismatchError, NumericError, OutputError, UnsafeFileError
+from ldm.training.resumption import find_flaws, is_count
 
 logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 NEXT = ".next.part"  # the newest state between being written and taking its name
-FORMAT = 1  # of `run`; a reader refuses newer ones
+FORMAT = 2  # of `run`; a reader refuses newer ones. 1 had neither `moments` nor `options`
 NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "run")
-NEEDED_RUN = ("format", "seed", "data", "guard")
+NEEDED_RUN = ("format", "seed", "data", "guard", "moments", "options")
+NEW_IN_2 = ("moments", "options")
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> Path:
@@ -83,16 +85,19 @@ def read_state(path: Path) -> dict[str, Any]:
         raise MismatchError(
             f"'{path}' holds no training state but a {type(state).__name__}; start a new run from it"
         )
+    run = state.get("run", {})
+    version = run.get("format") if isinstance(run, dict) else None
+    if is_count(version) and version > FORMAT:
+        raise MismatchError(f"'{path}' was written by a newer ldm (format {version}, known: {FORMAT})")
     missing = [key for key in NEEDED if key not in state]
-    missing += [f"run.{key}" for key in NEEDED_RUN if "run" in state and key not in state["run"]]
-    if missing:
+    if isinstance(run, dict):
+        old = NEW_IN_2 if version == 1 else ()
+        missing += [f"run.{key}" for key in NEEDED_RUN if "run" in state and key not in (*run, *old)]
+    flaws = [f"lacks {', '.join(missing)}"] if missing else find_flaws(state)
+    if flaws:
         raise MismatchError(
-            f"'{path}' lacks {', '.join(missing)}, so the run cannot go on exactly; start a new run with "
+            f"'{path}' {flaws[0]:.150}, so the run cannot go on exactly; start a new run with "
             "model.params.ckpt_path set to it"
-        )
-    if state["run"]["format"] > FORMAT:
-        raise MismatchError(
-            f"'{path}' was written by a newer ldm (format {state['run']['format']}, known: {FORMAT})"
         )
     return state
 

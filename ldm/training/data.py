@@ -5,19 +5,23 @@ dataset with `item(index, rng, step) -> dict`; `Stream` turns it into batches; `
 that CompVis's configurations name (`main.DataModuleFromConfig`).
 """
 
+import contextlib
 import logging
 import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ldm.errors import MismatchError, UsageError
+from ldm.configs import first_line
+from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, ResourceError, UsageError
 from ldm.training.shapes import COLOURS, SHAPES, ShapesDataset, as_array, render_crowd
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_from_config, place_of
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +123,7 @@ class Stream(Dataset):
 
     Raises:
         MismatchError: the source holds fewer samples than one batch of all processes.
-        UsageError: batch_size below 1.
+        UsageError: batch_size below 1, or a source without numbers.
     """
 
     def __init__(
@@ -135,6 +139,11 @@ class Stream(Dataset):
     ):
         if batch_size < 1:
             raise UsageError(f"batch_size should be at least 1, got {batch_size}")
+        if isinstance(source, IterableDataset):
+            raise UsageError(
+                f"{type(source).__name__} is a stream, but a run that can be resumed asks for samples by number; give "
+                "the data set a __getitem__ and a __len__, or train with a loop of your own"
+            )
         if len(source) < batch_size * world:
             raise MismatchError(
                 f"the data holds {len(source)} samples but one batch takes {batch_size * world}, so there are no "
@@ -160,27 +169,87 @@ class Stream(Dataset):
         return int(self._order[position])
 
     def sample(self, k: int) -> Item:
+        """Take sample k of the run.
+
+        Raises:
+            FormatError, AbsentError, ResourceError, or what else of ldm's own kinds the source raised: the source could
+                not give it; the source, the item and its own error are named.
+        """
         step = k // (self.batch_size * self.world * self.accumulate)
         index = self.index(k)
-        if hasattr(self.source, "item"):
-            return self.source.item(index, np.random.default_rng((self.seed, 2, k)), step)
-        return self.source[index]
+        with told_of(self.source, f"item {index}"):
+            if hasattr(self.source, "item"):
+                made = self.source.item(index, np.random.default_rng((self.seed, 2, k)), step)
+            else:
+                made = self.source[index]
+            if not hasattr(made, "keys"):
+                raise TypeError(f"it should be a dict, got a {type(made).__name__}")
+        return made
 
-    def __getitem__(self, micro: int) -> Item:
+    def batch(self, micro: int) -> Item:
+        """Make batch `micro` of this process; see `sample` for the errors."""
         first = (micro * self.world + self.rank) * self.batch_size
-        batch = collate([self.sample(first + i) for i in range(self.batch_size)])
+        samples = [self.sample(first + i) for i in range(self.batch_size)]
+        with told_of(self.source, f"items of batch {micro}"):
+            batch = collate(samples)
         batch["micro"] = micro
         return batch
 
+    def __getitem__(self, micro: int) -> Any:
+        """Make a batch; in a loader process an error is handed over as a `Failed`, for `Loader` to raise."""
+        if torch.utils.data.get_worker_info() is None:
+            return self.batch(micro)
+        try:
+            return self.batch(micro)
+        except LdmError as error:
+            error.add_note("".join(traceback.format_exception(error)))  # for --debug; a cause does not travel
+            return Failed(error)
+
     def loader(self, first: int, last: int, *, num_workers: int = 0) -> DataLoader:
         """Load batches first .. last - 1, each made in one worker from start to end."""
-        return DataLoader(
+        return Loader(
             self,
             sampler=range(first, last),
             batch_size=None,  # an item is a batch already
             num_workers=num_workers,
             persistent_workers=False,
         )
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a loader process hands over in a batch's place: torch would make one text of an error and its traceback."""
+
+    error: LdmError
+
+
+class Loader(DataLoader):
+    """A DataLoader that raises the errors of its processes as what they are."""
+
+    def __iter__(self) -> Iterator[Item]:
+        for batch in super().__iter__():
+            if isinstance(batch, Failed):
+                raise batch.error
+            yield batch
+
+
+@contextlib.contextmanager
+def told_of(source: Any, part: str) -> Iterator[None]:
+    """Name a data set and a part of it in the errors that it raises, each in one line and of ldm's own kinds.
+
+    Its own kind of error decides: a file that is not there is absent, a lack of memory one of resources, one of ldm's
+    stays what it is, and any other means data that cannot be read.
+    """
+    try:
+        yield
+    except Exception as error:
+        kinds = ((LdmError, type(error)), (FileNotFoundError, AbsentError), (MemoryError, ResourceError))
+        kind = next((ours for theirs, ours in kinds if isinstance(error, theirs)), FormatError)
+        if kind is FormatError and "out of memory" in str(error):
+            kind = ResourceError
+        name = f"data set {type(source).__module__}.{type(source).__qualname__}"
+        what = str(error) if isinstance(error, LdmError) else f"{type(error).__name__}: {error}"
+        raise kind(f"{name}, {part}: {first_line(what.removesuffix(': '))}") from error
 
 
 def is_of_a_lost_loader(error: Exception) -> bool:
@@ -208,6 +277,31 @@ def collate(items: list[Item]) -> Item:
     return joined
 
 
+def built_source(config: Any, part: str) -> Any:
+    """Build a data set from its configuration.
+
+    Raises:
+        MismatchError: it is no data set with a length and items, or its own constructor failed.
+        As instantiate_from_config otherwise.
+    """
+    where = place_of(config) or f"data.params.{part}"
+    try:
+        source = instantiate_from_config(config, where=where)
+        length = len(source)
+    except LdmError:
+        raise
+    except Exception as error:
+        raise MismatchError(
+            f"{where}: data set {str(config['target']):.80} cannot be built: {type(error).__name__}: "
+            f"{first_line(error)}"
+        ) from error
+    if not isinstance(length, int) or not (hasattr(source, "item") or hasattr(source, "__getitem__")):
+        raise MismatchError(
+            f"{where} should be a data set with a length and items, got {type(source).__name__}"
+        )
+    return source
+
+
 class DataModuleFromConfig(pl.LightningDataModule):
     """CompVis's data module: sources from configurations, the same batch size for all.
 
@@ -227,10 +321,10 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def __init__(
         self,
         batch_size: int,
-        train: Any = None,
-        validation: Any = None,
-        test: Any = None,
-        predict: Any = None,
+        train: Mapping[str, Any] | None = None,
+        validation: Mapping[str, Any] | None = None,
+        test: Mapping[str, Any] | None = None,
+        predict: Mapping[str, Any] | None = None,
         wrap: bool = False,
         num_workers: int | None = None,
         shuffle_test_loader: bool = False,
@@ -247,8 +341,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
             )
         self.batch_size, self.num_workers, self.shuffle = batch_size, num_workers or 0, shuffle
         self.cache_latents, self.latent_cache = cache_latents, latent_cache
-        self.train_source = instantiate_from_config(train)
-        self.validation_source = None if validation is None else instantiate_from_config(validation)
+        self.train_source = built_source(train, "train")
+        self.validation_source = None if validation is None else built_source(validation, "validation")
         self.first_batch, self.last_batch, self.seed, self.accumulate = 0, 0, 0, 1
 
     def set_span(self, *, first: int, last: int, seed: int, accumulate: int) -> None:

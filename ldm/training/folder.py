@@ -2,19 +2,24 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from ldm.configs import first_line
 from ldm.errors import AbsentError, FormatError, LdmError, UnsafeFileError, UsageError
 from ldm.images import open_image, to_rgb
 from ldm.training.data import Item
+from ldm.values import shown
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+UNREADABLE = re.compile("[\0-\x1f\ud800-\udfff]")  # in a file's name
+MAX_LINE, MAX_NAME = 1 << 20, 1024  # characters of a line of metadata.jsonl, and of a name in it
 MAX_CAPTION = 1 << 16  # bytes; no caption is as long, so a longer one is another file gone astray
 MAX_BAD_SHARE, MAX_BAD = 0.01, 100
 
@@ -52,6 +57,10 @@ class ImageFolder(Dataset):
         self.image_size, self.random_crop, self.flip = image_size, random_crop, flip
         if image_size < 8:
             raise UsageError(f"image_size should be at least 8, got {image_size}")
+        if "\0" in str(folder):
+            raise UsageError(
+                f"data folder {shown(str(folder))} is no path; set data.params.train.params.folder"
+            )
         if "://" in str(folder):
             raise UnsafeFileError(
                 f"data folder '{folder}' is an address; nothing is downloaded, name a folder on disk"
@@ -71,24 +80,46 @@ class ImageFolder(Dataset):
     def _from_metadata(self, path: Path) -> list[tuple[Path, str]]:
         samples = []
         root = self.folder.resolve()
-        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-            if not line.strip():
-                continue
-            where = f"'{path}' line {number}"
-            try:
-                entry: Any = json.loads(line)
-                name, text = entry["file_name"], entry.get("text", entry.get("caption"))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise FormatError(
-                    f'{where} should be {{"file_name": ..., "text": ...}}: {error!r}'
-                ) from error
-            if not (isinstance(name, str) and isinstance(text, str)):
-                raise FormatError(f"{where}: file_name and text should be strings")
-            picture = self.folder / name
-            if root not in picture.resolve().parents:
-                raise UnsafeFileError(f"{where}: '{name}' lies outside the folder; keep the pictures inside")
-            samples.append((picture, text))
+        try:
+            # Lines end at line feeds only: U+2028 and its like may stand inside of a JSON string.
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, ValueError) as error:
+            raise FormatError(f"'{path}' cannot be read as text in UTF-8: {first_line(error)}") from error
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                samples.append(self._listed(line, root, f"'{path}' line {number}"))
         return samples
+
+    def _listed(self, line: str, root: Path, where: str) -> tuple[Path, str]:
+        """Read one line of metadata.jsonl."""
+        if len(line) > MAX_LINE:
+            raise FormatError(f"{where} has {len(line)} characters; at most {MAX_LINE} are read")
+        try:
+            entry: Any = json.loads(line)
+            name, text = entry["file_name"], entry.get("text", entry.get("caption"))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise FormatError(
+                f'{where} should be {{"file_name": ..., "text": ...}}: {type(error).__name__}: {first_line(error)}'
+            ) from error
+        if not (isinstance(name, str) and isinstance(text, str)):
+            wrong = name if not isinstance(name, str) else text
+            raise FormatError(f"{where}: file_name and text should be strings, got {shown(wrong)}")
+        if not name.strip() or UNREADABLE.search(name) or len(name) > MAX_NAME:
+            raise FormatError(f"{where}: file_name should be the name of a picture, got {shown(name)}")
+        if re.search("[\ud800-\udfff]", text):
+            raise FormatError(f"{where}: a caption with half a character, {shown(text)}")
+        if len(text.encode()) > MAX_CAPTION:
+            raise FormatError(
+                f"{where}: a text of {len(text)} characters is no caption; at most {MAX_CAPTION}"
+            )
+        picture = self.folder / name
+        try:
+            home = picture.resolve()
+        except (OSError, RuntimeError) as error:  # a circle of links
+            raise FormatError(f"{where}: {shown(name)} leads nowhere: {first_line(error)}") from error
+        if root not in home.parents:
+            raise UnsafeFileError(f"{where}: {shown(name)} lies outside the folder; keep the pictures inside")
+        return picture, text
 
     def _from_neighbours(self, needs_captions: bool) -> list[tuple[Path, str]]:
         samples = []

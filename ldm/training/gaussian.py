@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.errors import MismatchError
 from ldm.models.diffusion.pixel_diffusion import PixelDiffusion
 from ldm.models.diffusion.resample import LossAwareSampler
-from ldm.training.objectives import Batch, Draws, Figures, to_channels_first
+from ldm.training.objectives import Batch, Draws, Figures, pictures_of
 
 
 class GaussianObjective:
@@ -51,7 +51,7 @@ class GaussianObjective:
                     f"a batch has no '{key}', only {found}; "
                     "set model.params.image_key, or label_key and the data's labels"
                 )
-        image = to_channels_first(batch[model.image_key], self.memory_format)
+        image = pictures_of(batch, model.image_key).to(memory_format=self.memory_format)
         size = model.flags["image_size"]
         if tuple(image.shape[1:]) != (3, size, size):
             height_width_colours = " x ".join(map(str, batch[model.image_key].shape[1:]))

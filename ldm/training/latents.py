@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ldm.errors import UsageError
-from ldm.training.data import Item, collate
+from ldm.training.data import Item, collate, told_of
+from ldm.training.objectives import pictures_of
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +110,10 @@ def encode(model: nn.Module, source: Dataset, indices: range, batch_size: int) -
     """Encode some samples of a source: float16 moments (n, 2c, h, w) and captions."""
     moments, captions = [], []
     for start in range(0, len(indices), batch_size):
-        batch = collate([source[i] for i in indices[start : start + batch_size]])
-        image = batch[model.first_stage_key].permute(0, 3, 1, 2)  # channels_last as it lies
+        taken = indices[start : start + batch_size]
+        with told_of(source, f"items {taken[0]} to {taken[-1]}"):
+            batch = collate([source[i] for i in taken])
+        image = pictures_of(batch, model.first_stage_key, model.first_stage_model)  # channels_last as it lies
         posterior = model.encode_first_stage(image.to(next(model.first_stage_model.parameters()).device))
         if not hasattr(posterior, "parameters"):
             raise UsageError(

@@ -16,8 +16,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from ldm.errors import MismatchError, NumericError
+from ldm.process.schedule import SCHEDULE_BUFFERS
 from ldm.training.attention import MatmulAttention
 from ldm.training.objectives import Batch, Draws
+from ldm.training.resumption import check_moments, go_to_step
 
 logger = logging.getLogger(__name__)
 
@@ -223,13 +225,17 @@ class TrainingModule(pl.LightningModule):
             "lr_schedulers": [None if s is None else plain(s.state_dict()) for s in self.schedulers],
             "global_step": self.step,
             "guard": self.guard.state_dict(),
+            "moments": [len(optimizer.state) for optimizer in self.made],
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Take over a state of `training_state`.
+        """Take over a state of `training_state`: weights, moments and counts.
+
+        The optimizers' options (rate, betas, weight decay) and the schedules' factors stay those of this run.
 
         Raises:
-            MismatchError: it is of another model, or of other optimizers or schedulers.
+            MismatchError: it is of another model, of another noise schedule, or of other optimizers or schedulers, or
+                it lacks moments.
         """
         mine = self.model.state_dict()
         theirs = state["state_dict"]
@@ -240,6 +246,14 @@ class TrainingModule(pl.LightningModule):
                 f"the checkpoint is of another model: {len(wrong)} tensors differ, first '{wrong[0]}'; resume with "
                 "the run's own configuration"
             )
+        for name in SCHEDULE_BUFFERS:
+            if name in mine and not torch.allclose(
+                mine[name], theirs[name].to(mine[name]), rtol=1e-4, atol=0
+            ):
+                raise MismatchError(
+                    f"the checkpoint is of another noise schedule: '{name}' differs; resume with the run's own "
+                    "timesteps, beta_schedule, linear_start, linear_end, cosine_s, given_betas and v_posterior"
+                )
         lengths = [len(group["params"]) for o in self.made for group in o.state_dict()["param_groups"]]
         saved = [len(group["params"]) for o in state["optimizer_states"] for group in o["param_groups"]]
         if lengths != saved or len(self.schedulers) != len(state["lr_schedulers"]):
@@ -247,18 +261,37 @@ class TrainingModule(pl.LightningModule):
                 f"the checkpoint is of other optimizers: parameters per group {saved}, here {lengths}; resume with "
                 "the run's own configuration"
             )
-        self.model.load_state_dict(theirs)
-        for optimizer, saved_state in zip(self.made, state["optimizer_states"], strict=True):
-            optimizer.load_state_dict(saved_state)
+        step, guard = state["global_step"], state["run"]["guard"]
+        counts = state["run"].get("moments", [None] * len(self.made))
+        if len(counts) != len(self.made):
+            raise MismatchError(
+                f"the checkpoint lacks run.moments: it counts {len(counts)} of {len(self.made)}"
+            )
+        for number, (optimizer, saved_state) in enumerate(
+            zip(self.made, state["optimizer_states"], strict=True)
+        ):
+            check_moments(optimizer, saved_state, number, counts[number], has_stepped=step > guard["total"])
         for scheduler, saved_state in zip(self.schedulers, state["lr_schedulers"], strict=True):
             if (scheduler is None) != (saved_state is None):
                 raise MismatchError(
                     "the checkpoint has another learning-rate schedule; resume with the run's own"
                 )
+            if scheduler is not None and saved_state["last_epoch"] != step:
+                raise MismatchError(
+                    f"the checkpoint's learning-rate schedule is at step {saved_state['last_epoch']}, the run at "
+                    f"{step}; the checkpoint is not whole, resume from another"
+                )
+        self.model.load_state_dict(theirs)
+        for optimizer, saved_state in zip(self.made, state["optimizer_states"], strict=True):
+            options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(saved_state)
+            for group, own in zip(optimizer.param_groups, options, strict=True):
+                group.update(own)
+        for scheduler, saved_state in zip(self.schedulers, state["lr_schedulers"], strict=True):
             if scheduler is not None:
-                scheduler.load_state_dict({**scheduler.state_dict(), **saved_state})
-        self.guard.load_state_dict(state["run"]["guard"])
-        self.step = state["global_step"]
+                go_to_step(scheduler, saved_state)
+        self.guard.load_state_dict(guard)
+        self.step = step
 
 
 def plain(state: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ the batch. Here noise, levels and caption dropout are drawn for the whole batch 
 number) and each process takes its rows, so two processes train exactly as one with the same global batch.
 """
 
+import logging
 import random
 from typing import Any
 
@@ -12,9 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import UsageError
+from ldm.errors import MismatchError, UsageError
 from ldm.models.diffusion.resample import ScheduleSampler
-from ldm.modules.diffusionmodules.model import AttnBlock, ResnetBlock
+from ldm.modules.diffusionmodules.model import AttnBlock, Encoder, ResnetBlock
+from ldm.values import shown
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 Figures = dict[str, Tensor]
@@ -61,9 +65,41 @@ class Draws:
         return self._mine(torch.rand(self.world * like.shape[0], generator=self.generator), like)
 
 
-def to_channels_first(image: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Turn (b, h, w, c) pictures into (b, c, h, w)."""
-    return image.permute(0, 3, 1, 2).to(memory_format=memory_format)
+def pictures_of(batch: Batch, key: str, first_stage: nn.Module | None = None) -> Tensor:
+    """Take a batch's pictures (b, h, w, c) as (b, c, h, w), without moving them in memory.
+
+    Args:
+        first_stage: what is to encode them, if anything; other channels or sides than it takes are refused.
+
+    Raises:
+        MismatchError: there are none under this key, or they are no pictures, or not of that kind.
+    """
+    found = batch.get(key)
+    if found is None:
+        names = ", ".join(repr(name) for name in batch if name != "micro") or "nothing"
+        raise MismatchError(
+            f"a batch has no '{key}', only {names:.150}; set model.params.image_key (first_stage_key) to what the data "
+            "calls its pictures"
+        )
+    if not isinstance(found, Tensor) or found.dim() != 4 or not found.is_floating_point():
+        came = (
+            f"{found.dtype} of shape {list(found.shape)}"
+            if isinstance(found, Tensor)
+            else type(found).__name__
+        )
+        raise MismatchError(
+            f"a batch's '{key}' should be pictures (b, height, width, 3) in [-1, 1], got {came}"
+        )
+    encoder = getattr(first_stage, "encoder", None)
+    if isinstance(encoder, Encoder):
+        factor = 2 ** (encoder.num_resolutions - 1)
+        _, height, width, channels = found.shape
+        if channels != encoder.in_channels or height % factor or width % factor:
+            raise MismatchError(
+                f"the first stage takes pictures of {encoder.in_channels} channels whose sides are multiples of "
+                f"{factor}, a batch's '{key}' are {height} x {width} x {channels}; set the data's size or the model's"
+            )
+    return found.permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
@@ -107,6 +143,12 @@ def start_as_words(encoder: nn.Module | None, generator: torch.Generator) -> Non
         layer.bias.zero_()
 
 
+def say_left_out(name: str, what: str) -> None:
+    logger.warning(
+        "training.%s is left out: %s were loaded from a file, and what is loaded stays", name, what
+    )
+
+
 class AutoencoderObjective:
     """Trains a first stage with a KL posterior: the model's `loss`, and its discriminator's if it has one.
 
@@ -132,7 +174,19 @@ class AutoencoderObjective:
 
     @torch.no_grad()
     def prepare(self, batch: Batch, draws: Draws, gather: Any) -> None:
-        """Do what is due before the very first step: start as a chain of identities, with a narrow posterior."""
+        """Do what is due before the very first step: start as a chain of identities, with a narrow posterior.
+
+        Weights that were loaded are not drawn anew.
+        """
+        if self.model.loaded:
+            asked = {
+                "identity_start": self.identity_start,
+                "posterior_logvar_start": self.posterior_logvar_start,
+            }
+            for name, value in asked.items():
+                if value not in (None, False):
+                    say_left_out(name, "the first stage's weights")
+            return
         if self.identity_start:
             start_as_identity(self.model, draws.generator)
         if self.posterior_logvar_start is not None:
@@ -141,7 +195,7 @@ class AutoencoderObjective:
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Any]:
         """Reconstruct a batch; returns (inputs, reconstructions, posterior)."""
-        image = to_channels_first(batch[self.model.image_key], self.memory_format)
+        image = pictures_of(batch, self.model.image_key, self.model).to(memory_format=self.memory_format)
         posterior = self.posterior(image)
         z = posterior.mean + posterior.std * draws.normal(posterior.mean)
         return image, self.model.decode(z), posterior
@@ -174,7 +228,7 @@ class AutoencoderObjective:
     @torch.no_grad()
     def validate(self, batch: Batch, draws: Draws, step: int) -> dict[str, float]:
         """Measure a batch: mean absolute error, KL, and PSNR of the posterior's mode (pictures in [-1, 1], peak 2)."""
-        image = to_channels_first(batch[self.model.image_key], self.memory_format)
+        image = pictures_of(batch, self.model.image_key, self.model).to(memory_format=self.memory_format)
         posterior = self.posterior(image)
         error = self.model.decode(posterior.mode()).float().clamp(-1, 1) - image
         mse = error.square().flatten(1).mean(dim=1)  # (b,)
@@ -188,7 +242,9 @@ class AutoencoderObjective:
     @torch.no_grad()
     def pictures(self, batch: Batch, count: int) -> dict[str, Tensor]:
         """Make what is worth a look: inputs and reconstructions, (n, 3, height, width) in [-1, 1]."""
-        image = to_channels_first(batch[self.model.image_key][:count], self.memory_format)
+        image = pictures_of(batch, self.model.image_key, self.model)[:count].to(
+            memory_format=self.memory_format
+        )
         return {
             "inputs": image,
             "reconstructions": self.model.decode(self.model.encode(image).mode()).float(),
@@ -246,7 +302,9 @@ class DiffusionObjective:
             if "moments" in batch:
                 posterior = DiagonalGaussianDistribution(batch["moments"].float())
             else:
-                image = to_channels_first(batch[self.model.first_stage_key], self.memory_format)
+                image = pictures_of(batch, self.model.first_stage_key, self.model.first_stage_model).to(
+                    memory_format=self.memory_format
+                )
                 posterior = self.model.encode_first_stage(image)
                 if isinstance(posterior, Tensor):  # a codebook's first stage has nothing to draw
                     return posterior.float()
@@ -254,25 +312,46 @@ class DiffusionObjective:
             return (mean + std * draws.normal(mean)).contiguous(memory_format=self.memory_format)
 
     def captions(self, batch: Batch, draws: Draws, like: Tensor) -> list[str]:
-        """Take the batch's captions and drop some as the model's ucg_training says."""
+        """Take the batch's captions and drop some as the model's ucg_training says.
+
+        Raises:
+            MismatchError: there are none, or they are no texts.
+        """
         key = self.model.cond_stage_key
+        texts = batch.get(key)
+        wrong = [text for text in texts if not isinstance(text, str)] if isinstance(texts, list) else [texts]
+        if wrong:
+            raise MismatchError(
+                f"a batch's '{key}' should be captions, one text for each picture, got {shown(wrong[0])}; "
+                "set model.params.cond_stage_key, or mend the data"
+            )
         rule = self.model.ucg_training.get(key)
         if rule is None:
-            return batch[key]
+            return texts
         empty = rule.get("val") or ""
         dropped = (draws.uniform(like) < rule["p"]).tolist()
-        return [empty if drop else text for drop, text in zip(dropped, batch[key], strict=True)]
+        return [empty if drop else text for drop, text in zip(dropped, texts, strict=True)]
 
     @torch.no_grad()
     def prepare(self, batch: Batch, draws: Draws, gather: Any) -> None:
         """Do what is due before the very first step.
 
         Start the text encoder as asked, and measure scale_factor = 1 / std of the batch of all processes, if the model
-        asks for it.
+        asks for it. Weights that were loaded are not drawn anew, and a factor that came with them is kept.
         """
-        model = self.model
+        model, stage = self.model, self.model.cond_stage_model
         if self.identity_start:
-            start_as_words(model.cond_stage_model, draws.generator)
+            of_the_model = any(name.startswith("cond_stage_model.") for name in model.loaded)
+            if of_the_model or getattr(stage, "loaded", ()):
+                say_left_out("identity_start", "the condition stage's weights")
+            else:
+                start_as_words(stage, draws.generator)
+        if model.scale_by_std and model.restarted_from_ckpt and "scale_factor" not in model.loaded:
+            logger.warning(
+                "scale_by_std is left out: weights were loaded from a checkpoint that gave no scale_factor, so it "
+                "stays %g; set model.params.scale_factor to the one that they were trained with",
+                float(model.scale_factor),
+            )
         if not self.draws_itself:
             model.on_train_batch_start(batch, 0)
         elif model.scale_by_std and not model.restarted_from_ckpt and float(model.scale_factor) == 1.0:

@@ -7,8 +7,9 @@ and `lightning` as there, and a section `training` for what CompVis's has no wor
 import contextlib
 import logging
 import math
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 from torch import nn
 
 from ldm.checkpoints import replacing
-from ldm.errors import FormatError, MismatchError, ResourceError, UsageError
+from ldm.configs import check_yaml, first_line, load_config, resolved
+from ldm.errors import FormatError, LdmError, MismatchError, ResourceError, UsageError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.models.diffusion.pixel_diffusion import PixelDiffusion
@@ -30,76 +32,49 @@ from ldm.training.gaussian import GaussianObjective
 from ldm.training.latents import cache_latents, fingerprint
 from ldm.training.module import GradientAverage, TrainingModule
 from ldm.training.objectives import AutoencoderObjective, DiffusionObjective
-from ldm.util import instantiate_from_config, load_config, refuse_resolvers
+from ldm.training.options import (
+    SECTIONS,
+    mapping,
+    refuse_unknown_keys,
+    take,
+    trainer_options,
+    training_options,
+)
+from ldm.training.resumption import compare
+from ldm.util import get_obj_from_str, instantiate_from_config
+from ldm.values import RANGES, check, check_value, shown
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"32": "32-true", "32-true": "32-true", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
 MAX_LEARNING_RATE = 10.0  # beyond this a rate is a slip of the pen
 TORCH_OPTIMIZERS = tuple(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "RAdam", "NAdam"))
-SECTIONS = ("model", "data", "training", "lightning")
-# What is known under `training`, with its default.
-TRAINING_DEFAULTS: dict[str, Any] = {
-    "optimizer": None,  # {target, params}: instead of the model's own kind of optimizer
-    "scheduler": None,  # {target, params} of a factor of the rate, instead of the model's own
-    "channels_last": False,
-    "posterior_logvar_start": None,
-    "identity_start": False,
-    "cond_stage_rate": 1.0,  # times the learning rate, for a condition stage that is trained along
-    "image_guidance": 3.0,  # of the samples that are shown while a diffusion model trains
-    "image_steps": 20,
-    "checkpoint_every": 500,
-    "validate_every": 1000,
-    "validation_batches": 8,
-    "curve_every": 500,
-    "print_every": 10.0,
-}
-# What is known under `lightning.trainer`, with its default.
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_steps": None,
-    "accumulate_grad_batches": 1,
-    "precision": "32-true",
-    "accelerator": "auto",
-    "devices": 1,
-    "num_nodes": 1,
-    "gradient_clip_val": None,
-    "benchmark": False,  # accepted for CompVis's files
-}
 
 
 def merge_configs(files: list[str | Path], words: list[str]) -> Any:
     """Read YAML files, each overriding those before, then `a.b=c` words.
 
     Raises:
-        UsageError: a word is no `a.b=c`.
-        FormatError, AbsentError, UnsafeFileError: see `ldm.util.load_config`.
+        UsageError: a word is no `a.b=c`, or leads through what is no mapping.
+        FormatError, AbsentError, UnsafeFileError: see `ldm.util.load_config`; so for the words' values.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     for word in words:
-        name, equals, _ = word.partition("=")
+        name, equals, value = word.partition("=")
         if not equals or not all(part.strip() for part in name.split(".")):
-            raise UsageError(f"wanted a.b=c to override the configuration, got {word!r}")
-    config = OmegaConf.merge(*[load_config(file) for file in files], OmegaConf.from_dotlist(words))
-    refuse_resolvers(config)
-    return OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-
-
-def take(section: Any, known: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a section's values over the defaults.
-
-    Raises:
-        UsageError: it has a key that is not known.
-    """
-    import difflib
-
-    given = dict(section or {})
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-            raise UsageError(f"'{name}' has no option '{key}'; {hint}")
-    return {**known, **given}
+            raise UsageError(f"wanted a.b=c to override the configuration, got {shown(word)}")
+        check_yaml(value, shown(word), is_file=False)
+    try:
+        config = OmegaConf.merge(*[load_config(file) for file in files], OmegaConf.from_dotlist(words))
+    except (OmegaConfBaseException, TypeError, ValueError, LookupError) as error:
+        if isinstance(error, LdmError):
+            raise
+        raise UsageError(
+            f"{', '.join(map(shown, words)):.160} cannot be laid over the configuration: {first_line(error)}"
+        ) from error
+    return OmegaConf.create(resolved(config))
 
 
 def learning_rate(
@@ -129,33 +104,52 @@ def build_optimizers(model: nn.Module, rate: float, training: dict[str, Any]) ->
     Returns:
         (optimizers, schedulers), one scheduler or None for each optimizer.
     """
-    from ldm.util import get_obj_from_str
-
     model.learning_rate = rate
     made = model.configure_optimizers()
     optimizers, schedules = made if isinstance(made, tuple) else (made, [])
     optimizers = list(optimizers) if isinstance(optimizers, list | tuple) else [optimizers]
     if training["optimizer"] is not None:
-        chosen = training["optimizer"]
-        kind = get_obj_from_str(chosen["target"], allow=TORCH_OPTIMIZERS)
-        params = dict(chosen.get("params") or {})
+        kind, params = chosen_optimizer(training["optimizer"])
         params.setdefault("lr", rate)
         try:
             optimizers = [
                 kind([p for g in o.param_groups for p in g["params"]], **params) for o in optimizers
             ]
-        except TypeError as error:
-            raise MismatchError(f"training.optimizer: {error}") from error
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise MismatchError(f"training.optimizer: {first_line(error)}") from error
     if training["cond_stage_rate"] != 1.0:
         part_condition_stage(model, optimizers, float(training["cond_stage_rate"]))
     if training["optimizer"] is not None or training["cond_stage_rate"] != 1.0:
         schedules = [rebuilt(s, o) for s, o in zip(schedules, optimizers, strict=False)]
     schedulers = [s["scheduler"] if isinstance(s, dict) else s for s in schedules]
     if training["scheduler"] is not None:
-        factor = instantiate_from_config(training["scheduler"])
+        factor = instantiate_from_config(training["scheduler"], where="training.scheduler")
+        if not callable(getattr(factor, "schedule", None)):
+            raise MismatchError(
+                f"training.scheduler should be a schedule of ldm.lr_scheduler, got {type(factor).__name__}"
+            )
         schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lr_lambda=factor.schedule) for o in optimizers]
     schedulers += [None] * (len(optimizers) - len(schedulers))
     return optimizers, schedulers
+
+
+def chosen_optimizer(chosen: Mapping[str, Any]) -> tuple[type, dict[str, Any]]:
+    """Return the class and the options that `training.optimizer` names.
+
+    Raises:
+        MismatchError: no target, or one that is no optimizer.
+        UsageError: an option of the wrong kind or out of range.
+    """
+    if "target" not in chosen:
+        raise MismatchError(
+            f"training.optimizer needs the key 'target', got only {', '.join(chosen) or 'nothing'}"
+        )
+    kind = get_obj_from_str(chosen["target"], allow=TORCH_OPTIMIZERS)
+    if not issubclass(kind, torch.optim.Optimizer):
+        raise MismatchError(f"training.optimizer.target should be an optimizer, got {kind.__name__}")
+    return kind, check(
+        mapping(chosen.get("params"), "training.optimizer.params"), kind, "training.optimizer.params"
+    )
 
 
 def part_condition_stage(model: nn.Module, optimizers: list[torch.optim.Optimizer], factor: float) -> None:
@@ -230,38 +224,32 @@ class Run:
                 raise FormatError(
                     f"a training configuration needs 'model' and 'data', but '{key}' is missing"
                 )
-        take(config, dict.fromkeys(SECTIONS), "the configuration")
-        lightning = config.get("lightning") or {}
-        self.training = take(config.get("training"), TRAINING_DEFAULTS, "training")
-        self.settings = take(lightning.get("trainer"), TRAINER_DEFAULTS, "lightning.trainer")
+        refuse_unknown_keys(config, list(SECTIONS), "the configuration")
+        lightning = mapping(config.get("lightning"), "lightning")
+        self.training = take(config.get("training"), training_options, "training")
+        self.settings = take(lightning.get("trainer"), trainer_options, "lightning.trainer")
         self.max_steps = self.settings["max_steps"]
-        if not isinstance(self.max_steps, int) or self.max_steps < 1:
-            raise UsageError(
-                f"lightning.trainer.max_steps should be a whole number above 0, got {self.max_steps!r}"
-            )
+        base = config.model.get("base_learning_rate", 4.5e-6) if hasattr(config.model, "keys") else 0
+        base = check_value(base, float, "model.base_learning_rate", RANGES["base_learning_rate"])
         precision = PRECISIONS.get(str(self.settings["precision"]))
         if precision is None:
             raise UsageError(
                 f"lightning.trainer.precision should be '32-true' or 'bf16-mixed', got {self.settings['precision']!r}"
             )
         self.precision = precision
-        self.accumulate = int(self.settings["accumulate_grad_batches"])
-        if self.accumulate < 1:
-            raise UsageError(
-                f"lightning.trainer.accumulate_grad_batches should be at least 1, got {self.accumulate}"
-            )
-        self.world = int(self.settings["devices"]) * int(self.settings["num_nodes"])
+        self.accumulate = self.settings["accumulate_grad_batches"]
+        self.world = self.settings["devices"] * self.settings["num_nodes"]
         # The same first weights on every process and in every run of this seed.
         pl.seed_everything(options.seed, verbose=False)
-        self.model = instantiate_from_config(config.model)
-        self.data = instantiate_from_config(config.data)
+        self.model = instantiate_from_config(config.model, where="model")
+        self.data = instantiate_from_config(config.data, where="data")
         if not isinstance(self.data, DataModuleFromConfig):
             raise MismatchError(
                 f"data.target should be main.DataModuleFromConfig, got {type(self.data).__name__}"
             )
         Stream(self.data.train_source, self.data.batch_size, world=self.world, shuffle=self.data.shuffle)
         self.rate, self.rate_line = learning_rate(
-            float(config.model.get("base_learning_rate", 4.5e-6)),
+            base,
             scale=options.scale_lr,
             accumulate=self.accumulate,
             devices=self.world,
@@ -271,7 +259,7 @@ class Run:
             torch.channels_last if self.training["channels_last"] else torch.contiguous_format
         )
         self.model.to(memory_format=self.memory_format)
-        self.callbacks_config = lightning.get("callbacks") or {}
+        self.callbacks_config = mapping(lightning.get("callbacks"), "lightning.callbacks")
 
     def signature(self) -> dict[str, Any]:
         """Say what fixes the order of the data; a resumed run must have the same."""
@@ -281,6 +269,25 @@ class Run:
             "accumulate": self.accumulate,
             "shuffle": self.data.shuffle,
         }
+
+    def lasting_options(self, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+        """Say all that decides what is trained and how, for a run that goes on to be held against."""
+        from omegaconf import OmegaConf
+
+        config = OmegaConf.to_container(self.options.config)
+        model = {key: value for key, value in config["model"].items() if key != "base_learning_rate"}
+        lasting = ("optimizer", "scheduler", "channels_last", "posterior_logvar_start", "identity_start")
+        options = {
+            "learning_rate": self.rate,
+            "optimizers": [type(optimizer).__name__ for optimizer in optimizers],
+            "model": model,
+            "data": {"params": {"train": config["data"]["params"]["train"]}},
+            "training": {name: self.training[name] for name in (*lasting, "cond_stage_rate")},
+            "lightning": {
+                "trainer": {name: self.settings[name] for name in ("precision", "gradient_clip_val")}
+            },
+        }
+        return OmegaConf.to_container(OmegaConf.create(options), resolve=True)
 
     def fit(self) -> int:
         """Train to the end.
@@ -310,19 +317,19 @@ class Run:
                 self.model,
                 memory_format=self.memory_format,
                 identity_start=self.training["identity_start"],
-                guidance_scale=float(self.training["image_guidance"]),
-                sample_steps=int(self.training["image_steps"]),
+                guidance_scale=self.training["image_guidance"],
+                sample_steps=self.training["image_steps"],
             )
         if isinstance(self.model, PixelDiffusion):
-            for name in ("identity_start", "posterior_logvar_start"):
-                if self.training[name] != TRAINING_DEFAULTS[name]:
+            for name, default in (("identity_start", False), ("posterior_logvar_start", None)):
+                if self.training[name] != default:
                     raise UsageError(
                         f"training.{name} is not for pixel models, got {self.training[name]}; leave it out"
                     )
             return GaussianObjective(
                 self.model,
                 memory_format=self.memory_format,
-                sample_steps=int(self.training["image_steps"]),
+                sample_steps=self.training["image_steps"],
             )
         raise MismatchError(
             f"model.target should be an AutoencoderKL or a diffusion model, got {type(self.model).__name__}"
@@ -378,12 +385,16 @@ class Run:
             accumulate=self.accumulate,
             clip=self.settings["gradient_clip_val"],
         )
+        options = self.lasting_options(optimizers)
         found = self._state(folder)
         if found is not None:
             state, path = found
             self._check(state, path)
+            taken = compare(state["run"].get("options", options), options, path)
             module.load_training_state(state)
             say(f"resuming at step {module.step} from {path}")
+            for line in taken:
+                say(line)
         else:
             say(f"starting a run in {folder}")
         say(self.rate_line)
@@ -397,10 +408,17 @@ class Run:
         )
         checkpoints = Checkpoints(
             folder,
-            every=int(self.training["checkpoint_every"]),
-            run={"seed": self.options.seed, "data": self.signature()},
+            every=self.training["checkpoint_every"],
+            run={"seed": self.options.seed, "data": self.signature(), "options": options},
         )
-        if module.step < self.max_steps:
+        if module.step >= self.max_steps:
+            if not any((folder / "checkpoints").glob("*.ckpt")):
+                raise UsageError(
+                    f"'{path}' is at step {module.step} and lightning.trainer.max_steps is {self.max_steps}, so "
+                    "nothing is left to train; raise it, or resume the run in its own folder"
+                )
+            say(f"nothing is left to do: step {module.step} of {self.max_steps} is done")
+        else:
             trainer = self._trainer(folder, [*self._observers(folder), checkpoints])
             try:
                 with quiet():
@@ -440,13 +458,13 @@ class Run:
         log = RunLog(
             folder,
             self.max_steps,
-            print_every=float(self.training["print_every"]),
-            curve_every=int(self.training["curve_every"]),
+            print_every=self.training["print_every"],
+            curve_every=self.training["curve_every"],
         )
         images = ImageLogger()
         observers: list[pl.Callback] = [log]
         for name, entry in self.callbacks_config.items():
-            made = instantiate_from_config(entry)
+            made = instantiate_from_config(entry, where=f"lightning.callbacks.{name}")
             if isinstance(made, ImageLogger):
                 images = made
             elif isinstance(made, pl.Callback):
@@ -461,16 +479,33 @@ class Run:
                 Validation(
                     source,
                     log,
-                    every=int(self.training["validate_every"]),
-                    batches=int(self.training["validation_batches"]),
+                    every=self.training["validate_every"],
+                    batches=self.training["validation_batches"],
                     batch_size=self.data.batch_size,
                 )
             )
         return observers
 
     def _trainer(self, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        cores = max(2, os.cpu_count() or 1)
+        on_cpu = self.settings["accelerator"] == "cpu" or not torch.accelerator.is_available()
+        if on_cpu and self.settings["devices"] > cores:
+            raise UsageError(
+                f"lightning.trainer: accelerator {self.settings['accelerator']!r} with devices "
+                f"{self.settings['devices']} cannot be had: this machine has {cores} cores"
+            )
         with quiet():
-            return self._make_trainer(folder, callbacks)
+            try:
+                return self._make_trainer(folder, callbacks)
+            except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
+                if isinstance(error, LdmError):
+                    raise
+                raise UsageError(
+                    f"lightning.trainer: accelerator {self.settings['accelerator']!r} with devices "
+                    f"{self.settings['devices']} cannot be had: {first_line(error)}"
+                ) from error
 
     def _make_trainer(self, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
         return pl.Trainer(

@@ -444,9 +444,9 @@ def test_flags_that_contradict_the_file_are_told_with_both_values(improved, give
     [
         ({"num_head": 2}, "an OpenAI pixel model has no flag 'num_head'; did you mean 'num_heads'"),
         ({"large_size": 64}, "an OpenAI pixel model has no flag 'large_size'; did you mean 'image_size'"),
-        ({"class_cond": "no"}, "class_cond should be True or False, got 'no'"),
+        ({"class_cond": "no"}, "class_cond should be true or false, got 'no'"),
         ({"num_heads": 5}, "96 channels do not divide into num_heads=5 heads"),
-        ({"image_size": 0}, "the pictures' size should be at least 1, got 0"),
+        ({"image_size": 0}, "image_size should be a whole number from 1 to .* got 0"),
         ({"dtype": torch.int8}, "dtype should be one of .* got torch.int8"),
         ({"device": "cuda:93"}, "device 'cuda:93' is not available; have: cpu"),
     ],

@@ -577,11 +577,15 @@ def test_etas_without_meaning_are_refused(name, eta, message):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("ddim", {"order": 2}, "ddim has no option order; it has noise_dropout, quantize_denoised, repeat"),
+        (
+            "ddim",
+            {"order": 2},
+            "ddim has no option order; it has dynamic_threshold, noise_dropout, quantize_",
+        ),
         (
             "dpm_solver",
             {"temperature": 1.0},
-            "dpm_solver has no option temperature; it has lower_order_final",
+            "dpm_solver has no option temperature; it has dynamic_threshold, lower_",
         ),
         ("ddim", {"old_eps": []}, "ddim has no option old_eps"),
         ("ddim", {"run_last": 4}, "run_last must be from 0 to 3, the number of steps; got 4"),

@@ -105,10 +105,11 @@ def test_skips_rows_and_silence_about_the_making(model, home, end):
     assert end("txt2img", *model, *base, "a", "--skip_grid")[0] == 0
     assert end("txt2img", *model, *base, "b", "--skip_save", "--n_rows", 1)[0] == 0
     assert end("txt2img", *model, *base, "c", "--skip_save", "--skip_grid", "--no_metadata")[0] == 0
-    assert end("txt2img", *model, *base, "d", "--skip_grid", "--no_metadata")[0] == 0
-    assert [len(files(f)) for f in "abcd"] == [3, 1, 0, 3]
+    assert end("txt2img", *model, *base, "d", "--no_metadata")[0] == 0
+    assert [len(files(f)) for f in "abcd"] == [3, 1, 0, 4]
     assert Image.open("b/grid-0000.png").size == (68, 3 * 66 + 2)
-    assert ldm.read_metadata("d/samples/00000.png") == {}
+    for silent in ("d/samples/00000.png", "d/grid-0000.png"):
+        assert Image.open(silent).info == {} == ldm.read_metadata(silent)
 
 
 @pytest.mark.parametrize(
@@ -267,9 +268,22 @@ def test_option_lines_and_json_lines_say_the_same(model, home, end):
     [
         ("p.txt", b"", FormatError, "holds no prompt; write one a line"),
         ("p.txt", b"\n  \n", FormatError, "holds no prompt"),
-        ("p.txt", b"\xff\xfe\x00", FormatError, "as UTF-8"),
+        ("p.txt", b"\xff\xfe\x00", FormatError, "as UTF-16: truncated data in line 1; save it as UTF-8"),
+        ("p.txt", b"a\nb\nc\xe9", FormatError, "as UTF-8: unexpected end of data in line 3"),
+        (
+            "p.txt",
+            "ok\nso".encode("utf-16-le"),
+            FormatError,
+            "holds a NUL character in line 1; save it as UTF-8",
+        ),
         ("p.txt", b"a\0b", FormatError, "no list of prompts"),
-        ("p.txt", b"a\n" * 100_001, FormatError, "100000 lines"),
+        ("p.txt", b"a\n" * 100_001, FormatError, "has 100001 lines, at most 100000 are read"),
+        (
+            "p.txt",
+            b"# one\n  # two\n\n",
+            FormatError,
+            "holds no prompt; write one a line (lines that begin with #",
+        ),
         ("p.txt", b"x" * (10 * 2**20 + 1), FormatError, "at most 10485760 bytes"),
         (
             "p.txt",
@@ -283,28 +297,193 @@ def test_option_lines_and_json_lines_say_the_same(model, home, end):
             UsageError,
             "line 1 of 'p.txt': steps: wanted a whole number from 1",
         ),
-        ("p.txt", b"--prompt x --seed", UsageError, "got '--seed' without one of the two"),
-        ("p.txt", b"--prompt 'x", UsageError, "No closing quotation"),
-        ("p.txt", b"--prompt a cat now", UsageError, "got 'cat' without"),
+        (
+            "p.txt",
+            b"a\n\n--prompt x --seed",
+            UsageError,
+            "line 3 of 'p.txt': wanted a value after --seed, got none",
+        ),
+        ("p.txt", b"--prompt --steps 20", UsageError, "wanted a value after --prompt, got none"),
+        ("p.txt", b"--prompt x --prompt y", UsageError, "option --prompt was given twice"),
+        ("p.txt", b"--prompt x --cfg_scale 2 --guidance-scale 3", UsageError, "given twice, by two names"),
+        (
+            "p.txt",
+            b"--prompt x --steps 20 30",
+            UsageError,
+            "steps: wanted a whole number from 1 to 1000, got '20 30'",
+        ),
+        ("p.txt", b"--prompt x --steps nan", UsageError, "got 'nan'"),
+        (
+            "p.txt",
+            b"--prompt x --cfg_scale nan",
+            UsageError,
+            "cfg_scale: wanted a number from 0 to 100, got 'nan'",
+        ),
+        ("p.txt", b"--prompt x --cfg_scale 1e999", UsageError, "got '1e999'"),
+        ("p.txt", b"--prompt x --seed -2", UsageError, "-1 or 'random' to draw one, got '-2'"),
+        (
+            "p.txt",
+            b"--prompt x --steps " + b"9" * 5000,
+            UsageError,
+            "line 1 of 'p.txt': steps: wanted a whole",
+        ),
+        ("p.txt", b"--promt a cat", UsageError, "unknown option 'promt'; did you mean 'prompt'?"),
+        ("p.txt", b"--prompt x --step 3", UsageError, "unknown option 'step'; did you mean 'steps'?"),
         ("p.txt", b"--steps 3", UsageError, "no prompt"),
-        ("p.jsonl", b"{", UsageError, "line 1 of 'p.jsonl'"),
-        ("p.jsonl", b"[1]", UsageError, "wanted a JSON object"),
-        ("p.jsonl", b'{"prompt": ["x"]}', UsageError, "prompt: wanted a text or a number, got ['x']"),
+        (
+            "p.txt",
+            b"x" * 100_001,
+            UsageError,
+            "line 1 of 'p.txt': wanted at most 100000 characters, got 100001",
+        ),
+        ("p.jsonl", b"{", UsageError, "line 1 of 'p.jsonl': wanted a JSON object"),
+        ("p.jsonl", b"[1]", UsageError, "wanted a JSON object with a prompt, got [1]"),
+        ("p.jsonl", b'{"prompt": "x"}\n"y"', UsageError, "line 2 of 'p.jsonl': wanted a JSON object"),
+        ("p.jsonl", b'{"prompt": "x"}\r\n\r\nx', UsageError, "line 3 of 'p.jsonl': wanted a JSON object"),
+        ("p.jsonl", b"[" * 100_000, UsageError, "line 1 of 'p.jsonl': wanted a JSON object"),
+        ("p.jsonl", b'{"a":' * 100_000, UsageError, "line 1 of 'p.jsonl': wanted a JSON object"),
+        ("p.jsonl", b'{"prompt": ["x"]}', UsageError, "prompt: wanted a text, got ['x']"),
+        ("p.jsonl", b'{"prompt": 5}', UsageError, "prompt: wanted a text, got 5"),
+        ("p.jsonl", b'{"prompt": "x", "negative_prompt": true}', UsageError, "wanted a text, got True"),
+        ("p.jsonl", b'{"prompt": null}', UsageError, "no prompt"),
+        ("p.jsonl", b'{"steps": 3}', UsageError, "no prompt"),
         ("p.jsonl", b'{"prompt": "x", "seed": 1.5}', UsageError, "seed: wanted a seed"),
-        ("p.jsonl", b'{"prompt": "x", "cfg_scale": NaN}', UsageError, "cfg_scale: wanted a number"),
+        ("p.jsonl", b'{"prompt": "x", "steps": 20.5}', UsageError, "steps: wanted a whole number"),
+        (
+            "p.jsonl",
+            b'{"prompt": "x", "steps": true}',
+            UsageError,
+            "steps: wanted a text or a number, got True",
+        ),
+        ("p.jsonl", b'{"prompt": "x", "steps": {}}', UsageError, "steps: wanted a text or a number, got {}"),
+        ("p.jsonl", b'{"prompt": "x", "cfg_scale": NaN}', UsageError, "wanted a number, got NaN"),
+        ("p.jsonl", b'{"prompt": "x", "cfg_scale": -Infinity}', UsageError, "wanted a number, got -Infinity"),
+        (
+            "p.jsonl",
+            b'{"prompt": "x", "cfg_scale": 1e999}',
+            UsageError,
+            "cfg_scale: wanted a number from 0 to 100",
+        ),
+        (
+            "p.jsonl",
+            b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}",
+            UsageError,
+            "of at most 100 digits, got 5000",
+        ),
+        ("p.jsonl", b'{"prompt": "x", "prompt": "y"}', UsageError, "'prompt' was given twice"),
+        ("p.jsonl", b'{"prompt": "a\\ud800b"}', UsageError, "characters that are none (lone surrogates)"),
+        (
+            "p.jsonl",
+            b'{"prompt": "x", "tiling": 1}',
+            UsageError,
+            "unknown option 'tiling'; there are prompt,",
+        ),
+        ("p.JSONL", b"a cat", UsageError, "line 1 of 'p.JSONL': wanted a JSON object"),
     ],
+    ids=lambda value: repr(value)[:40] if isinstance(value, bytes) else "",
 )
 def test_bad_prompt_files_are_named_with_their_line(home, name, data, error, words):
     Path(name).write_bytes(data)
     with pytest.raises(error) as caught:
         read_prompts(name)
-    assert words in str(caught.value)
+    assert words in str(caught.value) and len(str(caught.value)) <= 400 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "lines"),
+    [
+        # A prompt as it stands.
+        ("p.txt", "it's a cat\n'tis a dog\n\"quoted\" bird", ["it's a cat", "'tis a dog", '"quoted" bird']),
+        ("p.txt", "one\r\n\r\n two\t\r\n", ["one", "two"]),
+        ("p.txt", "a\u2028b\nc\x85d\x0be\x1cf", ["a\u2028b", "c\x85d\x0be\x1cf"]),
+        ("p.txt", "a # b\n# a comment\n  #x\n--prompt #1 fan", ["a # b", "#1 fan"]),
+        ("p.txt", "--H 9 is text\n-- a dash\n-5 degrees", ["--H 9 is text", "-- a dash", "-5 degrees"]),
+        ("p.txt", "a cat --steps 20", ["a cat --steps 20"]),
+        # A1111's lines.
+        ("p.txt", "--prompt a cat --steps 20", [("a cat", {"steps": 20})]),
+        ("p.txt", "--steps 20 --prompt a cat", [("a cat", {"steps": 20})]),
+        ("p.txt", "--prompt it's a cat --seed 5", [("it's a cat", {"seed": 5})]),
+        ("p.txt", "--prompt 'it's a cat' --seed 5", [("it's a cat", {"seed": 5})]),
+        ("p.txt", "--prompt the cats' bowl, dogs' too", ["the cats' bowl, dogs' too"]),
+        ("p.txt", "--prompt 'x", ["'x"]),
+        ("p.txt", '--prompt a 6" nail --steps 3', [('a 6" nail', {"steps": 3})]),
+        ("p.txt", '--prompt "a cat"', ["a cat"]),
+        ("p.txt", '--prompt "a --steps 9 cat" --steps 3', [("a --steps 9 cat", {"steps": 3})]),
+        ("p.txt", '--prompt "say \\"hi\\" \\\\" --steps 3', [('say "hi" \\', {"steps": 3})]),
+        ("p.txt", "--prompt a \\(b\\) c", ["a \\(b\\) c"]),
+        ("p.txt", '--prompt ""', [""]),
+        ("p.txt", "--prompt=a cat --steps=20", [("a cat", {"steps": 20})]),
+        ("p.txt", "--prompt  a\t cat\t--steps\t20", [("a cat", {"steps": 20})]),
+        ("p.txt", "--prompt a -- b - c --steps 20", [("a -- b - c", {"steps": 20})]),
+        ("p.txt", "--prompt x --cfg-scale 3 --negative-prompt no 'dogs' please", [
+            ("x", {"guidance_scale": 3.0, "negative_prompt": "no dogs please"})]),
+        ("p.txt", "--prompt x --seed -1\n--prompt x --seed random", [("x", {"seed": None})] * 2),
+        # JSON.
+        ("p.jsonl", '{"prompt": "a\u2028b\x85c"}\n# note\n{"prompt": "d"}', ["a\u2028b\x85c", "d"]),
+        ("p.jsonl", '\ufeff{"prompt": "x", "steps": 20.0, "seed": 5.0}\r\n', [("x", {"steps": 20, "seed": 5})]),
+        ("p.jsonl", '{"prompt": "x", "steps": null, "seed": -1}', [("x", {"seed": None})]),
+        ("p.jsonl", '{"prompt": "x", "seed": "random", "steps": "7"}', [("x", {"seed": None, "steps": 7})]),
+        ("p.jsonl", '{"prompt": "x", "cfg-scale": 3, "negative-prompt": ""}', [
+            ("x", {"guidance_scale": 3.0, "negative_prompt": ""})]),
+        ("p.jsonl", '{"prompt": "--steps 5 # \\n x"}', ["--steps 5 # \n x"]),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)  # fmt: skip
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_sound_prompt_files_are_read(home, name, text, lines, encoding):
+    Path(name).write_bytes(text.encode(encoding))
+    assert read_prompts(name) == [Line(one) if isinstance(one, str) else Line(*one) for one in lines]
+
+
+def test_comments_are_counted_aloud(home, capsys):
+    Path("p.txt").write_text("# red things\na cat\n#\n")
+    read_prompts("p.txt")
+    assert capsys.readouterr().out == "p.txt: 1 prompts; 2 lines that begin with # are comments\n"
+
+
+def test_what_only_the_model_can_refuse_names_its_line_too(model, home, end):
+    Path("p.txt").write_text("a cat\n\n--prompt a dog --width 70\n")
+    code, _, err = end("txt2img", *model, "--from-file", "p.txt", "--steps", 1)
+    assert code == 2 and "line 3 of 'p.txt': width must be a multiple of 8, got 70" in err
+    Path("p.txt").write_text("a cat\n--prompt a dog --sampler magic\n")
+    code, _, err = end("txt2img", *model, "--from-file", "p.txt", "--steps", 1)
+    assert code == 2 and "line 2 of 'p.txt': the sampler must be one of" in err
+    code, _, err = end("txt2img", *model, "--from-file", "p.txt", "--steps", 1, "--H", 70)
+    assert code == 2 and err.startswith("ldm: error: height must be") and files("outputs") == []
+
+
+HOSTILE_LINES = {
+    "quotes": "--prompt " + "'a " * 300_000,
+    "double quotes": "--prompt " + '"a ' * 300_000,
+    "backslashes": '--prompt "' + "\\" * 900_001,
+    "options": "--prompt x " + "--y" * 300_000,
+    "dashes": "--prompt " + "- " * 450_000,
+    "keys": "{" + ",".join(f'"{i}":1' for i in range(90_000)) + "}",
+    "brackets": "[" * 900_000,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_LINES)
+def test_a_hostile_line_costs_no_more_than_its_length(home, kind):
+    """Under 1 MB, in a process with two seconds of processor time beyond its start (and what a second is cut to)."""
+    name = "p.jsonl" if kind in ("keys", "brackets") else "p.txt"
+    Path(name).write_text(HOSTILE_LINES[kind])
+    code = (
+        "import resource, sys; from ldm.cli import read_prompts; from ldm.errors import UsageError\n"
+        "spent = int(resource.getrusage(resource.RUSAGE_SELF).ru_utime)\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (spent + 3, spent + 3))\n"
+        "try: read_prompts(sys.argv[1])\n"
+        "except UsageError as error: print(str(error)[:60])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, cwd=home,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 0 and done.stdout.startswith("line 1 of "), done.stderr[-300:]
 
 
 def test_prompt_files_that_are_no_files(home):
     with pytest.raises(AbsentError, match="prompt file 'none.txt' does not exist"):
         read_prompts("none.txt")
-    with pytest.raises(FormatError, match="Is a directory"):
+    with pytest.raises(FormatError, match="'.' is a folder; name the file in it"):
         read_prompts(".")
 
 
@@ -375,7 +554,6 @@ BAD = [
     ("txt2img", ["--H", "-8"], 2, "--H"),
     ("txt2img", ["--steps", "0"], 2, "wanted a whole number from 1 to 1000, got '0'"),
     ("txt2img", ["--scale", "nan"], 2, "got 'nan'"),
-    ("txt2img", ["--seed", "-1"], 2, "got '-1'"),
     ("txt2img", ["--n_samples", "0"], 2, "got '0'"),
     ("txt2img", ["--sampler", "magic"], 2, "the sampler must be one of ddim, plms"),
     ("txt2img", ["--sampler", "ddim", "--plms"], 2, "name two samplers"),
@@ -409,6 +587,63 @@ BAD = [
     ("inpaint", ["--init-img", "in.png", "--mask", "black.png"], 2, "the mask marks nothing"),
     ("inpaint", ["--indir", "none"], 9, "--indir 'none' is no folder"),
     ("inpaint", ["--indir", "."], 9, "holds no *_mask.png"),
+    # Folders for files, files for folders, options without their value, words that begin with a dash.
+    ("txt2img", ["--from-file", "."], 3, "prompt file '.' is a folder"),
+    ("txt2img", ["--from-file", ""], 9, "prompt file '' does not exist"),
+    ("txt2img", ["--prompt"], 2, "argument --prompt: expected one argument"),
+    (
+        "txt2img",
+        ["--prompt", "--steps", "3"],
+        2,
+        "expected one argument, or one that begins with a dash, as --name=",
+    ),
+    (
+        "txt2img",
+        ["--prompt", "-red"],
+        2,
+        "expected one argument, or one that begins with a dash, as --name=-value",
+    ),
+    ("txt2img", ["--prompt", "a\udcffb"], 2, "prompt holds characters that are no text"),
+    ("txt2img", ["--negative_prompt", "a\udcffb"], 2, "negative_prompt holds characters that are no text"),
+    ("txt2img", ["--prompt", "x" * 100_001], 2, "prompt must have at most 100000 characters, got 100001"),
+    ("txt2img", ["--seed"], 2, "argument --seed: expected one argument"),
+    ("txt2img", ["--seed", "-2"], 2, "or -1 or 'random' to draw one, got '-2'"),
+    ("txt2img", ["--seed", "1.5"], 2, "got '1.5'"),
+    ("txt2img", ["--seed", ""], 2, "got ''"),
+    ("txt2img", ["--seed", "9" * 5000], 2, "wanted a seed from 0 to 2^64-1"),
+    ("txt2img", ["--steps", "9" * 5000], 2, "wanted a whole number from 1 to 1000, got '999"),
+    ("txt2img", ["--steps", "NaN"], 2, "got 'NaN'"),
+    ("txt2img", ["--steps", "20.0"], 2, "got '20.0'"),
+    ("txt2img", ["--scale", "NaN"], 2, "wanted a number from 0 to 100, got 'NaN'"),
+    ("txt2img", ["--scale", "1e400"], 2, "got '1e400'"),
+    ("txt2img", ["--H", "999999999"], 2, "wanted a whole number from 1 to 1000000, got '999999999'"),
+    ("txt2img", ["--W", "1000000"], 2, "width must be a multiple of 8 from 64 to 2048, got 1000000"),
+    ("txt2img", ["--n_samples", "0"], 2, "wanted a whole number from 1 to 1024, got '0'"),
+    ("txt2img", ["--n_iter", "1e3"], 2, "got '1e3'"),
+    ("txt2img", ["--n_rows", "-1"], 2, "got '-1'"),
+    ("txt2img", ["--sampler", ""], 2, "the sampler must be one of"),
+    ("txt2img", ["--device", ""], 2, "device '' is not available"),
+    ("txt2img", ["--precision", "int8"], 2, "invalid choice: 'int8'"),
+    ("txt2img", ["--outdir", "in.png"], 7, "cannot write to folder 'in.png'"),
+    ("txt2img", ["--outdir", "in.png/x"], 7, "cannot write to folder 'in.png/x'"),
+    ("txt2img", ["--ckpt", "."], 3, "'.' is a folder"),
+    ("txt2img", ["--ckpt", ""], 3, "'.' is a folder"),
+    ("txt2img", ["--config", "."], 9, "configuration '.' is not a file"),
+    ("txt2img", ["--config", "in.png"], 3, "in.png"),
+    ("txt2img", ["--vae", "."], 3, "'.' is a folder"),
+    ("txt2img", ["--vae", "in.png"], 3, "in.png"),
+    ("txt2img", ["--tokenizer", "none"], 9, "none"),
+    ("txt2img", ["--tokenizer", "in.png"], 3, "in.png"),
+    ("img2img", ["--init-img", "."], 3, "picture '.'"),
+    ("img2img", ["--init-img", ""], 9, "picture ''"),
+    ("img2img", ["--init-img"], 2, "expected one argument"),
+    ("img2img", ["--init-img", "in.png", "--strength", "nan"], 2, "wanted a number from 0 to 1, got 'nan'"),
+    ("img2img", ["--init-img", "in.png", "--H", "65"], 2, "must be a multiple of 8, got 65"),
+    ("inpaint", ["--init-img", ".", "--mask", "black.png"], 3, "picture '.'"),
+    ("inpaint", ["--init-img", "in.png", "--mask", "."], 3, "picture '.'"),
+    ("inpaint", ["--init-img", "in.png", "--mask", "none.png"], 9, "none.png"),
+    ("inpaint", ["--indir", "in.png"], 9, "--indir 'in.png' is no folder"),
+    ("inpaint", ["--indir", ""], 9, "--indir '' holds no *_mask.png"),
 ]
 
 
@@ -526,3 +761,91 @@ def test_a_signal_keeps_what_is_finished(model, home, number, code):
     assert len(saved) == 2 + out.count("(seed") and all(name.startswith("samples/") for name in saved)
     for name in saved:
         Image.open(f"o/{name}").load()
+
+
+# --- what the model says about itself ---
+
+CAPTION = "a large red circle above a small blue square on a white background"
+
+
+def test_the_box_paints_by_its_own_advice_in_every_script(home, end):
+    """Guidance 3, 20 steps, 128 pixels: nobody says so; a strength of one step keeps it short."""
+    picture("in.png", (128, 128))
+    mask("m.png", (64, 0, 128, 128), (128, 128))
+    box = ["--device", "cpu", "--prompt", CAPTION, "--skip_grid", "--outdir", "o"]
+    short = ["--init-img", "in.png", "--strength", 0.05]
+    assert end("txt2img", *box)[::2] == (0, "")
+    assert end("img2img", *box, *short)[::2] == (0, "")
+    assert end("inpaint", *box, *short, "--mask", "m.png")[::2] == (0, "")
+    assert end("img2img", *box, *short, "--scale", 7.5, "--steps", 40)[::2] == (0, "")
+    told = [ldm.read_metadata(f"o/samples/{i:05}.png") for i in range(4)]
+    kept = ("guidance_scale", "steps", "width", "height")
+    assert [[one[name] for name in kept] for one in told] == [[3.0, 20, 128, 128]] * 3 + [[7.5, 40, 128, 128]]
+
+
+def test_scripts_have_compvis_guidance_and_steps_for_models_that_say_nothing(model, home, end):
+    picture("in.png")
+    mask("m.png")
+    argv = [*model, "--prompt", "x", "--skip_grid", "--outdir", "o"]
+    assert end("txt2img", *argv)[0] == 0
+    assert end("img2img", *argv, "--init-img", "in.png", "--strength", 0.02)[0] == 0
+    assert end("inpaint", *argv, "--init-img", "in.png", "--mask", "m.png", "--strength", 0.02)[0] == 0
+    told = [ldm.read_metadata(f"o/samples/{i:05}.png") for i in range(3)]
+    assert [(one["guidance_scale"], one["steps"]) for one in told] == [(7.5, 50), (5.0, 50), (7.5, 50)]
+
+
+TROUBLE = [
+    ("txt2img", ["--prompt", "a photograph of an astronaut"], ["for them: photograph, an, astronaut; it knows: a"]),
+    ("txt2img", ["--prompt", CAPTION, "--negative_prompt", "blurry"], ["for them: blurry; it knows"]),
+    ("txt2img", ["--prompt", CAPTION, "--H", 64, "--W", 64], ["128 x 128 pixels only; at 64 x 64 expect noise"]),
+    ("txt2img", ["--prompt", CAPTION, "--plms", "--steps", 5], ["or more, or ddim, which paints well with 5"]),
+    ("txt2img", ["--prompt", CAPTION, "--seed", 2**32 + 5], ["seed 4294967301 paints what seed 5 paints"]),
+    ("txt2img", ["--prompt", "a ((red)) circle AND a blue square"],
+     ["for them: and; it knows", "'((red)' is emphasis by doubled brackets", "'AND' is a joint between prompts"]),
+    ("txt2img", ["--from-file", "p.txt"], ["for them: 1, 3, cat, dog; it knows", "'(red:1.3)' is a weight"]),
+    ("img2img", ["--prompt", "a dog", "--init-img", "in.png", "--strength", 0.01],
+     ["for them: dog", "at 72 x 64", "strength 0.01 of 20 steps is less than one step"]),
+    ("inpaint", ["--init-img", "in.png", "--mask", "m.png", "--strength", 0.01], ["at 72 x 64", "strength 0.01"]),
+    ("sample_diffusion", ["--prompt", "a red dog", "-n", 1, "-c", 5], ["for them: dog"]),
+    ("sample_diffusion", ["-n", 1, "-c", 4, "--image_size", 64, "--seed", 2**32],
+     ["seed 4294967296 paints what seed 0 paints", "at 64 x 64", "ddim with 4 steps paints badly"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "words"), TROUBLE, ids=lambda v: " ".join(map(str, v))[:50] if isinstance(v, list) else v
+)
+def test_trouble_that_is_known_is_one_line_each_on_stderr(home, end, name, argv, words):
+    Path("p.txt").write_text(
+        "a (red:1.3) cat\n--prompt a dog --steps 5\n--prompt a (blue:1.3) dog --steps 6\n"
+    )
+    picture("in.png")
+    mask("m.png")
+    if name == "txt2img" and "--steps" not in argv:
+        argv = [*argv, "--steps", 5]
+    code, _, err = end(name, *argv, "--device", "cpu", "--outdir", "o")
+    assert code == 0 and len(err.splitlines()) == len(words), err
+    for line, wanted in zip(err.splitlines(), words, strict=True):
+        assert line.startswith("ldm: warning: ") and wanted in line and len(line) <= 400
+
+
+def test_sample_diffusion_takes_guidance_and_steps_from_the_box(home, end, monkeypatch):
+    from ldm import pixels
+
+    seen = []
+    sample, ask = pixels.sample, pixels.LatentModel.ask
+
+    def watch(model, *args, **options):
+        seen.append(model.respacing)
+        return sample(model, *args, **options)
+
+    def hear(self, prompts=None, guidance_scale=1.0):
+        seen.append((prompts, guidance_scale))
+        return ask(self, prompts, guidance_scale)
+
+    monkeypatch.setattr(pixels, "sample", watch)
+    monkeypatch.setattr(pixels.LatentModel, "ask", hear)
+    base = ["-n", 1, "--device", "cpu", "--outdir", "o"]
+    for more in (["--prompt", CAPTION], [], ["--prompt", CAPTION, "--scale", 1, "-c", 5]):
+        assert end("sample_diffusion", *base, *more)[0] == 0
+    assert seen == ["ddim20", ([CAPTION], 3.0), "ddim20", ([""], 1.0), "ddim5", ([CAPTION], 1.0)]

@@ -333,7 +333,8 @@ def test_the_commands_of_the_page_run(end, tmp_path):
         program, path, *argv = shlex.split(command)
         assert program == "python" and (ROOT / path).is_file()
         code, _, err = end(*argv, name=path.removeprefix("scripts/").removesuffix(".py"))
-        assert (code, err) == (0, ""), command
+        # The page's 20 steps are 2 here, which the model in the box warns of.
+        assert code == 0 and all("with 2 steps paints badly" in line for line in err.splitlines()), command
     names: dict = {}
     for code in (code for language, code in BLOCKS if language == "python"):
         exec(compile(stand_in(code), "docs/pixel-scripts.md", "exec"), names)

@@ -91,7 +91,7 @@ def few_references(monkeypatch):
 
 def test_a_run_saves_each_row_and_a_second_does_what_is_missing(tiny, tmp_path, capsys):
     results = tmp_path / "deep" / "r.json"
-    base = [*tiny, "--prompts", "3", "--results", str(results)]
+    base = [*tiny, "--prompts", "3", "--results", str(results), "--guidance", "3"]
     quality.main([*base, "--rows", "ddim-1/5/*/seen"])
     before = json.loads(results.read_text())["rows"]
     assert list(before) == ["ddim-1/5/g3/seen"]
@@ -132,7 +132,7 @@ def test_results_of_another_kind_are_not_mixed(tiny, tmp_path):
 
 def test_results_of_another_precision_are_not_mixed(tiny, tmp_path):
     results = tmp_path / "r.json"
-    rest = ["--rows", "ddim-0/5/*/seen", "--prompts", "3", "--results", str(results)]
+    rest = ["--rows", "ddim-0/5/*/seen", "--prompts", "3", "--results", str(results), "--guidance", "3"]
     quality.main([*tiny, *rest, "--precision", "bfloat16"])
     assert "UNet in bfloat16" in results.with_suffix(".md").read_text()
     assert (
@@ -230,9 +230,11 @@ def test_the_grid_has_twenty_four_labelled_pictures(tiny, tmp_path, capsys, monk
     assert "0 of 24 right" in capsys.readouterr().out
 
 
-def test_the_list_needs_no_model(capsys):
-    quality.main(["--list", "--rows", "plms/10/*"])
-    assert capsys.readouterr().out == "plms/10/g3/seen\nplms/10/g3/never-seen\n"
+def test_the_guidance_is_the_models_where_none_is_given(tiny, capsys):
+    """The box's configuration advises 3; one that says nothing is painted at Stable Diffusion v1's."""
+    for argv, scale in (([], "3"), (["--guidance", "5"], "5"), (tiny, "7.5")):
+        quality.main([*argv, "--list", "--rows", "plms/10/*"])
+        assert capsys.readouterr().out == f"plms/10/g{scale}/seen\nplms/10/g{scale}/never-seen\n"
 
 
 def test_a_configuration_without_a_model_is_refused():

@@ -1,7 +1,6 @@
 """Whole training runs at tiny size: exact resumption, kills, signals, NaN, schedules, exports and errors."""
 
 import os
-import re
 import signal
 import zipfile
 
@@ -257,7 +256,7 @@ def test_states_of_other_runs_are_refused(tmp_path, stage_run, diffusion_run):
     with pytest.raises(MismatchError, match=r"another order of data: global_batch 2, now 3"):
         run(batch, tmp_path, resume=path)
     gan = first_stage(disc_factor=1.0, disc_ndf=8)
-    with pytest.raises(MismatchError, match=r"of another model"):
+    with pytest.raises(MismatchError, match=r"of a run with optimizers \['Adam'\], now \['Adam', 'Adam'\]"):
         run(gan, tmp_path, resume=path)
     scheduled = first_stage()
     factor = {"warm_up_steps": [1], "cycle_lengths": [6], "f_start": [1], "f_max": [1], "f_min": [0]}
@@ -268,9 +267,9 @@ def test_states_of_other_runs_are_refused(tmp_path, stage_run, diffusion_run):
     with pytest.raises(MismatchError, match=r"another learning-rate schedule"):
         run(scheduled, tmp_path, resume=path)
     newer = state(stage_run)
-    newer["run"]["format"] = 2
+    newer["run"]["format"] = 3
     torch.save(newer, tmp_path / "newer.ckpt")
-    with pytest.raises(MismatchError, match=r"written by a newer ldm \(format 2, known: 1\)"):
+    with pytest.raises(MismatchError, match=r"written by a newer ldm \(format 3, known: 2\)"):
         run(first_stage(), tmp_path, resume=tmp_path / "newer.ckpt")
     with pytest.raises(MismatchError, match=r"no checkpoint in .* to resume from"):
         run(first_stage(), tmp_path, resume=tmp_path / "nowhere")
@@ -516,7 +515,7 @@ def test_a_resumed_run_with_two_rates_is_the_uninterrupted_one(tmp_path, stage_r
 def test_a_rate_factor_out_of_range_is_refused(tmp_path, factor):
     config = diffusion()
     config["training"]["cond_stage_rate"] = factor
-    with pytest.raises(UsageError, match=rf"above 0 and at most 1000, got {re.escape(f'{factor:g}')}"):
+    with pytest.raises(UsageError, match=rf"cond_stage_rate should be .*up to 1000, got {factor}"):
         run(config, tmp_path)
 
 
@@ -731,14 +730,20 @@ def changed(path, value):
 @pytest.mark.parametrize(
     "path, value, error, message",
     [
-        ("model.base_learning_rate", float("nan"), UsageError, "above 0 and at most 10, got nan"),
-        ("model.base_learning_rate", -1.0, UsageError, "got -2; set model.base_learning_rate"),
-        ("model.base_learning_rate", 0.0, UsageError, "got 0;"),
-        ("model.base_learning_rate", 1e9, UsageError, r"got 2e\+09"),
-        ("lightning.trainer.max_steps", 0, UsageError, "max_steps should be a whole number above 0, got 0"),
+        ("model.base_learning_rate", float("nan"), UsageError, "base_learning_rate should be .* got nan"),
+        ("model.base_learning_rate", -1.0, UsageError, "model.base_learning_rate should be .* got -1.0"),
+        ("model.base_learning_rate", 0.0, UsageError, "above 0 and at most 10, got 0; set model.base_le"),
+        ("model.base_learning_rate", 9.0, UsageError, "above 0 and at most 10, got 18; set model.base_le"),
+        ("model.base_learning_rate", 1e9, UsageError, "a number from 0 to 10, got 1000000000.0"),
+        (
+            "lightning.trainer.max_steps",
+            0,
+            UsageError,
+            "max_steps should be a whole number from 1 to .* got 0",
+        ),
         ("lightning.trainer.max_steps", None, UsageError, "got None"),
         ("lightning.trainer.precision", "16-mixed", UsageError, "'32-true' or 'bf16-mixed', got '16-mixed'"),
-        ("lightning.trainer.accumulate_grad_batches", 0, UsageError, "should be at least 1, got 0"),
+        ("lightning.trainer.accumulate_grad_batches", 0, UsageError, "batches should be a whole .* got 0"),
         ("lightning.trainer.max_epoch", 3, UsageError, "'lightning.trainer' has no option 'max_epoch'"),
         (
             "+model.base_learning_rate",
@@ -801,15 +806,3 @@ def test_a_killed_loader_worker_ends_the_run_saved(tmp_path, source, params):
     ):
         run(config, tmp_path)
     assert state(tmp_path)["global_step"] >= 2
-
-
-@pytest.mark.parametrize("kind", [RuntimeError, ConnectionResetError])
-def test_an_error_of_the_source_is_not_taken_for_a_dead_loader(tmp_path, kind):
-    config = first_stage()
-    config["data"]["params"]["num_workers"] = 1
-    config["data"]["params"]["train"] = {
-        "target": "tiny_training.Raises",
-        "params": {"image_size": 16, "error": kind.__name__},
-    }
-    with pytest.raises(kind, match="the source's own trouble"):
-        run(config, tmp_path)

@@ -46,17 +46,30 @@ class TableSampler:
 
     Args:
         model: see samplers.py.
-        schedule: kept as an attribute, without effect, as in the original.
+        schedule, device: kept as attributes, without effect: tables and samples are where the model is.
         separate_passes: ask for guidance's two answers one after the other, as ControlNet's sampler does.
+
+    Other people's subclasses may override any method by the originals' signatures: each calls the others with the
+    originals' arguments, and with later ones (ucg_schedule, dynamic_threshold) only where they are set.
     """
 
     sampler: type[Sampler]
+    separate_passes = False  # for subclasses that do without this constructor
 
-    def __init__(self, model: Any, schedule: str = "linear", *, separate_passes: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        model: Any,
+        schedule: str = "linear",
+        device: Any = None,
+        *,
+        separate_passes: bool = False,
+        **kwargs: Any,
+    ):
         warn_of_unused(kwargs)
         self.model = model
         self.ddpm_num_timesteps = model.num_timesteps
         self.schedule = schedule
+        self.device = getattr(model, "device", None) if device is None else device
         self.separate_passes = separate_passes
 
     def register_buffer(self, name: str, attr: Any) -> None:
@@ -126,7 +139,12 @@ class TableSampler:
         self.register_buffer("ddim_sqrt_one_minus_alphas", (1 - torch.as_tensor(alphas)).sqrt())
         ratio = (1 - alpha_bar_prev.double()) / (1 - alpha_bar.double())
         variance = ratio * (1 - alpha_bar.double() / alpha_bar_prev.double())
-        self.register_buffer("ddim_sigmas_for_original_num_steps", ddim_eta * variance.sqrt())
+        self.register_buffer("ddim_sigmas_for_original_num_steps", (ddim_eta * variance.sqrt()).float())
+
+    def _make_schedule(self, S: int, eta: float, verbose: bool, discretize: str) -> None:
+        """Call make_schedule, which may be a subclass's, as the originals call it."""
+        later = {} if discretize == "uniform" else {"ddim_discretize": discretize}
+        self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose, **later)
 
     def _level(self, index: int, t: int | Tensor, use_original_steps: bool, device: torch.device) -> Level:
         """Read one row of the tables, without waiting for the device."""
@@ -205,6 +223,7 @@ class DDIMSampler(TableSampler):
         log_every_t: int = 100,
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None,
+        dynamic_threshold: float | None = None,
         ucg_schedule: Sequence[float] | None = None,
         ddim_discretize: str = "uniform",
         **kwargs: Any,
@@ -222,6 +241,7 @@ class DDIMSampler(TableSampler):
             temperature, noise_dropout: of the noise of each step.
             x_T: (b, c, h, w) initial noise; drawn on the model's device if not given.
             log_every_t: which steps the intermediates hold, counted from the end; the first always.
+            dynamic_threshold: shrink each predicted clean sample to at most this root mean square.
             ucg_schedule: a guidance scale for each step, in place of the one.
             ddim_discretize: see make_schedule.
             normals_sequence, verbose: without effect.
@@ -234,7 +254,7 @@ class DDIMSampler(TableSampler):
         """
         warn_of_unused(kwargs)
         warn_of_batch(conditioning, batch_size)
-        self.make_schedule(S, ddim_discretize=ddim_discretize, ddim_eta=eta, verbose=verbose)
+        self._make_schedule(S, eta, verbose, ddim_discretize)
         return self.ddim_sampling(
             conditioning,
             (batch_size, *shape),
@@ -243,6 +263,7 @@ class DDIMSampler(TableSampler):
             quantize_denoised=quantize_x0,
             mask=mask,
             x0=x0,
+            ddim_use_original_steps=False,
             noise_dropout=noise_dropout,
             temperature=temperature,
             score_corrector=score_corrector,
@@ -251,7 +272,7 @@ class DDIMSampler(TableSampler):
             log_every_t=log_every_t,
             unconditional_guidance_scale=unconditional_guidance_scale,
             unconditional_conditioning=unconditional_conditioning,
-            ucg_schedule=ucg_schedule,
+            **only_set(dynamic_threshold=dynamic_threshold, ucg_schedule=ucg_schedule),
         )
 
     @torch.no_grad()
@@ -274,6 +295,7 @@ class DDIMSampler(TableSampler):
         corrector_kwargs: dict[str, Any] | None = None,
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None,
+        dynamic_threshold: float | None = None,
         ucg_schedule: Sequence[float] | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Run the tables of make_schedule, or the model's own levels; arguments as in `sample`.
@@ -305,6 +327,7 @@ class DDIMSampler(TableSampler):
                 corrector_kwargs=corrector_kwargs,
                 unconditional_guidance_scale=scale if ucg_schedule is None else ucg_schedule[~level.index],
                 unconditional_conditioning=unconditional_conditioning,
+                **only_set(dynamic_threshold=dynamic_threshold),
             )
 
         x = torch.randn(tuple(shape), device=self.model.device) if x_T is None else x_T
@@ -329,6 +352,7 @@ class DDIMSampler(TableSampler):
         corrector_kwargs: dict[str, Any] | None = None,
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None,
+        dynamic_threshold: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Take one step: (x_prev, pred_x0).
 
@@ -347,6 +371,7 @@ class DDIMSampler(TableSampler):
         sampler = DDIM(
             denoise,
             quantize_denoised=quantize_denoised,
+            dynamic_threshold=dynamic_threshold,
             temperature=temperature,
             noise_dropout=noise_dropout,
             repeat_noise=repeat_noise,
@@ -487,6 +512,11 @@ def collect(
             intermediates["x_inter"].append(x)
             intermediates["pred_x0"].append(step.pred_x0)
     return x, intermediates
+
+
+def only_set(**options: Any) -> dict[str, Any]:
+    """Keep the options that are not None, so that an override which does not know the others can be called."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def warn_of_unused(kwargs: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,14 @@ from ldm.modules.ema import LitEma
 from ldm.process import gaussian, prediction
 from ldm.process.schedule import LEAST_SIGNAL, SCHEDULE_BUFFERS, NoiseSchedule, zero_terminal_snr
 from ldm.process.tiling import Tiling
-from ldm.util import count_params, default, instantiate_from_config, mean_flat
+from ldm.util import (
+    count_params,
+    default,
+    instantiate_from_config,
+    leaves_others_to_subclasses,
+    mean_flat,
+)
+from ldm.values import SHARE, check_value
 
 if TYPE_CHECKING:
     from ldm.checkpoints.account import LoadReport
@@ -44,6 +51,23 @@ WHOLE_BATCH_KEYS = ("class_label", "cls")
 
 FIRST_STAGE = "__is_first_stage__"
 UNCONDITIONAL = "__is_unconditional__"
+
+# Classes that Stability and CompVis have in this file.
+ELSEWHERE = (
+    "LatentDepth2ImageDiffusion",
+    "LatentUpscaleDiffusion",
+    "LatentUpscaleFinetuneDiffusion",
+    "Layout2ImgDiffusion",
+)
+
+
+def __getattr__(name: str) -> Any:
+    # They stand on this module, so they are looked for when they are asked for.
+    if name in ELSEWHERE:
+        from ldm.models.diffusion import further_conditions
+
+        return getattr(further_conditions, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
@@ -139,7 +163,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         monitor: the name of the value that decides which training checkpoint is best.
         use_ema: keep a moving average of the network's weights in `model_ema`.
         first_stage_key: of the pictures in a batch.
-        image_size, channels: what `sample` makes.
+        image_size, channels: what `sample` makes; (height, width) where they differ.
         log_every_t: how many levels apart intermediate results are kept.
         clip_denoised: clamp predicted clean samples to [-1, 1] while sampling.
         original_elbo_weight, l_simple_weight: of the variational and of the plain loss.
@@ -158,20 +182,22 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
     """
 
     learning_rate: float | None = None  # set by whoever trains; configure_optimizers needs it
+    loaded: frozenset[str] = frozenset()  # names of the tensors that init_from_ckpt has read
 
+    @leaves_others_to_subclasses
     def __init__(
         self,
-        unet_config: Any,
+        unet_config: Mapping[str, Any],
         timesteps: int = 1000,
-        beta_schedule: str = "linear",
-        loss_type: str = "l2",
+        beta_schedule: Literal["linear", "sqrt_linear", "sqrt", "cosine"] = "linear",
+        loss_type: Literal["l1", "l2"] = "l2",
         ckpt_path: str | None = None,
         ignore_keys: Iterable[str] = (),
         load_only_unet: bool = False,
         monitor: str | None = "val/loss",
         use_ema: bool = True,
         first_stage_key: str = "image",
-        image_size: int = 256,
+        image_size: int | tuple[int, int] = 256,
         channels: int = 3,
         log_every_t: int = 100,
         clip_denoised: bool = True,
@@ -183,8 +209,8 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         v_posterior: float = 0.0,
         l_simple_weight: float = 1.0,
         conditioning_key: str | None = None,
-        parameterization: str = "eps",
-        scheduler_config: Any = None,
+        parameterization: Literal["eps", "x0", "v"] = "eps",
+        scheduler_config: Mapping[str, Any] | None = None,
         use_positional_encodings: bool = False,
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
@@ -218,6 +244,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         self.use_ema = use_ema
         if use_ema:
             self.model_ema = LitEma(self.model)
+            self.register_load_state_dict_post_hook(_seed_averages)
         self.use_scheduler = scheduler_config is not None
         self.scheduler_config = scheduler_config
         self.v_posterior = v_posterior
@@ -225,7 +252,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         self.l_simple_weight = l_simple_weight
         self.monitor = monitor
         self.loss_type = loss_type
-        self.ucg_training = dict(ucg_training or {})
+        self.ucg_training = _dropping_rules(ucg_training or {})
         self.register_schedule(
             given_betas=given_betas,
             beta_schedule=beta_schedule,
@@ -532,7 +559,8 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         for name in wanted:
             if name in given:
                 continue
-            if name in SCHEDULE_BUFFERS or name in ("logvar", "scale_factor"):
+            table = name.removeprefix("low_scale_model.")  # an upscaler's has a schedule of its own
+            if table in SCHEDULE_BUFFERS or name in ("logvar", "scale_factor"):
                 report.initialised[name] = "computed from the configuration"
             elif name.startswith("model_ema.") and not averages_given:
                 report.initialised[name] = "seeded from the loaded network"
@@ -553,12 +581,27 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
                 wanted[name].copy_(tensors[name].reshape(wanted[name].shape))
         if self.use_ema and not averages_given:
             self.model_ema.copy_from(self.model)
+        self.loaded |= frozenset(report.assigned.values())
         logger.info("%s", report.summary())
         return report
 
     def _fit(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adapt a file's tensors to this model before they are accounted for."""
         return tensors
+
+
+def _seed_averages(model: DDPM, keys: Any) -> None:
+    """Begin the averages at the loaded weights where load_state_dict(strict=False) was given none.
+
+    Files for use alone, such as v1-5-pruned-emaonly, hold none; averages left at the initial weights would paint noise
+    within every ema_scope.
+    """
+    no_averages = sum("model_ema." in name for name in keys.missing_keys) >= len(
+        model.model_ema.m_name2s_name
+    )
+    if no_averages and not any("model.diffusion_model." in name for name in keys.missing_keys):
+        model.model_ema.copy_from(model.model)
+        logger.info("the averages begin at the loaded weights, for the file has none")
 
 
 class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
@@ -587,8 +630,8 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
 
     def __init__(
         self,
-        first_stage_config: Any,
-        cond_stage_config: Any,
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any] | str,
         num_timesteps_cond: int | None = None,
         cond_stage_key: str = "image",
         cond_stage_trainable: bool = False,
@@ -658,7 +701,7 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
 
     def instantiate_first_stage(self, config: Any) -> None:
         """Build and freeze the first stage."""
-        self.first_stage_model = _frozen(instantiate_from_config(config))
+        self.first_stage_model = frozen(instantiate_from_config(config))
 
     def instantiate_cond_stage(self, config: Any) -> None:
         """Build the condition stage, frozen unless it is trained along.
@@ -674,7 +717,7 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
             self.cond_stage_model = self.first_stage_model if config == FIRST_STAGE else None
             return
         model = instantiate_from_config(config)
-        self.cond_stage_model = model if self.cond_stage_trainable else _frozen(model)
+        self.cond_stage_model = model if self.cond_stage_trainable else frozen(model)
 
     def get_first_stage_encoding(self, encoder_posterior: DiagonalGaussianDistribution | Tensor) -> Tensor:
         """Draw latents (b, c, h, w) from what the first stage says, in scaled units.
@@ -863,7 +906,7 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
             out.append(original)
         return out
 
-    def shared_step(self, batch: Mapping[str, Any], **kwargs: Any) -> tuple[Tensor, dict]:
+    def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict]:
         """Return (loss, values to log) of a batch at random levels."""
         x, c = self.get_input(batch, self.first_stage_key)[:2]
         return self(x, c)
@@ -1026,9 +1069,13 @@ class LatentFinetuneDiffusion(LatentDiffusion):
         cond_key: str | None = None,
         bs: int | None = None,
         return_first_stage_outputs: bool = False,
-        **kwargs: Any,
+        force_c_encode: bool = True,
+        return_original_cond: bool = True,
     ) -> list[Any]:
         """Encode a batch as LatentDiffusion does, with what is joined to the latents.
+
+        Conditions are always encoded and the originals come with the pictures, so that `force_c_encode` and
+        `return_original_cond`, which LatentDiffusion's callers give, change nothing.
 
         Returns:
             [z, {"c_concat": [(b, n, h, w)], "c_crossattn": [(b, n, d)]}], and with return_first_stage_outputs
@@ -1100,8 +1147,21 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
         return log
 
 
-def _frozen(model: nn.Module) -> nn.Module:
-    """Put a stage into evaluation for good."""
+def _dropping_rules(rules: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Hold ucg_training's rules, a {"p": probability, "val": replacement} for each key, against what they may be."""
+    read = {}
+    for key, rule in rules.items():
+        where = f"ucg_training.{key}"
+        rule = check_value(rule, Mapping, where)
+        if "p" not in rule or set(rule) - {"p", "val"}:
+            raise UsageError(f"{where} should have 'p' and 'val', got {', '.join(map(repr, rule)) or 'none'}")
+        val = check_value(rule.get("val"), str | int | float | None, f"{where}.val")
+        read[key] = {"p": check_value(rule["p"], float, f"{where}.p", SHARE), "val": val}
+    return read
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """Put a stage into evaluation for good, without gradients."""
     model.eval()
     model.train = disabled_train.__get__(model)
     return model.requires_grad_(False)

@@ -29,9 +29,12 @@ class ImageLog:
         n_row: int = 2,
         sample: bool = True,
         return_keys: Iterable[str] | None = None,
-        **kwargs: Any,
+        split: str = "train",
     ) -> dict[str, Tensor]:
-        """Return pictures to look at: inputs, their noising level by level, samples and their denoising."""
+        """Return pictures to look at: inputs, their noising level by level, samples and their denoising.
+
+        `split` is what CompVis's ImageLogger says; it changes nothing.
+        """
         x = self.get_input(batch, self.first_stage_key)[:N].to(self.device)
         log = {"inputs": x}
         start = x[:n_row]
@@ -70,7 +73,7 @@ class LatentImageLog:
         plot_diffusion_rows: bool = True,
         unconditional_guidance_scale: float = 1.0,
         unconditional_guidance_label: Any = None,
-        **kwargs: Any,
+        split: str = "train",
     ) -> dict[str, Tensor]:
         """Return pictures to look at, each (b, c, height, width) or a grid (c, height, width).
 
@@ -82,6 +85,7 @@ class LatentImageLog:
             inpaint: show the middle repainted, and everything but the middle.
             plot_denoise_rows, plot_progressive_rows, plot_diffusion_rows: show sampling and noising by level.
             unconditional_guidance_scale, unconditional_guidance_label: above 1, show guided samples too.
+            split: what CompVis's ImageLogger says; it changes nothing.
         """
         z, c, x, xrec, original = self.get_input(
             batch,

@@ -7,7 +7,7 @@ class, and a training state holds it whole: the network, its moving averages and
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,7 @@ class PixelDiffusion(nn.Module):
         AbsentError, FormatError, UnsafeFileError: that file cannot be had, read or trusted.
     """
 
+    HANDS_ON_TO = create_model_and_diffusion  # where the flags go
     learning_rate: float | None = None  # set by whoever trains; configure_optimizers needs it
 
     def __init__(
@@ -91,7 +92,7 @@ class PixelDiffusion(nn.Module):
         *,
         image_key: str = "image",
         label_key: str = "class_label",
-        schedule_sampler: str = "uniform",
+        schedule_sampler: Literal["uniform", "loss-second-moment"] = "uniform",
         ema_rate: str | float | Sequence[float] = "0.9999",
         weight_decay: float = 0.0,
         lr_anneal_steps: int = 0,

@@ -11,6 +11,7 @@ from ldm.models.diffusion.ddim import (
     ImageCallback,
     TableSampler,
     collect,
+    only_set,
     times_for,
     warn_of_unused,
 )
@@ -45,6 +46,7 @@ class PLMSSampler(TableSampler):
         log_every_t: int = 100,
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None,
+        dynamic_threshold: float | None = None,
         ddim_discretize: str = "uniform",
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
@@ -55,7 +57,7 @@ class PLMSSampler(TableSampler):
         """
         warn_of_unused(kwargs)
         warn_of_batch(conditioning, batch_size)
-        self.make_schedule(S, ddim_discretize=ddim_discretize, ddim_eta=eta, verbose=verbose)
+        self._make_schedule(S, eta, verbose, ddim_discretize)
         return self.plms_sampling(
             conditioning,
             (batch_size, *shape),
@@ -64,6 +66,7 @@ class PLMSSampler(TableSampler):
             quantize_denoised=quantize_x0,
             mask=mask,
             x0=x0,
+            ddim_use_original_steps=False,
             noise_dropout=noise_dropout,
             temperature=temperature,
             score_corrector=score_corrector,
@@ -72,6 +75,7 @@ class PLMSSampler(TableSampler):
             log_every_t=log_every_t,
             unconditional_guidance_scale=unconditional_guidance_scale,
             unconditional_conditioning=unconditional_conditioning,
+            **only_set(dynamic_threshold=dynamic_threshold),
         )
 
     @torch.no_grad()
@@ -94,6 +98,7 @@ class PLMSSampler(TableSampler):
         corrector_kwargs: dict[str, Any] | None = None,
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None,
+        dynamic_threshold: float | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Run the tables of make_schedule, or the model's own levels; arguments as ddim_sampling's."""
         check_mask(mask, x0, shape)
@@ -115,6 +120,7 @@ class PLMSSampler(TableSampler):
                 unconditional_conditioning=unconditional_conditioning,
                 old_eps=old_eps,
                 t_next=times_for(x, level.t_next),
+                **only_set(dynamic_threshold=dynamic_threshold),
             )
             old_eps.append(eps)
             del old_eps[:-3]
@@ -145,6 +151,7 @@ class PLMSSampler(TableSampler):
         unconditional_conditioning: Any = None,
         old_eps: list[Tensor] | None = None,
         t_next: Tensor | None = None,
+        dynamic_threshold: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Take one step: (x_prev, pred_x0, raw eps).
 
@@ -163,6 +170,7 @@ class PLMSSampler(TableSampler):
         sampler = PLMS(
             denoise,
             quantize_denoised=quantize_denoised,
+            dynamic_threshold=dynamic_threshold,
             temperature=temperature,
             noise_dropout=noise_dropout,
             repeat_noise=repeat_noise,

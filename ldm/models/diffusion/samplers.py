@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.errors import UsageError
+from ldm.errors import UsageError, told
+from ldm.models.diffusion.sampling_util import norm_thresholding
 from ldm.process.gaussian import q_sample
 from ldm.process.guidance import first_tensor, guide, join, rescale
 from ldm.process.prediction import to_eps, to_x0
@@ -207,6 +208,7 @@ class Sampler:
 
     Options of every sampler:
         quantize_denoised: snap each predicted clean sample to the first stage's codebook.
+        dynamic_threshold: shrink each predicted clean sample to at most this root mean square; None leaves it.
     """
 
     name: ClassVar[str]
@@ -217,6 +219,7 @@ class Sampler:
     noise: Noise = unit_noise
     _: KW_ONLY
     quantize_denoised: bool = False
+    dynamic_threshold: float | None = None
 
     @classmethod
     def plan(
@@ -240,9 +243,11 @@ class Sampler:
         raise NotImplementedError
 
     def quantize(self, pred_x0: Tensor) -> Tensor:
-        if not self.quantize_denoised:
+        if self.quantize_denoised:
+            pred_x0 = self.denoise.model.first_stage_model.quantize(pred_x0)[0]
+        if self.dynamic_threshold is None:
             return pred_x0
-        return self.denoise.model.first_stage_model.quantize(pred_x0)[0]
+        return norm_thresholding(pred_x0, self.dynamic_threshold)
 
 
 @dataclass
@@ -417,10 +422,10 @@ class DPMSolver(Sampler):
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3):
-            raise UsageError(f"order must be 1, 2 or 3, got {self.order!r}")
+            raise UsageError(f"order must be 1, 2 or 3, got {told(self.order)}")
         if self.solver_type not in SOLVER_TYPES:
             raise UsageError(
-                f"solver_type must be one of {', '.join(SOLVER_TYPES)}; got {self.solver_type!r}"
+                f"solver_type must be one of {', '.join(SOLVER_TYPES)}; got {told(self.solver_type)}"
             )
 
     @classmethod
@@ -511,7 +516,7 @@ def resolve_sampler(name: str) -> str:
     if spelling not in _BY_SPELLING:
         near = difflib.get_close_matches(spelling or "", _BY_SPELLING, n=1, cutoff=0.7)
         hint = f" (did you mean {_BY_SPELLING[near[0]]}?)" if near else ""
-        raise UsageError(f"the sampler must be one of {', '.join(SAMPLERS)}; got {name!r}{hint}")
+        raise UsageError(f"the sampler must be one of {', '.join(SAMPLERS)}; got {told(name)}{hint}")
     return _BY_SPELLING[spelling]
 
 
@@ -662,7 +667,7 @@ def start_level(
         UsageError: strength outside [0, 1], steps out of range, an unknown name or spacing.
     """
     if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength <= 1:
-        raise UsageError(f"strength must be from 0 to 1, got {strength!r}")
+        raise UsageError(f"strength must be from 0 to 1, got {told(strength)}")
     cls = SAMPLERS[resolve_sampler(name)]
     plan = cls.plan(alpha_bar_table(model), _steps(model, steps), spacing=spacing)
     count = int(strength * len(plan))
@@ -689,7 +694,7 @@ def check_interval(interval: Any) -> tuple[float, float]:
     )
     if not sound or not 0 <= interval[0] <= interval[1] <= 1:
         raise UsageError(
-            f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {interval!r:.80}"
+            f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {told(interval)}"
         )
     return float(interval[0]), float(interval[1])
 

@@ -8,15 +8,14 @@ import argparse
 import difflib
 import functools
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 from ldm.errors import MismatchError, UsageError
 from ldm.models.diffusion import gaussian_diffusion as gd
 from ldm.models.diffusion.respace import SpacedDiffusion, space_timesteps
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, SuperResModel, UNetModel
+from ldm.values import RANGES, bounded, check_value, shown
 
 # Classes of ImageNet. Read when a model is made, so that rebinding it takes effect.
 NUM_CLASSES = 1000
@@ -118,12 +117,6 @@ FLAG_KINDS = {
     }.items()
     if name != "timestep_respacing"
 }
-VALUES = {  # kind of flag -> kinds of value, and what to call them
-    bool: ((bool, Integral), "True or False"),
-    int: ((Integral,), "a whole number"),
-    float: ((Real,), "a number"),
-    str: ((str,), "a text"),
-}
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -141,13 +134,13 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> No
 
 
 def check_kinds(flags: Mapping[str, Any]) -> None:
-    """Raise UsageError for a value of the wrong kind, such as the text "False", which would count as true."""
+    """Raise UsageError for a value of the wrong kind, such as the text "False", which would count as true.
+
+    So it is for a number beyond `ldm.values.RANGES`, before anything is built of it.
+    """
     for name, value in flags.items():
-        if name not in FLAG_KINDS or (name == "num_classes" and value is None):
-            continue
-        kinds, words = VALUES[FLAG_KINDS[name]]
-        if not isinstance(value, kinds):
-            raise UsageError(f"{name} should be {words}, got {value!r}")
+        if name in FLAG_KINDS and not (name == "num_classes" and value is None):
+            check_value(value, FLAG_KINDS[name], name, RANGES.get(name))
 
 
 def _by_flags(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,8 +198,12 @@ def parse_channel_mult(
         multiples = [float(part) for part in text.split(",")]
     except ValueError:
         multiples = []
-    if not multiples or not all(math.isfinite(m) and m > 0 for m in multiples):
-        raise UsageError(f"channel_mult should be numbers above 0 such as '1,2,3,4', got '{text}'")
+    within = RANGES["channel_mult"]
+    if not 0 < len(multiples) <= within.most or not all(within.has(m) for m in multiples):
+        raise UsageError(
+            f"channel_mult should be numbers above 0, at most {within.high} and {within.most} of them, such as "
+            f"'1,2,3,4', got {shown(text)}"
+        )
     return tuple(int(m) if m.is_integer() else m for m in multiples)
 
 
@@ -222,11 +219,11 @@ def parse_attention_resolutions(text: str, image_size: int) -> tuple[int, ...]:
     """
     factors = []
     for part in text.split(",") if text else []:
-        side = int(part) if part.strip().isdecimal() else 0
+        side = int(part) if len(part) < 9 and part.strip().isdecimal() else 0
         if side < 1 or image_size % side:
             raise UsageError(
                 f"attention_resolutions should be sides of maps such as '16,8', each a divisor of {image_size}, "
-                f"got '{text}'"
+                f"got {shown(text)}"
             )
         factors.append(image_size // side)
     return tuple(factors)
@@ -264,16 +261,19 @@ def _unet(
         "resblock_updown",
         "use_new_attention_order",
     )
-    return kind(
-        image_size=size,
-        in_channels=COLOURS,
-        model_channels=flags["num_channels"],
-        out_channels=2 * COLOURS if flags["learn_sigma"] else COLOURS,
-        attention_resolutions=parse_attention_resolutions(flags["attention_resolutions"], size),
-        channel_mult=multiples,
-        num_classes=(NUM_CLASSES if num_classes is None else num_classes) if flags["class_cond"] else None,
-        **{name: flags[name] for name in as_they_are},
-    )
+    with bounded("the model's flags"):
+        return kind(
+            image_size=size,
+            in_channels=COLOURS,
+            model_channels=flags["num_channels"],
+            out_channels=2 * COLOURS if flags["learn_sigma"] else COLOURS,
+            attention_resolutions=parse_attention_resolutions(flags["attention_resolutions"], size),
+            channel_mult=multiples,
+            num_classes=(NUM_CLASSES if num_classes is None else num_classes)
+            if flags["class_cond"]
+            else None,
+            **{name: flags[name] for name in as_they_are},
+        )
 
 
 @_by_flags
@@ -386,20 +386,21 @@ def create_classifier(
     """
     multiples = parse_channel_mult(channel_mult, image_size)
     _check_widths(classifier_width, classifier_depth, multiples)
-    return EncoderUNetModel(
-        image_size=image_size,
-        in_channels=COLOURS,
-        model_channels=classifier_width,
-        out_channels=NUM_CLASSES if num_classes is None else num_classes,
-        num_res_blocks=classifier_depth,
-        attention_resolutions=parse_attention_resolutions(classifier_attention_resolutions, image_size),
-        channel_mult=multiples,
-        use_fp16=classifier_use_fp16,
-        num_head_channels=CLASSIFIER_HEAD_WIDTH,
-        use_scale_shift_norm=classifier_use_scale_shift_norm,
-        resblock_updown=classifier_resblock_updown,
-        pool=classifier_pool,
-    )
+    with bounded("the classifier's flags"):
+        return EncoderUNetModel(
+            image_size=image_size,
+            in_channels=COLOURS,
+            model_channels=classifier_width,
+            out_channels=NUM_CLASSES if num_classes is None else num_classes,
+            num_res_blocks=classifier_depth,
+            attention_resolutions=parse_attention_resolutions(classifier_attention_resolutions, image_size),
+            channel_mult=multiples,
+            use_fp16=classifier_use_fp16,
+            num_head_channels=CLASSIFIER_HEAD_WIDTH,
+            use_scale_shift_norm=classifier_use_scale_shift_norm,
+            resblock_updown=classifier_resblock_updown,
+            pool=classifier_pool,
+        )
 
 
 @_by_flags
@@ -408,7 +409,7 @@ def create_gaussian_diffusion(
     steps: int = 1000,
     learn_sigma: bool = False,
     sigma_small: bool = False,
-    noise_schedule: str = "linear",
+    noise_schedule: Literal["linear", "cosine"] = "linear",
     use_kl: bool = False,
     predict_xstart: bool = False,
     rescale_timesteps: bool = False,
@@ -464,7 +465,7 @@ def create_model_and_diffusion(
     attention_resolutions: str,
     dropout: float,
     diffusion_steps: int,
-    noise_schedule: str,
+    noise_schedule: Literal["linear", "cosine"],
     timestep_respacing: str | list[int],
     use_kl: bool,
     predict_xstart: bool,
@@ -504,7 +505,7 @@ def sr_create_model_and_diffusion(
     attention_resolutions: str,
     dropout: float,
     diffusion_steps: int,
-    noise_schedule: str,
+    noise_schedule: Literal["linear", "cosine"],
     timestep_respacing: str | list[int],
     use_kl: bool,
     predict_xstart: bool,
@@ -541,7 +542,7 @@ def create_classifier_and_diffusion(
     classifier_pool: str,
     learn_sigma: bool,
     diffusion_steps: int,
-    noise_schedule: str,
+    noise_schedule: Literal["linear", "cosine"],
     timestep_respacing: str | list[int],
     use_kl: bool,
     predict_xstart: bool,

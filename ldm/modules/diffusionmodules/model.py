@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UsageError
 from ldm.modules.attention import LinearAttention, Normalize, attend
+from ldm.values import expect_tensors
 
 __all__ = [
     "AttnBlock",
@@ -28,6 +29,27 @@ __all__ = [
     "make_attn",
     "nonlinearity",
 ]
+
+# Classes that CompVis has in this file.
+ELSEWHERE = (
+    "FirstStagePostProcessor",
+    "LatentRescaler",
+    "MergedRescaleDecoder",
+    "MergedRescaleEncoder",
+    "Resize",
+    "SimpleDecoder",
+    "UpsampleDecoder",
+    "Upsampler",
+)
+
+
+def __getattr__(name: str) -> Any:
+    # They stand on this module, so they are looked for when they are asked for.
+    if name in ELSEWHERE:
+        from ldm.modules.diffusionmodules import rescaling
+
+        return getattr(rescaling, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def get_timestep_embedding(timesteps: Tensor, embedding_dim: int) -> Tensor:
@@ -270,6 +292,7 @@ def _down_path(
     options: dict[str, Any],
 ) -> tuple[nn.ModuleList, int]:
     """Build the levels from high to low resolution; return them and the width of the last."""
+    expect_tensors(8 * len(ch_mult) * num_res_blocks)
     levels, width = nn.ModuleList(), ch
     for i, mult in enumerate(ch_mult):
         channels = [(width if j == 0 else ch * mult, ch * mult) for j in range(num_res_blocks)]

@@ -7,16 +7,19 @@ they are halved or doubled.
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import partial, wraps
+from numbers import Real
 from typing import Any
 
 import torch
+import torch as th  # noqa: F401  (the original's name for torch, which other people's code takes from here)
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import MismatchError, UsageError
 from ldm.modules.attention import SpatialTransformer, attend
 from ldm.modules.diffusionmodules.util import (
+    SiLU,  # noqa: F401  (part of the public interface of improved-diffusion's UNet)
     avg_pool_nd,
     checkpoint,
     conv_nd,
@@ -25,7 +28,8 @@ from ldm.modules.diffusionmodules.util import (
     timestep_embedding,
     zero_module,
 )
-from ldm.util import exists
+from ldm.util import exists, leaves_others_to_subclasses
+from ldm.values import expect_tensors
 
 
 def convert_module_to_f16(module: nn.Module) -> None:
@@ -271,6 +275,8 @@ class AttentionBlock(nn.Module):
         use_new_attention_order: bool = False,
     ):
         super().__init__()
+        if isinstance(num_head_channels, bool):  # improved-diffusion's third argument is use_checkpoint
+            use_checkpoint, num_head_channels = num_head_channels, -1
         self.channels = channels
         self.num_heads = _heads(channels, num_heads, num_head_channels)
         self.use_checkpoint = use_checkpoint
@@ -315,7 +321,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class QKVAttentionLegacy(nn.Module):
     """Attention where the heads are the outer, and q, k and v the inner division of the channels."""
 
-    def __init__(self, n_heads: int):
+    def __init__(self, n_heads: int = 1):
         super().__init__()
         self.n_heads = n_heads
 
@@ -332,9 +338,12 @@ class QKVAttentionLegacy(nn.Module):
 
 
 class QKVAttention(nn.Module):
-    """Attention where q, k and v are the outer, and the heads the inner division of the channels."""
+    """Attention where q, k and v are the outer, and the heads the inner division of the channels.
 
-    def __init__(self, n_heads: int):
+    Without n_heads it is improved-diffusion's, whose callers put the heads into the batch.
+    """
+
+    def __init__(self, n_heads: int = 1):
         super().__init__()
         self.n_heads = n_heads
 
@@ -400,6 +409,7 @@ def _path_down(
     Returns:
         The blocks, the channels after each of them, and the downsampling factor reached.
     """
+    expect_tensors(8 * sum(num_res_blocks))
     ch, ds = widths[0], 1
     blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))])
     after = [ch]
@@ -422,8 +432,49 @@ def _path_down(
     return blocks, after, ds
 
 
+# The arguments of improved-diffusion's UNet in its order, which is the declared one without image_size and two more.
+_IMPROVED_ORDER = (
+    "in_channels model_channels out_channels num_res_blocks attention_resolutions dropout channel_mult conv_resample "
+    "dims num_classes use_checkpoint num_heads num_heads_upsample use_scale_shift_norm"
+).split()
+_REQUIRED = ["image_size", *_IMPROVED_ORDER[:5]]
+
+
+def _takes_improved_diffusions_call(init: Callable[..., None]) -> Callable[..., None]:
+    """Let a UNet be built as improved-diffusion builds it: without image_size, and with one head by default.
+
+    A call is improved-diffusion's where it gives all that is required but image_size, or where the arguments by
+    position have a number, its dropout, in the place of attention_resolutions. Every other call is as declared.
+    """
+
+    @wraps(init)
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        def gives(names: list[str]) -> bool:
+            """Whether the arguments by position and by name give each of the names once."""
+            return all((i < len(args)) != (name in kwargs) for i, name in enumerate(names))
+
+        is_whole = gives(_REQUIRED) and not (len(args) > 5 and isinstance(args[5], Real))
+        resolutions = args[4] if len(args) > 4 else kwargs.get("attention_resolutions")
+        may_be_improved = gives(_IMPROVED_ORDER[:5]) and not isinstance(resolutions, Real)
+        if not is_whole and may_be_improved and "image_size" not in kwargs:
+            if len(args) > len(_IMPROVED_ORDER):
+                raise TypeError(
+                    f"improved-diffusion's {type(self).__name__} takes {len(_IMPROVED_ORDER)} arguments"
+                )
+            given = dict(zip(_IMPROVED_ORDER, args, strict=False))
+            if twice := given.keys() & kwargs.keys():
+                raise TypeError(f"{type(self).__name__} got several values for {', '.join(sorted(twice))}")
+            heads = {} if {"num_heads", "num_head_channels"} & {*given, *kwargs} else {"num_heads": 1}
+            args, kwargs = (None,), {**given, **heads, **kwargs}
+        init(self, *args, **kwargs)
+
+    return construct
+
+
 class UNetModel(_UNetBase):
     """The UNet of latent diffusion: residual blocks and attention at several resolutions, with skips.
+
+    A call without image_size is improved-diffusion's: num_heads is 1 where neither it nor num_head_channels is given.
 
     Args:
         image_size: side of the latents in training; any size works.
@@ -450,9 +501,11 @@ class UNetModel(_UNetBase):
         use_linear_in_transformer: linear layers instead of 1x1 convolutions around the transformers.
     """
 
+    @leaves_others_to_subclasses
+    @_takes_improved_diffusions_call
     def __init__(
         self,
-        image_size: int,
+        image_size: int | tuple[int, int] | None,
         in_channels: int,
         model_channels: int,
         out_channels: int,
@@ -497,6 +550,7 @@ class UNetModel(_UNetBase):
                 )
         if exists(context_dim) and not isinstance(context_dim, int):
             context_dim = list(context_dim)
+        self.num_res_blocks = num_res_blocks  # as given, for those who build another UNet after this one
         num_res_blocks = (
             [num_res_blocks] * levels if isinstance(num_res_blocks, int) else list(num_res_blocks)
         )
@@ -510,9 +564,12 @@ class UNetModel(_UNetBase):
                     f"{name} lists {len(per_level)} values for the {levels} levels of channel_mult"
                 )
 
+        attending = [2 * n + 1 for level, n in enumerate(num_res_blocks) if 2**level in attention_resolutions]
+        if use_spatial_transformer:  # 20 tensors in each of its blocks; the middle has one transformer, too
+            expect_tensors(20 * transformer_depth * (1 + sum(attending)))
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.channel_mult = model_channels, channel_mult
-        self.num_res_blocks, self.attention_resolutions = num_res_blocks, attention_resolutions
+        self.attention_resolutions = attention_resolutions
         self.dropout, self.conv_resample, self.num_classes = dropout, conv_resample, num_classes
         self.use_checkpoint = use_checkpoint
         self.dtype = torch.float16 if use_fp16 else torch.float32
@@ -589,6 +646,7 @@ class UNetModel(_UNetBase):
             resblock_updown,
         )
         ch = skips[-1]
+        self._feature_size = sum(skips) + ch  # channels of all blocks together
 
         self.middle_block = TimestepEmbedSequential(
             res_block(ch), attention(ch, num_heads, disable_middle_self_attn), res_block(ch)
@@ -606,6 +664,7 @@ class UNetModel(_UNetBase):
                         res_block(ch, up=True) if resblock_updown else Upsample(ch, conv_resample, dims=dims)
                     )
                     ds //= 2
+                self._feature_size += ch
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
         self.out = nn.Sequential(
@@ -620,9 +679,8 @@ class UNetModel(_UNetBase):
         timesteps: Tensor | None = None,
         context: Any = None,
         y: Tensor | None = None,
-        **kwargs: Any,
     ) -> Tensor:
-        """Predict from maps and their levels.
+        """Predict from maps and their levels; a keyword of another network (ControlNet's `control`) is a TypeError.
 
         Args:
             x: (b, in_channels, *space).
@@ -698,6 +756,7 @@ class SuperResModel(UNetModel):
         The others are UNetModel's.
     """
 
+    @_takes_improved_diffusions_call
     def __init__(self, image_size: int, in_channels: int, *args: Any, **kwargs: Any):
         super().__init__(image_size, in_channels * 2, *args, **kwargs)
 
@@ -801,7 +860,7 @@ class EncoderUNetModel(_UNetBase):
         )
         ch = widths[-1]
         self.middle_block = TimestepEmbedSequential(res_block(ch), attention(ch), res_block(ch))
-        features = sum(widths) + ch
+        features = self._feature_size = sum(widths) + ch
 
         if pool == "adaptive":
             self.out = nn.Sequential(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from ldm.errors import UsageError
+from ldm.errors import MismatchError, UsageError
 from ldm.process.schedule import betas_for_alpha_bar, named_betas
 from ldm.process.spacing import compvis_levels
 from ldm.util import instantiate_from_config, mean_flat
@@ -150,7 +150,15 @@ class GroupNorm32(nn.GroupNorm):
 
 
 def normalization(channels: int) -> GroupNorm32:
-    """Make the UNet's norm: 32 groups, eps 1e-5."""
+    """Make the UNet's norm: 32 groups, eps 1e-5.
+
+    Raises:
+        MismatchError: the channels do not divide into the groups.
+    """
+    if channels < 1 or channels % 32:
+        raise MismatchError(
+            f"a level of {channels} channels does not divide into 32 groups; change model_channels or channel_mult"
+        )
     return GroupNorm32(32, channels)
 
 

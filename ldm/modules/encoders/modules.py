@@ -1,4 +1,4 @@
-"""Conditioning: CLIP's text encoder, and CompVis's small encoders for classes and images."""
+"""Conditioning: CLIP's and BERT's text encoders, and CompVis's small encoders for classes and images."""
 
 import json
 import logging
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.errors import AbsentError, FormatError, MismatchError, UsageError
+from ldm.modules.encoders.open_clip_text import CONTEXT, OpenCLIPText, sizes_of
 from ldm.modules.encoders.tokenizer import WORD_END, find_tokenizer
+from ldm.modules.x_transformer import Encoder, TransformerWrapper
 from ldm.paths import shipped
+from ldm.util import leaves_others_to_subclasses
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +180,9 @@ class FrozenCLIPEmbedder(AbstractEncoder):
     """
 
     LAYERS = ("last", "pooled", "hidden")
+    loaded: frozenset[str] = frozenset()  # names of the tensors that were read while it was built
 
+    @leaves_others_to_subclasses
     def __init__(
         self,
         version: str | Path = CLIP_L,
@@ -205,6 +210,8 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             self.transformer = CLIPTextTransformer(config)
         else:
             self.transformer = self._build_transformer(config, version, found.weights)
+            if found.weights is not None and found.weights.is_file():
+                self.loaded = frozenset(self.transformer.state_dict())
             self.to(device)
         if freeze:
             self.freeze()
@@ -307,6 +314,346 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         while start > 0 and not tokens[start - 1].endswith((WORD_END, *marks)):
             start -= 1  # the cut is inside a word: what is left of it means something else
         return self.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False).split()
+
+
+class _OnWeights(AbstractEncoder):
+    """An encoder whose device is where its weights are; setting it moves them."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @device.setter
+    def device(self, device: str | torch.device) -> None:
+        self.to(device)
+
+    def freeze(self) -> None:
+        """Put the encoder into evaluation mode and ask for no gradients."""
+        self.eval().requires_grad_(False)
+
+
+class TransformerEmbedder(_OnWeights):
+    """Token numbers to context by a transformer: (b, n) to (b, n, n_embed).
+
+    Args:
+        n_embed, n_layer: features and layers.
+        vocab_size: numbers run from 0 to vocab_size - 1.
+        max_seq_len: the most tokens of a sequence.
+        device: where to put it; None leaves it on the default device.
+    """
+
+    def __init__(
+        self,
+        n_embed: int,
+        n_layer: int,
+        vocab_size: int,
+        max_seq_len: int = 77,
+        device: str | torch.device | None = None,
+        *,
+        embedding_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.transformer = TransformerWrapper(
+            num_tokens=vocab_size,
+            max_seq_len=max_seq_len,
+            attn_layers=Encoder(dim=n_embed, depth=n_layer),
+            emb_dropout=embedding_dropout,
+        )
+        if not torch.empty(0).is_meta:
+            self.to(device)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.transformer(tokens.to(self.device), return_embeddings=True)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self(x)
+
+
+class BERTTokenizer(AbstractEncoder):
+    """Prompts to the token numbers of BERT's vocabulary: start mark, words, end mark, padding.
+
+    The vocabulary is looked for when it is first needed, so that a model can be built and loaded without it.
+
+    Args:
+        device: where the numbers go; None is the CPU.
+        vq_interface: `encode` gives them as a first stage would: (None, None, [None, None, numbers]).
+        max_length: tokens of a prompt, the two marks included. Longer prompts are cut, with a warning.
+        vocabulary: a folder with vocab.txt, one below model_data/, or a hub name in the local cache.
+
+    Raises:
+        AbsentError: (by a call) no such vocabulary; nothing is downloaded.
+        FormatError: (by a call) a vocabulary without BERT's marks.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device | None = None,
+        vq_interface: bool = True,
+        max_length: int = 77,
+        *,
+        vocabulary: str | Path = "bert-base-uncased",
+    ) -> None:
+        super().__init__()
+        self.device, self.vq_interface, self.max_length = device, vq_interface, max_length
+        self.vocabulary = vocabulary
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer, read once."""
+        if self._tokenizer is None:
+            self._tokenizer = _read_bert_vocabulary(self.vocabulary)
+        return self._tokenizer
+
+    def forward(self, text: str | Sequence[str]) -> Tensor:
+        """Turn prompts into token numbers (b, max_length)."""
+        texts = [text] if isinstance(text, str) else list(text)
+        lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+        if too_long := sum(length > self.max_length for length in lengths):
+            logger.warning("%d of %d prompts are cut to %d tokens", too_long, len(texts), self.max_length)
+        options = {"truncation": True, "max_length": self.max_length, "padding": "max_length"}
+        return self.tokenizer(texts, return_tensors="pt", **options)["input_ids"].to(self.device)
+
+    @torch.no_grad()
+    def encode(self, text: str | Sequence[str]) -> Any:
+        tokens = self(text)
+        return (None, None, [None, None, tokens]) if self.vq_interface else tokens
+
+    def decode(self, text: Any) -> Any:
+        return text
+
+
+class BERTEmbedder(TransformerEmbedder):
+    """Prompts to context by BERT's vocabulary and a transformer that is trained along: latent-diffusion's txt2img.
+
+    Args:
+        n_embed, n_layer: features and layers.
+        vocab_size: rows of the token embedding.
+        max_seq_len: tokens of a prompt.
+        device: where to put it; None leaves it on the default device.
+        use_tokenizer: False takes token numbers (b, n) instead of prompts.
+        embedding_dropout: on the embedded tokens.
+        vocabulary: see BERTTokenizer.
+
+    Raises:
+        MismatchError: (by a call) the vocabulary has more words than vocab_size.
+    """
+
+    def __init__(
+        self,
+        n_embed: int,
+        n_layer: int,
+        vocab_size: int = 30522,
+        max_seq_len: int = 77,
+        device: str | torch.device | None = None,
+        use_tokenizer: bool = True,
+        embedding_dropout: float = 0.0,
+        *,
+        vocabulary: str | Path = "bert-base-uncased",
+    ) -> None:
+        super().__init__(
+            n_embed, n_layer, vocab_size, max_seq_len, device, embedding_dropout=embedding_dropout
+        )
+        self.use_tknz_fn = use_tokenizer
+        if use_tokenizer:
+            self.tknz_fn = BERTTokenizer(vq_interface=False, max_length=max_seq_len, vocabulary=vocabulary)
+
+    def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
+        """Encode prompts, (b, max_seq_len, n_embed), or token numbers (b, n)."""
+        if not self.use_tknz_fn:
+            return super().forward(text)
+        rows, words = self.transformer.num_tokens, len(self.tknz_fn.tokenizer)
+        if words > rows:
+            raise MismatchError(f"vocab_size is {rows}, but '{self.tknz_fn.vocabulary}' has {words} words")
+        return super().forward(self.tknz_fn(text))
+
+
+def _read_bert_vocabulary(name: str | Path) -> Any:
+    from transformers import BertTokenizerFast
+
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            folder = shipped(f"model_data/{name}")
+        except OSError:  # absent, or no possible path
+            found = _in_hub_cache(str(name), "vocab.txt")
+            folder = None if found is None else found.parent
+    if folder is None or not (folder / "vocab.txt").is_file():
+        raise AbsentError(
+            f"no vocabulary of BERT '{name}': put its vocab.txt into model_data/{Path(name).name}/, or give its "
+            "folder as vocabulary; nothing is downloaded"
+        )
+    words = folder / "vocab.txt"
+    try:
+        # transformers would add marks that are not there, under numbers of its own.
+        lacking = {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - set(words.read_text(encoding="utf-8").splitlines())
+        if lacking:
+            raise FormatError(f"'{words}' lacks BERT's marks {', '.join(sorted(lacking))}")
+        return BertTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except FormatError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"'{folder}' holds no vocabulary of BERT: {str(error):.200}") from error
+
+
+class FrozenOpenCLIPEmbedder(_OnWeights):
+    """OpenCLIP's text encoder with CLIP's tokenizer: prompts to context (b, 77, d), as Stable Diffusion 2 has it.
+
+    Its weights are random until a checkpoint is loaded; nothing is downloaded.
+
+    Args:
+        arch: OpenCLIP's name of the model.
+        version: of its weights; only "openai" matters, for its activation.
+        device: where to put it; None leaves it on the default device.
+        max_length: 77; kept for its callers.
+        freeze: evaluation mode and no gradients.
+        layer: "last", or "penultimate", which leaves the last block out; both are normed.
+
+    Raises:
+        UsageError: an unknown arch or layer.
+    """
+
+    LAYERS = ("last", "penultimate")
+    dropped_words = FrozenCLIPEmbedder.dropped_words
+
+    def __init__(
+        self,
+        arch: str = "ViT-H-14",
+        version: str = "laion2b_s32b_b79k",
+        device: str | torch.device | None = None,
+        max_length: int = CONTEXT,
+        freeze: bool = True,
+        layer: Literal["last", "penultimate"] = "last",
+    ) -> None:
+        super().__init__()
+        if layer not in self.LAYERS:
+            raise UsageError(
+                f"FrozenOpenCLIPEmbedder has no layer {layer!r}; choose {' or '.join(self.LAYERS)}"
+            )
+        quick = version == "openai" or arch.endswith("-quickgelu")
+        self.model = OpenCLIPText(sizes_of(arch), quick_gelu=quick)
+        self.tokenizer = find_tokenizer(max_length=CONTEXT)
+        self.max_length = CONTEXT
+        self.layer, self.layer_idx = layer, self.LAYERS.index(layer)
+        if not torch.empty(0).is_meta:
+            logger.warning("the weights of '%s' are random until a checkpoint is loaded", arch)
+            self.to(device)
+        if freeze:
+            self.freeze()
+
+    def forward(self, text: str | Sequence[str]) -> Tensor:
+        """Encode prompts: (b, 77, d)."""
+        ids = FrozenCLIPEmbedder.tokenize(self, text)
+        is_end = ids == self.tokenizer.eos_token_id
+        # OpenCLIP pads with 0 where CLIP's own tokenizer repeats the end mark.
+        ids = ids.masked_fill(is_end & (is_end.cumsum(dim=1) > 1), 0)
+        return self.encode_with_transformer(ids.to(self.device))
+
+    def encode_with_transformer(self, text: Tensor) -> Tensor:
+        """Encode token numbers (b, 77)."""
+        x = self.model.token_embedding(text) + self.model.positional_embedding
+        x = self.text_transformer_forward(x.transpose(0, 1), attn_mask=self.model.attn_mask)  # (n, b, d)
+        return self.model.ln_final(x.transpose(0, 1))
+
+    def text_transformer_forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Run the blocks that `layer` asks for over x (n, b, d)."""
+        return self.model.transformer(x, attn_mask=attn_mask, leave_out=self.layer_idx)
+
+    def encode(self, text: str | Sequence[str]) -> Tensor:
+        return self(text)
+
+
+class FrozenCLIPTextEmbedder(_OnWeights):
+    """A whole prompt as one point of the space that CLIP's texts and pictures share: (b, n_repeat, d).
+
+    Needs OpenAI's package `clip`, and its weights on this machine.
+
+    Args:
+        version: a name of the package ("ViT-L/14"), whose file is in ~/.cache/clip, or a file.
+        device: where to put it; None leaves it on the CPU.
+        max_length: 77; kept for its callers.
+        n_repeat: how often `encode` repeats the point.
+        normalize: to length 1.
+
+    Raises:
+        AbsentError: the package or the weights are not there; nothing is downloaded.
+    """
+
+    def __init__(
+        self,
+        version: str = "ViT-L/14",
+        device: str | torch.device | None = None,
+        max_length: int = 77,
+        n_repeat: int = 1,
+        normalize: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model = _load_clip(version)
+        self.max_length, self.n_repeat, self.normalize = max_length, n_repeat, normalize
+        self.to(device)
+
+    def forward(self, text: str | Sequence[str]) -> Tensor:
+        """Encode prompts: (b, d)."""
+        import clip
+
+        z = self.model.encode_text(clip.tokenize(text).to(self.device))
+        return F.normalize(z, dim=1) if self.normalize else z
+
+    def encode(self, text: str | Sequence[str]) -> Tensor:
+        """Encode prompts: (b, n_repeat, d)."""
+        return self(text)[:, None].expand(-1, self.n_repeat, -1)
+
+
+class FrozenClipImageEmbedder(_OnWeights):
+    """Pictures (b, 3, h, w) in [-1, 1] as points of CLIP's space: (b, d). Needs what FrozenCLIPTextEmbedder needs.
+
+    Args:
+        model: as FrozenCLIPTextEmbedder's version.
+        jit: without effect.
+        device: where to put it; None leaves it on the CPU.
+        antialias: smooth before shrinking to 224 pixels a side, by torch's filter.
+    """
+
+    MEAN = (0.48145466, 0.4578275, 0.40821073)
+    STD = (0.26862954, 0.26130258, 0.27577711)
+
+    def __init__(
+        self,
+        model: str,
+        jit: bool = False,
+        device: str | torch.device | None = None,
+        antialias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = _load_clip(model)
+        self.antialias = antialias
+        for name, values in (("mean", self.MEAN), ("std", self.STD)):
+            self.register_buffer(name, torch.tensor(values), persistent=False)
+        self.to(device)
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """Resize to 224 pixels a side, and to the spread that CLIP was trained on."""
+        options = {"mode": "bicubic", "align_corners": True, "antialias": self.antialias}
+        x = (F.interpolate(x, (224, 224), **options) + 1.0) / 2.0
+        return (x - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.encode_image(self.preprocess(x))
+
+
+def _load_clip(version: str) -> nn.Module:
+    """Load a model of OpenAI's package `clip` from this machine."""
+    try:
+        import clip
+    except ImportError as error:
+        raise AbsentError(
+            "CLIP's embeddings of whole texts and pictures need OpenAI's package `clip`: pip install clip-anytorch"
+        ) from error
+    cached = Path.home() / ".cache" / "clip" / f"{version.replace('/', '-')}.pt"
+    path = Path(version) if Path(version).is_file() else cached
+    if not path.is_file():
+        raise AbsentError(f"no weights of CLIP '{version}': put them into '{cached}'; nothing is downloaded")
+    return clip.load(str(path), device="cpu", jit=False)[0]
 
 
 class _Version(NamedTuple):

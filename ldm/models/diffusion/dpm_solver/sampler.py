@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.ddim import Callback, ImageCallback, collect, warn_of_unused
+from ldm.models.diffusion.ddim import Callback, ImageCallback, collect, only_set, warn_of_unused
 from ldm.models.diffusion.samplers import sample_steps
 
 
@@ -19,15 +19,25 @@ class DPMSolverSampler:
 
     Args:
         model: see samplers.py.
+        device: kept as an attribute, without effect: samples are where the model is.
         separate_passes: ask for guidance's two answers one after the other.
         solver: options of samplers.DPMSolver (predict_x0=False is DPM-Solver proper, order, solver_type,
             lower_order_final) and `spacing`.
     """
 
-    def __init__(self, model: Any, *, separate_passes: bool = False, **solver: Any):
+    separate_passes = False  # for subclasses that do without this constructor
+    solver: dict[str, Any] = {}  # never changed in place
+
+    def __init__(self, model: Any, device: Any = None, *, separate_passes: bool = False, **solver: Any):
         self.model = model
+        self.device = getattr(model, "device", None) if device is None else device
         self.separate_passes = separate_passes
         self.solver = solver
+        self.register_buffer("alphas_cumprod", model.alphas_cumprod.detach().float())
+
+    def register_buffer(self, name: str, attr: Any) -> None:
+        """Keep a table as an attribute, a tensor on the model's device."""
+        setattr(self, name, attr.to(self.model.device) if isinstance(attr, Tensor) else attr)
 
     @torch.no_grad()
     def sample(
@@ -52,6 +62,7 @@ class DPMSolverSampler:
         log_every_t: int = 100,
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None,
+        dynamic_threshold: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Sample a batch from noise; arguments and result as DDIMSampler.sample's.
@@ -78,6 +89,6 @@ class DPMSolverSampler:
             score_corrector=score_corrector,
             corrector_kwargs=corrector_kwargs,
             quantize_denoised=quantize_x0,
-            **self.solver,
+            **{**only_set(dynamic_threshold=dynamic_threshold), **self.solver},
         )
         return collect(steps, x, callback, img_callback, log_every_t)
