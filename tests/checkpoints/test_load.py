@@ -441,7 +441,7 @@ def test_no_weights_are_mixed_of_an_average_and_plain_ones(tiny, tmp_path, ema_t
     if isinstance(wanted, str):
         with pytest.raises(MismatchError, match=wanted) as caught:
             load_latent_diffusion(path, config=config, use_ema=use_ema)
-        assert len(str(caught.value)) <= 400
+        assert len(str(caught.value).replace(str(tmp_path), "")) <= 360
         return
     model, report = load_latent_diffusion(path, config=config, use_ema=use_ema)
     state = model.state_dict()
