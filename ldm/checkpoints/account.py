@@ -71,11 +71,11 @@ def shown(text: object, limit: int = 120) -> str:
     return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
 
 
-def first_few(names: Iterable[str]) -> str:
+def first_few(names: Iterable[str], most: int = NAMED) -> str:
     """Spell out the first names and count the rest."""
     ordered = list(names)
-    tail = f" and {len(ordered) - NAMED} more" if len(ordered) > NAMED else ""
-    return ", ".join(f"'{shown(name)}'" for name in ordered[:NAMED]) + tail
+    tail = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(f"'{shown(name)}'" for name in ordered[:most]) + tail
 
 
 def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -212,7 +212,7 @@ def _incomplete(
     missing = [shadow for shadow in shadows if shadow not in set(held)]
     advice = "no plain weights are there; get the file again" if is_only else "load it with use_ema=False"
     return MismatchError(
-        f"'{path}' holds {len(held)} of {len(shadows)} tensors of its {what}, without {first_few(missing)}; {advice}"
+        f"'{path}' holds {len(held)} of {len(shadows)} tensors of its {what}, without {first_few(missing, 2)}; {advice}"
     )
 
 
