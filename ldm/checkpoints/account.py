@@ -67,7 +67,7 @@ class LoadReport:
 
 def shown(text: object, limit: int = 120) -> str:
     """Escape and shorten a name that a stranger's file chose, so that it can stand in a one-line message."""
-    escaped = str(text).encode("unicode_escape").decode("ascii")
+    escaped = str(text)[: limit + 1].encode("unicode_escape").decode("ascii")
     return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
 
 

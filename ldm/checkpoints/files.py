@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.checkpoints.account import TensorInfo, shown
 from ldm.checkpoints.pickles import PickleWeights, load_object
-from ldm.checkpoints.safe import SafetensorsWeights
+from ldm.checkpoints.safe import SafetensorsWeights, check_memory
 from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UnsafeFileError
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
@@ -143,8 +143,8 @@ def _sniff(handle: OpenFile) -> str:
 def open_weights(path: str | os.PathLike) -> Weights:
     """Open a weight file of either kind and list what it holds.
 
-    A safetensors file is read tensor by tensor as asked for; a pickle is read whole, through the restricted
-    unpickler. Close it after use.
+    What it holds is known from a header or a pickle, which only our own restricted reader runs; values are read
+    tensor by tensor as asked for, and those of a zip held against their checksums. Close it after use.
 
     Raises:
         AbsentError: there is no such file.
@@ -162,9 +162,7 @@ def open_weights(path: str | os.PathLike) -> Weights:
                     f"a safetensors file under the name '{shown(os.path.basename(handle.path))}'"
                 )
             return weights
-        weights = PickleWeights(handle, load_object(handle, kind), kind)
-        handle.file.close()
-        return weights
+        return PickleWeights(handle, kind)
     except OSError as error:
         handle.file.close()
         if isinstance(error, LdmError):
@@ -178,10 +176,11 @@ def open_weights(path: str | os.PathLike) -> Weights:
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read every tensor of a weight file into memory of its own, with the file's metadata.
 
-    Raises: as open_weights.
+    Raises: as open_weights; ResourceError for more than this machine's memory.
     """
     weights = open_weights(path)
     try:
+        check_memory(weights.path, sum(info.nbytes for info in weights.infos.values()))
         return {name: weights.read(name) for name in weights.infos}, weights.metadata
     finally:
         weights.close()
@@ -191,7 +190,7 @@ def read_object(path: str | os.PathLike) -> Any:
     """Read what torch.save wrote, nested as it was, through the restricted unpickler.
 
     For a program's own training states: dicts, lists, strings, numbers and tensors come back; objects of
-    Lightning and NumPy come back as inert placeholders.
+    Lightning, NumPy and the like come back as inert placeholders.
 
     Raises: as open_weights; FormatError for a safetensors file.
     """

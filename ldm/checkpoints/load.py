@@ -54,8 +54,7 @@ def load_latent_diffusion(
 ) -> tuple["LatentDiffusion", LoadReport]:
     """Load a latent diffusion model of the v1 family from a single file or a diffusers folder.
 
-    The model is built without memory and given the file's tensors one by one, so that the peak is the model
-    (and, for a pickle, the file).
+    The model is built without memory and given the file's tensors one by one, so that the peak is the model.
 
     Args:
         path: .safetensors, .ckpt, a diffusers folder, or a model's folder in the hub's cache.

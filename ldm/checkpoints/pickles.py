@@ -1,121 +1,343 @@
-"""Pickles of torch.save, taken as hostile: checked as a zip, scanned for what they name, then unpickled restricted.
+"""Files of torch.save, taken as hostile: a zip, or the format before torch 1.6, around a pickle and the values.
 
-There is no way to switch this off. A file that is refused here has to be converted elsewhere, by somebody who
-trusts it.
+What the file holds is known from its pickle (see unpickle.py); values are read when they are asked for, and a zip's
+are held against their checksum then. There is no way to switch this off. A file that is refused here has to be
+converted elsewhere, by somebody who trusts it.
 """
 
-import collections
+import contextlib
 import io
-import os
-import pickletools
 import re
-import struct
-import warnings
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from typing import TYPE_CHECKING, Any, BinaryIO
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ldm.checkpoints.account import TensorInfo, shown
-from ldm.checkpoints.safe import MAX_TENSORS, check_name
+from ldm.checkpoints.safe import MAX_TENSORS, check_memory, check_name
+from ldm.checkpoints.unpickle import Placeholder, Storage, StoredTensor, Unpickler
 from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError
 
 if TYPE_CHECKING:
     from ldm.checkpoints.files import OpenFile
 
 MAX_PICKLE = 64 << 20  # bytes of data.pkl; Stable Diffusion v1 with its optimizer needs under 1 MB
-MAX_OPS = 3_000_000
+MAX_TABLE = 16 << 20  # bytes of a zip's table of contents; 20,000 entries take 2
+# A tool that packs a checkpoint anew compresses values by a few per cent, the pickle tenfold; a bomb, a thousandfold.
+MAX_UNPACKED = 16  # times the file's size,
+FREELY_UNPACKED = 16 << 20  # or these bytes
+PIECE = 1 << 20
 MAX_DEPTH = 16
-MAX_STATE_DICTS = 4  # how deep a state dict may be wrapped in others
-LEGACY_PICKLES = 5  # magic number, protocol, system, object, storage keys
+MAX_ENTRIES = 200_000  # of the dicts around tensors, counted as often as they are shown
+LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
-STORAGES = {
-    f"torch.{name}Storage"
-    for name in "Double Float Half BFloat16 Long Int Short Char Byte Bool Untyped".split()
-} | {"torch.storage.UntypedStorage", "torch.storage.TypedStorage"}
-# What a state dict is made of. Narrower than torch's own list: that has torch.Tensor and bytearray, which a file
-# can call with a size to be given uninitialised or endless memory.
-HARMLESS = (
-    {
-        "collections.OrderedDict",
-        "torch._utils._rebuild_tensor",
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_parameter",
-        "torch.nn.parameter.Parameter",
-        "torch.Size",
-        "torch.device",
-        "_codecs.encode",
-        "builtins.set",
-    }
-    | STORAGES
-    | {str(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
-)
-UNSUPPORTED = re.compile(
-    r"torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|torch\.(Complex|Q)\w+Storage|builtins\.complex"
-)
-LIGHTNING_PACKAGES = ("pytorch_lightning", "lightning.pytorch")
-LIGHTNING = [
-    "callbacks.model_checkpoint.ModelCheckpoint",
-    "callbacks.early_stopping.EarlyStopping",
-    "callbacks.lr_monitor.LearningRateMonitor",
-]
-# Names that old v1 checkpoints carry beside their weights; each becomes an inert placeholder, so that neither
-# Lightning nor NumPy is needed, or run, to read them.
-STUBBED = [f"{package}.{name}" for package in LIGHTNING_PACKAGES for name in LIGHTNING] + [
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "omegaconf.dictconfig.DictConfig",
-    "omegaconf.listconfig.ListConfig",
-    "omegaconf.base.ContainerMetadata",
-    "omegaconf.base.Metadata",
-    "omegaconf.nodes.AnyNode",
-    "omegaconf.nodes.ValueNode",
-    "typing.Any",
-    "builtins.dict",
-    "builtins.list",
-    "builtins.int",
-    "builtins.float",
-    "builtins.str",
-]
-
-
-class Stub:
-    """Stand in for an object that a checkpoint carries beside its weights; keeps nothing, does nothing."""
-
-    def __new__(cls, *args: object, **kwargs: object) -> "Stub":
-        return super().__new__(cls)
-
-    def __init__(self, *args: object, **kwargs: object):
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def _plain_dict(*args: object) -> dict:
-    """Stand in for the constructor of a foreign mapping: its items are kept, its arguments are not."""
-    return {}
-
-
-# The unpickler fills plain mappings only, so foreign ones become those.
-STANDINS = [
-    *((Stub, name) for name in STUBBED),
+# What trainers call the one dict that is the model's.
+WRAPPERS = {
     *(
-        (collections.OrderedDict, f"{package}.utilities.parsing.AttributeDict")
-        for package in LIGHTNING_PACKAGES
+        "state_dict",
+        "model",
+        "model_state_dict",
+        "model_state",
+        "module",
+        "net",
+        "network",
+        "params",
+        "weights",
     ),
-    (_plain_dict, "collections.defaultdict"),
-]
+    *(
+        "ema",
+        "ema_state_dict",
+        "state_dict_ema",
+        "model_ema",
+        "ema_model",
+        "params_ema",
+        "module_ema",
+        "g_ema",
+    ),
+}
+TRAINING = re.compile(
+    r"(optim|opt_|lr_|sched|callback|loop|amp|grad|rng).*|opt|.*(optimizers?|scheduler|scaler)"
+)
+
+
+class Values(Protocol):
+    """Where the values of a pickle's tensors lie."""
+
+    def hold(self, storage: Storage) -> None:
+        """Raise FormatError unless the file has these bytes."""
+
+    def read(self, storage: Storage, view: memoryview) -> None:
+        """Read a storage's bytes."""
+
+
+@contextlib.contextmanager
+def _damage_named(handle: "OpenFile") -> Iterator[None]:
+    """zipfile and zlib raise a dozen kinds of errors for a damaged file; give them one."""
+    try:
+        yield
+    except (LdmError, MemoryError):
+        raise
+    except Exception as error:
+        raise FormatError(
+            f"'{shown(handle.path)}' is incomplete or damaged ({handle.size} bytes; {type(error).__name__}); "
+            "download it again"
+        ) from error
+
+
+class _Bounded:
+    """The file as zipfile sees it: which reads tables of whatever length the file states, here with a bound."""
+
+    def __init__(self, handle: "OpenFile"):
+        self.seek, self.tell, self.handle = handle.file.seek, handle.file.tell, handle
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(0, self.handle.size - self.tell())
+        count = left if count < 0 else min(count, left)
+        if count > MAX_TABLE:
+            raise UnsafeFileError(
+                f"'{shown(self.handle.path)}' states a zip table of {count} bytes; more than {MAX_TABLE} are refused"
+            )
+        return self.handle.file.read(count)
+
+
+class ZipValues:
+    """The zip that torch.save has written since torch 1.6, or that a tool has packed anew."""
+
+    def __init__(self, handle: "OpenFile"):
+        self.handle, self.path = handle, shown(handle.path)
+        with _damage_named(handle):
+            try:
+                self.archive = zipfile.ZipFile(_Bounded(handle))
+            except zipfile.BadZipFile as error:
+                raise FormatError(
+                    f"'{self.path}' is an incomplete zip of {handle.size} bytes: the table at its end is missing; "
+                    "download it again"
+                ) from error
+            self._check_entries()
+            self.entries = {entry.filename: entry for entry in self.archive.infolist()}
+            self.pickle = self._find_pickle()
+            self.folder = self.pickle.filename.removesuffix("data.pkl")
+            self._check_byte_order()
+
+    def _check_entries(self) -> None:
+        """Check what zipfile leaves open: plain names, each once, honest sizes."""
+        entries = self.archive.infolist()
+        if len(entries) > MAX_TENSORS:
+            raise UnsafeFileError(
+                f"'{self.path}' has {len(entries)} zip entries; more than {MAX_TENSORS} are refused"
+            )
+        if len({entry.filename.casefold() for entry in entries}) != len(entries):
+            raise FormatError(f"'{self.path}' is a malformed zip: an entry stands twice; download it again")
+        for entry in entries:
+            name = entry.filename
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise UnsafeFileError(
+                    f"'{self.path}': zip entry '{shown(name, 60)}' is compressed by method {entry.compress_type}, "
+                    "which torch.save never does; unpack it and pack it again with `zip -0`"
+                )
+            folder = name.endswith("/")  # some tools note folders, too
+            parts = name.removesuffix("/").split("/")
+            if (
+                entry.flag_bits & 1  # encrypted
+                or (
+                    entry.file_size if folder else entry.external_attr & 0x10
+                )  # a file that is said to be a folder
+                or entry.compress_type == zipfile.ZIP_STORED
+                and entry.file_size != entry.compress_size
+                or "\\" in name
+                or not name.isprintable()
+                or any(part in ("", "..") for part in parts)
+                or entry.orig_filename != name
+            ):
+                raise FormatError(
+                    f"'{self.path}' is a malformed zip: entry '{shown(name)}'; download it again"
+                )
+        packed = sum(entry.compress_size for entry in entries)
+        self.nbytes = sum(entry.file_size for entry in entries)
+        if packed > self.handle.size:
+            raise UnsafeFileError(
+                f"'{self.path}': the zip's entries claim more bytes than the file's {self.handle.size}"
+            )
+        if self.nbytes > max(FREELY_UNPACKED, MAX_UNPACKED * self.handle.size):
+            raise UnsafeFileError(
+                f"'{self.path}' would unpack to {self.nbytes} bytes, more than {MAX_UNPACKED} times its "
+                f"{self.handle.size}; refused"
+            )
+
+    def _find_pickle(self) -> zipfile.ZipInfo:
+        found = [entry for name, entry in self.entries.items() if name.split("/")[-1] == "data.pkl"]
+        if len(found) != 1:
+            raise FormatError(
+                f"'{self.path}' is a zip with {len(found)} data.pkl; a checkpoint has exactly one"
+            )
+        if found[0].file_size > MAX_PICKLE:
+            raise UnsafeFileError(
+                f"'{self.path}': data.pkl of {found[0].file_size} bytes; more than {MAX_PICKLE} are refused"
+            )
+        return found[0]
+
+    def _check_byte_order(self) -> None:
+        entry = self.entries.get(f"{self.folder}byteorder")
+        if entry is not None and (entry.file_size != 6 or self.archive.read(entry) != b"little"):
+            raise MismatchError(f"'{self.path}' was written on a big-endian machine, which is not supported")
+
+    def load(self) -> Any:
+        """Run the pickle; its checksum holds or this raises FormatError."""
+        data = bytearray(self.pickle.file_size)
+        self._fill(self.pickle, memoryview(data))
+        return Unpickler(self.path, self.hold).load(io.BytesIO(data))
+
+    def hold(self, storage: Storage) -> None:
+        entry = self.entries.get(f"{self.folder}data/{storage.key}")
+        if storage.nbytes != (entry.file_size if entry else 0):
+            raise FormatError(
+                f"'{self.path}' is incomplete or damaged: the values of '{shown(storage.key, 40)}' should have "
+                f"{storage.nbytes} bytes; download it again"
+            )
+
+    def read(self, storage: Storage, view: memoryview) -> None:
+        if entry := self.entries.get(f"{self.folder}data/{storage.key}"):
+            self._fill(entry, view)
+
+    def _fill(self, entry: zipfile.ZipInfo, view: memoryview) -> None:
+        """Unpack an entry; zipfile compares its checksum at the end."""
+        filled = 0
+        with _damage_named(self.handle), self.archive.open(entry) as body:
+            while part := body.read(PIECE):
+                view[filled : filled + len(part)] = part
+                filled += len(part)
+            if filled != len(view):
+                raise EOFError
+
+
+class LegacyValues:
+    """The format before torch 1.6: five pickles, then each storage as a count and its values; without checksums."""
+
+    def __init__(self, handle: "OpenFile"):
+        self.handle, self.path, self.nbytes = handle, shown(handle.path), handle.size
+        self.sizes: dict[str, Storage] = {}
+        self.starts: dict[str, int] = {}
+
+    def load(self) -> Any:
+        """Run the pickles, and find where the values of each storage begin."""
+        self.handle.file.seek(0)
+        stream = io.BytesIO(self.handle.file.read(min(self.handle.size, MAX_PICKLE)))
+        machine = Unpickler(self.path, self.hold)
+        if machine.load(stream) != LEGACY_MAGIC:
+            raise FormatError(f"'{self.path}' is a pickle, but not one that torch.save wrote")
+        with _damage_named(self.handle):
+            if machine.load(stream) != LEGACY_PROTOCOL:
+                raise ValueError("another format")
+            if machine.load(stream)["little_endian"] is not True:
+                raise MismatchError(
+                    f"'{self.path}' was written on a big-endian machine, which is not supported"
+                )
+            found = machine.load(stream)
+            keys = machine.load(stream)
+            position = stream.tell()
+            if sorted(keys) != sorted(self.sizes):
+                raise ValueError("values for other names")
+            for key in keys:
+                storage = self.sizes[key]
+                self.handle.file.seek(position)
+                count = int.from_bytes(self.handle.file.read(8), "little")
+                if count * storage.dtype.itemsize != storage.nbytes:
+                    raise ValueError("another number of values")
+                self.starts[key] = position + 8
+                position += 8 + storage.nbytes
+        if position > self.handle.size:
+            raise FormatError(
+                f"'{self.path}' is incomplete: {self.handle.size} of {position} bytes; download it again"
+            )
+        return found
+
+    def hold(self, storage: Storage) -> None:
+        if self.sizes.setdefault(storage.key, storage) != storage:
+            raise FormatError(f"'{self.path}' is malformed: '{shown(storage.key, 40)}' has two sizes")
+
+    def read(self, storage: Storage, view: memoryview) -> None:
+        with _damage_named(self.handle):
+            self.handle.file.seek(self.starts[storage.key])
+            filled = 0
+            while filled < len(view):
+                count = self.handle.file.readinto(view[filled:])
+                if not count:
+                    raise EOFError
+                filled += count
+
+
+def _open(handle: "OpenFile", kind: str) -> tuple[Any, "Values", "_Measured"]:
+    values = ZipValues(handle) if kind == "zip" else LegacyValues(handle)
+    found = values.load()
+    return found, values, _Measured(found, shown(handle.path), values.nbytes)
+
+
+class _Measured:
+    """How much lies in the tree of what was unpickled, seen before anything walks it path by path.
+
+    A pickle can show one part many times, so that few bytes make a tree of more paths than there are atoms; here
+    every part is looked at once.
+
+    Attributes:
+        tensors: id of a dict -> how many tensors lie in it and the dicts in it.
+        nbytes: of all tensors.
+
+    Raises:
+        FormatError: a part holds itself. UnsafeFileError: too deep, or more data than the file can hold.
+    """
+
+    def __init__(self, found: Any, path: str, size: int):
+        self.tensors: dict[int, int] = {}
+        height: dict[int, int] = {}
+        open_now: set[int] = set()
+        counted: set[int] = set()
+        total = 0
+        stack = [(part, False) for part in _parts_of([found])]
+        while stack:
+            value, done = stack.pop()
+            if done:
+                height[id(value)] = 1 + max((height.get(id(part), 0) for part in _parts_of(value)), default=0)
+                if height[id(value)] > MAX_DEPTH:
+                    raise UnsafeFileError(
+                        f"'{path}' is nested too deep: more than {MAX_DEPTH} levels are refused"
+                    )
+                open_now.remove(id(value))
+                if isinstance(value, dict):
+                    self.tensors[id(value)] = sum(map(self.within, value.values()))
+            elif isinstance(value, StoredTensor):
+                total += value.nbytes if id(value) not in counted else 0
+                counted.add(id(value))
+            elif id(value) not in height:
+                if id(value) in open_now:
+                    raise FormatError(f"'{path}' is malformed: something in it holds itself")
+                open_now.add(id(value))
+                stack.append((value, True))
+                stack += [(part, False) for part in _parts_of(value)]
+        self.nbytes = total
+        if total > 2 * size:
+            raise UnsafeFileError(f"'{path}': tensors of {total} bytes out of a file of {size}; refused")
+
+    def within(self, value: Any) -> int:
+        """How many tensors lie in a value, dict in dict."""
+        return 1 if isinstance(value, StoredTensor) else self.tensors.get(id(value), 0)
+
+
+def _parts_of(value: Any) -> list[Any]:
+    """What of a container is a container or tensor; keys, and what sets hold, are plain: see Unpickler.key."""
+    if isinstance(value, set):
+        return []
+    parts = value.values() if isinstance(value, dict) else value
+    return [part for part in parts if isinstance(part, dict | list | tuple | set | StoredTensor)]
 
 
 def load_object(handle: "OpenFile", kind: str) -> Any:
-    """Unpickle an open file of torch.save, restricted, and check that only data came out.
+    """Read an open file of torch.save as it was nested: dicts, lists, tuples, sets, numbers, texts and tensors.
 
     Args:
         handle: the open file; it is read through this handle only.
@@ -126,227 +348,190 @@ def load_object(handle: "OpenFile", kind: str) -> Any:
         UnsafeFileError: it names code, or is built to exhaust memory.
         MismatchError: it holds tensors of a kind that is not supported.
     """
-    path = shown(handle.path)
-    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 10):
-        raise UnsafeFileError(
-            f"'{path}' is a pickle, unsafe with torch {torch.__version__}; install torch 2.10 or newer"
-        )
-    with os.fdopen(os.dup(handle.file.fileno()), "rb") as stream:
-        try:
-            if kind == "zip":
-                _check_zip(stream, handle.size, path)
-            else:
-                stream.seek(0)
-                _scan(io.BytesIO(stream.read(MAX_PICKLE)), path, pickles=LEGACY_PICKLES)
-            stream.seek(0)
-            with warnings.catch_warnings(), torch.serialization.safe_globals(STANDINS):
-                warnings.simplefilter("ignore")
-                found = torch.load(stream, map_location="cpu", weights_only=True)
-        except LdmError:
-            raise
-        except MemoryError:
-            raise
-        except Exception as error:  # torch and zipfile raise a dozen kinds for a damaged file
-            raise FormatError(
-                f"'{path}' is incomplete or damaged ({handle.size} bytes; {type(error).__name__}); download it again"
-            ) from error
+    found, values, measured = _open(handle, kind)
+    check_memory(handle.path, measured.nbytes)
+    made: dict[int, Any] = {}
+
+    def plain(value: Any) -> Any:
+        """Replace the descriptions of tensors by tensors; the tree's depth is bounded by now."""
+        if id(value) in made:
+            return made[id(value)]
+        if isinstance(value, StoredTensor):
+            done: Any = _tensor(_body(values, value.storage), value)
+        elif isinstance(value, dict):
+            done = {key: plain(part) for key, part in value.items()}
+        elif isinstance(value, list | tuple):
+            done = type(value)(plain(part) for part in value)
+        else:
+            return value
+        made[id(value)] = done
+        return done
+
+    found = plain(found)
     handle.check_unchanged()
-    _check_tree(found, path, handle.size)
     return found
 
 
-def _check_zip(stream: BinaryIO, size: int, path: str) -> None:
-    """Check what torch does not: stored entries, plain names, sizes, checksums; then scan data.pkl."""
-    try:
-        archive = zipfile.ZipFile(stream)
-    except zipfile.BadZipFile as error:
-        raise FormatError(
-            f"'{path}' is an incomplete zip of {size} bytes: the table at its end is missing; download it again"
-        ) from error
-    entries = archive.infolist()
-    if len(entries) > MAX_TENSORS:
-        raise UnsafeFileError(f"'{path}' has {len(entries)} zip entries; more than {MAX_TENSORS} are refused")
-    names = [entry.filename for entry in entries]
-    if len({name.casefold() for name in names}) != len(names):
-        raise FormatError(f"'{path}' is a malformed zip: an entry stands twice; download it again")
-    for entry in entries:
-        name = entry.filename
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise UnsafeFileError(
-                f"'{path}': zip entry '{shown(name)}' is compressed; torch.save stores, so refused"
-            )
-        parts = name.split("/")
-        if (
-            entry.flag_bits & 1  # encrypted
-            or entry.external_attr & 0x10  # marked a directory: torch would hand out uninitialised memory
-            or entry.file_size != entry.compress_size
-            or "\\" in name
-            or not name.isprintable()
-            or any(part in ("", "..") for part in parts)
-            or entry.orig_filename != name
-        ):
-            raise FormatError(f"'{path}' is a malformed zip: entry '{shown(name)}'; download it again")
-    if sum(entry.file_size for entry in entries) > size:
-        raise UnsafeFileError(f"'{path}': the zip's entries claim more bytes than the file's {size}")
-    pickles = [entry for entry in entries if entry.filename.split("/")[-1] == "data.pkl"]
-    if len(pickles) != 1:
-        raise FormatError(f"'{path}' is a zip with {len(pickles)} data.pkl; a checkpoint has exactly one")
-    if pickles[0].file_size > MAX_PICKLE:
-        raise UnsafeFileError(
-            f"'{path}': data.pkl of {pickles[0].file_size} bytes; more than {MAX_PICKLE} are refused"
-        )
-    for entry in entries:
-        with archive.open(entry) as body:  # zipfile compares the checksum at the end
-            while body.read(1 << 20):
-                pass
-    _scan(io.BytesIO(archive.read(pickles[0])), path)
+def _body(values: Values, storage: Storage, scratch: Tensor | None = None) -> Tensor:
+    if scratch is None or scratch.numel() < storage.nbytes:
+        scratch = torch.empty(storage.nbytes, dtype=torch.uint8)
+    body = scratch[: storage.nbytes]
+    values.read(storage, memoryview(body.numpy()))
+    return body
 
 
-def _scan(stream: io.BytesIO, path: str, pickles: int = 1) -> None:
-    """Name everything that pickles would import, without running them, and refuse what is not on the lists.
-
-    The restricted unpickler is the boundary; this scan gives the refusal its name and narrows torch's list.
-    """
-    allowed = HARMLESS.union(name for _, name in STANDINS)
-    words: list[str] = []  # text pushed last: what a STACK_GLOBAL takes its name from
-    count = 0
-    for _ in range(pickles):
-        try:
-            for op, argument, _ in pickletools.genops(stream):
-                count += 1
-                if count > MAX_OPS:
-                    raise UnsafeFileError(f"'{path}' holds a pickle of more than {MAX_OPS} steps; refused")
-                if op.name in ("GLOBAL", "INST"):
-                    name = _modern_global(*argument.split(" ", 1))
-                elif op.name == "STACK_GLOBAL":
-                    name = ".".join(words[-2:])
-                else:
-                    if isinstance(argument, str):
-                        words = [*words[-1:], argument]
-                    continue
-                if name in allowed:
-                    continue
-                kind = UNSUPPORTED.fullmatch(name)
-                if kind:
-                    raise MismatchError(
-                        f"'{path}' holds tensors of an unsupported kind ({shown(name, 60)}); only plain dense ones load"
-                    )
-                raise UnsafeFileError(
-                    f"'{path}' is refused: it contains code, '{shown(name, 80)}'; weights alone need none, "
-                    "get a .safetensors version"
-                )
-        except (ValueError, IndexError, struct.error, UnicodeDecodeError, OverflowError) as error:
-            if isinstance(error, LdmError):
-                raise
-            raise FormatError(
-                f"'{path}' is incomplete or damaged: its pickle breaks off; download it again"
-            ) from error
-
-
-def _modern_global(module: str, name: str) -> str:
-    """Read a name as the unpickler will: with Python 2's modules under their names of today."""
-    if (module, name) in NAME_MAPPING:
-        module, name = NAME_MAPPING[module, name]
-    return f"{IMPORT_MAPPING.get(module, module)}.{name}"
-
-
-def _check_tree(found: Any, path: str, size: int) -> None:
-    """Check that only plain data came out, and no more of it than the file can hold."""
-    stack: list[tuple[Any, int]] = [(found, 0)]
-    seen: set[int] = set()
-    total = 0
-    while stack:
-        value, depth = stack.pop()
-        if depth > MAX_DEPTH:
-            raise UnsafeFileError(f"'{path}' is nested too deep: more than {MAX_DEPTH} levels are refused")
-        if id(value) in seen:
-            continue
-        if isinstance(value, Tensor):
-            seen.add(id(value))
-            # torch itself refuses a tensor that reaches beyond its storage, but not one that repeats it.
-            storage = value.untyped_storage()
-            if value.nbytes > storage.nbytes():
-                raise UnsafeFileError(
-                    f"'{path}': a tensor {list(value.shape)} is larger than its {storage.nbytes()} bytes of data"
-                )
-            total += value.nbytes
-        elif isinstance(value, dict):
-            seen.add(id(value))
-            stack += [(item, depth + 1) for item in (*value.values(), *value)]
-        elif isinstance(value, list | tuple | set):
-            seen.add(id(value))
-            stack += [(item, depth + 1) for item in value]
-    if total > 2 * size:
-        raise UnsafeFileError(f"'{path}': tensors of {total} bytes out of a file of {size}; refused")
+def _tensor(body: Tensor, stored: StoredTensor) -> Tensor:
+    """Cut a tensor out of its storage's bytes; contiguous, in memory of its own unless it is all of them."""
+    if not stored.numel:
+        return torch.empty(stored.shape, dtype=stored.dtype)
+    held = torch.uint8 if stored.dtype is torch.bool else stored.dtype
+    values = body.view(held).as_strided(stored.shape, stored.stride, stored.offset)
+    if stored.dtype is torch.bool:
+        return values.ne(0).contiguous()
+    if values.is_contiguous() and values.nbytes == body.nbytes:
+        return values
+    return values.clone(memory_format=torch.contiguous_format)
 
 
 class PickleWeights:
-    """The tensors of an unpickled checkpoint, whatever it wraps them in; the rest is named and left out."""
+    """The tensors of a pickled checkpoint, whatever it wraps them in; the rest is named and left out."""
 
-    def __init__(self, handle: "OpenFile", found: Any, kind: str):
+    def __init__(self, handle: "OpenFile", kind: str):
         self.path = handle.path
         self.kind = "zip pickle" if kind == "zip" else "legacy pickle"
         self.notes: list[str] = []
         self.metadata: dict[str, str] = {}
-        self._tensors: dict[str, Tensor] = {}
+        self._handle = handle
+        found, self._values, self._measured = _open(handle, kind)
         if kind != "zip":
             self.notes.append("a pickle from before torch 1.6 carries no checksums; damage can go unseen")
-        state = self._unwrap(found)
-        self._flatten(state, "")
+        self._left_out: list[str] = []
+        self._tensors = self._choose(found)
+        if self._left_out:
+            self.notes.append(f"left out, beside the weights: {_listed(self._left_out)}")
         if not self._tensors:
             raise MismatchError(f"'{shown(self.path)}' holds no weights: {_described(found)}")
-        if len(self._tensors) > MAX_TENSORS:
-            raise UnsafeFileError(
-                f"'{shown(self.path)}' lists {len(self._tensors)} tensors; more than {MAX_TENSORS} are refused"
+        self.infos = {name: TensorInfo(t.shape, t.dtype) for name, t in self._tensors.items()}
+        uses = Counter(stored.storage for stored in self._tensors.values())
+        self._shared: dict[Storage, Tensor | None] = {key: None for key, count in uses.items() if count > 1}
+
+    def _choose(self, found: Any) -> dict[str, StoredTensor]:
+        """Find the one set of weights in what trainers wrap around it, beside it and into it.
+
+        A dict's own tensors, with those of parts under names of their own, are one candidate; what lies under each
+        of the usual words for a model is another. The one with at least twice the tensors of the others is taken;
+        copies of it do not count; and no guess is made between two that are alike.
+        """
+        while isinstance(found, dict):
+            inner = {key: value for key, value in found.items() if self._wraps(key, value)}
+            rest = {key: value for key, value in found.items() if key not in inner}
+            counts = {key: self._measured.within(value) for key, value in inner.items()}
+            counts[""] = sum(
+                self._measured.within(value)
+                for key, value in rest.items()
+                if isinstance(value, StoredTensor) or not TRAINING.fullmatch(str(key).lower())
             )
-        self.infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+            best = max(counts, key=lambda key: (counts[key], not key))
+            rivals = [key for key in counts if key != best and 2 * counts[key] > counts[best]]
+            for key in rivals:
+                if self._flat(inner.get(key, rest)) != self._flat(inner.get(best, rest)):
+                    one, other = sorted((best, key), reverse=True)
+                    raise MismatchError(
+                        f"'{shown(self.path)}' holds weights twice: {counts[one]} tensors under '{shown(one, 40)}' and "
+                        f"{counts[other]} {_place(other)}; save the set you want as a file of its own"
+                    )
+            self._note(inner if best == "" else {key: v for key, v in found.items() if key != best})
+            if best == "":
+                return self._flat(rest, noting=True)
+            found = inner[best]
+        return {}
 
-    def _unwrap(self, found: Any) -> Any:
-        """Follow "state_dict" inwards, keeping plain values on the way as metadata."""
-        for _ in range(MAX_STATE_DICTS):
-            if not (isinstance(found, dict) and isinstance(found.get("state_dict"), dict)):
-                break
-            beside = []
-            for key, value in found.items():
-                if key == "state_dict":
+    def _wraps(self, key: Any, value: Any) -> bool:
+        return isinstance(key, str) and key in WRAPPERS and isinstance(value, dict)
+
+    def _note(self, beside: dict[Any, Any], prefix: str = "") -> None:
+        """Keep plain values as metadata; name everything else."""
+        for key, value in beside.items():
+            name = shown(f"{prefix}{shown(key, 60)}", 60)
+            if isinstance(value, str | int | float | bool):
+                self.metadata[name] = shown(value)
+            elif isinstance(value, Placeholder):
+                self._left_out.append(f"{name} ({value.name})")
+            elif count := self._measured.within(value):
+                self._left_out.append(f"{name} ({count} tensors)" if count > 1 else f"{name} (a tensor)")
+            elif value is not None:
+                self._left_out.append(name)
+
+    def _flat(self, part: dict[Any, Any], noting: bool = False) -> dict[str, StoredTensor]:
+        """Name the tensors of dicts in dicts with dots."""
+        tensors: dict[str, StoredTensor] = {}
+        entries = 0
+
+        def walk(part: dict[Any, Any], prefix: str) -> None:
+            nonlocal entries
+            entries += len(part)
+            if entries > MAX_ENTRIES:
+                raise UnsafeFileError(f"'{shown(self.path)}' shows more than {MAX_ENTRIES} entries; refused")
+            other = {}
+            for key, value in part.items():
+                if not self._measured.within(value):
+                    other[key] = value
                     continue
-                if isinstance(value, str | int | float | bool):
-                    self.metadata[shown(key, 60)] = shown(value)
-                else:
-                    beside.append(shown(key, 60))
-            if beside:
-                self.notes.append(f"training state beside the weights is left out: {', '.join(beside[:8])}")
-            found = found["state_dict"]
-        return found
-
-    def _flatten(self, state: Any, prefix: str) -> None:
-        if not isinstance(state, dict):
-            return
-        for key, value in state.items():
-            name = f"{prefix}{key}"
-            if isinstance(value, Tensor):
+                name = f"{prefix}{key}"
                 check_name(self.path, name)
-                if name in self._tensors:
+                if isinstance(value, dict):
+                    walk(value, f"{name}.")
+                elif name in tensors:
                     raise FormatError(f"'{shown(self.path)}' is malformed: '{shown(name)}' stands twice")
-                self._tensors[name] = value.detach()
-            elif isinstance(value, dict):
-                self._flatten(value, f"{name}.")
-            elif isinstance(value, str | int | float | bool):
-                self.metadata[shown(name, 60)] = shown(value)
+                else:
+                    tensors[name] = value
+            if len(tensors) > MAX_TENSORS:
+                raise UnsafeFileError(f"'{shown(self.path)}' lists more than {MAX_TENSORS} tensors; refused")
+            if noting:
+                self._note(other, prefix)
+
+        walk(part, "")
+        return tensors
 
     def read(self, name: str, scratch: Tensor | None = None) -> Tensor:
-        """Hand over one tensor as memory of its own; two names may share a storage in the file."""
-        values = self._tensors[name]
-        if values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes:
-            return values
-        return values.clone(memory_format=torch.contiguous_format)
+        """Read one tensor into memory of its own, or for a short life into the scratch memory given.
+
+        Raises:
+            FormatError: its values are damaged, or the file was cut meanwhile.
+        """
+        stored = self._tensors[name]
+        if stored.storage not in self._shared:
+            return _tensor(_body(self._values, stored.storage, scratch), stored)
+        if (
+            self._shared[stored.storage] is None
+        ):  # once for all that show it, or many views would mean many readings
+            self._shared[stored.storage] = _body(self._values, stored.storage)
+        values = _tensor(self._shared[stored.storage], stored)
+        return values.clone() if values.nbytes == stored.storage.nbytes else values
 
     def lend(self, name: str) -> Tensor | None:
-        """Give None: values are in memory already."""
+        """Give None: nothing holds the file's own pages to their checksum."""
 
     def close(self) -> None:
-        """Let go of the tensors."""
-        self._tensors = {}
+        """Close the file.
+
+        Raises:
+            FormatError: it was rewritten since it was opened.
+        """
+        self._shared = {}
+        if not self._handle.file.closed:
+            try:
+                self._handle.check_unchanged()
+            finally:
+                self._handle.file.close()
+
+
+def _place(key: str) -> str:
+    return f"under '{shown(key, 40)}'" if key else "beside it"
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _described(found: Any) -> str:
@@ -354,4 +539,4 @@ def _described(found: Any) -> str:
         return "a dict with " + (
             ", ".join(f"'{shown(key, 30)}'" for key in list(found)[:3]) or "nothing in it"
         )
-    return f"it is a {type(found).__name__}"
+    return f"it is {found}" if isinstance(found, Placeholder) else f"it is a {type(found).__name__}"

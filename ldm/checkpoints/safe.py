@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.checkpoints.account import TensorInfo, shown
 from ldm.checkpoints.mapping import map_file
-from ldm.errors import FormatError, MismatchError, UnsafeFileError
+from ldm.errors import FormatError, MismatchError, ResourceError, UnsafeFileError
 
 if TYPE_CHECKING:
     from ldm.checkpoints.files import OpenFile
@@ -41,6 +41,18 @@ def check_name(path: str, name: str) -> None:
     """Raise FormatError for a tensor name that could be a path, an escape sequence or a megabyte."""
     if not NAME.fullmatch(name):
         raise FormatError(f"'{shown(path)}': illegal tensor name '{shown(name, 60)}'")
+
+
+def check_memory(path: str, nbytes: int) -> None:
+    """Raise ResourceError for tensors of more bytes than this machine has memory, before any is read."""
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" in names and nbytes > (
+        have := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    ):
+        raise ResourceError(
+            f"'{shown(path)}' holds tensors of {nbytes / 2**30:.1f} GiB; this machine's memory is "
+            f"{have / 2**30:.1f} GiB"
+        )
 
 
 class SafetensorsWeights:

@@ -1,7 +1,10 @@
 """Pickles of strangers: what is sound loads right, what is damaged or hostile is refused, and nothing of it runs."""
 
 import collections
+import enum
+import functools
 import io
+import operator
 import os
 import pickle
 import re
@@ -10,10 +13,12 @@ import struct
 import sys
 import zipfile
 
+import numpy
 import pytest
 import torch
 
 from ldm.checkpoints import open_weights, read_object, read_tensors
+from ldm.checkpoints.unpickle import Name, Placeholder
 from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UnsafeFileError
 
 STATE = {"e.weight": torch.arange(6.0).reshape(2, 3), "e.bias": torch.tensor([0.5, -1.5, 7.0]).half()}
@@ -85,7 +90,6 @@ def test_bare_and_nested_state_dicts_of_both_formats_give_their_tensors(put, leg
 
 def test_a_true_v1_checkpoint_loads_without_lightning_or_omegaconf(put):
     """A22, A23: callbacks keyed by Lightning's class, NumPy scalars, OmegaConf in the hyper parameters."""
-    import numpy
     from omegaconf import OmegaConf
 
     outer = {
@@ -148,6 +152,386 @@ def test_parameters_and_views_come_back_as_tensors_of_their_own(put):
 def test_nested_parts_get_dotted_names(put):
     found, _ = read_tensors(put(saved({"image_proj": {"proj.weight": torch.ones(2)}, "n": 3})))
     assert list(found) == ["image_proj.proj.weight"]
+
+
+def numbered(count, first=0) -> dict:
+    """A state dict of so many small tensors, each with values of its own."""
+    return {f"layer.{i}": torch.full((2,), float(first + i)) for i in range(count)}
+
+
+NINE, FOUR, TWO = numbered(9), numbered(4, 100), numbered(2, 200)
+MOMENTS = {"state": {i: {"exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(3)} for i in range(9)}}
+
+
+@pytest.mark.parametrize(
+    ("value", "left_out", "why"),
+    [
+        (
+            {**NINE, "state_dict": TWO},
+            "state_dict (2 tensors)",
+            "NovelAI's make: the outer set is the fuller",
+        ),
+        ({**NINE, "state_dict": {}}, "state_dict", "an empty inner one"),
+        ({**NINE, "state_dict": {"state_dict": {}}}, "state_dict", "and one in it"),
+        ({**NINE, "state_dict": NINE}, "state_dict (9 tensors)", "the same tensors once more"),
+        ({"state_dict": {**NINE, "state_dict": TWO}}, "state_dict (2 tensors)", "one level down"),
+        ({"state_dict": NINE, "stray": torch.ones(1)}, "stray (a tensor)", "the inner set is the fuller"),
+        ({"state_dict": NINE, **FOUR}, "layer.0 (a tensor), layer.1 (a tensor)", "by more than twice"),
+        ({"state_dict": NINE, "model": NINE}, "(9 tensors)", "two names for one dict"),
+        ({"model": NINE, "ema": TWO}, "ema (2 tensors)", "part of an average"),
+        ({"model": NINE, "optimizer": MOMENTS}, "optimizer (18 tensors)", "more moments than weights"),
+        ({"state_dict": NINE, "optimizer_states": [MOMENTS]}, "optimizer_states", "Lightning's"),
+        ({"model": {"state_dict": {"module": NINE}}}, "", "wrapped three times"),
+        ({"net": NINE, "epoch": 5, "args": [1]}, "args", "plain values are metadata"),
+        *(
+            ({word: NINE}, "", "a usual word")
+            for word in "model module params net ema state_dict_ema model_state_dict params_ema weights".split()
+        ),
+    ],
+)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_fuller_set_is_taken_and_the_rest_is_named(put, value, left_out, why, legacy):
+    weights = open_weights(put(saved(value, _use_new_zipfile_serialization=not legacy)))
+    assert weights.infos.keys() == NINE.keys(), why
+    assert all(torch.equal(weights.read(name), NINE[name]) for name in NINE), why
+    noted = [note for note in weights.notes if "left out" in note]
+    assert len(noted) == bool(left_out) and (not left_out or left_out in noted[0]), why
+    weights.close()
+
+
+SIX = numbered(6, 300)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({**NINE, "state_dict": SIX}, "6 tensors under 'state_dict' and 9 beside it"),
+        ({**SIX, "state_dict": NINE}, "9 tensors under 'state_dict' and 6 beside it"),
+        ({"state_dict": NINE, "model": SIX}, "9 tensors under 'state_dict' and 6 under 'model'"),
+        (
+            {"params": NINE, "params_ema": numbered(9, 50)},
+            "9 tensors under 'params_ema' and 9 under 'params'",
+        ),
+        ({"net": {"model": NINE, "ema": SIX}}, "9 tensors under 'model' and 6 under 'ema'"),
+        (
+            {"state_dict": {n: t.clone() for n, t in NINE.items()}, **NINE},
+            "under 'state_dict' and 9 beside it",
+        ),
+        ({"model": NINE, "vae": {"a": SIX}}, "9 tensors under 'model' and 6 beside it"),
+    ],
+)
+def test_no_guess_is_made_between_sets_that_are_alike(put, value, words):
+    with pytest.raises(MismatchError, match=f"holds weights twice: .*{words}; save the set you want"):
+        open_weights(put(saved(value)))
+
+
+@pytest.mark.parametrize(
+    ("beside", "words"),
+    [
+        ({"array": numpy.arange(3.0)}, "array (numpy.core.multiarray._reconstruct)"),
+        ({"list": [torch.ones(2)]}, "list"),
+        ({"tuple": (torch.ones(2),)}, "tuple"),
+        ({"part": {"inner": {1, 2}, "n": 3}}, "part"),
+        ({f"k{i}": [i] for i in range(12)}, "k6, k7 and 4 more"),
+    ],
+)
+def test_what_is_no_tensor_in_a_state_dict_is_named(put, beside, words):
+    weights = open_weights(put(saved({**STATE, **beside})))
+    assert weights.infos.keys() == STATE.keys()
+    assert len(weights.notes) == 1 and words in weights.notes[0].replace("_core", "core")
+    weights.close()
+
+
+def test_views_of_one_storage_are_read_once_and_given_apart(put):
+    base = torch.arange(12.0)
+    weights = open_weights(put(saved({"all": base, "also": base.view(3, 4), "part": base[3:5]})))
+    found = {name: weights.read(name) for name in weights.infos}
+    found["all"].zero_()
+    assert torch.equal(found["also"].flatten(), base) and torch.equal(found["part"], base[3:5])
+    assert torch.equal(weights.read("all"), base)
+    weights.close()
+
+
+def test_values_are_read_when_asked_for_and_damage_is_found_then(put):
+    body = bytearray(saved(STATE))
+    where = body.find(STATE["e.weight"].numpy().tobytes())
+    body[where + 5] ^= 1
+    weights = open_weights(put(bytes(body)))
+    assert torch.equal(weights.read("e.bias"), STATE["e.bias"])
+    with pytest.raises(FormatError, match=r"is incomplete or damaged .*BadZipFile.*download it again"):
+        weights.read("e.weight")
+    weights.close()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_that_changes_while_it_is_read_is_noticed(put, legacy):
+    path = put(saved(STATE, _use_new_zipfile_serialization=not legacy))
+    weights = open_weights(path)
+    os.truncate(path, 64)
+    with pytest.raises(FormatError, match="incomplete or damaged"):
+        weights.read("e.weight")
+    with pytest.raises(FormatError, match="changed while it was read"):
+        weights.close()
+
+
+# --- what is sound, too ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+def test_every_protocol_of_pickle_is_read(put, protocol):
+    """torch's own restricted reader knows protocol 2; Python 3.14 writes 5."""
+    tensors, metadata = read_tensors(put(saved({"state_dict": STATE, "epoch": 3}, pickle_protocol=protocol)))
+    assert same(tensors) and metadata == {"epoch": "3"}
+    body = saved(STATE, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
+    if protocol > 1:  # else it begins like any text
+        assert same(read_tensors(put(body))[0])
+
+
+def with_method(method, only=""):
+    def change(info, data):
+        info.compress_type = method if only in info.filename else info.compress_type
+        return [(info, data)]
+
+    return change
+
+
+def renamed(old, new):
+    def change(info, data):
+        info.filename = info.filename.replace(old, new, 1)
+        return [(info, data)]
+
+    return change
+
+
+def beside(name, data=b""):
+    """With another entry in front."""
+    return lambda info, body: [*([(name, data)] if info.filename.endswith("data.pkl") else []), (info, body)]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (with_method(zipfile.ZIP_DEFLATED), "compressed by a tool that packed it anew"),
+        (with_method(zipfile.ZIP_DEFLATED, "data.pkl"), "its pickle alone"),
+        (with_method(zipfile.ZIP_DEFLATED, "data/0"), "one tensor alone"),
+        (renamed("archive/", "v1-5-pruned/"), "unpacked into a folder of another name"),
+        (renamed("archive/", ""), "packed from inside the folder"),
+        (renamed("archive/", "downloads/archive/"), "packed from outside the folder"),
+        (renamed("archive/", "\u6a21\u578b 1/"), "a folder in another script"),
+        (beside("archive/"), "tools note folders"),
+        (beside("archive/data/"), "folders in it, too"),
+        (beside("archive/.DS_Store", b"x"), "macOS leaves its notes"),
+        (beside("__MACOSX/archive/._data.pkl", b"x"), "in two places"),
+        (beside("archive/readme.txt", b"x"), "somebody added a text"),
+        (
+            lambda i, d: [(i, d)] if "/data" in i.filename else [],
+            "old versions lack version, byteorder and more",
+        ),
+        (lambda i, d: [(i, b"2\n" if i.filename.endswith("/version") else d)], "an old version"),
+    ],
+)
+def test_a_zip_that_was_packed_anew_is_read(put, change, why):
+    assert same(read_tensors(put(rezipped(saved(STATE), change)))[0]), why
+
+
+class Pipe:
+    """A file to be written in one go, so that an entry's size follows its data."""
+
+    def __init__(self):
+        self.body = b""
+
+    def write(self, data) -> int:
+        self.body += data
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+def test_zips_with_descriptors_comments_and_64_bit_sizes_are_read(put):
+    archive, out = zipfile.ZipFile(io.BytesIO(saved(STATE))), Pipe()
+    with zipfile.ZipFile(out, "w") as new:
+        new.comment = b"model of the week"
+        for name in archive.namelist():
+            with new.open(name, "w", force_zip64=True) as entry:
+                entry.write(archive.read(name))
+    assert out.body.count(b"PK\x07\x08") == len(archive.namelist())
+    assert same(read_tensors(put(out.body))[0])
+
+
+def test_a_zip_compressed_otherwise_says_what_to_do(put):
+    with pytest.raises(
+        UnsafeFileError, match=r"'archive/data.pkl' is compressed by method 14.*pack it again with"
+    ):
+        read_tensors(put(rezipped(saved(STATE), with_method(zipfile.ZIP_LZMA))))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_big_endian_file_is_named(put, legacy, monkeypatch):
+    monkeypatch.setattr(sys, "byteorder", "big")
+    body = saved(STATE, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(MismatchError, match="big-endian machine"):
+        read_tensors(put(body))
+
+
+EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
+def test_eight_bit_floats_come_in_their_own_dtype(put, dtype, protocol):
+    values = torch.tensor([[0.5, -1.5, 3.0], [0.0, 8.0, 0.125]])
+    state = {"x": values.to(dtype), "mixed": values, "row": values.to(dtype)[1], "dtype": dtype}
+    path = put(saved(state, pickle_protocol=protocol))
+    weights = open_weights(path)
+    assert weights.infos["x"].dtype == dtype and weights.infos["x"].nbytes == 6
+    weights.close()
+    found, _ = read_tensors(path)
+    assert [found[name].dtype for name in ("x", "mixed", "row")] == [dtype, torch.float32, dtype]
+    assert torch.equal(found["x"].float(), values) and torch.equal(found["row"].float(), values[1])
+    assert read_object(path)["dtype"] is dtype
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+Pair = collections.namedtuple("Pair", "left right")
+
+
+@functools.cache
+def harmless() -> dict:
+    """What is found in checkpoints beside the weights."""
+    import argparse
+    import datetime
+    import decimal
+    import fractions
+    import pathlib
+    import types
+    import uuid
+
+    from omegaconf import OmegaConf
+
+    zone = datetime.timezone(datetime.timedelta(hours=2), "here")
+    return {
+        "counter": collections.Counter({30000: 1, 60000: 2}),
+        "ordered": collections.OrderedDict(a=1, b=[2]),
+        "default": collections.defaultdict(list, a=[1]),
+        "deque": collections.deque([1, 2], maxlen=5),
+        "namespace": argparse.Namespace(lr=0.1, nested=argparse.Namespace(b=2)),
+        "simple": types.SimpleNamespace(lr=0.1),
+        "posix": pathlib.PurePosixPath("/a/b"),
+        "windows": pathlib.PureWindowsPath("c:/a/b"),
+        "path": pathlib.Path("a"),
+        "datetime": datetime.datetime(2022, 8, 22, 1, 2, 3, 456, zone),
+        "date": datetime.date(2022, 8, 22),
+        "time": datetime.time(1, 2),
+        "delta": datetime.timedelta(days=1),
+        "set": {1, "a", (2, 3)},
+        "frozenset": frozenset({1, 2.5}),
+        "bytes": b"\0\xff ab",
+        "no bytes": b"",
+        "uuid": uuid.UUID(int=5),
+        "decimal": decimal.Decimal("1.5"),
+        "fraction": fractions.Fraction(1, 3),
+        "array": numpy.arange(5.0),
+        "scalar": numpy.float32(2.5),
+        "numpy dtype": numpy.dtype("int64"),
+        "numpy type": numpy.float64,
+        "generator": numpy.random.default_rng(1),
+        "random state": numpy.random.RandomState(1),
+        "dict config": OmegaConf.create({"a": {"b": [1, None, "x"]}}),
+        "list config": OmegaConf.create([1, 2]),
+        "size": torch.Size([2, 3]),
+        "device": torch.device("cuda:1"),
+        "dtype": torch.float16,
+        "version": torch.__version__,
+        "types": [int, dict, list, str, float, bool, tuple],
+        "big": 2**127 + 5,
+        "tuple": ((1, (2,)), None, True, float("inf")),
+        "bytearray": bytearray(b"\0\xff ab"),
+    }
+
+
+# What is read as plain data of another type; the rest that is not plain in itself becomes a placeholder.
+PLAIN = {
+    "counter": {30000: 1, 60000: 2},
+    "ordered": {"a": 1, "b": [2]},
+    "default": {"a": [1]},
+    "frozenset": {1, 2.5},
+    "bytearray": b"\0\xff ab",
+    "size": (2, 3),
+    "device": "cuda:1",
+    "version": str(torch.__version__),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("name", sorted(harmless()))
+def test_what_trainers_keep_beside_weights_is_read(put, name, protocol):
+    value = harmless()[name]
+    path = put(saved({"state_dict": STATE, "beside": value, "n": 7}, pickle_protocol=protocol))
+    weights = open_weights(path)
+    assert same({name: weights.read(name) for name in weights.infos})
+    told = {"beside": str(value)} if name in ("big", "device", "version") else {}
+    assert weights.metadata == {"n": "7", **told}
+    assert bool(told) != any("beside" in note for note in weights.notes)
+    weights.close()
+    found = read_object(path)
+    assert found["n"] == 7
+    expected = PLAIN.get(name, value)
+    if name in PLAIN or type(value) in (dict, set, tuple, bytes, int, torch.dtype):
+        assert found["beside"] == expected and type(found["beside"]) is type(expected)
+    elif name == "types":
+        assert [str(kind) for kind in found["beside"]] == [f"builtins.{kind.__name__}" for kind in value]
+    else:
+        assert type(found["beside"]) in (Name, Placeholder)
+    assert not hasattr(found["beside"], "__dict__")
+
+
+LIKE_A_LIST, LIKE_A_DICT, LIKE_A_SET = b")R(K\x01K\x02e", b")R(K\x01K\x02u", b")R(K\x01K\x02\x90"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_lightning.callbacks.model_checkpoint ModelCheckpoint",
+        "pytorch_lightning.loggers.tensorboard TensorBoardLogger",
+        "lightning.pytorch.callbacks.lr_monitor LearningRateMonitor",
+        "lightning.pytorch.trainer.states TrainerFn",
+        "lightning_fabric.utilities.data AttributeDict",
+        "omegaconf.nodes IntegerNode",
+        "omegaconf.base SCMode",
+        "typing Any",
+        "pathlib PosixPath",
+        "pathlib._local WindowsPath",
+        "numpy._core.multiarray _reconstruct",
+        "numpy.core.multiarray scalar",
+        "numpy._core.numeric _frombuffer",
+        "numpy.dtypes Float64DType",
+        "uuid SafeUUID",
+    ],
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(b"cNAME\n", b"cNAME\n)R", b"cNAME\n(K\x01K\x02tR", b"cNAME\n)\x81", b"cNAME\n)}\x92"),
+        *(b"cNAME\n)R}X\x01\0\0\0aK\x01sb", b"cNAME\n)RNb", b"(iNAME\n", b"(cNAME\nK\x01o"),
+        *(b"cNAME\n" + filled for filled in (LIKE_A_LIST, LIKE_A_DICT, LIKE_A_SET)),
+    ],
+)
+def test_a_placeholder_keeps_nothing_and_does_nothing(put, name, make):
+    data = b"\x80\x02" + make.replace(b"NAME", name.replace(" ", "\n").encode()) + b"."
+    before = set(sys.modules)
+    found = read_object(put(with_pickle(data)))
+    assert set(sys.modules) == before
+    assert type(found) in (Name, Placeholder) and not hasattr(found, "__dict__")
+    assert str(found).endswith(name.replace(" ", "."))
+    # Its name is all there is, and is no function: a placeholder cannot be called in its turn.
+    again = data[:-1] + b")R."
+    if type(found) is Placeholder:
+        with pytest.raises(FormatError, match="breaks off"):
+            read_object(put(with_pickle(again)))
 
 
 # --- code -------------------------------------------------------------------------------------------------------
@@ -232,11 +616,57 @@ def test_a_stack_of_protocol_4_names_is_refused(put, marker):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (Colour.RED, f"{__name__}.Colour"),
+        (Pair(1, 2), f"{__name__}.Pair"),
+        (Colour, f"{__name__}.Colour"),
+        (functools.partial(print), "functools.partial"),
+        (operator.attrgetter("a"), "operator.attrgetter"),
+        (re.compile("a"), "re._compile"),
+        (torch.nn.Linear(2, 3), "torch.nn.modules.linear.Linear"),
+        (torch.save, "torch.serialization.save"),
+        (os.path.join, "posixpath.join"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_classes_and_functions_that_are_not_known_are_refused_by_name(put, value, name, protocol):
+    with pytest.raises(UnsafeFileError, match=re.escape(f"contains code, '{name}'")):
+        read_tensors(put(saved({"state_dict": STATE, "x": value}, pickle_protocol=protocol)))
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93.", "os.system"),
+        (b"\x80\x04\x8c\x06system\x94\x8c\x02os\x94h\x00\x93.", "os.system"),  # a word from the memo
+        (b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x8c\x03Any0\x93.", "os.system"),  # a decoy on the way
+        (b"\x80\x04\x8c\x06typing\x94\x8c\x03Any\x940\x8c\x06system\x93.", "typing.system"),
+        (b"\x80\x04\x8c\x06typing\x8c\x0aAny.system\x93.", "typing.Any.system"),
+        (b"\x80\x04K\x01\x8c\x06system\x93.", "1.system"),
+        (b"\x80\x02cos\nsystem\n.", "os.system"),
+        (b"\x80\x02(ios\nsystem\n.", "os.system"),
+        (b"\x80\x02(cos\nsystem\no.", "os.system"),
+        (b"\x80\x02c__builtin__\neval\n.", "builtins.eval"),  # as Python 2 spelt it
+        (b"\x80\x02cpytorch_lightning.utilities\nload\n.", "pytorch_lightning.utilities.load"),  # no class
+        (b"\x80\x02clightning.os\nsystem\n.", "lightning.os.system"),
+        (b"\x80\x02cnumpy\nload\n.", "numpy.load"),
+        (b"\x80\x02ctorch\nFloatStorage\n(K\x01tR.", "torch.FloatStorage"),  # a word that is not to be called
+        (b"\x80\x02\x82\x01.", "extension 1"),
+    ],
+)
+def test_a_name_is_refused_however_it_is_spelt(put, data, name):
+    with pytest.raises(UnsafeFileError, match=re.escape(f"contains code, '{name}'")):
+        read_object(put(with_pickle(data)))
+
+
 # --- bombs ------------------------------------------------------------------------------------------------------
 
 
-def test_compressed_entries_are_refused(put):
-    """A14: what unpacks to a thousand times its size must not be unpacked to be judged."""
+def test_what_unpacks_to_a_thousand_times_its_size_is_refused(put):
+    """A14: it must not be unpacked to be judged."""
 
     def squeeze(info, data):
         info.compress_type = zipfile.ZIP_DEFLATED
@@ -244,7 +674,9 @@ def test_compressed_entries_are_refused(put):
 
     path = put(rezipped(saved(STATE), squeeze))
     assert path.stat().st_size < 40_000
-    with pytest.raises(UnsafeFileError, match="'archive/data.pkl' is compressed"):
+    with pytest.raises(
+        UnsafeFileError, match=r"would unpack to 200\d+ bytes, more than 16 times its \d+; refused"
+    ):
         read_tensors(path)
 
 
@@ -307,7 +739,7 @@ def test_a_string_longer_than_the_file_is_malformed(put):
 
 
 def test_too_many_steps_are_refused(put, monkeypatch):
-    monkeypatch.setattr("ldm.checkpoints.pickles.MAX_OPS", 20)
+    monkeypatch.setattr("ldm.checkpoints.unpickle.MAX_STEPS", 20)
     with pytest.raises(UnsafeFileError, match="more than 20 steps"):
         read_tensors(put(saved(STATE)))
 
@@ -514,11 +946,3 @@ def test_a_file_without_permission_cannot_be_read(put):
     path.chmod(0)
     with pytest.raises(FormatError, match="permission denied"):
         read_tensors(path)
-
-
-@pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cu117"])
-def test_an_old_torch_reads_no_pickle(put, monkeypatch, version):
-    """A32: CVE-2026-24747."""
-    monkeypatch.setattr(torch, "__version__", version)
-    with pytest.raises(UnsafeFileError, match=r"install torch 2\.10 or newer"):
-        read_tensors(put(saved(STATE)))
