@@ -303,10 +303,6 @@ class _Measured:
             value, done = stack.pop()
             if done:
                 height[id(value)] = 1 + max((height.get(id(part), 0) for part in _parts_of(value)), default=0)
-                if height[id(value)] > MAX_DEPTH:
-                    raise UnsafeFileError(
-                        f"'{path}' is nested too deep: more than {MAX_DEPTH} levels are refused"
-                    )
                 open_now.remove(id(value))
                 if isinstance(value, dict):
                     self.tensors[id(value)] = sum(map(self.within, value.values()))
@@ -319,6 +315,11 @@ class _Measured:
                 open_now.add(id(value))
                 stack.append((value, True))
                 stack += [(part, False) for part in _parts_of(value)]
+            # The way to here, and the longest one on from here, which may have been seen from a shorter one before.
+            if len(open_now) + height.get(id(value), 0) > MAX_DEPTH:
+                raise UnsafeFileError(
+                    f"'{path}' is nested too deep: more than {MAX_DEPTH} levels are refused"
+                )
         self.nbytes = total
         if total > 2 * size:
             raise UnsafeFileError(f"'{path}': tensors of {total} bytes out of a file of {size}; refused")

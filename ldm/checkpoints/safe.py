@@ -12,12 +12,16 @@ from torch import Tensor
 
 from ldm.checkpoints.account import TensorInfo, shown
 from ldm.checkpoints.mapping import map_file
-from ldm.errors import FormatError, MismatchError, ResourceError, UnsafeFileError
+from ldm.errors import FormatError, LdmError, MismatchError, ResourceError, UnsafeFileError
 
 if TYPE_CHECKING:
     from ldm.checkpoints.files import OpenFile
 
-MAX_HEADER = 16 << 20  # bytes; 1131 tensors need 0.2 MB
+MAX_HEADER = 100_000_000  # bytes, as the safetensors library; 1131 tensors need 0.2 MB
+# A header is metadata for the rest. Texts cost as much memory as bytes, but lists, numbers and short texts far more.
+MAX_STRUCTURE = 4 << 20  # bytes beside texts and spaces; 20,000 tensors of 8 dimensions need 3 MB
+MAX_TEXTS = 1_000_000
+TEXT_OR_SPACE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[ \t\r\n]++', re.DOTALL)
 MAX_TENSORS = 20_000
 MAX_RANK = 8
 NAME = re.compile(r"[A-Za-z0-9_.<>*\- ]{1,256}")
@@ -34,6 +38,10 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
 
 
@@ -64,6 +72,7 @@ class SafetensorsWeights:
         self.path = handle.path
         self.notes: list[str] = []
         self._handle = handle
+        self._objects = 0  # of JSON in the header
         self._spans: dict[str, tuple[int, int]] = {}
         self.infos: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
@@ -85,11 +94,17 @@ class SafetensorsWeights:
         text = self._bytes(length)
         if not text.startswith(b"{"):
             raise self._fail("the header does not begin with '{'")
+        if length > MAX_STRUCTURE and not _is_text(text):
+            raise UnsafeFileError(
+                f"'{shown(self.path)}' has a header of {length} bytes that is not text for the most part; refused"
+            )
         try:
             header = json.loads(
                 text.decode("utf-8"), object_pairs_hook=self._once, parse_constant=self._constant
             )
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number without end
+            if isinstance(error, LdmError):
+                raise
             raise self._fail(f"the header is not JSON ({shown(error, 80)})") from error
 
         metadata = header.pop("__metadata__", {})
@@ -113,14 +128,14 @@ class SafetensorsWeights:
                 raise self._fail(f"'{shown(name)}' has no usable shape or offsets")
             if len(shape) > MAX_RANK:
                 raise self._fail(f"'{shown(name)}' has {len(shape)} dimensions, more than {MAX_RANK}")
-            if entry["dtype"] not in DTYPES:
+            if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
                 raise MismatchError(
                     f"'{shown(self.path)}': '{shown(name)}' has the unsupported dtype {shown(entry['dtype'], 20)}"
                 )
             info = TensorInfo(tuple(shape), DTYPES[entry["dtype"]])
             if max(shape, default=0) >= 1 << 40 or info.nbytes != span[1] - span[0]:
                 raise self._fail(
-                    f"'{shown(name)}' of shape {shown(shape, 60)} does not fill {span[1] - span[0]} bytes"
+                    f"'{shown(name)}' of shape {shown(shape, 60)} does not fill {shown(span[1] - span[0], 30)} bytes"
                 )
             self.infos[name] = info
             self._spans[name] = (start + span[0], start + span[1])
@@ -139,6 +154,9 @@ class SafetensorsWeights:
 
     def _once(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
+        self._objects += 1
+        if self._objects > MAX_TENSORS + 2:  # and the header itself, and its metadata
+            raise UnsafeFileError(f"'{shown(self.path)}' lists more than {MAX_TENSORS} tensors; refused")
         if len(entries) != len(pairs):
             raise self._fail("a name stands twice in the header")
         return entries
@@ -217,3 +235,14 @@ class SafetensorsWeights:
 def _natural(values: Any) -> bool:
     """Tell whether a JSON value is a list of whole numbers from 0 up (True is not a number here)."""
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _is_text(header: bytes) -> bool:
+    """Tell whether a header, but for so much, is texts and spaces; without parsing it."""
+    structure = position = 0
+    for count, match in enumerate(TEXT_OR_SPACE.finditer(header)):
+        structure += match.start() - position
+        position = match.end()
+        if count > MAX_TEXTS or structure > MAX_STRUCTURE:
+            return False
+    return structure + len(header) - position <= MAX_STRUCTURE

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import struct
 
 import pytest
@@ -10,6 +11,7 @@ import safetensors.torch
 import torch
 
 from ldm.checkpoints import open_weights, read_tensors, safe
+from ldm.checkpoints.account import shown
 from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError
 
 STATE = {
@@ -57,7 +59,10 @@ def test_every_dtype_reads_as_the_library_reads_it(put, dtype):
     assert ours.keys() == theirs.keys()
     for name in theirs:
         assert ours[name].dtype == theirs[name].dtype == safe.DTYPES[dtype]
-        assert ours[name].shape == theirs[name].shape and torch.equal(ours[name], theirs[name])
+        assert ours[name].shape == theirs[name].shape
+        assert torch.equal(
+            ours[name].double(), theirs[name].double()
+        )  # eight bits cannot be compared as they are
 
 
 def test_metadata_and_infos_are_known_before_values(put, sound):
@@ -104,7 +109,7 @@ def test_a_cut_body_is_counted(put, sound):
         read_tensors(put(sound[:-3]))
 
 
-@pytest.mark.parametrize("length", [2**64 - 1, 2**63, (16 << 20) + 1])
+@pytest.mark.parametrize("length", [2**64 - 1, 2**63, 100_000_001])
 def test_an_impossible_header_length_is_refused(put, length):
     """B02."""
     with pytest.raises(FormatError, match=f"a header of {length} bytes is impossible"):
@@ -181,6 +186,14 @@ def test_malformed_headers_are_named(put, entries, body, words):
         ('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}", "the header is not JSON"),
         (b'{"\xff\xfe": 1}', "the header is not JSON"),
         ('{"x": 1', "the header is not JSON"),
+        ('{"x": %s}' % ("9" * 5000), "the header is not JSON"),
+        ('{"x": {"dtype": "F32", "shape": [-%s], "data_offsets": [0, 8]}}' % ("9" * 100_000), "is not JSON"),
+        ('{"x": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 8]}}' % ("9" * 4300), "does not fill 8"),
+        (
+            '{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, %s]}}' % ("9" * 4300),
+            "does not fill 99999",
+        ),
+        ('{"x": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 8]}}', "no usable shape"),
         (" {}", "is not a safetensors file"),
         ("[1, 2]", "is not a safetensors file"),
     ],
@@ -191,16 +204,45 @@ def test_headers_that_are_no_json_object_are_malformed(put, text, words):
         read_tensors(put(build({}, b"\0" * 8, text=text)))
 
 
+@pytest.mark.parametrize("size", [5 << 20, 17 << 20])
+def test_a_header_may_be_as_long_as_the_library_writes_it(put, size):
+    """What makes headers long is metadata: trainers keep their captions there."""
+    tags = '{"a \\"tag\\" \\\\": 3, [x], ' * (size // 30)
+    header = {"__metadata__": {"ss_tag_frequency": tags, "none": ""}, "x": entry()}
+    found, metadata = read_tensors(put(build(header, b"\0\0\x80?\0\0\0@")))
+    assert metadata["ss_tag_frequency"] == tags and found["x"].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("[],", "is not text for the most part"),
+        ("1,", "is not text for the most part"),
+        ('"",', "is not text for the most part"),
+        ('"\\"",', "is not text for the most part"),
+        ('{"a":1},', "lists more than 20000 tensors"),
+    ],
+)
+def test_a_long_header_of_small_parts_is_refused(put, part, words):
+    """Each of them would take many times its bytes in memory."""
+    text = '{"x": [' + part * (5_000_000 // len(part)) + "1]}"
+    with pytest.raises(UnsafeFileError, match=words):
+        open_weights(put(build({}, text=text)))
+
+
 def test_too_many_tensors_are_refused(put):
     """B09."""
     with pytest.raises(UnsafeFileError, match="lists 20001 tensors; more than 20000"):
         read_tensors(put(build({f"t{i}": entry(shape=(0,), span=(0, 0)) for i in range(20_001)})))
 
 
-@pytest.mark.parametrize("dtype", ["F8_E8M0", "F4", "X99", 7])
+@pytest.mark.parametrize(
+    "dtype",
+    ["F4", "F8_E8M0", "U16", "C64", "X99", "f32", "", 7, None, True, 1.5, ["F32"], [[]], {"F32": 1}, {}],
+)
 def test_unsupported_dtypes_are_named(put, dtype):
     """B11."""
-    with pytest.raises(MismatchError, match=f"'x' has the unsupported dtype {dtype}"):
+    with pytest.raises(MismatchError, match=re.escape(f"'x' has the unsupported dtype {shown(dtype, 20)}")):
         read_tensors(put(build({"x": entry(dtype=dtype)}, b"\0" * 8)))
 
 
