@@ -13,6 +13,9 @@ from ldm.checkpoints.files import Weights, open_weights
 from ldm.errors import AbsentError, FormatError, MismatchError, UnsafeFileError
 
 MAX_JSON = 16 << 20
+MAX_SIZE = 1 << 16  # of any width, count or number of steps
+MAX_LEVELS = 16  # and blocks at each of them
+GROUPS = 32  # of every GroupNorm
 DEFAULT_SCALING = 0.18215  # of Stable Diffusion v1; old folders do not state it
 PIPELINES = ("StableDiffusion", "LatentDiffusion")  # beginnings of class names that are v1's
 FOREIGN_PIPELINES = {"StableDiffusionXL": "Stable Diffusion XL", "StableDiffusion3": "Stable Diffusion 3"}
@@ -24,7 +27,7 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # What CompVis's UNet and VAE have built in; a folder that asks for something else cannot be built.
 UNET_FIXED = {
     "act_fn": "silu",
-    "norm_num_groups": 32,
+    "norm_num_groups": GROUPS,
     "norm_eps": 1e-5,
     "center_input_sample": False,
     "flip_sin_to_cos": True,
@@ -44,7 +47,7 @@ UNET_FIXED = {
 }
 VAE_FIXED = {
     "act_fn": "silu",
-    "norm_num_groups": 32,
+    "norm_num_groups": GROUPS,
     "use_quant_conv": True,
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
@@ -129,9 +132,9 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     mapping = read_json(index).get("weight_map")
-    if not isinstance(mapping, dict) or not mapping:
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(n, str) for n in mapping.values()):
         raise FormatError(f"'{shown(index)}' should map tensors to files under 'weight_map'")
-    names = sorted({str(name) for name in mapping.values()})
+    names = sorted(set(mapping.values()))
     for name in names:
         if (
             name in (".", "..")
@@ -156,7 +159,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FormatError(f"'{shown(path)}' has {path.stat().st_size} bytes; at most {MAX_JSON} are read")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: no UTF-8, no JSON, a number without end
         raise FormatError(f"'{shown(path)}' is not JSON: {shown(error, 80)}") from error
     if not isinstance(found, dict):
         raise FormatError(f"'{shown(path)}' should be a JSON object")
@@ -172,19 +179,70 @@ def _hold(path: Path, config: Mapping[str, Any], fixed: Mapping[str, Any]) -> No
             )
 
 
-def _need(path: Path, config: Mapping[str, Any], key: str, kind: type) -> Any:
+def _wrong(path: Path, key: str, wanted: str, value: Any) -> FormatError:
+    return FormatError(f"'{shown(path)}': {key} should be {wanted}, got {shown(json.dumps(value), 40)}")
+
+
+def _count(
+    path: Path, config: Mapping[str, Any], key: str, default: int | None = None, most: int = MAX_SIZE
+) -> int:
+    """Read a number of things; null is an entry that is not there, as diffusers has it."""
     value = config.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool) or not value:
-        raise FormatError(f"'{shown(path)}': {key} should be a {kind.__name__}, got {shown(value, 40)}")
+    if value is None and default is not None:
+        return default
+    if type(value) is not int or not 1 <= value <= most:
+        raise _wrong(path, key, f"a whole number from 1 to {most}", value)
+    return value
+
+
+def _number(path: Path, config: Mapping[str, Any], key: str, default: float, most: int = MAX_SIZE) -> float:
+    value = config.get(key)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not 0 < value <= most:
+        raise _wrong(path, key, f"a number above 0 and up to {most}", value)
+    return float(value)
+
+
+def _flag(path: Path, config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key)
+    if not isinstance(value, bool | None):
+        raise _wrong(path, key, "true or false", value)
+    return bool(value)
+
+
+def _list(path: Path, config: Mapping[str, Any], key: str, kind: type, most: int = MAX_LEVELS) -> list[Any]:
+    value = config.get(key)
+    words = {str: "texts", int: "whole numbers", float: "numbers"}[kind]
+    if not isinstance(value, list) or not 1 <= len(value) <= most:
+        raise _wrong(path, key, f"a list of 1 to {most} {words}", value)
+    for part in value:
+        if type(part) is not kind and not (kind is float and type(part) is int):
+            raise _wrong(path, key, f"a list of {words}", value)
+    return value
+
+
+def _word(path: Path, config: Mapping[str, Any], key: str, default: str) -> str:
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, str):
+        raise _wrong(path, key, "a text", value)
     return value
 
 
 def _multipliers(path: Path, config: Mapping[str, Any]) -> tuple[int, list[int]]:
     """Split block_out_channels into CompVis's model width and its multiple at each level."""
-    channels = _need(path, config, "block_out_channels", list)
-    if not all(type(c) is int and c > 0 and c % channels[0] == 0 for c in channels):
+    channels = _list(path, config, "block_out_channels", int)
+    if not all(0 < c <= MAX_SIZE for c in channels):
+        raise _wrong(path, "block_out_channels", f"a list of whole numbers from 1 to {MAX_SIZE}", channels)
+    if any(c % channels[0] for c in channels):
         raise MismatchError(
             f"'{shown(path)}': block_out_channels {shown(channels)} are no multiples of the first"
+        )
+    if channels[0] % GROUPS:
+        raise MismatchError(
+            f"'{shown(path)}': block_out_channels {shown(channels)} are no multiples of {GROUPS}, the groups of a norm"
         )
     return channels[0], [c // channels[0] for c in channels]
 
@@ -193,31 +251,35 @@ def unet_params(path: Path) -> dict[str, Any]:
     """Translate unet/config.json into UNetModel's parameters."""
     config = read_json(path)
     _hold(path, config, UNET_FIXED)
-    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-    if isinstance(heads, list):
+    # diffusers took heads for their width and had to keep the name.
+    name = "attention_head_dim" if config.get("num_attention_heads") is None else "num_attention_heads"
+    if isinstance(config.get(name), list):
         raise MismatchError(
-            f"'{shown(path)}': heads per level {heads} belong to Stable Diffusion v2 or XL, not v1"
+            f"'{shown(path)}': heads per level {shown(config[name], 40)} belong to Stable Diffusion v2 or XL, not v1"
         )
+    heads = _count(path, config, name, default=8)
     width, multipliers = _multipliers(path, config)
-    kinds = _need(path, config, "down_block_types", list)
+    if width % heads:
+        raise MismatchError(f"'{shown(path)}': {name} {heads} does not divide the {width} channels")
+    kinds = _list(path, config, "down_block_types", str)
     known = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
     if len(kinds) != len(multipliers) or not set(kinds) <= set(known):
         raise MismatchError(
             f"'{shown(path)}': down_block_types {shown(kinds)} are not those of Stable Diffusion v1"
         )
     return {
-        "image_size": config.get("sample_size") or 64,
-        "in_channels": _need(path, config, "in_channels", int),
-        "out_channels": _need(path, config, "out_channels", int),
+        "image_size": _count(path, config, "sample_size", default=64),
+        "in_channels": _count(path, config, "in_channels"),
+        "out_channels": _count(path, config, "out_channels"),
         "model_channels": width,
         "attention_resolutions": [2**level for level, kind in enumerate(kinds) if known[kind]],
-        "num_res_blocks": _need(path, config, "layers_per_block", int),
+        "num_res_blocks": _count(path, config, "layers_per_block", most=MAX_LEVELS),
         "channel_mult": multipliers,
         "num_heads": heads,
         "use_spatial_transformer": True,
-        "use_linear_in_transformer": bool(config.get("use_linear_projection")),
-        "transformer_depth": config.get("transformer_layers_per_block", 1),
-        "context_dim": _need(path, config, "cross_attention_dim", int),
+        "use_linear_in_transformer": _flag(path, config, "use_linear_projection"),
+        "transformer_depth": _count(path, config, "transformer_layers_per_block", default=1, most=MAX_LEVELS),
+        "context_dim": _count(path, config, "cross_attention_dim"),
         "use_checkpoint": False,
         "legacy": False,
     }
@@ -227,54 +289,58 @@ def vae_params(path: Path) -> tuple[dict[str, Any], float]:
     """Translate vae/config.json into AutoencoderKL's parameters and the scale of its latents."""
     config = read_json(path)
     _hold(path, config, VAE_FIXED)
-    kinds = {*_need(path, config, "down_block_types", list), *_need(path, config, "up_block_types", list)}
-    if not kinds <= {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
-        raise MismatchError(
-            f"'{shown(path)}': block types {shown(sorted(kinds))} are not those of a KL autoencoder"
-        )
     width, multipliers = _multipliers(path, config)
-    latent = _need(path, config, "latent_channels", int)
-    scale = config.get("scaling_factor") or DEFAULT_SCALING
+    for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        kinds = _list(path, config, key, str)
+        if kinds != [kind] * len(multipliers):
+            raise MismatchError(
+                f"'{shown(path)}': {key} {shown(kinds)} are not those of a KL autoencoder of {len(multipliers)} levels"
+            )
+    latent = _count(path, config, "latent_channels")
+    scale = _number(path, config, "scaling_factor", DEFAULT_SCALING)
     params = {
         "embed_dim": latent,
         "ddconfig": {
             "double_z": True,
             "z_channels": latent,
-            "resolution": config.get("sample_size") or 256,
-            "in_channels": _need(path, config, "in_channels", int),
-            "out_ch": _need(path, config, "out_channels", int),
+            "resolution": _count(path, config, "sample_size", default=256),
+            "in_channels": _count(path, config, "in_channels"),
+            "out_ch": _count(path, config, "out_channels"),
             "ch": width,
             "ch_mult": multipliers,
-            "num_res_blocks": _need(path, config, "layers_per_block", int),
+            "num_res_blocks": _count(path, config, "layers_per_block", most=MAX_LEVELS),
             "attn_resolutions": [],
             "dropout": 0.0,
         },
         "lossconfig": {"target": "torch.nn.Identity"},
     }
-    return params, float(scale)
+    return params, scale
 
 
 def scheduler_params(path: Path) -> dict[str, Any]:
     """Translate scheduler/scheduler_config.json; v1's schedule where a folder has none."""
     config = read_json(path) if path.is_file() else {}
-    prediction = config.get("prediction_type") or "epsilon"
-    schedule = config.get("beta_schedule") or "scaled_linear"
+    prediction = _word(path, config, "prediction_type", "epsilon")
+    schedule = _word(path, config, "beta_schedule", "scaled_linear")
     if prediction not in PREDICTIONS or schedule not in SCHEDULES:
         raise MismatchError(
             f"'{shown(path)}': prediction_type {shown(prediction, 30)} with beta_schedule {shown(schedule, 30)}; "
             f"known are {', '.join(PREDICTIONS)} and {', '.join(SCHEDULES)}"
         )
     params = {
-        "linear_start": config.get("beta_start", 0.00085),
-        "linear_end": config.get("beta_end", 0.012),
-        "timesteps": config.get("num_train_timesteps", 1000),
+        "linear_start": _number(path, config, "beta_start", 0.00085, most=1),
+        "linear_end": _number(path, config, "beta_end", 0.012, most=1),
+        "timesteps": _count(path, config, "num_train_timesteps", default=1000),
         "beta_schedule": SCHEDULES[schedule],
         "parameterization": PREDICTIONS[prediction],
     }
-    if config.get("rescale_betas_zero_snr"):
+    if _flag(path, config, "rescale_betas_zero_snr"):
         params["rescale_betas_zero_snr"] = True
     if config.get("trained_betas") is not None:
-        params["given_betas"] = config["trained_betas"]
+        betas = _list(path, config, "trained_betas", float, most=MAX_SIZE)
+        if len(betas) != params["timesteps"] or not all(0 < beta < 1 for beta in betas):
+            raise _wrong(path, "trained_betas", f"{params['timesteps']} numbers between 0 and 1", betas)
+        params["given_betas"] = betas
     return params
 
 
@@ -286,7 +352,7 @@ def folder_settings(path: Path) -> tuple[str, dict[str, Any]]:
         MismatchError: another family, or an option that CompVis's networks do not have; it is named.
     """
     index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
-    pipeline = str(index.get("_class_name", "StableDiffusionPipeline"))
+    pipeline = _word(path / "model_index.json", index, "_class_name", "StableDiffusionPipeline")
     for beginning, words in FOREIGN_PIPELINES.items():
         if pipeline.startswith(beginning):
             raise MismatchError(
@@ -297,11 +363,12 @@ def folder_settings(path: Path) -> tuple[str, dict[str, Any]]:
 
     unet = unet_params(path / "unet" / "config.json")
     vae, scale = vae_params(path / "vae" / "config.json")
-    text = read_json(path / "text_encoder" / "config.json")
-    if unet["context_dim"] != text.get("hidden_size", 768):
+    text_path = path / "text_encoder" / "config.json"
+    text = read_json(text_path)
+    width = _count(text_path, text, "hidden_size", default=768)
+    if unet["context_dim"] != width:
         raise MismatchError(
-            f"'{shown(path)}': the UNet wants text of width {unet['context_dim']}, "
-            f"the text encoder gives {shown(text.get('hidden_size'), 20)}"
+            f"'{shown(path)}': the UNet wants text of width {unet['context_dim']}, the text encoder gives {width}"
         )
     if unet["in_channels"] not in (4, 9) and unet["in_channels"] != vae["embed_dim"]:
         raise MismatchError(f"'{shown(path)}': a UNet of {unet['in_channels']} input channels is not v1's")
@@ -324,7 +391,7 @@ def folder_settings(path: Path) -> tuple[str, dict[str, Any]]:
             "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
             "params": {
                 "version": str(path / "text_encoder"),
-                "max_length": text.get("max_position_embeddings", 77),
+                "max_length": _count(text_path, text, "max_position_embeddings", default=77),
             },
         },
     }

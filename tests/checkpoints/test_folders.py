@@ -1,6 +1,7 @@
 """diffusers folders: written by diffusers at tiny size, loaded here, the same outputs from both."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -154,6 +155,7 @@ def test_stable_diffusions_own_folder_gives_compvis_configuration(folder):
         block_out_channels=[128, 256, 512, 512],
         layers_per_block=2,
         down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
         sample_size=512,
         scaling_factor=None,
     )
@@ -316,6 +318,166 @@ def test_a_broken_json_is_malformed(folder, text):
 def test_a_missing_entry_is_named(folder, key):
     edit(folder / "unet" / "config.json", **{key: None})
     with pytest.raises(FormatError, match=f"{key} should be a"):
+        load_latent_diffusion(folder)
+
+
+COUNTS = ["text", 32.5, 0, -32, True, [32], {"a": 1}, 10**9, 10**40, float("nan")]
+FOLDER_VALUES = [
+    *(("unet", key, value) for key in ("in_channels", "out_channels", "sample_size") for value in COUNTS),
+    *(("unet", key, value) for key in ("layers_per_block", "cross_attention_dim") for value in COUNTS),
+    *(("unet", "transformer_layers_per_block", value) for value in COUNTS),
+    *(("unet", "attention_head_dim", value) for value in COUNTS if not isinstance(value, list)),
+    *(("unet", "num_attention_heads", value) for value in COUNTS if not isinstance(value, list)),
+    *(("vae", key, value) for key in ("in_channels", "out_channels", "latent_channels") for value in COUNTS),
+    *(("vae", key, value) for key in ("sample_size", "layers_per_block") for value in COUNTS),
+    *(("vae", "scaling_factor", value) for value in ("x", -1, 0, True, [1], {}, float("inf"), float("nan"))),
+    *(
+        (part, "block_out_channels", value)
+        for part in ("unet", "vae")
+        for value in (
+            32,
+            "32",
+            [],
+            {},
+            [32, "64"],
+            [32.0],
+            [0],
+            [-32],
+            [True],
+            [[32]],
+            [10**9],
+            [32] * 17,
+            [None],
+        )
+    ),
+    *(
+        (part, key, value)
+        for part, key in (
+            ("unet", "down_block_types"),
+            ("vae", "down_block_types"),
+            ("vae", "up_block_types"),
+        )
+        for value in (
+            "DownBlock2D",
+            3,
+            [],
+            [3],
+            [None],
+            [["DownBlock2D"]],
+            [{}],
+            {"a": "b"},
+            ["DownBlock2D"] * 17,
+        )
+    ),
+    *(("unet", "use_linear_projection", value) for value in ("false", 1, [], {})),
+    *(
+        ("scheduler", key, value)
+        for key in ("beta_start", "beta_end")
+        for value in ("x", 0, -1, 1.5, True, [1])
+    ),
+    *(("scheduler", "num_train_timesteps", value) for value in COUNTS),
+    *(
+        ("scheduler", key, v)
+        for key in ("prediction_type", "beta_schedule")
+        for v in (1, True, [], ["eps"], {})
+    ),
+    *(("scheduler", "trained_betas", value) for value in ("x", 1, [], {}, ["x"], [True], [0.1], [2.0] * 500)),
+    *(("text_encoder", key, v) for key in ("hidden_size", "max_position_embeddings") for v in COUNTS),
+    *(("model_index", "_class_name", value) for value in (1, True, [], ["a"], {})),
+]
+
+
+@pytest.fixture(scope="module")
+def json_files(tmp_path_factory):
+    """The JSON files of a folder alone: all that its settings are read from."""
+    root = tmp_path_factory.mktemp("json")
+    kinds = {"unet": "CrossAttnDownBlock2D", "vae": "DownEncoderBlock2D"}
+    networks = {
+        part: {
+            "block_out_channels": [32, 64],
+            "layers_per_block": 1,
+            "in_channels": 4,
+            "out_channels": 3,
+            "latent_channels": 4,
+            "cross_attention_dim": 24,
+            "down_block_types": [kind] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+        }
+        for part, kind in kinds.items()
+    }
+    files = {
+        "model_index.json": {"_class_name": "StableDiffusionPipeline"},
+        "scheduler/scheduler_config.json": {"num_train_timesteps": 500},
+        "text_encoder/config.json": {"hidden_size": 24, "max_position_embeddings": 11},
+        **{f"{part}/config.json": config for part, config in networks.items()},
+    }
+    for name, value in files.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(json.dumps(value))
+    return root
+
+
+@pytest.mark.parametrize(("part", "key", "value"), FOLDER_VALUES)
+def test_a_wrong_value_is_named_with_its_file_and_key(json_files, part, key, value):
+    assert folder_settings(json_files)[0] == "v1"
+    name = {"scheduler": "scheduler/scheduler_config", "model_index": part}.get(part, f"{part}/config")
+    file = json_files / f"{name}.json"
+    before = file.read_text()
+    try:
+        edit(file, **{key: value})
+        with pytest.raises(FormatError, match=re.escape(f"{file}': {key} should be ")) as caught:
+            folder_settings(json_files)
+    finally:
+        file.write_text(before)
+    assert len(str(caught.value)) <= 400 and str(caught.value).isprintable() and ", got " in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["block_out_channels", "down_block_types", "layers_per_block", "in_channels"])
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_null_is_no_value(json_files, part, key):
+    file = json_files / part / "config.json"
+    before = file.read_text()
+    try:
+        file.write_text(json.dumps({**json.loads(before), key: None}))
+        with pytest.raises(FormatError, match=f"{key} should be .*, got null"):
+            folder_settings(json_files)
+    finally:
+        file.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("num_hidden_layers", value) for value in ("x", -1, True, [1], 10**9, 1.5, None)),
+        *(("intermediate_size", value) for value in ("x", 0, {}, 10**9)),
+        *(("hidden_act", value) for value in (1, None, ["gelu"], "relu", "x" * 10_000)),
+        *(("num_attention_heads", value) for value in (0, "x", [4])),
+        *(("vocab_size", value) for value in (0, "x", 2**70)),
+    ],
+)
+def test_a_wrong_value_of_the_text_encoder_is_named(folder, name, value):
+    file = folder / "text_encoder" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    with pytest.raises(
+        FormatError, match=r"text_encoder/config.json' describes no text encoder: .*\b"
+    ) as caught:
+        load_latent_diffusion(folder)
+    assert len(str(caught.value)) <= 400
+
+
+@pytest.mark.parametrize("value", [3, None, ["a"], {"a": 1}])
+def test_a_shard_that_is_no_name_is_malformed(folder, value):
+    stem = "diffusion_pytorch_model.safetensors"
+    (folder / "unet" / stem).rename(folder / "unet" / "a.safetensors")
+    (folder / "unet" / f"{stem}.index.json").write_text(json.dumps({"weight_map": {"x": value}}))
+    with pytest.raises(FormatError, match="should map tensors to files"):
+        load_latent_diffusion(folder)
+
+
+@pytest.mark.parametrize("text", ['{"a": %s}' % ("9" * 100_000), "[" * 100_000, '{"a": ' * 5000, "\0", "nul"])
+def test_json_without_end_is_malformed(folder, text):
+    (folder / "unet" / "config.json").write_text(text)
+    with pytest.raises(FormatError, match="unet/config.json' is not JSON"):
         load_latent_diffusion(folder)
 
 

@@ -39,6 +39,7 @@ CLIP_L_FIELDS = {
 _CONFIG_FIELDS = (*CLIP_L_FIELDS, "attention_dropout", "initializer_range", "initializer_factor")
 _OTHER_KEYS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 _ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's encoders, and those that OpenCLIP trained
+_MOST_LAYERS, _MOST = 128, 1 << 20  # of layers, and of anything else that is counted
 _NAMED_WORDS = 20  # dropped words spelt out in a warning; the rest are counted
 
 
@@ -723,9 +724,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         if name == "hidden_act":
             fits = value in _ACTIVATIONS
         else:
-            fits = isinstance(value, (type(CLIP_L_FIELDS.get(name, 0.0)), int)) and value >= 0
-        if not fits or (name.endswith("_size") and not value):
-            raise FormatError(f"'{path}' describes no text encoder: {name} is {value!r}")
+            kinds = (type(CLIP_L_FIELDS.get(name, 0.0)), int)
+            most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+            fits = isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value <= most
+        if not fits or (name.endswith(("_size", "_positions", "_embeddings")) and not value):
+            raise FormatError(f"'{path}' describes no text encoder: {name} is {value!r:.60}")
     width, heads = fields.get("hidden_size", 512), fields.get("num_attention_heads", 8)  # transformers' own
     if not heads or width % heads:
         raise FormatError(f"'{path}' describes no text encoder: hidden_size {width} over {heads} heads")
