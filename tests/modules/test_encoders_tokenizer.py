@@ -380,6 +380,65 @@ def test_an_argument_that_is_not_there_says_what_to_give(tmp_path):
         ("a.json", b'{"model": {"vocab": {"a": 0, "b": 2}, "merges": []}}', "0, 1, 2, ... without gaps"),
         ("a.json", b'{"model": {"vocab": {"a": 0, "b": 1}, "merges": []}}', "lacks 512 tokens"),
         ("a.json", b"[" * 100_000, "should hold JSON"),
+        ("a.json", b'{"model": ' * 100_000, "should hold JSON"),
+        ("a.json", b'{"model": ' + b"9" * 100_000 + b"}", "should hold JSON: Exceeds the limit"),
+        ("a.json", b"null", "should hold a JSON object, got NoneType"),
+        ("a.json", b'{"model": []}', "with model.vocab and model.merges; it has none"),
+        ("a.json", b'{"model": {"merges": {}}}', "with model.vocab and model.merges; it has none"),
+        ("a.json", b'{"model": {"merges": []}}', "should map tokens to their numbers"),
+        *(
+            ("a.json", b'{"model": {"vocab": {}, "merges": [%s]}}' % merge, f"two tokens each, got {shown}")
+            for merge, shown in {
+                b"5": "5",
+                b"null": "None",
+                b"1.5": "1.5",
+                b"true": "True",
+                b"[]": "[]",
+                b"{}": "{}",
+                b'"ab"': "['ab']",
+                b'""': "['']",
+                b'["a"]': "['a']",
+                b'["a", "b", "c"]': "['a', 'b', 'c']",
+                b'["a", 1]': "['a', 1]",
+                b'[["a"], ["b"]]': "[['a'], ['b']]",
+                b'{"a": "b", "c": "d"}': "{'a': 'b', 'c': 'd'}",
+                b'"a b", 5': "5",
+            }.items()
+        ),
+        ("a.json", b'{"model": {"vocab": {}, "merges": ["' + b"a " * 9999 + b'"]}}', "two tokens each, got"),
+        ("a.json", b'{"model": {"vocab": {}, "merges": [["a b", "c"]]}}', "tokens without spaces, got 'a b'"),
+        (
+            "a.json",
+            b'{"model": {"vocab": {}, "merges": [["a", "b\\n"]]}}',
+            "tokens without spaces, got 'b\\n'",
+        ),
+        ("a.json", b'{"model": {"vocab": {}, "merges": [" a"]}}', "tokens without spaces, got ''"),
+        ("a.json", b'{"model": {"vocab": {"\\ud800": 0}, "merges": []}}', "a token with half a character"),
+        *(
+            (
+                "a.json",
+                b'{"model": {"vocab": %s, "merges": []}}' % vocab,
+                "should map tokens to their numbers",
+            )
+            for vocab in (
+                b"null",
+                b"5",
+                b'["a"]',
+                b'{"a": null}',
+                b'{"a": true}',
+                b'{"a": 0.0}',
+                b'{"a": [0]}',
+            )
+        ),
+        *(
+            ("a.json", b'{"model": {"vocab": %s, "merges": []}}' % vocab, "0, 1, 2, ... without gaps")
+            for vocab in (b'{"a": 0, "b": 0}', b'{"a": -1}', b'{"a": 1}', b'{"a": %s}' % (b"9" * 4300))
+        ),
+        ("a.json", b'{"model": {"vocab": {"%s": 0}, "merges": []}}' % (b"a" * 99_999), "lacks 514 tokens"),
+        ("a.txt", b"", "two tokens a line, got ''"),
+        ("a.txt", b"a b\na b c\n", "two tokens a line, got 'a b c'"),
+        ("a.txt", b"i n\n" + b"\0" * 99_999, "two tokens a line, got '\\x00\\x00"),
+        ("a.txt.gz", gzip.compress(b"a b\n" * 3_000_000, mtime=0), "larger than any vocabulary"),
         ("a.txt.gz", b"version https://git-lfs.github.com/spec/v1", "cannot be read as a vocabulary"),
         ("a.txt.gz", gzip.compress(b"i n\nt h\n" * 99, mtime=0)[:-30], "cannot be read as a vocabulary"),
         ("a.txt", b"<html>\n<body class=x y>\n", "two tokens a line, got '<html>'"),
@@ -391,6 +450,7 @@ def test_broken_files_are_named(tmp_path, name, data, message):
     with pytest.raises(FormatError) as raised:
         find_tokenizer(tmp_path / name)
     assert message in str(raised.value) and str(tmp_path / name) in str(raised.value)
+    assert len(str(raised.value)) <= 400 and str(raised.value).isprintable()
 
 
 def test_a_vocabulary_that_cannot_spell_a_letter_is_refused(tmp_path):

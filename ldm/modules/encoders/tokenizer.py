@@ -31,9 +31,10 @@ HUB_NAMES = (
     "CompVis/stable-diffusion-v1-4",
 )
 MAX_CHARACTERS = 100_000  # the worst text of this length is cleaned and split in about a second
-_MAX_FILE_BYTES = 64_000_000  # OpenAI's file is 3.2 MB unpacked
+_MAX_FILE_BYTES = 8_000_000  # OpenAI's file is 3.2 MB unpacked, CLIP's tokenizer.json 2.2 MB
 # Printable ASCII is text that ftfy leaves alone, but for "&", which may begin an entity of HTML.
 _PLAIN = re.compile(r"[ -%'-~\t\n]*")
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _PROBE = "a photo of a cat"
 _PROBE_IDS = [49406, 320, 1125, 539, 320, 2368, 49407]  # recorded from OpenAI's tokenizer
 
@@ -178,10 +179,15 @@ def read_vocabulary(path: str | Path) -> tuple[dict[str, int], list[Merge]]:
             raise FormatError(
                 f"'{path}' should be a tokenizer.json with model.vocab and model.merges; it has none"
             )
-        pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-        if any(len(pair) != 2 for pair in pairs):
-            raise FormatError(f"'{path}' should hold merges of two tokens each")
-        return _checked(model.get("vocab"), pairs, path)
+        pairs = [pair.split(" ", 2) if isinstance(pair, str) else pair for pair in model["merges"]]
+        for pair in pairs:
+            if (
+                not isinstance(pair, list)
+                or len(pair) != 2
+                or not all(isinstance(part, str) for part in pair)
+            ):
+                raise FormatError(f"'{path}' should hold merges of two tokens each, got {pair!r:.80}")
+        return _checked(model.get("vocab"), [(left, right) for left, right in pairs], path)
     merges = _parse_merges(path)
     vocab = vocabulary(merges)  # in order and whole, but for what the merges are made of
     _check_complete(vocab, set(itertools.chain.from_iterable(merges)), path)
@@ -204,7 +210,9 @@ def _read_text(path: Path) -> str:
 def _parse_json(path: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number without end
+        if isinstance(error, LdmError):
+            raise
         raise FormatError(f"'{path}' should hold JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise FormatError(f"'{path}' should hold a JSON object, got {type(parsed).__name__}")
@@ -212,13 +220,14 @@ def _parse_json(path: Path) -> dict[str, Any]:
 
 
 def _parse_merges(path: Path) -> list[Merge]:
-    lines = _read_text(path).removesuffix("\n").split("\n")
+    most = CLIP_VOCAB_SIZE - 514  # OpenAI's file goes on beyond the merges that CLIP uses
+    lines = _read_text(path).removesuffix("\n").split("\n", most + 1)
     if "#version" in lines[0]:
         lines = lines[1:]
-    lines = lines[: CLIP_VOCAB_SIZE - 514]  # OpenAI's file goes on beyond the merges that CLIP uses
+    lines = lines[:most]
     if set(map(str.count, lines, itertools.repeat(" "))) - {1}:
         odd = next(line for line in lines if line.count(" ") != 1)
-        raise FormatError(f"'{path}' should hold two tokens a line, got {odd[:80]!r}")
+        raise FormatError(f"'{path}' should hold two tokens a line, got {odd[:80]!r:.80}")
     tokens = " ".join(lines).split(" ") if lines else []
     return list(zip(tokens[::2], tokens[1::2], strict=True))
 
@@ -227,6 +236,11 @@ def _checked(vocab: Any, merges: list[Merge], path: Path) -> tuple[dict[str, int
     """Refuse a vocabulary in which some text would silently become the end mark."""
     if not isinstance(vocab, dict) or list(map(type, vocab.values())).count(int) != len(vocab):
         raise FormatError(f"'{path}' should map tokens to their numbers")
+    if _HALF_CHARACTER.search("".join(vocab)):  # JSON can spell what no text has
+        raise FormatError(f"'{path}' holds a token with half a character (a lone surrogate)")
+    for part in itertools.chain.from_iterable(merges):
+        if part.split() != [part]:  # merges.txt could not hold it
+            raise FormatError(f"'{path}' should hold merges of tokens without spaces, got {part!r:.60}")
     if set(vocab.values()) != set(range(len(vocab))):
         raise FormatError(f"'{path}' should number its tokens 0, 1, 2, ... without gaps")
     symbols = list(byte_of_symbol())
@@ -240,7 +254,7 @@ def _check_complete(vocab: dict[str, int], needed: set[str], path: Path) -> None
     missing = needed.difference(vocab)
     if missing:
         raise FormatError(
-            f"'{path}' lacks {len(missing)} tokens that CLIP's format needs, one is {min(missing)!r}"
+            f"'{path}' lacks {len(missing)} tokens that CLIP's format needs, one is {min(missing)!r:.60}"
         )
 
 
