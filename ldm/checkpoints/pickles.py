@@ -31,7 +31,7 @@ MAX_UNPACKED = 16  # times the file's size,
 FREELY_UNPACKED = 16 << 20  # or these bytes
 PIECE = 1 << 20
 MAX_DEPTH = 16
-MAX_ENTRIES = 200_000  # of the dicts around tensors, counted as often as they are shown
+MAX_ENTRIES = 50_000  # of the dicts around tensors, counted as often as they are shown
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 # What trainers call the one dict that is the model's.

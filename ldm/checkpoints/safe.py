@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library; 1131 tensors need 0.2 MB
 # A header is metadata for the rest. Texts cost as much memory as bytes, but lists, numbers and short texts far more.
 MAX_STRUCTURE = 4 << 20  # bytes beside texts and spaces; 20,000 tensors of 8 dimensions need 3 MB
-MAX_TEXTS = 1_000_000
-TEXT_OR_SPACE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[ \t\r\n]++', re.DOTALL)
+MAX_PIECES = 1_000_000  # texts, and what lies between them
+PIECE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[ \t\r\n]++|([^" \t\r\n]{1,65536}+)', re.DOTALL)
 MAX_TENSORS = 20_000
 MAX_RANK = 8
 NAME = re.compile(r"[A-Za-z0-9_.<>*\- ]{1,256}")
@@ -239,10 +239,9 @@ def _natural(values: Any) -> bool:
 
 def _is_text(header: bytes) -> bool:
     """Tell whether a header, but for so much, is texts and spaces; without parsing it."""
-    structure = position = 0
-    for count, match in enumerate(TEXT_OR_SPACE.finditer(header)):
-        structure += match.start() - position
-        position = match.end()
-        if count > MAX_TEXTS or structure > MAX_STRUCTURE:
+    structure = 0
+    for count, piece in enumerate(PIECE.finditer(header)):
+        structure += len(piece[1] or b"")
+        if count > MAX_PIECES or structure > MAX_STRUCTURE:
             return False
-    return structure + len(header) - position <= MAX_STRUCTURE
+    return True

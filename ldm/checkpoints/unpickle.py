@@ -8,6 +8,7 @@ an empty placeholder. Every other name is refused before anything is made of it.
 The work is bounded in steps, for a file can ask for much in few bytes: see `Unpickler.spend`.
 """
 
+import gc
 import io
 import pickletools
 import re
@@ -22,14 +23,14 @@ from ldm.checkpoints.account import shown
 from ldm.checkpoints.safe import MAX_RANK
 from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError
 
-MAX_STEPS = 1_500_000  # about a second; Stable Diffusion v1 with its optimizer needs under 200,000
+MAX_STEPS = 1_000_000  # about a second; Stable Diffusion v1 with its optimizer needs under 200,000
 MAX_BITS = 1024  # of a whole number; random generators keep 128
 MAX_NAME = 300  # characters
 MAX_ARGUMENTS = 8
 MAX_KEY = 2**61 - 1  # Python's hash of whole numbers is modulo this: from here on they can be made to collide
-# What a step may cost beyond itself. A set is 216 bytes; numbers, and tuples all the more, can be chosen so that
-# they meet in a dict, which takes time with the square of their number.
-SET_STEPS, NUMBER_STEPS, TUPLE_STEPS = 4, 50, 1000
+# What a step may cost beyond itself. A list is 56 bytes, a set 216; numbers, and tuples all the more, can be chosen
+# so that they meet in a dict, which takes time with the square of their number.
+LIST_STEPS, SET_STEPS, NUMBER_STEPS, TUPLE_STEPS = 1, 3, 30, 1000
 BYTES_A_STEP = 32
 
 STORAGES = {
@@ -153,9 +154,13 @@ class Unpickler:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        collecting = gc.isenabled()
+        gc.disable()  # it would go over all that was made again and again, for more time than the making takes
         try:
             for op, argument, _ in pickletools.genops(stream):
-                self.spend(1)
+                self.steps += 1
+                if self.steps > MAX_STEPS:
+                    self.spend(0)
                 OPS[op.name](self, argument)
             return self.stack.pop()
         except (LdmError, MemoryError):
@@ -164,6 +169,9 @@ class Unpickler:
             raise FormatError(
                 f"'{self.path}' is incomplete or damaged: its pickle breaks off; download it again"
             ) from error
+        finally:
+            if collecting:
+                gc.enable()
 
     def spend(self, steps: int) -> None:
         """Count work against the budget."""
@@ -195,12 +203,6 @@ class Unpickler:
         if not 0 <= index <= self.steps:  # pickles number what they keep one after the other
             raise ValueError("a memo out of order")
         self.memo[index] = self.stack[-1]
-
-    def replace(self, count: int) -> None:
-        """Make a tuple of the last values."""
-        if len(self.stack) < count:
-            raise IndexError("too few values")
-        self.stack[-count:] = [tuple(self.stack[-count:])]
 
     # --- names and calls ---
 
@@ -307,6 +309,11 @@ class Unpickler:
     def set(self, items: Any = ()) -> set[Any]:
         self.spend(len(items) + SET_STEPS)
         return {self.key(item) for item in items}
+
+    def new(self, value: Any, steps: int) -> None:
+        """Push an empty container."""
+        self.spend(steps)
+        self.stack.append(value)
 
     def encode(self, text: str, codec: str = "utf-8") -> bytes:
         """Give the bytes that a pickle of protocol 2 spells as text; honest ones do so in Latin-1 alone."""
@@ -442,11 +449,6 @@ def _outside(machine: Unpickler, _: Any) -> None:
     raise TypeError("a part that lies outside of the pickle")
 
 
-def _new_set(machine: Unpickler, _: Any) -> None:
-    machine.spend(SET_STEPS)
-    machine.stack.append(set())
-
-
 def _dict(machine: Unpickler, _: Any) -> None:
     items, found = machine.marked(), {}
     machine.set_items(found, items)
@@ -520,10 +522,10 @@ OPS: dict[str, Callable[[Unpickler, Any], None]] = {
     "NONE": lambda machine, _: machine.stack.append(None),
     "NEWTRUE": lambda machine, _: machine.stack.append(True),
     "NEWFALSE": lambda machine, _: machine.stack.append(False),
-    "EMPTY_LIST": lambda machine, _: machine.stack.append([]),
+    "EMPTY_LIST": lambda machine, _: machine.new([], LIST_STEPS),
     "EMPTY_TUPLE": lambda machine, _: machine.stack.append(()),
-    "EMPTY_DICT": lambda machine, _: machine.stack.append({}),
-    "EMPTY_SET": _new_set,
+    "EMPTY_DICT": lambda machine, _: machine.new({}, LIST_STEPS),
+    "EMPTY_SET": lambda machine, _: machine.new(set(), SET_STEPS),
     "MARK": lambda machine, _: machine.marks.append(len(machine.stack)),
     "POP": lambda machine, _: machine.pop(),
     "POP_MARK": lambda machine, _: machine.marked() and None,
@@ -533,9 +535,11 @@ OPS: dict[str, Callable[[Unpickler, Any], None]] = {
     **dict.fromkeys(
         ("GET", "BINGET", "LONG_BINGET"), lambda machine, index: machine.stack.append(machine.memo[index])
     ),
-    "TUPLE1": lambda machine, _: machine.replace(1),
-    "TUPLE2": lambda machine, _: machine.replace(2),
-    "TUPLE3": lambda machine, _: machine.replace(3),
+    "TUPLE1": lambda machine, _: machine.stack.append((machine.stack.pop(),)),
+    "TUPLE2": lambda machine, _: machine.stack.append((machine.stack.pop(), machine.stack.pop())[::-1]),
+    "TUPLE3": lambda machine, _: machine.stack.append(
+        (machine.stack.pop(), machine.stack.pop(), machine.stack.pop())[::-1]
+    ),
     "TUPLE": lambda machine, _: machine.stack.append(tuple(machine.marked())),
     "LIST": lambda machine, _: machine.stack.append(machine.marked()),
     "DICT": _dict,

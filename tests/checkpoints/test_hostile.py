@@ -1,0 +1,68 @@
+"""Hostile files under 1 MB, and sparse ones of 100 GB: refused in one line, without running anything, within a budget.
+
+Each is read in a process of its own (hostile.py). The budget is 2 s of processor time and 200 MB.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hostile
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS, KILOBYTES = 2.0, 200 * 1024
+NAMES = list(hostile.all_rows())
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="measures in forked processes"),
+    pytest.mark.xdist_group("hostile"),
+]
+
+
+def measure(folder: Path, size: int) -> dict[str, dict]:
+    done = subprocess.run(
+        [sys.executable, hostile.__file__, str(folder), str(size)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return {row["name"]: row for row in rows}
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    return measure(tmp_path_factory.mktemp("hostile"), 60_000)
+
+
+def faults(row: dict) -> list[str]:
+    found = [f"runs {event}" for event in row["events"]]
+    if row["raised"] != row["wanted"]:
+        found.append(f"ends as {row['raised']} ({row['message']}), not {row['wanted']}")
+    if len(row["message"]) > 400 or not row["message"].isprintable():
+        found.append(f"says {row['message']!r}")
+    if row["seconds"] > SECONDS:
+        found.append(f"takes {row['seconds']:.2f} s")
+    if row["kilobytes"] > KILOBYTES:
+        found.append(f"takes {row['kilobytes'] // 1024} MB")
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hostile_file_ends_as_one_line_within_the_budget(small, name):
+    assert not faults(small[name])
+
+
+def test_every_row_is_looked_at(small):
+    assert set(small) == set(NAMES) and len(NAMES) > 140
+
+
+@pytest.mark.slow
+def test_hostile_files_of_a_megabyte_keep_within_the_budget(tmp_path):
+    found = {name: faults(row) for name, row in measure(tmp_path, 950_000).items()}
+    assert not {name: what for name, what in found.items() if what}
