@@ -1,6 +1,7 @@
 """Hostile files under 1 MB, and sparse ones of 100 GB: refused in one line, without running anything, within a budget.
 
-Each is read in a process of its own (hostile.py). The budget is 2 s of processor time and 200 MB.
+Each is read in a process of its own (hostile.py). The budget is 2 s of processor time and 200 MB. And sound files that
+were changed at random (mutants.py) end as one of our errors, or load.
 """
 
 import json
@@ -66,3 +67,23 @@ def test_every_row_is_looked_at(small):
 def test_hostile_files_of_a_megabyte_keep_within_the_budget(tmp_path):
     found = {name: faults(row) for name, row in measure(tmp_path, 950_000).items()}
     assert not {name: what for name, what in found.items() if what}
+
+
+def mutants(seed: int, count: int) -> dict:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "mutants.py"), str(seed), str(count)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("count", [80, pytest.param(5000, marks=pytest.mark.slow)])
+def test_no_mutant_of_a_sound_file_gets_out_of_hand(count):
+    found = mutants(count, count)
+    assert found["faults"] == []
+    assert len(found["outcomes"]) == 7
+    for kind, outcomes in found["outcomes"].items():
+        assert sum(outcomes.values()) == count and outcomes["FormatError"] > 0 and outcomes["none"] > 0, kind
