@@ -448,7 +448,10 @@ class PickleWeights:
         return {}
 
     def _wraps(self, key: Any, value: Any) -> bool:
-        return isinstance(key, str) and key in WRAPPERS and isinstance(value, dict)
+        """Tell a wrapper from a part: CompVis's own names begin with "model.diffusion_model." """
+        if not (isinstance(key, str) and key in WRAPPERS and isinstance(value, dict)):
+            return False
+        return not any(isinstance(name, str) and name.startswith("diffusion_model") for name in value)
 
     def _note(self, beside: dict[Any, Any], prefix: str = "") -> None:
         """Keep plain values as metadata; name everything else."""

@@ -199,6 +199,20 @@ def test_the_fuller_set_is_taken_and_the_rest_is_named(put, value, left_out, why
     weights.close()
 
 
+def test_parts_by_the_names_of_their_modules_keep_them(put):
+    parts = {
+        "model": {f"diffusion_model.{name}": value for name, value in FOUR.items()},
+        "first_stage_model": TWO,
+        "cond_stage_model": {"transformer": TWO},
+    }
+    found, _ = read_tensors(put(saved({"state_dict": parts})))
+    assert found.keys() == {
+        *(f"model.diffusion_model.{name}" for name in FOUR),
+        *(f"first_stage_model.{name}" for name in TWO),
+        *(f"cond_stage_model.transformer.{name}" for name in TWO),
+    }
+
+
 SIX = numbered(6, 300)
 
 
