@@ -7,7 +7,8 @@ exception that is none of ours, a message that is no short line, something run, 
 """
 
 import copy
-import encodings.cp437  # noqa: F401 (which zipfile imports for odd names)
+import encodings.cp437  # noqa: F401 (Python imports it for odd names in zips)
+import encodings.raw_unicode_escape  # noqa: F401 (and this for texts of old pickles)
 import io
 import json
 import pickletools
@@ -242,7 +243,7 @@ def json_mutant(value: Any, dice: random.Random) -> Any:
             place, key = inner, dice.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
             inner = inner[key]
         if place is None:
-            return dice.choice(ODD)
+            return copy.deepcopy(dice.choice(ODD))
         match dice.randrange(6):
             case 0:
                 del place[key]
@@ -256,7 +257,7 @@ def json_mutant(value: Any, dice: random.Random) -> Any:
                 other = json_mutant(place[key], dice) if isinstance(place[key], dict | list) else place[key]
                 place[key] = other
             case _:
-                place[key] = dice.choice(ODD)
+                place[key] = copy.deepcopy(dice.choice(ODD))
     return value
 
 
