@@ -79,7 +79,7 @@ def settings_for_use(config: Mapping[str, Any], beside: Path) -> dict[str, Any]:
     """Turn a latent diffusion run's configuration into one for the exported weights.
 
     Args:
-        config: of the run, with `model:`.
+        config: of the run, with `model:`, and `sampling:` if it advises how to paint.
         beside: the folder of the weights; a text encoder's folder of one's own is named from there.
     """
     model = copy.deepcopy(dict(config["model"]))
@@ -99,7 +99,8 @@ def settings_for_use(config: Mapping[str, Any], beside: Path) -> dict[str, Any]:
             shipped(version)
         except AbsentError:
             text["params"]["version"] = os.path.relpath(version, beside)
-    return {"model": {**model, "params": params}}
+    advice = {"sampling": config["sampling"]} if config.get("sampling") else {}
+    return {**advice, "model": {**model, "params": params}}
 
 
 def _yaml_for(run: Path, path: Path) -> str | None:

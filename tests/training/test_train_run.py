@@ -621,6 +621,8 @@ def test_an_export_writes_its_configuration_for_use_and_over_nothing_else(
         config["model"]["params"]["cond_stage_config"]["params"] = {"version": version}
         made = settings_for_use(config, tmp_path / "out")["model"]["params"]
         assert made["cond_stage_config"]["params"]["version"] == written
+    advised = settings_for_use({**diffusion(), "sampling": {"steps": 20}}, tmp_path)
+    assert advised["sampling"] == {"steps": 20}  # how to paint goes with the weights
 
 
 def test_the_scale_factor_is_measured_on_the_first_batch(diffusion_run):
