@@ -2,21 +2,15 @@
 attention, and the kernels of triton_kernels.py. An engine, as cpu.py is.
 """
 
-import contextlib
 import functools
 import logging
-import statistics
-import threading
-import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.kernels.phases import spread
 from ldm.modules.attention import attend
@@ -44,43 +38,91 @@ log = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KEEPS_CONTEXT = False  # to compare values would be to wait for the GPU
 FEED_ROWS = 1 << 62  # all at once
-MOST_WRONG = 1e-4  # of kernels that are used
+# Of kernels that are used, relative to the largest number: some last bits of what is written.
+MOST_WRONG = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+MOST_CELLS = 1 << 13  # of a map at a trial: a larger one is portioned in no other way
 
 
 @functools.cache
 def kernels() -> ModuleType | None:
-    """Import triton_kernels and try them; None, with a warning in the log, where they cannot be had or are wrong."""
+    """Import triton_kernels; None, with a warning in the log, where there is no Triton."""
     try:
         from ldm.kernels import triton_kernels
     except ImportError as error:
         log.warning("the GPU's own kernels are left out, there is no Triton: %s", error)
         return None
-    try:
-        wrong = error_of(triton_kernels, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    except Exception as error:  # a compiler that is missing or fails says so in many ways
-        log.warning("the GPU's own kernels are left out, they cannot be built: %s", str(error).split("\n")[0])
-        return None
-    if not wrong < MOST_WRONG:
-        log.warning("the GPU's own kernels are left out, their numbers are off by %.2g", wrong)
-        return None
     return triton_kernels
 
 
-def error_of(module: ModuleType, device: torch.device) -> float:
-    """Say how far the kernels' answers to a small question are from the formulas', relative to the largest number."""
-    x = (
-        torch.linspace(-2e3, 3e3, 2 * 40 * 5 * 7, dtype=torch.float64, device=device)
-        .sin()
-        .reshape(2, 40, 5, 7)
+# --- trials: each kernel at each width and dtype, once in a process ------------------------------------
+
+_trials: dict[Any, bool] = {}
+
+
+def is_right(name: str, error: Callable[[], Tensor], like: Tensor, *width: int) -> bool:
+    """Whether a kernel answers a small question rightly; asked once for each width, with a warning if it does not.
+
+    Args:
+        name: of the kernel.
+        error: asks, and says how far the answer is from the formula's, relative to the largest number.
+        like: has the dtype and device that the kernel is asked for.
+        width: what it is compiled for besides.
+    """
+    key = (name, *width, like.dtype, like.device)
+    if key not in _trials:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False  # nobody can wait for an answer here
+        try:
+            wrong = float(error())
+            why = (
+                "" if wrong < MOST_WRONG[like.dtype] else f"its numbers are off by {wrong:.2g}"
+            )  # NaN is not less
+        except Exception as failure:  # a compiler that is missing or fails says so in many ways
+            why = "it cannot be used: " + (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        if why:
+            log.warning(
+                "the GPU's kernel %s is left out for %s of width %s: %s", name, like.dtype, width, why
+            )
+        _trials[key] = not why
+    return _trials[key]
+
+
+def _wave(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make up numbers from -1 to 1 that are all over a dtype."""
+    return torch.linspace(-2e3, 3e3, count, dtype=torch.float64, device=device).sin().to(dtype)
+
+
+def _off(got: Tensor, want: Tensor) -> Tensor:
+    return (got.double() - want).abs().max() / want.abs().max()
+
+
+def norm_error(x: Tensor, groups: int) -> Tensor:
+    """Say how far `group_norm` is from the formula for maps of a map's channels and dtype, in each of its ways."""
+    module, c = kernels(), x.shape[1]
+    cells = min(x.shape[2] * x.shape[3], MOST_CELLS)
+    maps = _wave(cells * c, x.dtype, x.device).view(1, 1, cells, c).permute(0, 3, 1, 2)
+    weight, bias, shift = (_wave(k * c, torch.float32, x.device)[-c:] for k in (2, 3, 4))
+    found = []
+    plain = F.group_norm(maps.double(), groups, weight.double(), bias.double(), 1e-5)
+    found.append(_off(module.group_norm(maps, groups, weight, bias, 1e-5), plain))
+    moved = maps.double() + shift.double()[None, :, None, None]
+    bent = F.silu(F.group_norm(moved, groups, weight.double(), bias.double(), 1e-5))
+    found.append(
+        _off(module.group_norm(maps, groups, weight, bias, 1e-5, shift=shift[None], silu=True), bent)
     )
-    one, zero = torch.ones(40, device=device), torch.zeros(40, device=device)
-    maps = x.float().contiguous(memory_format=torch.channels_last)
-    got = module.group_norm(maps, 8, one, zero, 1e-6, silu=True)
-    norm = (got - F.silu(F.group_norm(x, 8, eps=1e-6))).abs().max()
-    tokens = maps.permute(0, 2, 3, 1).reshape(-1, 40)
-    gated = module.geglu(tokens, zero, torch.empty_like(tokens[:, :20]).contiguous())
-    value, gate = tokens.double().chunk(2, dim=1)
-    return float(torch.stack([norm, (gated - value * F.gelu(gate)).abs().max()]).max())  # NaN if one is
+    return torch.stack(found).max()
+
+
+def gate_error(tokens: Tensor, doubled: int) -> Tensor:
+    """Say how far `geglu` is from the formula for rows of a width, of the tokens' dtype."""
+    x = _wave(9 * doubled, tokens.dtype, tokens.device).view(9, doubled)
+    bias = _wave(2 * doubled, torch.float32, tokens.device)[-doubled:].contiguous()
+    value, gate = (x.double() + bias).chunk(2, dim=1)
+    got = kernels().geglu(x, bias, x.new_empty(9, doubled // 2))
+    return _off(got, value * F.gelu(gate))
+
+
+# --- what the stand-ins ask for ------------------------------------------------------------------------
 
 
 def pack_linear(weight: Tensor, rows: int) -> Tensor:
@@ -128,6 +170,14 @@ def serves_norm(x: Tensor, groups: int) -> bool:
         and x.shape[1] % groups == 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and kernels() is not None
+        and is_right(
+            "group_norm",
+            lambda: norm_error(x, groups),
+            x,
+            x.shape[1],
+            groups,
+            min(x.shape[2] * x.shape[3], MOST_CELLS),
+        )
     )
 
 
@@ -144,77 +194,16 @@ def serves_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> bool:
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
     """Attend: softmax(scale q k^T) v for each head; see native.attention."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    with _switches:
-        backend = backend_for(q, k, v, scale)
-        with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
-            out = attend(q, k, v, scale=scale)
-    return out.transpose(1, 2).flatten(2)
+    return attend(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
-# --- which of torch's attentions ------------------------------------------------------------------
-
-BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-# How much less than torch's own choice another one has to take: below that it is chance, and pictures should not be.
-MUCH_FASTER = 0.9
-ROUNDS = 5
-_choices: dict[Any, SDPBackend | None] = {}
-_switches = threading.RLock()  # torch's switches of backends are those of the whole process
-
-
-def backend_for(q: Tensor, k: Tensor, v: Tensor, scale: float) -> SDPBackend | None:
-    """Choose one of torch's attentions for these shapes, once in a process, by trying; None = torch's own choice."""
-    key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device)
-    if key not in _choices:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return None  # no time can be taken here
-        ask = functools.partial(attend, q, k, v, scale=scale)
-        _choices[key] = fastest(lambda: seconds_of(ask, q.device), BACKENDS)
-    return _choices[key]
-
-
-def fastest(
-    seconds: Callable[[], float],
-    backends: Sequence[Any],
-    within: Callable[[Any], contextlib.AbstractContextManager] = sdpa_kernel,
-) -> Any:
-    """Say which backend takes much less than torch's own choice does; None if none does.
-
-    Args:
-        seconds: takes the time of a question.
-        backends: to try.
-        within: makes a context in which a backend answers, or raises RuntimeError if it does not.
-    """
-    best, least = None, MUCH_FASTER * seconds()
-    for backend in backends:
-        try:
-            with warnings.catch_warnings(), within(backend):
-                warnings.simplefilter("ignore")  # torch tells at length why one does not serve
-                taken = seconds()
-        except RuntimeError:
-            continue
-        if taken < least:
-            best, least = backend, taken
-    return best
-
-
-def seconds_of(ask: Callable[[], Tensor], device: torch.device) -> float:
-    """Median time of a question, after one to warm up."""
-    ask()
-    times = []
-    for _ in range(ROUNDS):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        ask()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
-def serves_geglu(doubled: int) -> bool:
-    """Whether `geglu` takes tensors (rows, doubled)."""
-    return doubled % 2 == 0 and kernels() is not None
+def serves_geglu(tokens: Tensor, doubled: int) -> bool:
+    """Whether `geglu` takes (rows, doubled) of the tokens' dtype."""
+    return (
+        doubled % 2 == 0
+        and kernels() is not None
+        and is_right("geglu", lambda: gate_error(tokens, doubled), tokens, doubled)
+    )
 
 
 def geglu(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ recording knows nothing of Python: it reads weights and inputs where they lay wh
 everything that it was made of is as it was, and nobody wants to be called on the way.
 """
 
+import itertools
 import logging
+import operator
 import threading
 import weakref
 from collections import OrderedDict
@@ -15,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.kernels.stand_ins import STAND_INS, Around, Derived, StandIn, state_of
+from ldm.kernels.stand_ins import STAND_INS, Around, Derived, StandIn, code_of
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel, check_labels
 
 log = logging.getLogger(__name__)
 
-RECORDED = (UNetModel, Decoder, Encoder)
-MOST = 8  # recordings that a network keeps, of the shapes seen last
-WARM_UP = 2  # calls beforehand: libraries choose their algorithms, Triton and torch.compile compile
+VAE = (Encoder, Decoder)
+MOST = 8  # shapes that a network remembers, those seen last
+# A recording costs three calls and memory, so a shape is recorded when it comes for the third time. The calls before
+# let libraries choose their algorithms and Triton compile.
+SIGHTS = 3
+WARM_UP = 1  # a call outside inference mode: torch.compile makes other code for that
 # A recording that differs more from the call that it recorded, relative to the largest number, is not used.
 MOST_DIFFERENT = 0.05
 
@@ -69,6 +74,10 @@ def record_cuda(run: Run, inputs: list[Tensor]) -> Run:
         torch.cuda.current_stream().wait_stream(card.warming)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other in card.graphs), None)
+        if pool is None:
+            # cuBLAS keeps the workspace that it got on this stream. It came from the memory of recordings that are
+            # gone or broke off; this one has to get one from its own.
+            torch._C._cuda_clearCublasWorkspaces()
         stream = card.recording
         # Only what this thread does has to be fit for recording; others may copy pictures meanwhile.
         recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
@@ -99,22 +108,63 @@ def record_cuda(run: Run, inputs: list[Tensor]) -> Run:
     return play
 
 
-def fingerprint(root: nn.Module) -> tuple[list[Any], list[Tensor | None]] | None:
-    """All that a recording of a module depends on, or None if somebody hooked a part of it or replaced its code.
+_chained = itertools.chain.from_iterable
+_hooks_of = operator.itemgetter("_forward_hooks")
+_pre_hooks_of = operator.itemgetter("_forward_pre_hooks")
+_training_of = operator.itemgetter("training")
+_dtype_of = operator.attrgetter("dtype")
+_version_of = operator.attrgetter("_version")
 
-    Returns:
-        what is to be compared, and the tensors that it names: while they are kept, no others can come to lie there.
+
+class Fingerprint:
+    """All that a recording of a module depends on.
+
+    A playback is preceded by a look at each of a UNet's 865 modules and 686 weights, while a fast GPU is done in a few
+    milliseconds. So they are found once, and a look is a few loops over flat lists that run in C.
+
+    Args:
+        root: the module.
     """
-    found: list[Any] = []
-    tensors: list[Tensor | None] = []
-    for module in root.modules():
-        own = vars(module).get("forward")
-        if module._forward_hooks or module._forward_pre_hooks or not isinstance(own, StandIn | None):
-            return None
-        kind = type(module)
-        found += (kind, kind.forward, getattr(kind, "_forward", None), module.training, own)
-        tensors += (*module._parameters.values(), *module._buffers.values())
-    return found + [(id(x), *state_of(x)) for x in tensors], tensors
+
+    def __init__(self, root: nn.Module):
+        self._modules = list(root.modules())
+        self._own = [vars(module) for module in self._modules]
+        self._kinds = tuple(dict.fromkeys(map(type, self._modules)))
+        self._tables = [
+            own[name] for own in self._own for name in ("_modules", "_parameters", "_buffers")
+        ]  # the dictionaries in which a module keeps its parts
+        self._full = list(filter(None, self._tables))
+        weights = (x for own in self._own for x in (*own["_parameters"].values(), *own["_buffers"].values()))
+        # While they are kept, no others can come to lie there or have their ids.
+        self._tensors = [x for x in weights if x is not None]
+        self._counting = [x for x in self._tensors if not x.is_inference()]  # others have no version
+        self._then = self._look()
+
+    def is_watched(self) -> bool:
+        """Whether somebody hooked a part of the module or replaced its code: then it has to be called."""
+        if any(map(_hooks_of, self._own)) or any(map(_pre_hooks_of, self._own)):
+            return True
+        return not all(issubclass(kind, StandIn | None) for kind in set(map(type, self._forwards())))
+
+    def is_past(self) -> bool:
+        """Whether a part, class, stand-in or weight is not what or where it was, or was written to."""
+        return self._look() != self._then
+
+    def _forwards(self) -> list[Any]:
+        return [own.get("forward") for own in self._own]
+
+    def _look(self) -> tuple[list[Any], ...]:
+        return (
+            list(map(type, self._modules)),
+            list(map(code_of, self._kinds)),
+            list(map(_training_of, self._own)),
+            self._forwards(),
+            list(map(len, self._tables)),
+            list(map(id, _chained(map(dict.values, self._full)))),
+            list(map(Tensor.data_ptr, self._tensors)),
+            list(map(_dtype_of, self._tensors)),
+            list(map(_version_of, self._counting)),
+        )
 
 
 def derived_of(root: nn.Module) -> list[Any]:
@@ -135,8 +185,17 @@ def _form(value: Any) -> Any:
     return [] if isinstance(value, Tensor) else value
 
 
+class _Shape:
+    """What is known of one form of arguments: how often it came, and from the third time on its recording."""
+
+    def __init__(self) -> None:
+        self.sights = 0
+        self.read: list[Any] = []  # by the recording, so it has to stay in memory
+        self.play: Run | None = None
+
+
 class Graphed(Around):
-    """Calls a network the first time and plays recordings of it from then on.
+    """Calls a network twice and plays a recording from then on, for each form of its arguments.
 
     Args:
         module: the network.
@@ -152,24 +211,24 @@ class Graphed(Around):
     ):
         super().__init__(module, inner)
         self.record = record
-        # By the arguments' form: what it depends on, what has to stay in memory for it, and what plays it.
-        self._recordings: OrderedDict[Any, tuple[list[Any], list[Any], Run | None]] = OrderedDict()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._made_of: Fingerprint | None = None
+        self._shapes: OrderedDict[Any, _Shape] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:  # copies begin with nothing
-        return {**vars(self), "_recordings": OrderedDict()}
+        return {"module": self.module, "inner": self.inner, "record": self.record}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
 
     def fast(self, *args: Any, **kwargs: Any) -> Tensor:
         names = (*range(len(args)), *kwargs)
         values = (*args, *kwargs.values())
         given = [value for value in values if type(value) is Tensor]
         key = tuple(zip(names, map(_form, values), strict=True))
-        made_of = fingerprint(self.module) if given and self._can_record(given[0].device) else None
-        try:
-            hash(key)
-        except TypeError:
-            made_of = None
-        if made_of is None:
-            return self.plainly(*args, **kwargs)
 
         def run(tensors: list[Tensor]) -> Tensor:
             left = iter(tensors)
@@ -177,19 +236,16 @@ class Graphed(Around):
             return self.plainly(*new[: len(args)], **dict(zip(kwargs, new[len(args) :], strict=True)))
 
         with _lock:
-            # What was made of other weights goes first, and its memory with it.
-            for other in [k for k, (earlier, *_) in self._recordings.items() if earlier != made_of[0]]:
-                del self._recordings[other]
-            if key not in self._recordings:
+            shape = self._shape_of(key) if given and self._can_record(given[0].device) else None
+            if shape is None:
+                return self.plainly(*args, **kwargs)
+            shape.sights += 1
+            if shape.sights == SIGHTS:
                 called = run(given)
-                play = self._recorded(run, given, called)
-                self._recordings[key] = (made_of[0], [made_of[1], derived_of(self.module)], play)
-                while len(self._recordings) > MOST:
-                    self._recordings.popitem(last=False)
+                shape.play = self._recorded(run, given, called)
+                shape.read = derived_of(self.module)
                 return called
-            self._recordings.move_to_end(key)
-            play = self._recordings[key][2]
-            if play is None:
+            if shape.play is None:
                 return run(given)
             # What its code does besides, for a playback does not.
             if isinstance(self.module, Decoder):
@@ -197,13 +253,33 @@ class Graphed(Around):
             y = kwargs.get("y", args[3] if len(args) > 3 else None)
             if y is not None:
                 check_labels(y, len(y), self.module.num_classes)
-            return play(given)
+            return shape.play(given)
+
+    def _shape_of(self, key: Any) -> _Shape | None:
+        """Find what is known of a form of arguments; None where no recording may be made or played."""
+        made_of = self._made_of or Fingerprint(self.module)
+        if made_of.is_watched():
+            return None
+        if made_of.is_past():
+            made_of = Fingerprint(self.module)
+            if made_of.is_watched():
+                return None
+            self._forget()  # what was made of other weights, and its memory with it
+        try:
+            shape = self._shapes.setdefault(key, _Shape())
+        except TypeError:  # an argument without a form
+            return None
+        self._made_of = made_of
+        self._shapes.move_to_end(key)
+        while len(self._shapes) > MOST:
+            self._shapes.popitem(last=False)
+        return shape
 
     def _can_record(self, device: torch.device) -> bool:
         if self.record is not record_cuda:
             return True
         if device.type != "cuda":
-            self._recordings.clear()  # the model has left the GPU; so should they
+            self._forget()  # the model has left the GPU; so should they
             return False
         return not torch.cuda.is_current_stream_capturing()  # by somebody who records us
 
@@ -215,10 +291,11 @@ class Graphed(Around):
             with torch.inference_mode(False), torch.no_grad():
                 play = self.record(run, given)
             played = play(given)
-        except RuntimeError as error:
+        except Exception as error:  # Triton's are of no common kind
             # What broke a recording off says more than its end does.
             reason = error.__context__ or error
-            log.warning("no recording of %s is used: %s", name, str(reason).splitlines()[0])
+            words = str(reason).strip() or type(reason).__name__
+            log.warning("no recording of %s is used: %s", name, words.splitlines()[0])
             return None
         difference = (played - called).abs().nan_to_num(0.0).max() / called.abs().nan_to_num(0.0).max()
         if not torch.equal(played.isnan(), called.isnan()):
@@ -229,12 +306,21 @@ class Graphed(Around):
         return play
 
 
-def attach(root: nn.Module, record: Callable[[Run, list[Tensor]], Run] = record_cuda) -> int:
-    """Let every UNet, encoder and decoder of a tree be recorded, unless it works in strips; return how many."""
+def attach(
+    root: nn.Module,
+    record: Callable[[Run, list[Tensor]], Run] = record_cuda,
+    *,
+    vae: bool = False,
+) -> int:
+    """Let every UNet of a tree be recorded, with `vae` every encoder and decoder too; return how many.
+
+    Not those that work in strips.
+    """
+    kinds = (UNetModel, *VAE) if vae else (UNetModel,)
     count = 0
     for module in root.modules():
         own = vars(module).get("forward")
-        if type(module) in RECORDED and (own is None or type(own) is STAND_INS.get(type(module))):
+        if type(module) in kinds and (own is None or type(own) is STAND_INS.get(type(module))):
             module.forward = Graphed(module, own, record)
             count += 1
     return count

@@ -197,8 +197,8 @@ def spread(y: Tensor) -> Tensor:
     return out
 
 
-def serves_geglu(doubled: int) -> bool:
-    """Whether `geglu` takes tensors (rows, doubled) of the dtypes that are known."""
+def serves_geglu(tokens: Tensor, doubled: int) -> bool:
+    """Whether `geglu` takes (rows, doubled) of the tokens' dtype, which is one of those that are known."""
     return doubled % (2 * LANES) == 0 and library() is not None
 
 

@@ -88,13 +88,13 @@ def _known(x: Any) -> bool:
     return type(x) is Tensor and x.device.type in ENGINES and x.dtype in _engine(x).DTYPES
 
 
-def _code(kind: type[nn.Module]) -> tuple[Any, Any]:
+def code_of(kind: type[nn.Module]) -> tuple[Any, Any]:
     """What a class computes with: CompVis's blocks call a `_forward`, which others patch or override, too."""
     return kind.forward, getattr(kind, "_forward", None)
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:
-    return PLAIN.get(kind) == _code(kind)
+    return PLAIN.get(kind) == code_of(kind)
 
 
 def bare(module: nn.Module) -> bool:
@@ -442,7 +442,7 @@ class Feed(StandIn):
         if (
             not widen.serves(flat)
             or gate.proj.bias is None
-            or not engine.serves_geglu(gate.proj.out_features)
+            or not engine.serves_geglu(x, gate.proj.out_features)
         ):
             return None
         bias = self._bias.get(lambda: gate.proj.bias.detach().float(), gate.proj.bias)
@@ -659,7 +659,7 @@ STAND_INS: dict[type[nn.Module], type[StandIn]] = {
 # Their forwards as they are here, and those of what is done around them; a class that someone patches later is left to
 # its patch.
 PLAIN: dict[type[nn.Module], tuple[Any, Any]] = {
-    kind: _code(kind)
+    kind: code_of(kind)
     for kind in (
         *STAND_INS,
         nn.SiLU,

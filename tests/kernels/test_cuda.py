@@ -1,6 +1,5 @@
 """The GPU's engine on a CPU, with Triton's kernels interpreted: the stand-ins give the plain numbers by it, too."""
 
-import contextlib
 import logging
 import re
 import sys
@@ -9,7 +8,6 @@ import pytest
 import torch
 from keyed import fill, keyed_input
 from tiny_networks import UNET, VAE
-from torch.nn.attention import SDPBackend
 
 from ldm.kernels import cuda, optimize, restore, stand_ins
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
@@ -77,41 +75,6 @@ def test_openai_s_attention_gives_the_plain_numbers(calls):
     assert calls == ["group_norm", "multiply", "attention", "multiply"]
 
 
-def test_the_fastest_attention_is_chosen_once_for_a_shape(monkeypatch):
-    """Of those that a CPU has: one that holds all scores in double steps is never the faster by much."""
-    q, k, v = (keyed_input(f"cuda.{s}", (1, 2, 64, 16)) for s in "qkv")
-    tried, own = [], cuda.fastest
-    monkeypatch.setattr(cuda, "fastest", lambda *args: tried.append(args[1]) or own(*args))
-    monkeypatch.setattr(cuda, "_choices", {})
-    for _ in range(3):
-        assert cuda.backend_for(q, k, v, 0.25) in (None, SDPBackend.FLASH_ATTENTION)
-    assert tried == [cuda.BACKENDS]
-    cuda.backend_for(q[:, :, :32], k, v, 0.25)
-    cuda.backend_for(q.double(), k.double(), v.double(), 0.25)
-    assert len(tried) == 3
-
-
-def test_what_serves_and_gains_much_is_chosen():
-    taken = {None: 1.0, "slow": 1.4, "a little faster": 0.95, "fast": 0.5, "faster": 0.4}
-    asked = [None]
-
-    @contextlib.contextmanager
-    def within(name):
-        if name == "none":
-            raise RuntimeError("No available kernel")
-        asked.append(name)
-        yield
-        asked.append(None)
-
-    def chosen(*names):
-        return cuda.fastest(lambda: taken[asked[-1]], names, within)
-
-    assert chosen("slow", "none", "fast", "a little faster") == "fast"
-    assert chosen("fast", "faster", "slow") == "faster"
-    assert chosen("slow", "a little faster") is None
-    assert chosen("none") is None
-
-
 def test_half_precision_is_served():
     norm = torch.nn.GroupNorm(4, 32).half()
     x = keyed_input("cuda.half", (2, 32, 5, 7)).half().contiguous(memory_format=torch.channels_last)
@@ -122,23 +85,87 @@ def test_half_precision_is_served():
     )
 
 
-def test_kernels_that_are_wrong_or_cannot_be_built_are_left_out(monkeypatch, caplog):
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def last(*size, dtype):
+    return keyed_input("cuda.trial", size).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_kernel_is_tried_once_at_each_width_and_dtype_that_is_used(monkeypatch, trials, dtype):
+    maps, fewer, tokens = (last(*s, dtype=dtype) for s in ((2, 24, 3, 5), (2, 24, 2, 5), (1, 8, 1, 1)))
+    for _ in range(2):
+        assert cuda.serves_norm(maps, 6) and cuda.serves_norm(fewer, 6)
+        assert cuda.serves_norm(maps, 4) and cuda.serves_geglu(tokens, 34)
+    assert trials == [(24, 6, 15), (24, 6, 10), (24, 4, 15), (34,)]
+    assert float(cuda.norm_error(maps, 6)) < cuda.MOST_WRONG[dtype] / 2
+    assert float(cuda.gate_error(tokens, 34)) < cuda.MOST_WRONG[dtype] / 2
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """Widths of the trials, in the order in which they are made; none has been made."""
+    found, own = [], cuda.is_right
+
+    def noting(name, error, like, *width):
+        return own(name, lambda: found.append(width) or error(), like, *width)
+
+    monkeypatch.setattr(cuda, "is_right", noting)
+    monkeypatch.setattr(cuda, "_trials", {})
+    return found
+
+
+class OfTritonsKind(Exception):
+    """Triton's errors are no RuntimeErrors."""
+
+
+def refuse(*args, **kwargs):
+    raise OfTritonsKind("out of resource: shared memory, Required: 300000\nand more")
+
+
+WRONG = {
+    "too large": (lambda own: lambda *a, **k: own(*a, **k).mul_(1.05), r"its numbers are off by 0\.0\d+"),
+    "nan": (lambda own: lambda *a, **k: own(*a, **k).fill_(float("nan")), "its numbers are off by nan"),
+    "refuses": (lambda own: refuse, "it cannot be used: out of resource: shared memory, Required: 300000$"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_or_refuses_at_one_width_is_left_out_there(monkeypatch, caplog, trials, change, words):
+    dtype = torch.float16
     found = cuda.kernels()
-    assert cuda.error_of(found, torch.device("cpu")) < 1e-5
-    own = found.geglu
-    changes = (
-        (lambda *args: own(*args).mul_(1.01), r"their numbers are off by 0\.00\d+"),
-        (lambda *args: own(*args).fill_(float("nan")), "their numbers are off by nan"),
-        (lambda *args: args[0].no_such_thing, "they cannot be built: 'Tensor' object has no attribute"),
+    norm, gate = found.group_norm, found.geglu
+
+    def at(size, own):
+        return lambda x, *args, **kwargs: (change(own) if x.shape[1] == size else own)(x, *args, **kwargs)
+
+    monkeypatch.setattr(found, "group_norm", at(24, norm))
+    monkeypatch.setattr(found, "geglu", at(34, gate))
+    tokens = last(1, 8, 1, 1, dtype=dtype)
+    with caplog.at_level(logging.WARNING, "ldm.kernels.cuda"):
+        for _ in range(2):
+            assert not cuda.serves_norm(last(2, 24, 3, 5, dtype=dtype), 6)
+            assert cuda.serves_norm(last(2, 32, 3, 5, dtype=dtype), 8)
+            assert not cuda.serves_geglu(tokens, 34) and cuda.serves_geglu(tokens, 36)
+    assert len(caplog.messages) == 2
+    begin = f"the GPU's kernel group_norm is left out for {dtype} of width (24, 6, 15): "
+    assert caplog.messages[0].startswith(begin) and re.search(words, caplog.messages[0])
+    assert caplog.messages[1].startswith(f"the GPU's kernel geglu is left out for {dtype} of width (34,): ")
+
+
+def test_a_unet_goes_on_where_a_kernel_refuses(monkeypatch, trials):
+    monkeypatch.setattr(cuda.kernels(), "group_norm", refuse)
+    monkeypatch.setattr(cuda.kernels(), "geglu", refuse)
+    unet = fill(UNetModel(**{**UNET, "channel_mult": [1], "attention_resolutions": [1]}), "cuda.")
+    given = (
+        keyed_input("cuda.x", (2, 4, 4, 6)),
+        torch.tensor([30, 7]),
+        keyed_input("cuda.context", (2, 7, 24)),
     )
-    for change, words in changes:
-        monkeypatch.setattr(found, "geglu", change)
-        cuda.kernels.cache_clear()
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, "ldm.kernels.cuda"):
-            assert cuda.kernels() is None and not cuda.serves_geglu(64)
-        assert len(caplog.messages) == 1 and re.search(words, caplog.messages[0])
-    cuda.kernels.cache_clear()
+    want = unet(*given)
+    close(optimize(unet)(*given), want)
+    assert trials
 
 
 def test_where_there_is_no_triton_it_is_said_once_and_done_without(monkeypatch, caplog):

@@ -7,7 +7,9 @@ from keyed import fill, keyed_input
 from tiny import tiny_config
 
 from ldm.checkpoints import load_latent_diffusion, save_safetensors
+from ldm.errors import UsageError
 from ldm.kernels import cuda, graphs, low_vram, optimize, restore
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import instantiate_from_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -31,6 +33,10 @@ def ask(model, scale=1.0):
     return [c, model.apply_model(x, t, c), model.decode_first_stage(x[:1])]
 
 
+def recordings(unet):
+    return [shape.play is not None for shape in unet.forward._shapes.values()]
+
+
 def near(got, want, much=2e-5):
     for ours, theirs in zip(got, want, strict=True):
         assert (ours.float() - theirs.float()).norm() < much * theirs.float().norm()
@@ -49,16 +55,31 @@ def test_group_norm_is_the_formula(dtype):
     ] * want.norm()
 
 
-def test_an_optimized_model_gives_the_plain_numbers(model):
+# Of Stable Diffusion's UNet and VAE: channels and cells of their maps at 512 x 512.
+MAPS = [(320, 4096), (960, 4096), (640, 1024), (1920, 256), (2560, 64), (128, 1 << 18), (512, 4096)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_no_kernel_is_left_out_for_stable_diffusion(dtype, caplog):
+    for channels, cells in MAPS:
+        x = torch.empty((1, channels, cells // 8, 8), device="cuda", dtype=dtype)
+        assert cuda.serves_norm(x.contiguous(memory_format=torch.channels_last), 32)
+    for width in (320, 640, 1280):
+        assert cuda.serves_geglu(x, 8 * width)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("vae", [False, True])
+def test_an_optimized_model_gives_the_plain_numbers(model, vae):
     model.cuda()
     want = [ask(model, scale) for scale in (1.0, 0.5)]
-    optimize(model)
-    unet = model.model.diffusion_model
-    assert isinstance(unet.forward, graphs.Graphed)
-    for _ in range(3):
+    optimize(model, vae_graphs=vae)
+    unet, decoder = model.model.diffusion_model, model.first_stage_model.decoder
+    assert isinstance(unet.forward, graphs.Graphed) and isinstance(decoder.forward, graphs.Graphed) is vae
+    for _ in range(graphs.SIGHTS):
         for scale, expected in zip((1.0, 0.5), want, strict=True):
             near(ask(model, scale), expected)
-    assert [play is not None for *_, play in unet.forward._recordings.values()] == [True]
+    assert recordings(unet) == [True] and (not vae or recordings(decoder) == [True])
     near(ask(restore(model)), want[0], 1e-6)
 
 
@@ -66,10 +87,12 @@ def test_inference_mode_and_no_grad_share_recordings(model):
     want = ask(model.cuda())
     optimize(model)
     with torch.inference_mode():
-        near(ask(model), want)
-        near(ask(model), want)
+        for _ in range(graphs.SIGHTS + 1):
+            near(ask(model), want)
+    assert recordings(model.model.diffusion_model) == [True]
     for _ in range(2):
         near(ask(model), want)
+    assert recordings(model.model.diffusion_model) == [True]
 
 
 def test_a_recording_that_breaks_off_leaves_no_trace(model, caplog):
@@ -84,9 +107,9 @@ def test_a_recording_that_breaks_off_leaves_no_trace(model, caplog):
     unet.out[1] = Waiting()
     for plays in (False, True):
         optimize(model)
-        for _ in range(3):
+        for _ in range(graphs.SIGHTS + 1):
             near(ask(model), want)
-        assert [play is not None for *_, play in unet.forward._recordings.values()] == [plays]
+        assert recordings(unet) == [plays]
         assert ("no recording of UNetModel is used" in caplog.text) is not plays
         assert torch.randn(5, device="cuda").isfinite().all()
         restore(model)
@@ -109,7 +132,8 @@ def test_the_loop_waits_for_nothing(model):
     optimize(model)
     c = model.get_learned_conditioning(["a red star", "a ring"])
     x, t = torch.zeros(2, 4, 8, 8, device="cuda"), torch.tensor([10, 900], device="cuda")
-    model.apply_model(x, t, c)
+    for _ in range(graphs.SIGHTS):
+        model.apply_model(x, t, c)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
@@ -117,6 +141,38 @@ def test_the_loop_waits_for_nothing(model):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert x.isfinite().all()
+
+
+def test_labels_that_stay_are_waited_for_once():
+    options = {"use_spatial_transformer": False, "context_dim": None, "num_classes": 5}
+    unet = fill(UNetModel(**{**tiny_config()["model"]["params"]["unet_config"]["params"], **options}))
+    optimize(unet.eval().cuda())
+    x, t = keyed_input("gpu.y", (2, 4, 8, 8)).cuda(), torch.tensor([10, 900], device="cuda")
+    y = torch.tensor([4, 0], device="cuda")
+    with torch.no_grad():
+        for _ in range(graphs.SIGHTS):
+            want = unet(x, t, y=y)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = unet(x, t, y=y)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        near([got], [want])
+        with pytest.raises(UsageError, match="got 5"):
+            unet(x, t, y=y + 1)
+
+
+def test_recordings_after_others_are_gone_have_workspaces_of_their_own(model):
+    """cuBLAS keeps one for the stream; it lay in the memory of the recordings that went."""
+    want = ask(model.cuda())
+    for _ in range(3):
+        optimize(model)
+        for _ in range(graphs.SIGHTS + 1):
+            near(ask(model), want)
+        assert recordings(model.model.diffusion_model) == [True]
+        restore(model)
+        torch.cuda.empty_cache()
+        torch.empty(1 << 28, device="cuda").fill_(float("nan"))
 
 
 def test_visiting_weights_give_the_plain_numbers_in_less_memory(model):

@@ -15,6 +15,7 @@ import torch
 import torch as th  # noqa: F401  (the original's name for torch, which other people's code takes from here)
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ldm.errors import MismatchError, UsageError
 from ldm.modules.attention import SpatialTransformer, attend
@@ -720,6 +721,10 @@ class UNetModel(_UNetBase):
         return self._answer(self.id_predictor if self.predict_codebook_ids else self.out, h, x.dtype)
 
 
+# Labels on a GPU that were right: how often they had been written to then, and the number of classes.
+_looked_at = WeakTensorKeyDictionary()
+
+
 def check_labels(y: Tensor, maps: int, num_classes: int | str) -> None:
     """Refuse what is not one label for each map, or no label of this many classes (or of "continuous" ones).
 
@@ -735,14 +740,20 @@ def check_labels(y: Tensor, maps: int, num_classes: int | str) -> None:
     if y.is_floating_point():
         raise UsageError(f"labels y should be whole numbers from 0 to {num_classes - 1}, got {y.dtype}")
     # On a GPU this waits for the labels; a wrong one would otherwise end the whole CUDA context, without its number.
+    # So labels that stay, as they do from step to step, are looked at once.
     capturing = y.is_cuda and torch.cuda.is_current_stream_capturing()
     if y.numel() and not (y.is_meta or capturing or torch.compiler.is_compiling()):
+        state = None if y.is_cpu or y.is_inference() else (y._version, num_classes)
+        if state is not None and _looked_at.get(y) == state:
+            return
         lowest, highest = torch.stack(torch.aminmax(y)).tolist()
         if lowest < 0 or highest >= num_classes:
             raise UsageError(
                 f"labels y should be from 0 to {num_classes - 1} for {num_classes} classes, "
                 f"got {lowest if lowest < 0 else highest}"
             )
+        if state is not None:
+            _looked_at[y] = state
 
 
 class SuperResModel(UNetModel):
