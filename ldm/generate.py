@@ -40,6 +40,7 @@ from ldm.models.diffusion.samplers import (
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.paths import shipped
 from ldm.results import GenerationParameters, GenerationResult, Progress, join, painted
+from ldm.util import upload
 from ldm.wish import (
     Job,
     Shot,
@@ -103,9 +104,7 @@ class ImageNoise:
         """Draw unit normal noise of this shape, its first dimension being the images."""
         draws = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators]
         noise = torch.stack(draws).to(like.dtype)
-        if like.is_cuda:  # from such memory it travels while the GPU works, and nobody waits
-            return noise.pin_memory().to(like.device, non_blocking=True)
-        return noise.to(like.device)
+        return upload(noise, like.device)
 
 
 class CompVisNoise:
@@ -190,7 +189,7 @@ def denoise(
 
 
 def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
-    """Turn latents (b, c, h, w), scaled units, into pictures (b, 3, f h, f w), float32, about [-1, 1].
+    """Turn latents (b, c, h, w), scaled units, on any device, into pictures (b, 3, f h, f w), float32, about [-1, 1].
 
     One picture at a time: memory stays that of one, and a picture does not depend on its neighbours. A
     decoder in half precision that overflows is put into float32 and stays there.
@@ -200,7 +199,7 @@ def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
     """
 
     def one_by_one() -> Tensor:
-        return torch.cat([model.decode_first_stage(z[None].float()) for z in latents])
+        return torch.cat([model.decode_first_stage(z[None].float().to(model.device)) for z in latents])
 
     return _in_finite_precision(model, "the VAE's decoder", one_by_one)
 

@@ -55,6 +55,32 @@ def default(value: Any, fallback: Any) -> Any:
     return fallback() if inspect.isfunction(fallback) else fallback
 
 
+def pinned(x: Tensor) -> Tensor:
+    """Copy a tensor into page-locked memory, from which copies to a GPU are made beside all else.
+
+    Where the system has none left, it is given as it is, and the log says so once.
+    """
+    global _can_pin
+    if _can_pin:
+        try:
+            return x.pin_memory()
+        except RuntimeError as error:  # of a limit that is set, or of a driver: the next would fail as well
+            _can_pin = False
+            reason = str(error).splitlines()[0]
+            logger.warning("copies to the GPU are waited for, no memory can be page-locked: %s", reason)
+    return x
+
+
+_can_pin = True
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the machine's memory to a device; where that is CUDA, nobody waits."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return pinned(x).to(device, non_blocking=True)
+
+
 def ismap(x: object) -> bool:
     """Tell whether x is a batch of feature maps: (b, c, h, w) with more than 3 channels."""
     return isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] > 3

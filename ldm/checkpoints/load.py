@@ -18,7 +18,7 @@ from ldm.checkpoints.folders import FolderWeights
 from ldm.checkpoints.pair import LEFT_OUT, account_vae, check_patterns
 from ldm.errors import MismatchError, NumericError, ResourceError, UsageError, is_out_of_memory
 from ldm.process.schedule import SCHEDULE_BUFFERS
-from ldm.util import count_params
+from ldm.util import count_params, pinned
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -258,7 +258,9 @@ def fill(
         if device.type != "cpu" or source.infos[name].dtype != wanted[name]
     }
     size = max((source.infos[name].nbytes for name in passing), default=0)
-    scratch = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda" and size > 0)
+    scratch = torch.empty(size, dtype=torch.uint8)
+    if device.type == "cuda" and size > 0:
+        scratch = pinned(scratch)
     for name, target in report.assigned.items():
         if name in lent:
             values = lent.pop(name)

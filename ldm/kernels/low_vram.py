@@ -17,6 +17,7 @@ from ldm.kernels.stand_ins import Derived
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.modules import AbstractEncoder
+from ldm.util import pinned
 
 WHOLE = (Decoder, Encoder, AbstractEncoder, nn.Sequential)  # called as a whole; others are taken apart
 
@@ -41,7 +42,7 @@ class _Part:
         self._home: list[tuple[dict[str, Any], str, Tensor]] = []
         if device.type == "cuda":  # from such memory copies are made beside all else
             for p in self.weights:
-                p.data = p.data.pin_memory()
+                p.data = pinned(p.data)
 
     @property
     def weights(self) -> list[Tensor]:

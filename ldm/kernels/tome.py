@@ -19,6 +19,7 @@ from ldm.errors import UsageError, told
 from ldm.kernels.deepcache import check_compiled, check_unet
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
+from ldm.util import upload
 
 MAX_RATIO = 0.75  # all but one token of each cell of 2 x 2
 MAX_SEED = 2**64 - 1
@@ -50,7 +51,7 @@ def match(tokens: Tensor, into: Tensor, count: int) -> Tensor:
 
     Args:
         tokens: (b, n, c) features to compare.
-        into: (d,) int64, the destinations.
+        into: (d,) int64, the destinations; on the CPU, so that nobody waits.
         count: how many are merged, 0 to n - d.
 
     Returns:
@@ -60,7 +61,7 @@ def match(tokens: Tensor, into: Tensor, count: int) -> Tensor:
     b, n, _ = tokens.shape
     others = torch.ones(n, dtype=torch.bool).index_fill_(0, into, False).nonzero().flatten()
     d, s = len(into), len(others)
-    into, others = into.to(tokens.device), others.to(tokens.device)
+    into, others = (upload(places, tokens.device) for places in (into, others))
     unit = F.normalize(tokens, dim=-1)
     likeness, nearest = (unit[:, others] @ unit[:, into].transpose(1, 2)).max(dim=-1)  # (b, s) each
     ranking = likeness.argsort(dim=-1, descending=True, stable=True)

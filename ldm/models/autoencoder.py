@@ -63,8 +63,8 @@ class _FirstStage(nn.Module):
         logger.info("%s: %s", path, report.summary())
 
     def get_input(self, batch: dict[str, Any], k: str) -> Tensor:
-        """Take pictures (b, h, w, c) or (b, h, w) out of a batch, as (b, c, h, w) float32."""
-        x = batch[k]
+        """Take pictures (b, h, w, c) or (b, h, w) out of a batch, as (b, c, h, w) float32 where the weights are."""
+        x = batch[k].to(self.device)
         if x.dim() == 3:
             x = x[..., None]
         return x.permute(0, 3, 1, 2).contiguous().float()
@@ -180,7 +180,7 @@ class AutoencoderKL(_FirstStage):
 
         `split` is what CompVis's ImageLogger says; it changes nothing.
         """
-        x = self.get_input(batch, self.image_key).to(self.device)
+        x = self.get_input(batch, self.image_key)
         pictures = {"inputs": x}
         if not only_inputs:
             decoded, posterior = self(x)
@@ -400,7 +400,7 @@ class VQModel(_FirstStage):
 
         `split` is what CompVis's ImageLogger says; it changes nothing.
         """
-        x = self.get_input(batch, self.image_key).to(self.device)
+        x = self.get_input(batch, self.image_key)
         pictures = {"inputs": x}
         if not only_inputs:
             pictures["reconstructions"] = self(x)[0]

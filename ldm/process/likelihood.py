@@ -31,7 +31,10 @@ def normal_kl(
     like = next((x for x in (mean1, logvar1, mean2, logvar2) if isinstance(x, Tensor)), None)
     if like is None:
         raise TypeError("normal_kl needs at least one tensor, got only numbers")
-    logvar1, logvar2 = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in (logvar1, logvar2))
+    # A number is written by the device itself; to bring it there would be to wait.
+    logvar1, logvar2 = (
+        x.to(like) if isinstance(x, Tensor) else like.new_full((), x) for x in (logvar1, logvar2)
+    )
     gap = (mean1 - mean2) ** 2
     return 0.5 * (logvar2 - logvar1 - 1 + (logvar1 - logvar2).exp() + gap * (-logvar2).exp())
 

@@ -102,14 +102,24 @@ def pictures_of(batch: Batch, key: str, first_stage: nn.Module | None = None) ->
     return found.permute(0, 3, 1, 2)
 
 
+def _draw(weight: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill a weight on any device with what a CPU's generator draws."""
+    weight.copy_(torch.empty_like(weight, device="cpu").normal_(std=std, generator=generator))
+
+
 @torch.no_grad()
 def start_as_identity(model: nn.Module, generator: torch.Generator) -> None:
-    """Draw convolutions that keep the variance, and silence the last one of every residual block and attention."""
-    for module in model.modules():
+    """Draw convolutions that keep the variance, and silence the last one of every residual block and attention.
+
+    Those of its loss, which judge the pictures, stay as they are.
+    """
+    parts = [part for name, part in model.named_children() if name != "loss"]
+    modules = [module for part in parts for module in part.modules()]
+    for module in modules:
         if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5, generator=generator)
+            _draw(module.weight, module.weight[0].numel() ** -0.5, generator)
             module.bias.zero_()
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, ResnetBlock):
             module.conv2.weight.zero_()
         elif isinstance(module, AttnBlock):
@@ -137,7 +147,7 @@ def start_as_words(encoder: nn.Module | None, generator: torch.Generator) -> Non
             "leave it false"
         )
     for embedding in embeddings:
-        nn.init.normal_(embedding.weight, generator=generator)
+        _draw(embedding.weight, 1.0, generator)
     for layer in last:
         layer.weight.zero_()
         layer.bias.zero_()

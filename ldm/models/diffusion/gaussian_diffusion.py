@@ -29,7 +29,7 @@ from ldm.process.likelihood import (
     normal_kl,
 )
 from ldm.process.steps import ddim_inverse_step, ddim_std, ddim_step
-from ldm.util import mean_flat
+from ldm.util import mean_flat, upload
 
 NAMED_SCHEDULES = ("linear", "cosine")
 
@@ -254,13 +254,13 @@ class GaussianDiffusion:
     def _at(self, table: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
         """Look levels t (b,) up in a table, shaped like a batch."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        row = torch.from_numpy(table).to(dtype).to(t.device)
+        row = upload(torch.from_numpy(table).to(dtype), t.device)
         return extract_into_tensor(row, t.long(), like.shape).expand(like.shape)
 
     def _alpha_bar(self, table: np.ndarray, t: Tensor) -> Tensor:
         """Look alpha_bar up as the steps of ldm.process take it: (b,), in float64 where the device has it."""
         dtype = torch.float32 if t.device.type == "mps" else torch.float64
-        return torch.from_numpy(table).to(dtype).to(t.device)[t]
+        return upload(torch.from_numpy(table).to(dtype), t.device)[t]
 
     def _level(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Look alpha_bar and sqrt(1 - alpha_bar) up, shaped like a batch."""
@@ -273,6 +273,10 @@ class GaussianDiffusion:
         wanted = f"t should be {len(x)} whole levels from 0 to {last}, one for each sample"
         if t.shape != x.shape[:1] or t.is_floating_point():
             raise UsageError(f"{wanted}; got {t.dtype} of shape {tuple(t.shape)}")
+        if t.device != x.device:
+            raise UsageError(
+                f"{wanted}, where they are: on {x.device}; got t on {t.device}, give t.to(x.device)"
+            )
         if t.device.type == "cpu" and ((t < 0) | (t > last)).any():
             raise UsageError(f"{wanted}; got {t.tolist()}")
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldm.errors import MismatchError, NumericError, UsageError
+from ldm.util import upload
 
 
 def create_named_schedule_sampler(name: str, diffusion: Any) -> "ScheduleSampler":
@@ -46,7 +47,8 @@ class ScheduleSampler(ABC):
         p = weights / weights.sum()
         levels = (rng or np.random).choice(len(p), size=(batch_size,), p=p)
         factors = 1 / (len(p) * p[levels])
-        return torch.from_numpy(levels).long().to(device), torch.from_numpy(factors).float().to(device)
+        drawn = torch.from_numpy(levels).long(), torch.from_numpy(factors).float()
+        return tuple(upload(x, torch.device(device)) for x in drawn)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as tensors."""

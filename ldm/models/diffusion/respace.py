@@ -11,6 +11,7 @@ from ldm.errors import UsageError
 from ldm.models.diffusion.gaussian_diffusion import GaussianDiffusion
 from ldm.process.schedule import NoiseSchedule, respaced_betas
 from ldm.process.spacing import section_levels, stride_levels
+from ldm.util import upload
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
@@ -110,7 +111,7 @@ class _WrappedModel:
         self.num_classes = getattr(model, "num_classes", None)
 
     def __call__(self, x: Tensor, ts: Tensor, **kwargs: Any) -> Tensor:
-        told = torch.tensor(self.timestep_map, device=ts.device, dtype=ts.dtype)[ts]
+        told = upload(torch.tensor(self.timestep_map, dtype=ts.dtype), ts.device)[ts]
         if self.rescale_timesteps:
             told = told.float() * (1000.0 / self.original_num_steps)
         return self.model(x, told, **kwargs)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from ldm.errors import MismatchError, UsageError
 from ldm.process.schedule import betas_for_alpha_bar, named_betas
 from ldm.process.spacing import compvis_levels
-from ldm.util import instantiate_from_config, mean_flat
+from ldm.util import instantiate_from_config, mean_flat, upload
 
 __all__ = [
     "GroupNorm32",
@@ -83,8 +83,8 @@ def make_ddim_sampling_parameters(
 
 
 def extract_into_tensor(a: Tensor, t: Tensor, x_shape: tuple[int, ...] | torch.Size) -> Tensor:
-    """Look t (b,) up in the table a (T,) and shape the result (b, 1, 1, ...) to multiply a batch of x_shape."""
-    return a.gather(-1, t).reshape(t.shape[0], *(1 for _ in x_shape[1:]))
+    """Look t (b,), on any device, up in the table a (T,); shaped (b, 1, 1, ...) to multiply a batch of x_shape."""
+    return a.gather(-1, upload(t, a.device)).reshape(t.shape[0], *(1 for _ in x_shape[1:]))
 
 
 def checkpoint(func: Callable[..., Any], inputs: Iterable[Any], params: Iterable[Any], flag: bool) -> Any:
