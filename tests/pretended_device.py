@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = f"{Path(__file__).resolve().parents[1]}/ldm/"
 GPU = torch.device("cuda", 0)
@@ -105,8 +104,8 @@ def refuse_mixed(func: Any) -> None:
 def compute(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Do an operation as the device would: refuse, write a wait down, compute, and wrap what is on the device."""
     name = func._schema.name.removeprefix("aten::")
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    there, here = ([x for x in tensors if isinstance(x, OnDevice) is on_it] for on_it in (True, False))
+    there, here = [], []
+    each(lambda x: (there if isinstance(x, OnDevice) else here).append(x), (*args, *kwargs.values()))
     goal = kwargs.get("device")
     if goal is not None and torch.device(goal).type == "meta" and (there or not _building()):
         goal = kwargs["device"] = GPU  # C++ asked for the device of a tensor that it takes for an empty one
@@ -147,26 +146,26 @@ def compute(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if name == "_fused_sdp_choice":
         return 0
 
-    def real(x: Any) -> Any:
-        if isinstance(x, torch.device) and x.type == GPU.type:
-            return torch.device("cpu")
+    def real(x: Tensor) -> Tensor:
         return x.held if isinstance(x, OnDevice) else x
 
-    out = func(
-        *tree_map(real, args), **tree_map(real, {**kwargs, "pin_memory": None} if to_device else kwargs)
-    )
+    if to_device:
+        kwargs = {**kwargs, "device": torch.device("cpu"), "pin_memory": None}
+    out = func(*each(real, args), **{key: each(real, x) for key, x in kwargs.items()})
     if leaves:
         return out
     if name == "_to_copy" and out is real(first):
         out = out.clone()  # a copy that goes nowhere on the CPU
     known = {id(x.held): x for x in there} | {id(x): x for x in here}
 
-    def wrapped(x: Any) -> Any:
-        if not isinstance(x, Tensor) or isinstance(x, OnDevice):
-            return x
-        return known[id(x)] if id(x) in known else OnDevice(x)
+    return each(lambda x: known[id(x)] if id(x) in known else OnDevice(x), out)
 
-    return tree_map(wrapped, out)
+
+def each(change: Any, values: Any) -> Any:
+    """Change the tensors among an operation's arguments or results, which lie in lists if not by themselves."""
+    if isinstance(values, list | tuple):
+        return type(values)([each(change, x) for x in values])
+    return change(values) if isinstance(values, Tensor) else values
 
 
 def _building() -> bool:

@@ -222,7 +222,7 @@ def test_a_training_step_through_the_trainer(device, tmp_path, what):
         config["training"] |= {"identity_start": True, "posterior_logvar_start": -4.0}
     else:
         config = tiny_training.diffusion(use_ema=True)
-        config["training"] |= {"identity_start": True}
+        config["training"] |= {"identity_start": True, "image_steps": 2}
     config["lightning"]["trainer"] |= {"max_steps": 1, "accelerator": "cuda"}
     run = tiny_training.run(config, tmp_path)
     assert run.code == 0 and np.isfinite(list(tiny_training.figures(tmp_path).values())).all()
