@@ -1,6 +1,7 @@
 """The speed table: its order, its arithmetic, its gate, and both libraries upon one set of weights."""
 
 import json
+import sys
 from contextlib import ExitStack
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 
 from bench import load, speed
 from bench.speedlib import contestants, gate, models, process, report, timing
+from bench.speedlib import run as run_module
+from bench.speedlib import studio as studio_module
 from bench.speedlib.contestants import Room
 from bench.speedlib.rows import CONTESTANTS, PLAIN, SHORT, THEIRS, Row, all_rows
 from bench.speedlib.run import Effort, run_row, unable
@@ -131,6 +134,21 @@ def test_what_is_not_finite_or_of_another_shape_never_passes(dtype):
         verdict = gate.judge(wrong, reference, dtype, pictures=True, yardstick=1.0)
         assert not verdict.passed
         assert json.loads(json.dumps(verdict.as_dict()))["rms_error"] is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_diffusers_ours_are_held_against_our_plain_code(tiny, monkeypatch, dtype):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for module in (run_module, studio_module):
+        monkeypatch.setattr(module, "BASELINE", "ldm")
+    monkeypatch.setattr(run_module, "HAS_DIFFUSERS", False)
+    alone = Studio(tiny, CPU)
+    found = run_row(alone, Row("unet", dtype, tiny.px, 2), CONTESTANTS, ONCE)
+    alone.close()
+    assert set(found["contestants"]) == {"ldm", "ldm-kernels"} and "flop" not in found
+    assert all(one["gate"]["passed"] and one["figures"] for one in found["contestants"].values())
+    assert {"diffusers", "diffusers-best"} == set(found["left_out"])
+    assert all("diffusers" in reason for reason in found["left_out"].values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,12 +1,15 @@
 """What is measured: one row for each part, size and dtype, with a key by which results know it."""
 
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 DTYPES = ("float32", "bfloat16", "float16")
 OURS = ("ldm", "ldm-kernels")
 THEIRS = ("diffusers", "diffusers-best", "diffusers-default")
-BASELINE = "diffusers"  # whose float32 is the reference, and whose half precision the yardstick
+HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
+# Whose float32 is the reference, and whose half precision the yardstick. Alone, our plain code has to do.
+BASELINE = "diffusers" if HAS_DIFFUSERS else "ldm"
 CONTESTANTS = (*OURS, *THEIRS)
 PLAIN = ("ldm", "diffusers")
 
