@@ -2,8 +2,9 @@
 
 They compute real numbers, so the project runs through them as it is, and what a GPU would refuse is refused: tensors
 of two devices in one operation, a CPU's generator for a draw on the device, pinning what is on the device, numpy's view
-of it. What would make the processor wait for the device is written down. It does not reach kernels, graphs and streams
-of CUDA: what is written for plain tensors lets these pass by.
+of it. What would make the processor wait for the device is written down. A graph keeps the operations and the tensors
+that it saw, does them over again there, and breaks off at a wait. Not reached are CUDA's kernels and the order of its
+streams, and what is written for plain tensors lets these pass by.
 
 `with pretended() as device:` gives the list `device.waits` of (what, "file:line").
 """
@@ -24,6 +25,7 @@ ROOT = f"{Path(__file__).resolve().parents[1]}/ldm/"
 GPU = torch.device("cuda", 0)
 
 waits: list[tuple[str, str]] = []
+_recording: list[tuple[Any, Any, Any, Any]] | None = None  # operations of the graph that is being made
 _pinned: dict[int, Tensor] = {}  # by the address of their memory, which stays theirs
 
 # Operations whose result the processor has to see before it can go on.
@@ -92,6 +94,8 @@ def place() -> str:
 
 
 def waited(what: str) -> None:
+    if _recording is not None:
+        raise RuntimeError(f"operation not permitted when stream is capturing: {what} at {place()}")
     waits.append((what, place()))
 
 
@@ -152,6 +156,8 @@ def compute(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if to_device:
         kwargs = {**kwargs, "device": torch.device("cpu"), "pin_memory": None}
     out = func(*each(real, args), **{key: each(real, x) for key, x in kwargs.items()})
+    if _recording is not None:
+        _recording.append((func, each(real, args), kwargs, out))
     if leaves:
         return out
     if name == "_to_copy" and out is real(first):
@@ -235,6 +241,44 @@ def _attend(
     return scores.softmax(-1) @ v
 
 
+class Graph:
+    """A recording: pools are told apart by a number."""
+
+    pools = 0
+
+    def pool(self) -> int:
+        return self.number
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.operations:
+            again = func(*args, **kwargs)
+            for old, new in zip(_flat(out), _flat(again), strict=True):
+                if old.data_ptr() != new.data_ptr():  # neither a view nor written in place
+                    old.copy_(new)
+
+
+class Recording:
+    """torch.cuda.graph"""
+
+    def __init__(self, graph: Graph, pool: int | None = None, **_: Any):
+        Graph.pools += pool is None
+        self.graph, graph.number = graph, Graph.pools if pool is None else pool
+
+    def __enter__(self) -> None:
+        global _recording
+        _recording = self.graph.operations = []
+
+    def __exit__(self, *_: Any) -> None:
+        global _recording
+        _recording = None
+
+
+def _flat(values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    each(found.append, values)
+    return found
+
+
 class _Nothing:
     """A stream, an event or a guard of the device: there is nothing to order."""
 
@@ -267,9 +311,11 @@ def pretended():
     answers = {
         **{name: lambda *_, **__: None for name in nothing},
         **{name: _Nothing for name in ("Stream", "Event", "device", "current_stream", "stream", "device_of")},
+        "graph": Recording,
+        "CUDAGraph": Graph,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "is_current_stream_capturing": lambda: False,
+        "is_current_stream_capturing": lambda: _recording is not None,
         "is_bf16_supported": lambda *_, **__: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,

@@ -1,5 +1,6 @@
 """What people do, on a device that is pretended: the numbers are those of the CPU, and nothing is left behind there."""
 
+import gc
 import logging
 
 import numpy as np
@@ -7,13 +8,14 @@ import pytest
 import tiny_training
 import torch
 from PIL import Image
-from pretended_device import OnDevice, pretended
+from pretended_device import GPU, OnDevice, pretended
 from tiny import tiny_model
 from tiny_pixels import SMALL
 
 from ldm import util
 from ldm.errors import UsageError
 from ldm.generate import StableDiffusion, decode
+from ldm.kernels import graphs
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
@@ -236,6 +238,61 @@ def test_an_autoencoder_takes_a_batch_from_where_it_lies(device):
         assert isinstance(model.training_step(batch, 0, index)[0], OnDevice)
     model.validation_step(batch, 0)
     assert set(model.log_images(batch)) == {"inputs", "samples", "reconstructions"}
+
+
+# --- graphs ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cleared(monkeypatch):
+    """How often cuBLAS was told to forget its workspaces."""
+    found = []
+    monkeypatch.setattr(graphs, "_cards", {})
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: found.append(1), raising=False)
+    return found
+
+
+def network(factor):
+    layer = torch.nn.Conv2d(3, 5, 3, padding=1).to("cuda")
+
+    def run(tensors):
+        with torch.no_grad():
+            return layer(tensors[0]).relu() * factor + tensors[1]
+
+    return run
+
+
+def questions(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*size, generator=generator).to("cuda") for size in ((2, 3, 4, 6), (2, 5, 1, 1))]
+
+
+def test_a_recording_answers_other_questions_each_with_a_tensor_of_its_own(cleared):
+    run = network(2.0)
+    play = graphs.record_cuda(run, questions(0))
+    first = play(questions(1))
+    torch.testing.assert_close(play(questions(2)).cpu(), run(questions(2)).cpu())
+    torch.testing.assert_close(first.cpu(), run(questions(1)).cpu())
+    assert len(cleared) == 1
+
+
+def test_workspaces_are_those_of_recordings_that_live(cleared):
+    """Those of others lie in memory that may be gone."""
+    one = graphs.record_cuda(network(1.0), questions(0))
+    two = graphs.record_cuda(network(2.0), questions(0))
+    assert len(cleared) == 1 and len(graphs._cards[GPU].graphs) == 2
+    del one
+    three = graphs.record_cuda(network(3.0), questions(0))
+    assert len(cleared) == 1
+    del two, three
+    gc.collect()
+    four = graphs.record_cuda(network(4.0), questions(0))
+    assert len(cleared) == 2 and len(graphs._cards[GPU].graphs) == 1
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        graphs.record_cuda(lambda tensors: tensors[0] * float(tensors[1].sum()), questions(0))
+    five = graphs.record_cuda(network(5.0), questions(0))
+    assert len(cleared) == 3 and len(graphs._cards[GPU].graphs) == 1
+    assert torch.isfinite(four(questions(1)).cpu()).all() and torch.isfinite(five(questions(1)).cpu()).all()
 
 
 # --- weights that visit ----------------------------------------------------------------------------------
