@@ -104,7 +104,8 @@ def pictures_of(batch: Batch, key: str, first_stage: nn.Module | None = None) ->
 
 def _draw(weight: Tensor, std: float, generator: torch.Generator) -> None:
     """Fill a weight on any device with what a CPU's generator draws."""
-    weight.copy_(torch.empty_like(weight, device="cpu").normal_(std=std, generator=generator))
+    drawn = torch.empty_strided(weight.size(), weight.stride(), dtype=weight.dtype)  # in the layout's order
+    weight.copy_(drawn.normal_(std=std, generator=generator))
 
 
 @torch.no_grad()
