@@ -143,6 +143,9 @@ RANGES: dict[str, Range] = {
         ("batch_size", Range(1, 1 << 20)),
         ("num_workers", Range(0, 256)),
         ("num_records", Range(0, 1 << 62)),
+        ("classes", Range(0, 1 << 24, most=1 << 26)),  # one for each picture
+        ("shard", Range(0, 1023)),
+        ("num_shards", Range(1, 1024)),
         ("downscale_f", Range(1, 64)),
         ("min_crop_f max_crop_f", Range(0, 1, above=True)),
         ("cache_latents", Range(-1, 1 << 40)),
