@@ -168,11 +168,16 @@ class Validation(AfterSteps):
         source: of the samples.
         run_log: where the figures go.
         every: steps between two measurements.
-        batches, batch_size: how many samples.
+        batches, batch_size: how many samples; of a source with fewer than batch_size all, which is said.
     """
 
     def __init__(self, source: Any, run_log: RunLog, *, every: int, batches: int, batch_size: int):
-        batches = min(batches, len(source) // batch_size)
+        if len(source) < batch_size:
+            print(
+                f"validation is on {len(source)} pictures, fewer than batch_size ({batch_size})", flush=True
+            )
+        batch_size = min(batch_size, len(source))
+        batches = min(batches, len(source) // batch_size) if batch_size else 0
         self.stream = Stream(source, batch_size, shuffle=False) if batches else None
         self.run_log, self.every, self.batches = run_log, every, batches
 
@@ -232,7 +237,7 @@ class ImageLogger(AfterSteps):
         is_due = module.step % self.batch_frequency == 0 or module.step in self.early
         if self.disabled or self.folder is None or not trainer.is_global_zero or not is_due:
             return
-        if self.source is not None:
+        if self.source is not None and len(self.source):
             count = min(self.max_images, len(self.source))
             batch = module.transfer_batch_to_device(
                 Stream(self.source, count, shuffle=False)[0], module.device, 0
@@ -249,7 +254,19 @@ class ImageLogger(AfterSteps):
                 f"{name}_gs-{module.step:06d}_e-{trainer.current_epoch:06d}_b-{module.step - 1:06d}.png"
             )
             with replacing(self.folder / file_name) as file:
-                grid(to_pil(tensor.float().clamp(-1, 1)), nrow=4).save(file, format="PNG")
+                grid(to_pil(as_colours(tensor.float().clamp(-1, 1))), nrow=4).save(file, format="PNG")
+
+
+def as_colours(pictures: torch.Tensor) -> torch.Tensor:
+    """Make (b, 3, height, width) of pictures, masks, maps, or of one grid (c, height, width).
+
+    One channel is grey; of more than three the first three are shown.
+    """
+    pictures = pictures[None] if pictures.dim() == 3 else pictures
+    channels = pictures.shape[1]
+    if channels < 3:
+        return torch.cat([pictures] * 3, dim=1)[:, :3]
+    return pictures[:, :3]
 
 
 class Checkpoints(AfterSteps):

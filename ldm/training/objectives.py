@@ -5,8 +5,10 @@ the batch. Here noise, levels and caption dropout are drawn for the whole batch 
 number) and each process takes its rows, so two processes train exactly as one with the same global batch.
 """
 
+import inspect
 import logging
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -154,6 +156,14 @@ def start_as_words(encoder: nn.Module | None, generator: torch.Generator) -> Non
         layer.bias.zero_()
 
 
+def taken_by(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Keep the options that a function has parameters for: other people's log_images have fewer than ours."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return options
+    return {name: value for name, value in options.items() if name in {p.name for p in parameters}}
+
+
 def say_left_out(name: str, what: str) -> None:
     logger.warning(
         "training.%s is left out: %s were loaded from a file, and what is loaded stays", name, what
@@ -270,7 +280,7 @@ class DiffusionObjective:
     repeatable, but differ with the number of processes.
 
     Args:
-        model: a LatentDiffusion.
+        model: a LatentDiffusion, or a DDPM on pixels.
         memory_format: of the latents.
         identity_start: begin with a text encoder that passes on each word and its place and mixes nothing; see
             `start_as_words`.
@@ -357,7 +367,8 @@ class DiffusionObjective:
                 say_left_out("identity_start", "the condition stage's weights")
             else:
                 start_as_words(stage, draws.generator)
-        if model.scale_by_std and model.restarted_from_ckpt and "scale_factor" not in model.loaded:
+        scales = getattr(model, "scale_by_std", False)  # a pixel model has no scale
+        if scales and model.restarted_from_ckpt and "scale_factor" not in model.loaded:
             logger.warning(
                 "scale_by_std is left out: weights were loaded from a checkpoint that gave no scale_factor, so it "
                 "stays %g; set model.params.scale_factor to the one that they were trained with",
@@ -365,7 +376,7 @@ class DiffusionObjective:
             )
         if not self.draws_itself:
             model.on_train_batch_start(batch, 0)
-        elif model.scale_by_std and not model.restarted_from_ckpt and float(model.scale_factor) == 1.0:
+        elif scales and not model.restarted_from_ckpt and float(model.scale_factor) == 1.0:
             model.scale_factor.copy_(1.0 / gather(self.latents(batch, draws)).flatten().std())
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, Figures]:
@@ -405,16 +416,35 @@ class DiffusionObjective:
             _, figures = model.p_losses(z, context, t, noise=draws.normal(z))
         return {"val/loss_simple": float(figures["val/loss_simple"])}
 
+    def shown_steps(self) -> int:
+        """Return sample_steps, or the model's number of levels where that is smaller."""
+        return min(self.sample_steps, self.model.num_timesteps)
+
     @torch.no_grad()
     def pictures(self, batch: Batch, count: int) -> dict[str, Tensor]:
-        """Make what is worth a look: the batch's pictures, their captions, and guided samples for those."""
-        model = self.model
-        if not self.draws_itself:
-            return model.log_images(batch, N=count, ddim_steps=self.sample_steps, inpaint=False)
+        """Make what is worth a look: the batch's pictures, their captions, and guided samples for those.
+
+        Models that are not conditioned on captions say by their `log_images` what that is.
+        """
+        from ldm.models.diffusion.ddpm import DDPM
         from ldm.models.diffusion.samplers import sample_steps
         from ldm.util import log_txt_as_img
 
-        draws = Draws(0, 0)
+        model, draws = self.model, Draws(0, 0)
+        if type(model).log_images is DDPM.log_images:  # which walks the whole chain
+            inputs = model.get_input(batch, model.first_stage_key)[:count].to(model.device)
+            with model.ema_scope():
+                *_, last = sample_steps("ddim", model, draws.normal(inputs), None, steps=self.shown_steps())
+            return {"inputs": inputs, "samples": last.x_t}
+        if not self.draws_itself:
+            # The row of progressive denoising asks the network once for every level there is.
+            asked = {
+                "N": count,
+                "ddim_steps": self.shown_steps(),
+                "inpaint": False,
+                "plot_progressive_rows": False,
+            }
+            return model.log_images(batch, **taken_by(model.log_images, asked))
         taken = {key: value[:count] for key, value in batch.items() if key != "micro"}
         z = model.scale_factor * self.latents(taken, draws)
         shown = {"inputs": taken[model.first_stage_key].permute(0, 3, 1, 2)} if "moments" not in taken else {}
@@ -429,7 +459,7 @@ class DiffusionObjective:
             options = {"guidance_scale": self.guidance_scale, "unconditional_conditioning": empty}
         with model.ema_scope():
             *_, last = sample_steps(
-                "ddim", model, draws.normal(z), context, steps=self.sample_steps, **options
+                "ddim", model, draws.normal(z), context, steps=self.shown_steps(), **options
             )
         shown["samples"] = model.decode_first_stage(last.x_t)
         return shown

@@ -435,6 +435,10 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         """Compute the loss of pictures x (b, c, h, w) at random levels; see p_losses."""
         return self.p_losses(x, self._random_levels(len(x)), *args, **kwargs)
 
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: None = None) -> Tensor:
+        """Ask the network about x_noisy (b, c, h, w) at levels t (b,), as samplers do; there are no conditions."""
+        return self.model(x_noisy, t)
+
     def get_input(self, batch: Mapping[str, Any], k: str) -> Tensor:
         """Take pictures (b, h, w, c) or (b, h, w) out of a batch, as (b, c, h, w) float32.
 
@@ -456,9 +460,20 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         """Replace each condition of ucg_training by its empty value, with its probability."""
         batch = dict(batch)
         for key, rule in self.ucg_training.items():
-            empty = rule.get("val")
+            empty, values = rule.get("val"), batch[key]
+            if isinstance(values, Tensor):  # class numbers, one of which stands for no class
+                if not isinstance(empty, int | float):
+                    raise UsageError(
+                        f"ucg_training.{key}.val should be the number that stands for no {key}, got {empty!r}"
+                    )
+                empty = torch.tensor(empty).to(values)
             empty = "" if empty is None else empty
-            batch[key] = [empty if torch.rand(()) < rule["p"] else value for value in batch[key]]
+            kept = [empty if torch.rand(()) < rule["p"] else value for value in values]
+            batch[key] = (
+                torch.stack([one.expand(values.shape[1:]) for one in kept])
+                if isinstance(values, Tensor)
+                else kept
+            )
         return batch
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> tuple[Tensor, dict]:
