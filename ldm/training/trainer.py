@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ldm.checkpoints import replacing
-from ldm.configs import check_yaml, first_line, load_config, resolved
+from ldm.configs import first_line
 from ldm.errors import FormatError, LdmError, MismatchError, ResourceError, UsageError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
@@ -42,39 +42,13 @@ from ldm.training.options import (
 )
 from ldm.training.resumption import compare
 from ldm.util import get_obj_from_str, instantiate_from_config
-from ldm.values import RANGES, check, check_value, shown
+from ldm.values import RANGES, check, check_value
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"32": "32-true", "32-true": "32-true", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
 MAX_LEARNING_RATE = 10.0  # beyond this a rate is a slip of the pen
 TORCH_OPTIMIZERS = tuple(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "RAdam", "NAdam"))
-
-
-def merge_configs(files: list[str | Path], words: list[str]) -> Any:
-    """Read YAML files, each overriding those before, then `a.b=c` words.
-
-    Raises:
-        UsageError: a word is no `a.b=c`, or leads through what is no mapping.
-        FormatError, AbsentError, UnsafeFileError: see `ldm.util.load_config`; so for the words' values.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or not all(part.strip() for part in name.split(".")):
-            raise UsageError(f"wanted a.b=c to override the configuration, got {shown(word)}")
-        check_yaml(value, shown(word), is_file=False)
-    try:
-        config = OmegaConf.merge(*[load_config(file) for file in files], OmegaConf.from_dotlist(words))
-    except (OmegaConfBaseException, TypeError, ValueError, LookupError) as error:
-        if isinstance(error, LdmError):
-            raise
-        raise UsageError(
-            f"{', '.join(map(shown, words)):.160} cannot be laid over the configuration: {first_line(error)}"
-        ) from error
-    return OmegaConf.create(resolved(config))
 
 
 def learning_rate(

@@ -24,7 +24,8 @@ from ldm.errors import (
 )
 from ldm.training.data import DataModuleFromConfig, Shapes, Stream, collate
 from ldm.training.folder import ImageFolder
-from ldm.training.trainer import Run, RunOptions, merge_configs
+from ldm.training.merging import merge_configs
+from ldm.training.trainer import Run, RunOptions
 
 SCRIPT = Path(tiny_training.__file__).parents[1] / "scripts" / "train.py"
 

@@ -17,9 +17,10 @@ from ldm.training.checkpointing import read_state
 from ldm.training.data import Shapes, Stream
 from ldm.training.export import export_run
 from ldm.training.gaussian import GaussianObjective
+from ldm.training.merging import merge_configs
 from ldm.training.objectives import Draws
 from ldm.training.shapes import COLOURS, SHAPES, parse_caption
-from ldm.training.trainer import Run, RunOptions, merge_configs
+from ldm.training.trainer import Run, RunOptions
 from scripts import train
 
 LEVELS = 3  # so few that a run of 6 steps fills every level's history

@@ -18,8 +18,9 @@ from ldm.modules.losses import DummyLoss, LPIPSWithDiscriminator
 from ldm.modules.losses.discriminator import NLayerDiscriminator, hinge_d_loss, vanilla_d_loss
 from ldm.modules.losses.lpips import LPIPS
 from ldm.training.attention import MatmulAttention, attend
+from ldm.training.merging import merge_configs
 from ldm.training.objectives import Draws
-from ldm.training.trainer import learning_rate, merge_configs
+from ldm.training.trainer import learning_rate
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 
@@ -251,9 +252,50 @@ def test_files_merge_from_left_to_right_then_words(tmp_path):
         "list": [4],
         "new": {"key": "x y"},
     }
-    for word in ("model.params.a", "=3", "a..b=3"):
-        with pytest.raises(UsageError, match=r"wanted a\.b=c"):
+    for word in ("model.params.a", "=3", "a..b=3", "~", "~a..b", "~a.b=3"):
+        with pytest.raises(UsageError, match=r"wanted a\.b=c .* or ~a\.b"):
             merge_configs([tmp_path / "a.yaml"], [word])
+
+
+@pytest.mark.parametrize(
+    ("later", "words", "wanted"),
+    [
+        ("x: {target: B}", [], {"target": "B", "keep": 0}),
+        ("x: {target: B, params: {q: 5}}", [], {"target": "B", "params": {"q": 5}, "keep": 0}),
+        (
+            "x: {target: A, params: {q: 5}}",
+            [],
+            {"params": {"p": 1, "in": {"target": "I", "params": {"r": 2}}, "q": 5}},
+        ),
+        ("x: {params: {in: {target: J}}}", [], {"params": {"p": 1, "in": {"target": "J"}}}),
+        (
+            "x: {params: {in: {params: {s: 3}}}}",
+            [],
+            {"params": {"p": 1, "in": {"target": "I", "params": {"r": 2, "s": 3}}}},
+        ),
+        ("y: 1", ["x.target=B"], {"target": "B"}),
+        ("y: 1", ["~x.params.in"], {"params": {"p": 1}}),
+        ("y: 1", ["x.params.in=null"], {"params": {"p": 1}}),
+        ("y: 1", ["~x.params", "x.params.q=1"], {"params": {"q": 1}}),
+        ("y: 1", ["x.new=null"], {"new": None}),
+        ("x: {keep: '${x.params.p}'}", [], {"keep": 1}),
+    ],
+)
+def test_another_target_drops_params_and_words_take_out(tmp_path, later, words, wanted):
+    (tmp_path / "a.yaml").write_text(
+        "x: {target: A, params: {p: 1, in: {target: I, params: {r: 2}}}, keep: 0}"
+    )
+    (tmp_path / "b.yaml").write_text(later)
+    merged = OmegaConf.to_container(merge_configs([tmp_path / "a.yaml", tmp_path / "b.yaml"], words))["x"]
+    first = {"target": "A", "params": {"p": 1, "in": {"target": "I", "params": {"r": 2}}}, "keep": 0}
+    assert merged == (wanted if wanted.get("target") == "B" and not words else {**first, **wanted})
+
+
+@pytest.mark.parametrize("word", ["~x.nothing", "~y", "~x.params.p.q", "~x.params.in.target.r"])
+def test_what_is_not_there_cannot_be_taken_out(tmp_path, word):
+    (tmp_path / "a.yaml").write_text("x: {target: A, params: {p: 1, in: {target: I}}}")
+    with pytest.raises(UsageError, match="takes out what is not there"):
+        merge_configs([tmp_path / "a.yaml"], [word])
 
 
 def test_the_rate_is_scaled_as_compvis_does():
@@ -300,12 +342,17 @@ def test_the_script_says_what_is_missing(tmp_path):
     )
 
 
-def test_the_script_knows_its_options():
+def train_script():
     sys.path.insert(0, str(SCRIPT.parent))
     try:
         import train
     finally:
         sys.path.pop(0)
+    return train
+
+
+def test_the_script_knows_its_options():
+    train = train_script()
     parse = train.make_parser().parse_args
     options = parse(["--base", "a.yaml", "b.yaml", "--logdir", "x", "--resume", "--seed", "7"])
     assert (options.base, options.resume, options.seed, options.scale_lr) == (
@@ -321,6 +368,41 @@ def test_the_script_knows_its_options():
         parse(["--scale_lr", "maybe"])
     with pytest.raises(AbsentError, match=r"there is no checkpoint in 'nowhere' to export"):
         train.main(["--logdir", "nowhere", "--export", "a.safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("resume", "message"),
+    [
+        ("lgos/mine", "--resume 'lgos/mine' is not there"),
+        ("last.ckpt", "--resume 'last.ckpt' is not there"),
+        ("logs", "'logs' holds no run, there is no configs/project.yaml in it"),
+        ("logs/stray.ckpt", "--base is needed"),
+    ],
+)
+def test_what_cannot_be_resumed_is_named(tmp_path, monkeypatch, resume, message):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "stray.ckpt").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((AbsentError, UsageError), match=message):
+        train_script().main(["--resume", resume])
+
+
+@pytest.mark.parametrize("missing", ["lightning", "matplotlib"])
+def test_a_missing_package_is_said_with_what_installs_it(tmp_path, missing):
+    """In a process that cannot find it, as where only the core was installed."""
+    code = (
+        "import sys, runpy\n"
+        f"sys.modules[{missing!r}] = None\n"
+        f"sys.argv = ['train.py', '--base', 'a.yaml']\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert done.returncode == 2 and done.stderr == (
+        f'ldm: error: training needs {missing}: pip install "faithful-ldm[train]", or pip install -e ".[train]" '
+        "in a checkout\n"
+    )
 
 
 @pytest.mark.slow
