@@ -33,6 +33,7 @@ WANTED = "wanted a sound PNG, JPEG or WebP file; convert or download it again"
 _ORIENTATION, _EXIF_TABLE, _USER_COMMENT = 0x0112, 0x8769, 0x9286
 _DESCRIPTION, _MAKE, _MODEL = 0x010E, 0x010F, 0x0110
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 7: 1, 13: 4}
+_TIFF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 # JPEG's markers that begin a segment or end the picture: not stuffing, fill bytes, restarts or a start.
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)
 _CHARACTER_CODES = (b"ASCII\0\0\0", b"UNICODE\0", b"JIS\0\0\0\0\0", bytes(8))
@@ -53,8 +54,11 @@ class Container:
     orientation: int = 1
 
 
-def read_file(path: str | os.PathLike) -> Container:
+def read_file(path: str | os.PathLike, *, others: bool = False) -> Container:
     """Read a PNG, JPEG or WebP file whole and take it apart, without decoding a pixel.
+
+    Args:
+        others: give files of other kinds back as they are, for a decoder to judge.
 
     Raises:
         AbsentError: no such file. UsageError: a URL. FormatError: everything else that is wrong with it.
@@ -81,6 +85,8 @@ def read_file(path: str | os.PathLike) -> Container:
         parts = take_apart(data)
     except FormatError as error:
         raise FormatError(f"picture '{name}' is damaged or hostile ({error}); {WANTED}") from None
+    if parts is None and others:
+        return Container(data)
     if parts is None:
         raise FormatError(f"picture '{name}' is no picture that can be read; {WANTED}")
     return parts
@@ -306,3 +312,33 @@ def _comment(raw: bytes) -> str:
         if "Steps: " in text:
             return text.lstrip("\ufeff").rstrip("\0 ")
     return ""
+
+
+# --- TIFF -----------------------------------------------------------------------------------------
+
+
+def check_tiff(data: bytes) -> None:
+    """Hold the tables of a TIFF file against its length: Pillow copies each field, and all may name the same bytes.
+
+    Looks at the first picture's table, and at those for EXIF, GPS and interoperability that hang from it.
+
+    Raises:
+        FormatError: the fields together are longer than twice the file; a BigTIFF.
+    """
+    order = "<" if data[:2] == b"II" else ">"
+    if len(data) < 8 or struct.unpack_from(f"{order}H", data, 2)[0] != 42:
+        raise FormatError("a TIFF of no known kind")
+    todo, seen, total = [struct.unpack_from(f"{order}I", data, 4)[0]], set(), 0
+    while todo:
+        at = todo.pop()
+        if at in seen or at + 2 > len(data):
+            continue
+        seen.add(at)
+        count = min(struct.unpack_from(f"{order}H", data, at)[0], (len(data) - at - 2) // 12)
+        for i in range(count):
+            tag, kind, number, value = struct.unpack_from(f"{order}HHII", data, at + 2 + 12 * i)
+            total += number * _TIFF_BYTES.get(kind, 8)
+            if tag in (_EXIF_TABLE, 0x8825, 0xA005):
+                todo.append(value)
+    if total > 2 * len(data) + 4096:
+        raise FormatError(f"fields of {total} bytes in a file of {len(data)}")

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.containers import WANTED, read_exif, read_file, read_xmp
+from ldm.containers import WANTED, check_tiff, read_exif, read_file, read_xmp
 from ldm.errors import FormatError, NumericError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # decoders without interpreters or external programs behind them
+# Further ones for folders of one's own pictures. Left out: EPS and PDF, which run programs, and what nobody trains on.
+MORE_FORMATS = (*FORMATS, "BMP", "GIF", "TIFF", "AVIF", "PPM", "MPO")
 MAX_PIXELS = 36_000_000
 MAX_SIDE = 32_767
 MIN_SIDE = 8
@@ -229,24 +231,34 @@ def grid(pictures: Sequence[Image.Image], nrow: int | None = None) -> Image.Imag
 # --- reading --------------------------------------------------------------------------------------
 
 
-def open_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    path: str | os.PathLike, max_pixels: int = MAX_PIXELS, *, formats: Sequence[str] = FORMATS
+) -> Image.Image:
     """Read a PNG, JPEG or WebP picture whole, upright by its EXIF orientation, in the mode it was stored in.
 
     The size is judged from the header, before anything is decoded; only the first frame is read. Damage in what is
     said beside the pixels (EXIF, profiles, texts) is passed over; texts that read_metadata knows are in `info`.
+
+    Args:
+        formats: Pillow's names of what may be read; MORE_FORMATS for one's own pictures.
 
     Raises:
         AbsentError: no such file. UsageError: a URL. FormatError: everything else that is wrong with it.
     """
     from PIL import Image, UnidentifiedImageError
 
-    parts, name = read_file(path), os.fspath(path)
+    parts, name = read_file(path, others=tuple(formats) != FORMATS), os.fspath(path)
     size = len(parts.pixels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is passed over
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(parts.pixels), formats=FORMATS) as image:
+            if tuple(formats) != FORMATS:
+                Image.init()  # so that a build without a decoder is known to lack it
+                formats = [kind for kind in formats if kind in Image.OPEN]
+                if parts.pixels.startswith((b"II", b"MM")):
+                    check_tiff(parts.pixels)
+            with Image.open(io.BytesIO(parts.pixels), formats=formats) as image:
                 parts.pixels = b""
                 width, height = image.size
                 if width * height > max_pixels or max(width, height) > MAX_SIDE:
@@ -255,7 +267,7 @@ def open_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.I
                         f"wanted at most {max_pixels / 1e6:g} million and {MAX_SIDE} a side"
                     )
                 kind = "progressive JPEG" if "progressive" in image.info else image.format
-                most = DECODER_BYTES // PIXEL_BYTES[kind]
+                most = DECODER_BYTES // PIXEL_BYTES.get(kind, 16)
                 if width * height > most and size < SMALL_FILE:
                     raise FormatError(
                         f"picture '{name}' has too many pixels, {width} x {height}, for a {kind} file of {size} "

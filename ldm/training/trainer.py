@@ -28,6 +28,7 @@ from ldm.training.callbacks import Checkpoints, ImageLogger, RunLog, Validation
 from ldm.training.checkpointing import RunLock, read_newest, read_state
 from ldm.training.data import DataModuleFromConfig, Stream, is_of_a_lost_loader
 from ldm.training.export import export_run
+from ldm.training.folder import ImageFolder
 from ldm.training.gaussian import GaussianObjective
 from ldm.training.latents import cache_latents, fingerprint
 from ldm.training.module import GradientAverage, TrainingModule
@@ -221,6 +222,7 @@ class Run:
             raise MismatchError(
                 f"data.target should be main.DataModuleFromConfig, got {type(self.data).__name__}"
             )
+        self._look_at_pictures()
         Stream(self.data.train_source, self.data.batch_size, world=self.world, shuffle=self.data.shuffle)
         self.rate, self.rate_line = learning_rate(
             base,
@@ -235,13 +237,29 @@ class Run:
         self.model.to(memory_format=self.memory_format)
         self.callbacks_config = mapping(lightning.get("callbacks"), "lightning.callbacks")
 
+    def _look_at_pictures(self) -> None:
+        """Open every picture of folders before anything is trained; their account is kept in the run folder."""
+        source = self.data.train_source
+        self.pictures = (
+            source if isinstance(source, ImageFolder) else None
+        )  # stays, where latents take its place
+        for part, source in (("train", self.data.train_source), ("validation", self.data.validation_source)):
+            if isinstance(source, ImageFolder):
+                account = self.options.folder / "pictures" / f"{part}.json"
+                for line in source.look(account, write=is_first_process()):
+                    say(f"{part} {line}")
+
     def signature(self) -> dict[str, Any]:
-        """Say what fixes the order of the data; a resumed run must have the same."""
+        """Say what fixes the order of the data; a resumed run must have the same, up to a folder's pictures."""
+        of_folder = {}
+        if self.pictures is not None:
+            of_folder = {"pictures": self.pictures.digest(), "classes": self.pictures.classes}
         return {
             "length": len(self.data.train_source),
             "global_batch": self.data.batch_size * self.world,
             "accumulate": self.accumulate,
             "shuffle": self.data.shuffle,
+            **of_folder,
         }
 
     def lasting_options(self, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
@@ -317,6 +335,8 @@ class Run:
             raise MismatchError(f"cache_latents needs a LatentDiffusion, got {type(self.model).__name__}")
         is_bf16 = self.precision == "bf16-mixed"
         source = {**OmegaConf.to_container(self.options.config.data.params.train), "is_bf16": is_bf16}
+        if self.pictures is not None:
+            source["pictures"] = self.pictures.digest()
         self.data.train_source = cache_latents(
             self.model,
             self.data.train_source,
@@ -421,8 +441,18 @@ class Run:
             raise MismatchError(
                 f"'{path}' is of a run with seed {run['seed']}, asked for {self.options.seed}; use its own"
             )
+        source = self.pictures
+        free = () if source is None else ("length", "pictures")
         for key, mine in self.signature().items():
-            if run["data"].get(key) != mine:
+            was = run["data"].get(key)
+            if key == "pictures" and was not in (None, mine):
+                what = source.changes or "other names, captions or order"
+                say(
+                    f"resuming with other pictures: {run['data']['length']} before, {len(source)} now: {what}"
+                )
+            if key == "classes" and key not in run["data"]:
+                continue
+            if key not in free and was != mine:
                 raise MismatchError(
                     f"'{path}' is of a run with another order of data: {key} {run['data'].get(key)}, now {mine}; "
                     "resume with the run's own configuration"
