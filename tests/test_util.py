@@ -443,7 +443,8 @@ def test_every_shipped_configuration_is_read():
     files = sorted((paths.CHECKOUT / "configs").glob("*.yaml"))
     assert len(files) >= 2
     for file in files:
-        assert "target" in load_config(file).model
+        if not file.name.startswith("own-pictures"):  # those are laid over another
+            assert "target" in load_config(file).model
 
 
 # -- shipped files ------------------------------------------------------------------------------------------------

@@ -1,16 +1,21 @@
 """Folders of pictures as people have them: formats, captions, classes, what is damaged, and runs that go on."""
 
 import json
+import re
 import struct
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, features
 from tiny_training import figures, first_stage, run
 
 from ldm.errors import AbsentError, FormatError, MismatchError, UnsafeFileError, UsageError
 from ldm.images import MORE_FORMATS, open_image
+from ldm.paths import CHECKOUT
 from ldm.training.folder import ImageFolder
+from ldm.training.merging import merge_configs
+from ldm.util import instantiate_from_config
 
 KINDS = "png jpg JPEG jfif jpe webp bmp dib gif tif tiff ppm".split() + ["avif"] * features.check("avif")
 
@@ -238,3 +243,70 @@ def test_a_folder_without_a_sound_picture_ends_before_the_first_step(tmp_path):
         (tmp_path / "in" / f"{i}.png").write_bytes(b"no")
     with pytest.raises(FormatError, match="no picture in .* can be read"):
         run(config_of(tmp_path / "in", 1), tmp_path / "run")
+
+
+# -- the configurations that ship, by the commands of docs/training.md ------------------------------------------
+
+COMMANDS = re.findall(
+    r"--base ((?:\S+\.yaml ?)+)(?:\\\n)?([^`|\n]*)",
+    (CHECKOUT / "docs" / "training.md").read_text(encoding="utf-8"),
+)
+
+
+def of_command(files, words, folder):
+    """A command's configuration, with a folder of two classes instead of its own and no weights to read."""
+    words = [
+        word for word in words.split() if "=" in word and "folder=" not in word and "ckpt_path" not in word
+    ]
+    config = merge_configs([CHECKOUT / name for name in files.split()], words)
+    params = config.model.params
+    params.pop("ckpt_path", None)
+    params.get("first_stage_config", {"params": {}})["params"].pop("ckpt_path", None)
+    config.data.params.train.params.folder = str(folder)
+    return config
+
+
+@pytest.mark.parametrize(("files", "words"), COMMANDS, ids=[files.split()[-1] for files, _ in COMMANDS])
+def test_every_command_of_the_page_builds_its_model_and_data(tmp_path, files, words):
+    for name in ("cat/0.png", "dog/1.png"):
+        paint(tmp_path / name, size=(40, 40))
+        (tmp_path / name).with_suffix(".txt").write_text("a")
+    config = of_command(files, words, tmp_path)
+    with torch.device("meta"):
+        model = instantiate_from_config(config.model)
+    batch = instantiate_from_config(config.data).train_source[0]
+    key = getattr(model, "first_stage_key", getattr(model, "image_key", None))
+    size = config.data.params.train.params.image_size
+    assert batch[key].shape == (size, size, 3)
+    if getattr(model, "cond_stage_key", None) == "caption":
+        assert batch["caption"] == "a"
+    if "classes" in files:
+        assert int(batch[model.label_key]) == 0 and batch["human_label"] == "cat"
+
+
+def test_the_page_has_a_command_for_each_configuration():
+    shipped = {path.name for path in (CHECKOUT / "configs").glob("own-pictures*.yaml")}
+    named = {name.split("/")[-1] for files, _ in COMMANDS for name in files.split()}
+    assert shipped <= named and len(COMMANDS) >= 6
+
+
+@pytest.mark.slow
+def test_the_box_is_fine_tuned_interrupted_resumed_exported_and_painted_with(tmp_path):
+    """Thirty pictures of a word that the box does not know, through the configuration that ships, for eight steps."""
+    from ldm import StableDiffusion
+
+    for i in range(30):
+        paint(tmp_path / "in" / f"{i}.png", 8 * i, size=(150, 140))
+        (tmp_path / "in" / f"{i}.txt").write_text("a wombat")
+    files = [CHECKOUT / "model_data/shapes/config.yaml"]
+    files += [CHECKOUT / "configs" / f"own-pictures{name}.yaml" for name in ("", "-box")]
+    words = [f"data.params.train.params.folder={tmp_path / 'in'}", "lightning.trainer.accelerator=cpu"]
+    config = merge_configs(files, [*words, "lightning.trainer.max_steps=4"])
+    assert run(config, tmp_path / "run").code == 0
+    config = merge_configs(files, [*words, "lightning.trainer.max_steps=8"])
+    made = run(config, tmp_path / "run", resume=True)
+    assert made.code == 0 and made.module.step == 8 and sorted(figures(tmp_path / "run")) == list(range(8))
+    sd = StableDiffusion.from_single_file(
+        tmp_path / "run" / "weights.safetensors", config=tmp_path / "run" / "configs" / "project.yaml"
+    )
+    assert sd.txt2img("a wombat", steps=2, seed=1).images[0].size == (128, 128)
