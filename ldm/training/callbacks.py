@@ -41,8 +41,30 @@ class AfterSteps(pl.Callback):
         raise NotImplementedError(f"{type(self).__name__} does not say what to do after a step")
 
 
+def spelled(seconds: float) -> str:
+    """Write a duration as 45 s, 12 min or 3 h 20 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def peak_memory(device: torch.device) -> str:
+    """Say the most memory that was taken: of the GPU by tensors, or of this process."""
+    if device.type == "cuda":
+        return f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory"
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return "peak memory unknown"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
+
+
 class RunLog(AfterSteps):
     """Writes every step's figures to metrics.jsonl as they come, a line now and then to the console, and a curve.
+
+    The first and the third step have a line of their own, so that what a run will take is soon known.
 
     Args:
         folder: of the run.
@@ -57,6 +79,7 @@ class RunLog(AfterSteps):
         self._file = None
         self._bar = None
         self._printed, self._printed_step = 0.0, 0
+        self._early: set[int] = set()
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         if not trainer.is_global_zero:
@@ -64,6 +87,7 @@ class RunLog(AfterSteps):
         self.drop_after(module.step)
         self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed in on_train_end
         self._printed, self._printed_step = time.monotonic(), module.step
+        self._early = {module.step + 1, module.step + 3}
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -95,18 +119,19 @@ class RunLog(AfterSteps):
         if self._bar is not None:
             self._bar.update(1)
         now = time.monotonic()
-        if now - self._printed >= self.print_every:
+        if now - self._printed >= self.print_every or module.step in self._early:
             each = (now - self._printed) / max(1, module.step - self._printed_step)
             shown = " ".join(
                 f"{name.removeprefix('train/')} {module.figures[name]:.4g}"
                 for name in ("train/loss", "train/rec_loss", "train/loss_1", "grad_norm", "lr")
                 if name in module.figures
             )
-            line = f"step {module.step}/{self.total} {shown} {each:.3f} s/step"
+            left = spelled((self.total - module.step) * each)
+            cost = f"{each:.3f} s/step, {left} left, {peak_memory(module.device)}"
             if self._bar is not None:
                 self._bar.set_postfix_str(shown, refresh=False)
             else:
-                print(line, flush=True)
+                print(f"step {module.step}/{self.total} {shown} {cost}", flush=True)
             self._printed, self._printed_step = now, module.step
         if self.curve_every and module.step % self.curve_every == 0:
             self.draw()

@@ -306,7 +306,5 @@ def test_the_box_is_fine_tuned_interrupted_resumed_exported_and_painted_with(tmp
     config = merge_configs(files, [*words, "lightning.trainer.max_steps=8"])
     made = run(config, tmp_path / "run", resume=True)
     assert made.code == 0 and made.module.step == 8 and sorted(figures(tmp_path / "run")) == list(range(8))
-    sd = StableDiffusion.from_single_file(
-        tmp_path / "run" / "weights.safetensors", config=tmp_path / "run" / "configs" / "project.yaml"
-    )
+    sd = StableDiffusion.from_single_file(tmp_path / "run" / "weights.safetensors")
     assert sd.txt2img("a wombat", steps=2, seed=1).images[0].size == (128, 128)

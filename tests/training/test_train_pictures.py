@@ -1,5 +1,6 @@
 """Every kind of model through the trainer for two steps, with its grids of pictures after each and a validation."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 
 from ldm.errors import UsageError
 from ldm.models.diffusion.ddpm import DDPM
-from ldm.training.callbacks import Validation, as_colours
+from ldm.training.callbacks import Validation, as_colours, spelled
 from ldm.training.data import Shapes
 
 DDPM_ = "ldm.models.diffusion.ddpm."
@@ -221,3 +222,31 @@ def test_no_validation_set_is_too_small_or_empty_to_go_on(capsys):
         assert validation.batches == batches and (validation.stream is not None) == bool(batches)
         said = capsys.readouterr().out
         assert ("fewer than batch_size (2)" in said) == (length < 2), length
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "0 s"),
+        (99, "99 s"),
+        (101, "2 min"),
+        (5_900, "98 min"),
+        (6_000, "1 h 40 min"),
+        (90_000, "25 h 0 min"),
+    ],
+)
+def test_durations_are_spelled(seconds, text):
+    assert spelled(seconds) == text
+
+
+def test_the_first_and_the_third_step_say_what_a_run_will_take(tmp_path, capsys):
+    config = pixels("DDPM")
+    config["lightning"]["callbacks"] = {
+        "images": {"target": "main.ImageLogger", "params": {"disabled": True}}
+    }
+    put(config, "lightning.trainer.max_steps", 4)
+    put(config, "training.print_every", 1e6)
+    run(config, tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/4", "3/4"]
+    assert all(re.search(r" [\d.]+ s/step, \d+ s left, peak [\d.]+ GiB$", line) for line in lines), lines
