@@ -243,6 +243,12 @@ class Run:
         self.pictures = (
             source if isinstance(source, ImageFolder) else None
         )  # stays, where latents take its place
+        room = self.model.flags["num_classes"] if isinstance(self.model, PixelDiffusion) else None
+        classes = [] if self.pictures is None else self.pictures.classes or []
+        if room is not None and len(classes) > room:
+            raise MismatchError(
+                f"the folder has {len(classes)} classes, the model {room}; set model.params.num_classes={len(classes)}"
+            )
         for part, source in (("train", self.data.train_source), ("validation", self.data.validation_source)):
             if isinstance(source, ImageFolder):
                 account = self.options.folder / "pictures" / f"{part}.json"

@@ -290,6 +290,16 @@ def test_the_page_has_a_command_for_each_configuration():
     assert shipped <= named and len(COMMANDS) >= 6
 
 
+def test_more_classes_than_the_model_has_are_said_before_the_first_step(tmp_path):
+    for name in ("cat/0.png", "dog/1.png", "eel/2.png"):
+        paint(tmp_path / "in" / name, size=(40, 40))
+    files = [f"configs/{name}.yaml" for name in ("shapes-pixels", "own-pictures", "own-pictures-classes")]
+    words = [f"data.params.train.params.folder={tmp_path / 'in'}", "data.params.batch_size=2"]
+    config = merge_configs([CHECKOUT / name for name in files], words)
+    with pytest.raises(MismatchError, match="has 3 classes, the model 2; set model.params.num_classes=3"):
+        run(config, tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_the_box_is_fine_tuned_interrupted_resumed_exported_and_painted_with(tmp_path):
     """Thirty pictures of a word that the box does not know, through the configuration that ships, for eight steps."""
