@@ -25,6 +25,10 @@ class UsageError(LdmError, ValueError):
     exit_code = 2
 
 
+class OptionError(UsageError, TypeError):
+    """A keyword that a function does not have; Python raises TypeError for it."""
+
+
 class FormatError(LdmError, ValueError):
     """A file that cannot be read: truncated, malformed, or not what its name says."""
 

@@ -38,6 +38,7 @@ from ldm.models.diffusion.samplers import (
     start_level,
 )
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.other_words import taking_options_of
 from ldm.paths import shipped
 from ldm.results import GenerationParameters, GenerationResult, Progress, join, painted
 from ldm.util import upload
@@ -307,6 +308,7 @@ class StableDiffusion:
         model.first_stage_model.to(vae_dtype)
 
     @classmethod
+    @taking_options_of()
     def from_single_file(
         cls,
         path: str | os.PathLike,
@@ -367,6 +369,7 @@ class StableDiffusion:
         return sd.optimize(low_vram=device) if low_vram else sd.to(dtype=dtype, device=device)
 
     @classmethod
+    @taking_options_of(from_single_file.__func__)
     def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> StableDiffusion:
         """Load a folder in diffusers' layout (unet/, vae/, text_encoder/, ...); options of from_single_file."""
         if not Path(folder).is_dir():
@@ -376,6 +379,7 @@ class StableDiffusion:
         return cls.from_single_file(folder, **options)
 
     @classmethod
+    @taking_options_of(from_single_file.__func__, without=("config",))
     def default(cls, device: str | torch.device | None = "cpu", **options: Any) -> StableDiffusion:
         """Load the model in the box: coloured shapes, 128 x 128 pixels.
 
@@ -420,6 +424,7 @@ class StableDiffusion:
         self.model.to(device)  # after the cast: half as much to move
         return self
 
+    @taking_options_of()
     def optimize(
         self,
         *,
@@ -466,32 +471,50 @@ class StableDiffusion:
 
     # --- doors ---
 
-    def txt2img(self, prompt: str | Sequence[str], **options: Any) -> GenerationResult:
-        """Paint from a prompt. Options are those of plan(); `callback` is called with each Progress.
+    def txt2img(
+        self,
+        prompt: str | Sequence[str] | None,
+        *,
+        callback: Callable[[Progress], Any] | None = None,
+        **options: Any,
+    ) -> GenerationResult:
+        """Paint from a prompt.
 
-        A callback that returns False ends the run; pictures finished by then are returned. What it raises comes out
-        as it is.
+        Args:
+            callback: is called with each Progress. One that returns False ends the run; pictures finished by then are
+                returned. What it raises comes out as it is.
         """
-        return self._collect(prompt, options, "txt2img")
-
-    __call__ = txt2img
+        return self._collect(prompt, options, "txt2img", callback)
 
     def img2img(
-        self, prompt: str | Sequence[str], image: Any, strength: float = 0.75, **options: Any
+        self,
+        prompt: str | Sequence[str] | None,
+        image: Any,
+        strength: float = 0.75,
+        *,
+        callback: Callable[[Progress], Any] | None = None,
+        **options: Any,
     ) -> GenerationResult:
-        """Repaint a picture: strength 0 returns it, 1 forgets it. Options as in txt2img."""
-        return self._collect(prompt, {**options, "image": image, "strength": strength}, "img2img")
+        """Repaint a picture: strength 0 returns it, 1 forgets it. The rest as in txt2img."""
+        return self._collect(prompt, {**options, "image": image, "strength": strength}, "img2img", callback)
 
-    def inpaint(self, prompt: str | Sequence[str], image: Any, mask: Any, **options: Any) -> GenerationResult:
+    def inpaint(
+        self,
+        prompt: str | Sequence[str] | None,
+        image: Any,
+        mask: Any,
+        *,
+        callback: Callable[[Progress], Any] | None = None,
+        **options: Any,
+    ) -> GenerationResult:
         """Repaint a picture where the mask is white and keep it, pixel by pixel, where it is black.
 
-        Options as in txt2img. 4-channel models blend latents at each step; 9-channel models see mask and
+        The rest as in txt2img. 4-channel models blend latents at each step; 9-channel models see mask and
         masked picture. Which one it is, the model says.
         """
-        return self._collect(prompt, {**options, "image": image, "mask": mask}, "inpaint")
+        return self._collect(prompt, {**options, "image": image, "mask": mask}, "inpaint", callback)
 
-    def _collect(self, prompt: Any, options: dict[str, Any], mode: str) -> GenerationResult:
-        callback = options.pop("callback", None)
+    def _collect(self, prompt: Any, options: dict[str, Any], mode: str, callback: Any) -> GenerationResult:
         if callback is not None and not callable(callback):
             raise UsageError(f"callback must be a function of one Progress, got {told(callback)}")
         for name, thing in (("image", "a picture"), ("mask", "a mask")):
@@ -904,3 +927,10 @@ class StableDiffusion:
             torch=torch.__version__,
             version=__version__,
         )
+
+
+# Every door takes plan's options: they are written down once, and help() and completion show them at each.
+StableDiffusion.plan = taking_options_of()(StableDiffusion.plan)
+for _door in ("stream", "txt2img", "img2img", "inpaint"):
+    setattr(StableDiffusion, _door, taking_options_of(StableDiffusion.plan)(getattr(StableDiffusion, _door)))
+StableDiffusion.__call__ = StableDiffusion.txt2img

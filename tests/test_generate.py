@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import inspect
 import logging
 import math
 import random
@@ -939,10 +940,109 @@ def test_a_callback_that_is_no_function_is_refused_at_once(sd, callback):
         sd.txt2img(PROMPT, steps=2, callback=callback)
 
 
-@pytest.mark.parametrize("door", ["txt2img", "stream", "plan"])
-def test_an_unknown_option_is_a_type_error_that_names_it(sd, door):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'num_inference_steps'"):
-        getattr(sd, door)(PROMPT, num_inference_steps=3)
+DOORS = {"txt2img": (PROMPT,), "img2img": (PROMPT, None), "inpaint": (PROMPT, None, None)}
+DOORS |= {"stream": (PROMPT,), "plan": (PROMPT,), "__call__": (PROMPT,)}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_door_shows_every_option_with_its_default(sd, door):
+    shown = inspect.signature(sd if door == "__call__" else getattr(sd, door)).parameters
+    assert inspect.Parameter.VAR_KEYWORD not in {p.kind for p in shown.values()}
+    wanted = {
+        "negative_prompt": "",
+        "steps": None,
+        "sampler": "ddim",
+        "seed": None,
+        "num_images": 1,
+        "eta": 0.0,
+    }
+    wanted |= {"guidance_interval": (0.0, 1.0), "output_type": "pil", "height": None, "prompt_embeds": None}
+    assert wanted.items() <= {name: p.default for name, p in shown.items()}.items()
+    collects = door not in ("stream", "plan")
+    assert ("callback" in shown) == collects
+    takes = {name for name, p in shown.items() if p.default is p.empty}
+    assert takes == {"prompt", "image", "mask"} & set(["prompt", "image", "mask"][: len(DOORS[door])])
+    assert "multiples of the model's f" in getattr(StableDiffusion, door).__doc__
+    # What is shown is what is taken: each option, at its default, passes the check of names.
+    assert set(shown) - {"callback"} >= set(inspect.signature(sd.plan).parameters)
+
+
+def test_loaders_show_their_options():
+    single = inspect.signature(StableDiffusion.from_single_file).parameters
+    folder = inspect.signature(StableDiffusion.from_pretrained).parameters
+    box = inspect.signature(StableDiffusion.default).parameters
+    assert next(iter(single)) == "path" and "vae_dtype" in single
+    assert list(folder) == ["folder", *list(single)[1:]]
+    assert set(box) == set(single) - {"path", "config"} and box["device"].default == "cpu"
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("num_inference_steps", "here it is steps"),
+        ("ddim_steps", "here it is steps"),
+        ("num_steps", "here it is steps"),
+        ("stepz", "did you mean steps?"),
+        ("generator", "here it is seed (a number, or a list"),
+        ("latents", "here it is seed"),
+        ("cfg_scale", "here it is guidance_scale"),
+        ("cfg", "here it is guidance_scale"),
+        ("scale", "here it is guidance_scale"),
+        ("guidance", "here it is guidance_scale"),
+        ("batch_count", "here it is num_images"),
+        ("n_iter", "here it is num_images"),
+        ("num_images_per_prompt", "here it is num_images"),
+        ("n_samples", "here it is batch_size"),
+        ("mask_image", "here it is mask"),
+        ("init_image", "here it is image"),
+        ("denoising_strength", "here it is strength"),
+        ("sampler_name", "here it is sampler (by name"),
+        ("scheduler", "here it is sampler"),
+        ("ddim_eta", "here it is eta"),
+        ("H", "here it is height"),
+        ("W", "here it is width"),
+        ("negativ_prompt", "did you mean negative_prompt?"),
+        ("clip_skip", "the text encoder's last layer"),
+        ("return_dict", "a GenerationResult comes"),
+        ("qqqq", "lists what there is"),
+    ],
+)
+def test_an_unknown_option_is_answered_with_ours(sd, door, theirs, ours):
+    with pytest.raises(UsageError, match=f"got an unexpected keyword argument '{theirs}'") as caught:
+        getattr(sd, door)(*DOORS[door], **{theirs: 3})
+    # A mistake in a name is Python's TypeError to those who catch that.
+    assert isinstance(caught.value, TypeError) and ours in str(caught.value) and len(str(caught.value)) <= 400
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("torch_dtype", "here it is dtype"),
+        ("original_config_file", "here it is config"),
+        ("safety_checker", "no picture is filtered"),
+        ("requires_safety_checker", "no picture is filtered"),
+        ("variant", "name the file"),
+        ("local_files_only", "nothing is downloaded"),
+        ("use_safetensors", "leave it out"),
+        ("lowvram", "here it is low_vram"),
+        ("vae_dtyp", "did you mean vae_dtype?"),
+    ],
+)
+@pytest.mark.parametrize("door", ["from_single_file", "from_pretrained"])
+def test_loaders_answer_others_words_before_they_look_at_the_file(door, theirs, ours):
+    with pytest.raises(UsageError, match=theirs) as caught:
+        getattr(StableDiffusion, door)("nowhere", **{theirs: None})
+    assert ours in str(caught.value)
+
+
+def test_many_unknown_options_are_one_short_line(sd):
+    words = {f"{name}_{'x' * 200}": 1 for name in "abcdef"} | {"cfg": 3}
+    with pytest.raises(UsageError, match="and 4 more") as caught:
+        sd.txt2img(PROMPT, **words)
+    assert len(str(caught.value)) <= 400
+    with pytest.raises(UsageError, match="config"):
+        StableDiffusion.default(config="x")
 
 
 def test_gradients_stay_off_inside_and_on_outside(sd):

@@ -17,7 +17,7 @@ ROOMS = (
     ("errors",),
     ("values",),
     ("configs",),
-    ("util", "paths", "lr_scheduler", "compiled", "containers", "comfyui"),
+    ("util", "paths", "lr_scheduler", "compiled", "containers", "comfyui", "other_words"),
     ("process",),
     ("modules",),
     ("kernels",),
