@@ -38,7 +38,7 @@ from ldm.models.diffusion.samplers import (
     start_level,
 )
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.other_words import taking_options_of
+from ldm.other_words import PIPELINE, attribute_advice, near, taking_options_of
 from ldm.paths import shipped
 from ldm.results import GenerationParameters, GenerationResult, Progress, join, painted
 from ldm.util import upload
@@ -468,6 +468,25 @@ class StableDiffusion:
 
     def __repr__(self) -> str:
         return f"StableDiffusion({self.name or 'unnamed'}, {self.device}, {dtype_name(self.dtype)})"
+
+    def __getattr__(self, name: str) -> Any:
+        # Asked only for what is not here.
+        if advice := attribute_advice(name):
+            hint = f": {advice}; {PIPELINE}"
+        else:
+            found = None if name.startswith("_") else near(name, [*dir(type(self)), *vars(self)], 0.75)
+            hint = f"; did you mean {found}?" if found else ""
+        raise AttributeError(f"StableDiffusion has no attribute {told(name)}{hint}", name=name, obj=self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `sd.scheduler = x` would else be kept and change nothing; a subclass may have one of its own.
+        if not hasattr(type(self), name) and (advice := attribute_advice(name)):
+            raise AttributeError(
+                f"StableDiffusion has no attribute {told(name)} to set: {advice}; {PIPELINE}",
+                name=name,
+                obj=self,
+            )
+        super().__setattr__(name, value)
 
     # --- doors ---
 

@@ -202,6 +202,11 @@ class Progress:
     result: GenerationResult | None = None
     sd: StableDiffusion | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        done = "" if self.result is None else f", {self.result}"
+        place = f"batch {self.batch + 1} of {self.batches}, {tuple(self.x_t.shape)}"
+        return f"Progress(step {self.step} of {self.steps}, {place}{done})"
+
     def preview(self) -> list[Image.Image]:
         """Paint what is to come, small and at once, by a linear stand-in for the decoder."""
         return pictures.preview(self.pred_x0, *self.sd.latent_rgb)

@@ -187,6 +187,10 @@ class Job:
     embeds: Tensor | None
     negative_embeds: Tensor | None
 
+    def __repr__(self) -> str:
+        how = f"{self.sampler}, {self.steps} steps, guidance_scale {self.guidance_scale:g}"
+        return f"Job({self.mode}, {len(self.shots)} of {self.width} x {self.height}, {how})"
+
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
     """Return a whole number within low and high, both included, or raise UsageError."""

@@ -6,8 +6,11 @@ import hashlib
 import inspect
 import logging
 import math
+import pickle
 import random
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from tiny import tiny_config, tiny_model
 from tiny_diffusion import latent_model
 
 import ldm
-from ldm import generate
+from ldm import generate, kernels, other_words
 from ldm.checkpoints.account import LoadReport
 from ldm.checkpoints.sampling import read_sampling
 from ldm.errors import AbsentError, MismatchError, NumericError, ResourceError, UsageError
@@ -1034,6 +1037,135 @@ def test_loaders_answer_others_words_before_they_look_at_the_file(door, theirs, 
     with pytest.raises(UsageError, match=theirs) as caught:
         getattr(StableDiffusion, door)("nowhere", **{theirs: None})
     assert ours in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("scheduler", "sampler='plms'"),
+        ("unet", "sd.model.model.diffusion_model"),
+        ("vae", "from_single_file(path, vae=file)"),
+        ("text_encoder", "cond_stage_model.transformer"),
+        ("tokenizer", "cond_stage_model.tokenizer"),
+        ("safety_checker", "leave this line out"),
+        ("components", "first_stage_model"),
+        ("enable_xformers_memory_efficient_attention", "sd.optimize()"),
+        ("enable_attention_slicing", "sd.optimize()"),
+        ("disable_attention_slicing", "sd.optimize()"),
+        ("enable_model_cpu_offload", "low_vram"),
+        ("enable_vae_tiling", "tiled_vae=True"),
+        ("enable_vae_slicing", "sliced_vae=True"),
+        ("set_progress_bar_config", "progress=False"),
+        ("load_lora_weights", "LoRA files are not read"),
+        ("cuda", "sd.to('cuda')"),
+        ("half", "sd.to(torch.float16)"),
+        ("eval", "leave this line out"),
+    ],
+)
+def test_an_attribute_of_other_libraries_is_answered_read_and_set(sd, theirs, ours):
+    before = dict(vars(sd))
+    with pytest.raises(AttributeError, match=theirs) as read:
+        getattr(sd, theirs)
+    with pytest.raises(AttributeError, match=theirs) as put:
+        setattr(sd, theirs, 3)
+    for caught in (read, put):
+        told = str(caught.value)
+        assert ours in told and "ldm.diffusers_style.StableDiffusionPipeline" in told and len(told) <= 400
+    assert not hasattr(sd, theirs) and vars(sd) == before
+
+
+def test_what_an_answer_names_is_there(sd):
+    parts = [
+        sd.model.model.diffusion_model,
+        sd.model.first_stage_model,
+        sd.model.cond_stage_model.transformer,
+    ]
+    assert all(isinstance(part, torch.nn.Module) for part in parts) and sd.model.cond_stage_model.tokenizer
+    for name, advice in other_words.ATTRIBUTES.items():
+        for called in re.findall(r"(?:sd|StableDiffusion)\.(\w+)", advice):
+            assert hasattr(sd, called), f"{name}: {called}"
+    known = set(inspect.signature(sd.txt2img).parameters) | {"image", "mask", "strength"}
+    known |= set(inspect.signature(StableDiffusion.from_single_file).parameters)
+    assert set(other_words.KEYWORDS.values()) - {"progress"} <= known
+
+
+def test_a_misspelt_attribute_is_answered_and_a_persons_own_is_kept(sd, own):
+    for name, hint in (("txt2imgs", "; did you mean txt2img"), ("__array__", "$"), ("qqqq", "$")):
+        with pytest.raises(AttributeError, match=f"no attribute '{name}'{hint}"):
+            getattr(sd, name)
+    own.note = "mine"
+    assert own.note == "mine"
+
+    class Mine(StableDiffusion):
+        scheduler = None
+
+    mine = Mine(own.model)
+    mine.scheduler = 5
+    assert mine.scheduler == 5
+
+
+def test_reprs_are_short(sd):
+    job = sd.plan([PROMPT] * 3, steps=2, seed=1)
+    steps = list(sd.stream(PROMPT, steps=2, seed=1))
+    assert repr(sd) == "StableDiffusion(tiny, cpu, float32)"
+    assert repr(job) == "Job(txt2img, 3 of 64 x 64, ddim, 2 steps, guidance_scale 7.5)"
+    assert repr(steps[0]) == "Progress(step 1 of 2, batch 1 of 1, (1, 4, 8, 8))"
+    assert repr(steps[-1]).endswith(", GenerationResult(1 images, seeds=[1]))")
+    assert repr(sd.model).startswith("LatentDiffusion(") and "first_stage_model: AutoencoderKL 0." in repr(
+        sd.model
+    )
+    box = StableDiffusion.default()
+    for thing in (sd.model, box.report, box.defaults):
+        assert len(repr(thing)) < 300, repr(thing)
+
+
+PAINT_IN_A_CHILD = """
+import hashlib, multiprocessing, sys
+import ldm, torch
+
+def child(sd, model, put):
+    torch.set_num_threads(1)
+    told = [hashlib.sha256(sd.txt2img("a red circle", steps=1, seed=5)[0].tobytes()).hexdigest()]
+    put.put(told + [str(sd.file), repr(sd), str(next(model.parameters()).sum().item())])
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sd = ldm.StableDiffusion.default()
+    here = hashlib.sha256(sd.txt2img("a red circle", steps=1, seed=5)[0].tobytes()).hexdigest()
+    total = str(next(sd.model.parameters()).sum().item())
+    context = multiprocessing.get_context("spawn")
+    put = context.Queue()
+    process = context.Process(target=child, args=(sd, sd.model, put))
+    process.start()
+    assert put.get(timeout=100) == [here, str(sd.file), repr(sd), total]
+    process.join()
+"""
+
+
+def test_a_spawned_process_paints_the_same(tmp_path):
+    (tmp_path / "paint.py").write_text(PAINT_IN_A_CHILD)
+    done = subprocess.run(
+        [sys.executable, "paint.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("way", ["plain", "optimized", "restored", "averaged"])
+def test_a_pickled_model_paints_the_same(own, way):
+    if way in ("optimized", "restored"):
+        own.optimize()
+    if way == "restored":
+        kernels.restore(own.model)
+    if way == "averaged":
+        own = StableDiffusion(averaged(own), name="own")
+    wanted = own.txt2img(PROMPT, steps=2, seed=3)
+    again = pickle.loads(pickle.dumps(own))
+    got = again.txt2img(PROMPT, steps=2, seed=3)
+    assert far(got.latents, wanted.latents) < 1e-5 and again.name == "own"
+    # What was frozen stays frozen, each copy for itself.
+    model = pickle.loads(pickle.dumps(own.model)).train()
+    assert model.training and not model.first_stage_model.training
+    assert model.first_stage_model.train() is model.first_stage_model
 
 
 def test_many_unknown_options_are_one_short_line(sd):

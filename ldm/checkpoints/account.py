@@ -50,6 +50,9 @@ class LoadReport:
     notes: list[str] = field(default_factory=list)
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
+    def __repr__(self) -> str:
+        return f"LoadReport({shown(self.path)}: {self.family}, {len(self.assigned)} of {self.total} tensors assigned)"
+
     @property
     def total(self) -> int:
         """How many tensors the file holds."""

@@ -28,7 +28,7 @@ class SamplingDefaults:
     steps: int | None = None
     size: tuple[int, int] | None = None
     known_sizes: tuple[int, int] | None = None
-    known_words: frozenset[str] = frozenset()
+    known_words: frozenset[str] = field(default=frozenset(), repr=False)
     least_steps: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -698,6 +698,14 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
         if self.use_ema and (reset_ema or reset_num_ema_updates):
             self.model_ema.reset_num_updates()
 
+    def __repr__(self) -> str:
+        """Name the parts and their sizes in one line; each part shows its own layers."""
+        parts = [
+            f"{name}: {type(part).__name__} {sum(p.numel() for p in part.parameters()) / 1e6:.1f}M"
+            for name, part in self.named_children()
+        ]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
     def register_schedule(self, *args: Any, **kwargs: Any) -> None:
         """Make the tables of DDPM, and the levels that conditions are noised to."""
         super().register_schedule(*args, **kwargs)
@@ -1178,7 +1186,7 @@ def _dropping_rules(rules: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def frozen(model: nn.Module) -> nn.Module:
     """Put a stage into evaluation for good, without gradients."""
     model.eval()
-    model.train = disabled_train.__get__(model)
+    model.train = partial(disabled_train, model)  # a bound function could not be pickled
     return model.requires_grad_(False)
 
 
