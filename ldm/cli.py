@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.generate import StableDiffusion
-    from ldm.results import GenerationResult, Progress
+    from ldm.results import GenerationResult
     from ldm.wish import Job
 
 MAX_LINE = 400  # characters of an error line, so that it stays readable in a log
@@ -730,6 +730,7 @@ def paint(
         save: saves a batch of the i-th wish; default: `outdir/samples/00000.png` and on.
     """
     from ldm.images import prepare_folder
+    from ldm.results import with_bar
 
     lines, sampler = lines_of(args), sampler_of(args)
     outdir = prepare_folder(args.outdir)
@@ -761,7 +762,7 @@ def paint(
     sd.advise([job for _, job in jobs])
     finished: list[tuple[Image.Image, dict[str, Any]]] = []
     for i, job in jobs:
-        for result in _with_bar(sd.paint(job)):
+        for result in (step.result for step in with_bar(sd.paint(job)) if step.result is not None):
             if not args.skip_save:
                 for path, number in zip(save(result, i), result.seeds, strict=True):
                     say(f"{path} (seed {number})")
@@ -770,19 +771,6 @@ def paint(
     if finished:
         _save_grids(args, finished, outdir)
     say(f"Your samples are ready and waiting for you here: {outdir}")
-
-
-def _with_bar(stream: Iterator[Progress]) -> Iterator[GenerationResult]:
-    """Drain a stream behind a progress bar, where there is a terminal to show it on; yield finished batches."""
-    from tqdm import tqdm
-
-    with tqdm(desc="steps", unit="step", disable=None) as bar:
-        for progress in stream:
-            bar.total = progress.batches * progress.steps
-            if progress.result is None:
-                bar.update()
-            else:
-                yield progress.result
 
 
 def _save_grids(

@@ -40,7 +40,7 @@ from ldm.models.diffusion.samplers import (
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.other_words import PIPELINE, attribute_advice, near, taking_options_of
 from ldm.paths import shipped
-from ldm.results import GenerationParameters, GenerationResult, Progress, join, painted
+from ldm.results import GenerationParameters, GenerationResult, Progress, join, painted, with_bar
 from ldm.util import upload
 from ldm.wish import (
     Job,
@@ -495,6 +495,7 @@ class StableDiffusion:
         prompt: str | Sequence[str] | None,
         *,
         callback: Callable[[Progress], Any] | None = None,
+        progress: bool | None = None,
         **options: Any,
     ) -> GenerationResult:
         """Paint from a prompt.
@@ -502,8 +503,9 @@ class StableDiffusion:
         Args:
             callback: is called with each Progress. One that returns False ends the run; pictures finished by then are
                 returned. What it raises comes out as it is.
+            progress: show a bar; None does so in a notebook and in a terminal.
         """
-        return self._collect(prompt, options, "txt2img", callback)
+        return self._collect(prompt, options, "txt2img", callback, progress)
 
     def img2img(
         self,
@@ -512,10 +514,13 @@ class StableDiffusion:
         strength: float = 0.75,
         *,
         callback: Callable[[Progress], Any] | None = None,
+        progress: bool | None = None,
         **options: Any,
     ) -> GenerationResult:
         """Repaint a picture: strength 0 returns it, 1 forgets it. The rest as in txt2img."""
-        return self._collect(prompt, {**options, "image": image, "strength": strength}, "img2img", callback)
+        return self._collect(
+            prompt, {**options, "image": image, "strength": strength}, "img2img", callback, progress
+        )
 
     def inpaint(
         self,
@@ -524,6 +529,7 @@ class StableDiffusion:
         mask: Any,
         *,
         callback: Callable[[Progress], Any] | None = None,
+        progress: bool | None = None,
         **options: Any,
     ) -> GenerationResult:
         """Repaint a picture where the mask is white and keep it, pixel by pixel, where it is black.
@@ -531,21 +537,27 @@ class StableDiffusion:
         The rest as in txt2img. 4-channel models blend latents at each step; 9-channel models see mask and
         masked picture. Which one it is, the model says.
         """
-        return self._collect(prompt, {**options, "image": image, "mask": mask}, "inpaint", callback)
+        return self._collect(prompt, {**options, "image": image, "mask": mask}, "inpaint", callback, progress)
 
-    def _collect(self, prompt: Any, options: dict[str, Any], mode: str, callback: Any) -> GenerationResult:
+    def _collect(
+        self, prompt: Any, options: dict[str, Any], mode: str, callback: Any, show: Any
+    ) -> GenerationResult:
         if callback is not None and not callable(callback):
             raise UsageError(f"callback must be a function of one Progress, got {told(callback)}")
+        if show is not None and not isinstance(show, bool | np.bool_):
+            raise UsageError(f"progress must be True, False or None, got {told(show)}")
         for name, thing in (("image", "a picture"), ("mask", "a mask")):
             if name in options and options[name] is None:
                 raise UsageError(f"{mode} needs {thing}, got {name}=None")
         results, interrupted = [], False
-        for progress in self.stream(prompt, **options):
-            if progress.result is not None:
-                results.append(progress.result)
-            if callback is not None and callback(progress) is False:
-                interrupted = True
-                break
+        stream = self.stream(prompt, **options)  # checked before a bar is begun
+        with contextlib.closing(with_bar(stream, show)) as steps:
+            for step in steps:
+                if step.result is not None:
+                    results.append(step.result)
+                if callback is not None and callback(step) is False:
+                    interrupted = True
+                    break
         empty = [] if options.get("output_type", "pil") == "pil" else torch.empty(0)
         return replace(join(results, empty), interrupted=interrupted)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -225,3 +226,24 @@ def file_hash(path: Path | None) -> str | None:
         with open(path, "rb") as file:
             _HASHES[key] = hashlib.file_digest(file, "sha256").hexdigest()[:10]
     return _HASHES[key]
+
+
+def with_bar(stream: Iterator[Progress], show: bool | None = None) -> Iterator[Progress]:
+    """Hand a stream on behind a progress bar.
+
+    Args:
+        show: True and False say so; None shows it in a notebook and in a terminal.
+    """
+    if show is None and "ipykernel" in sys.modules:
+        show = True
+    from tqdm.auto import tqdm  # a widget in a notebook
+
+    # Where show is None tqdm asks whether its stream is a terminal.
+    with tqdm(desc="steps", unit="step", disable=None if show is None else not show) as bar:
+        for progress in stream:
+            bar.total = progress.batches * progress.steps
+            if progress.result is None:
+                bar.update()
+            else:
+                bar.clear()  # so that what is printed about the pictures has lines of its own
+            yield progress

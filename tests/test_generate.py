@@ -4,6 +4,7 @@ import contextlib
 import copy
 import hashlib
 import inspect
+import io
 import logging
 import math
 import pickle
@@ -962,12 +963,12 @@ def test_a_door_shows_every_option_with_its_default(sd, door):
     wanted |= {"guidance_interval": (0.0, 1.0), "output_type": "pil", "height": None, "prompt_embeds": None}
     assert wanted.items() <= {name: p.default for name, p in shown.items()}.items()
     collects = door not in ("stream", "plan")
-    assert ("callback" in shown) == collects
+    assert ("callback" in shown) == ("progress" in shown) == collects
     takes = {name for name, p in shown.items() if p.default is p.empty}
     assert takes == {"prompt", "image", "mask"} & set(["prompt", "image", "mask"][: len(DOORS[door])])
     assert "multiples of the model's f" in getattr(StableDiffusion, door).__doc__
     # What is shown is what is taken: each option, at its default, passes the check of names.
-    assert set(shown) - {"callback"} >= set(inspect.signature(sd.plan).parameters)
+    assert set(shown) - {"callback", "progress"} >= set(inspect.signature(sd.plan).parameters)
 
 
 def test_loaders_show_their_options():
@@ -1086,7 +1087,7 @@ def test_what_an_answer_names_is_there(sd):
             assert hasattr(sd, called), f"{name}: {called}"
     known = set(inspect.signature(sd.txt2img).parameters) | {"image", "mask", "strength"}
     known |= set(inspect.signature(StableDiffusion.from_single_file).parameters)
-    assert set(other_words.KEYWORDS.values()) - {"progress"} <= known
+    assert set(other_words.KEYWORDS.values()) <= known
 
 
 def test_a_misspelt_attribute_is_answered_and_a_persons_own_is_kept(sd, own):
@@ -1166,6 +1167,58 @@ def test_a_pickled_model_paints_the_same(own, way):
     model = pickle.loads(pickle.dumps(own.model)).train()
     assert model.training and not model.first_stage_model.training
     assert model.first_stage_model.train() is model.first_stage_model
+
+
+class Screen(io.StringIO):
+    """What a person would see on standard error."""
+
+    def __init__(self, is_terminal):
+        super().__init__()
+        self.is_terminal = is_terminal
+
+    def isatty(self):
+        return self.is_terminal
+
+
+@pytest.mark.parametrize("door", ["txt2img", "img2img", "inpaint", "__call__"])
+@pytest.mark.parametrize(
+    ("is_terminal", "options", "shows"),
+    [
+        (True, {}, True),
+        (True, {"progress": None}, True),
+        (True, {"progress": False}, False),
+        (False, {}, False),
+        (False, {"progress": True}, True),
+        (False, {"progress": False}, False),
+    ],
+)
+def test_a_bar_is_shown_where_somebody_sees_it(sd, monkeypatch, door, is_terminal, options, shows):
+    screen = Screen(is_terminal)
+    monkeypatch.setattr(sys, "stderr", screen)
+    takes = {"img2img": {"image": picture(), "strength": 1.0}}
+    takes["inpaint"] = takes["img2img"] | {"mask": half_mask()}
+    getattr(sd, door)(PROMPT, steps=3, num_images=2, batch_size=1, seed=1, **takes.get(door, {}), **options)
+    assert ("6/6" in screen.getvalue()) == shows == bool(screen.getvalue())
+
+
+def test_a_notebook_without_a_terminal_shows_the_bar(sd, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Screen(False))
+    monkeypatch.setitem(sys.modules, "ipykernel", None)
+    sd.txt2img(PROMPT, steps=2, seed=1)
+    assert "2/2" in sys.stderr.getvalue()
+
+
+def test_a_bar_is_put_down_when_a_run_ends_early_or_never_begins(sd, monkeypatch):
+    screen = Screen(True)
+    monkeypatch.setattr(sys, "stderr", screen)
+    with pytest.raises(UsageError, match="steps"):
+        sd.txt2img(PROMPT, steps=0)
+    with pytest.raises(UsageError, match="progress must be True, False or None, got 'no'"):
+        sd.txt2img(PROMPT, progress="no")
+    assert screen.getvalue() == ""
+    assert sd.txt2img(PROMPT, steps=3, callback=lambda step: False).interrupted
+    assert "1/3" in screen.getvalue() and screen.getvalue().endswith("\n")
+    assert len(sd.txt2img(PROMPT, steps=1)) == 1  # the model is free
 
 
 def test_many_unknown_options_are_one_short_line(sd):
