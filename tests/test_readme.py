@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from linear_gaussian import LinearGaussian, normals
+
+from ldm.models.diffusion.samplers import SAMPLERS, alpha_bar_table, sample_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,6 +62,32 @@ def test_python_block_runs(code, newcomer):
     for saved in re.findall(r"save\(\"(.+?)\"\)", code):
         told = names["ldm"].read_metadata(newcomer / saved)
         assert told["source"] == "ldm" and told["prompt"]
+
+
+def test_the_own_sampler_of_the_docs_runs_and_is_nearer_than_ddim(newcomer, monkeypatch):
+    monkeypatch.setattr(
+        "ldm.models.diffusion.samplers.SAMPLERS", dict(SAMPLERS)
+    )  # the block registers its own
+    monkeypatch.setattr("ldm.generate.SAMPLERS", sys.modules["ldm.models.diffusion.samplers"].SAMPLERS)
+    page = (ROOT / "docs" / "own-sampler.md").read_text(encoding="utf-8")
+    names: dict = {}
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(compile(code, "own-sampler.md", "exec"), names)
+    assert names["ldm"].read_metadata(newcomer / "heun.png")["sampler"] == "heun"
+    # On the network whose flow is known, the second order is nearer to it.
+    model, (x_T,) = LinearGaussian(), normals(2, 4, 5, 3)
+    end = alpha_bar_table(model)[0]
+    off = {}
+    for name in ("ddim", "heun"):
+        start = float(SAMPLERS["ddim"].plan(alpha_bar_table(model), 20, eta=0.0)[-1].alpha_bar)
+        *_, step = sample_steps(name, model, x_T, torch.tensor([0.8, 0.8]), steps=20)
+        off[name] = (step.x_t - model.flow(x_T, 0.8, start, end)).norm()
+    assert off["heun"] < 0.3 * off["ddim"]
+    sd = names["sd"]
+    for name in ("img2img", "inpaint"):
+        more = {"mask": names["picture"].convert("L")} if name == "inpaint" else {}
+        done = getattr(sd, name)("a", names["picture"], sampler="heun", steps=2, seed=1, **more)
+        assert done.parameters[0].sampler == "heun"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -9,6 +9,7 @@ from linear_gaussian import Line, LinearGaussian, Wavy, mix, normals
 
 from ldm.errors import UsageError
 from ldm.models.diffusion.samplers import (
+    DDIM,
     SAMPLERS,
     Step,
     alpha_bar_table,
@@ -633,3 +634,44 @@ def test_unknown_samplers_are_answered_with_the_known_ones(name):
         resolve_sampler(name)
     assert repr(name) in str(caught.value) and caught.value.exit_code == 2
     assert ("did you mean ddim?" in str(caught.value)) == (name == "ddimm")
+
+
+class Mine(DDIM):
+    """A sampler of a caller's own, told from DDIM by its halved answer."""
+
+    name = "mine"
+
+    def move(self, x, eps, pred_x0, level):
+        return super().move(x, eps / 2, pred_x0, level)
+
+
+@pytest.mark.parametrize("spelling", ["My Own++ 2", "my-own++-2", "MyOwn++2Scheduler", "my_ownpp2"])
+def test_a_sampler_of_ones_own_answers_to_its_name(monkeypatch, spelling):
+    (x_T,) = normals(*SHAPE)
+    run = {"model": Wavy(), "x_T": x_T, "conditioning": None, "steps": 4}
+    with pytest.raises(UsageError, match="must be one of"):
+        sample_steps(spelling, **run)
+    monkeypatch.setitem(SAMPLERS, "My Own++ 2", Mine)
+    assert resolve_sampler(spelling) == "My Own++ 2"
+    own, ddim = (last(sample_steps(name, **run)) for name in (spelling, "ddim"))
+    assert (own - ddim).abs().max() > 0.1
+    assert start_level(spelling, Wavy(), 4, 0.5) == start_level("ddim", Wavy(), 4, 0.5)
+    assert {name: resolve_sampler(name) for name in ("DDIM", "PNDM")} == {"DDIM": "ddim", "PNDM": "plms"}
+    with pytest.raises(UsageError, match=r"one of ddim, .*, My Own\+\+ 2; got 'mine'"):
+        resolve_sampler("mine")
+
+
+def test_a_name_of_ones_own_goes_before_an_alias_and_a_taken_out_one_is_unknown(monkeypatch):
+    monkeypatch.setitem(SAMPLERS, "pndm", Mine)
+    assert resolve_sampler("PNDM") == "pndm" and resolve_sampler("plms") == "plms"
+    monkeypatch.delitem(SAMPLERS, "dpmpp_2m")
+    with pytest.raises(UsageError, match="must be one of"):
+        resolve_sampler("DPM++ 2M")
+
+
+@pytest.mark.parametrize("thing", [Mine.step, "ddim", None, int, Mine.plan])
+def test_what_is_no_sampler_is_refused_by_name(monkeypatch, thing):
+    monkeypatch.setitem(SAMPLERS, "mine", thing)
+    with pytest.raises(UsageError, match="SAMPLERS\\['mine'\\] must be a subclass of"):
+        resolve_sampler("mine")
+    assert resolve_sampler("ddim") == "ddim"

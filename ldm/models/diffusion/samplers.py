@@ -488,6 +488,7 @@ class DPMSolverPP2M(DPMSolver):
         return 1 if level.index == 0 else super().order_at(level)
 
 
+# The one list of samplers by name: what is put into it works wherever a sampler is named (docs/own-sampler.md).
 SAMPLERS: dict[str, type[Sampler]] = {cls.name: cls for cls in (DDIM, PLMS, DDPM, DPMSolver, DPMSolverPP2M)}
 
 # Other programs' spellings, reduced as `_reduce` does: letters and digits, "+" as "p", no "scheduler".
@@ -503,21 +504,25 @@ def _reduce(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p")).removesuffix("scheduler")
 
 
-_BY_SPELLING = {_reduce(name): name for name in SAMPLERS} | _ALIASES
-
-
 def resolve_sampler(name: str) -> str:
     """Find a sampler by any common spelling: CompVis's, A1111's, ComfyUI's or diffusers' class name.
 
     Raises:
-        UsageError: no such sampler; the message lists those there are.
+        UsageError: no such sampler; the message lists those there are. Or what SAMPLERS has there is none.
     """
+    by_spelling = _ALIASES | {_reduce(key): key for key in SAMPLERS}
     spelling = _reduce(name) if isinstance(name, str) else None
-    if spelling not in _BY_SPELLING:
-        near = difflib.get_close_matches(spelling or "", _BY_SPELLING, n=1, cutoff=0.7)
-        hint = f" (did you mean {_BY_SPELLING[near[0]]}?)" if near else ""
+    found = name if isinstance(name, str) and name in SAMPLERS else by_spelling.get(spelling)
+    if found not in SAMPLERS:
+        near = difflib.get_close_matches(spelling or "", by_spelling, n=1, cutoff=0.7)
+        hint = f" (did you mean {by_spelling[near[0]]}?)" if near else ""
         raise UsageError(f"the sampler must be one of {', '.join(SAMPLERS)}; got {told(name)}{hint}")
-    return _BY_SPELLING[spelling]
+    cls = SAMPLERS[found]
+    if not (isinstance(cls, type) and issubclass(cls, Sampler)):
+        raise UsageError(
+            f"SAMPLERS[{told(found)}] must be a subclass of ldm.models.diffusion.samplers.Sampler, got {told(cls)}"
+        )
+    return found
 
 
 def choose_levels(spacing: str, steps: int, num_train: int) -> np.ndarray:
