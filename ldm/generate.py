@@ -457,6 +457,24 @@ class StableDiffusion:
         optimize(self.model, compile=compile, low_vram=low_vram, **vae)
         return self
 
+    def save(self, path: str | os.PathLike) -> list[Path]:
+        """Write the model for use: `name.safetensors` as one v1 file, or a name without an ending as a folder.
+
+        A file has CompVis's keys and, unless it is plain Stable Diffusion v1, a `name.yaml` beside it, which the
+        loader finds there. A folder has diffusers' layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/). Weights
+        keep their dtypes; a moving average that paints is written in the network's place. Nothing half-written is left
+        under the name, and a folder that holds something is not written into.
+
+        Returns:
+            the paths that were written.
+
+        Raises:
+            UsageError: another ending, or a model that a folder cannot describe. OutputError: it cannot be written.
+        """
+        from ldm.saving import save
+
+        return save(self, path)
+
     @property
     def latent_rgb(self) -> tuple[Tensor, Tensor]:
         """Factors (c, 3) and bias (3,) that turn latents into rough colours; fitted to the decoder once."""

@@ -123,6 +123,8 @@ ATTRIBUTES = {
     "set_adapters": "LoRA files are not read here: merge it into the model file first",
     "load_textual_inversion": "textual inversions are not read here",
     "load_ip_adapter": "IP-Adapters are not read here",
+    "save_pretrained": "sd.save(folder) writes diffusers' layout",
+    "save_checkpoint": "sd.save('name.safetensors') writes one file",
     "state_dict": "it is sd.model.state_dict()",
     "load_state_dict": "it is sd.model.load_state_dict()",
     "parameters": "they are sd.model.parameters()",

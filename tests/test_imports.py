@@ -36,6 +36,7 @@ STORIES = (
     "metadata",
     "pixels",
     "results",
+    "saving",
     "training",
     "tutorials",
     "web",

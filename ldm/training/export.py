@@ -26,11 +26,14 @@ MARK = (
 FOR_TRAINING = ("ckpt_path", "ignore_keys", "load_only_unet", "scheduler_config", "monitor", "reset_ema")
 
 
-def plain_weights(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def plain_weights(state_dict: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Pick what a model needs for use out of a training state's state_dict, with CompVis's keys.
 
     A network with a moving average gives the average. Losses and the schedule's tables, which every reader
     computes, are left out; scale_factor stays in float32.
+
+    Args:
+        dtype: of the floating-point weights; None leaves each its own.
     """
     weights = {}
     for name, tensor in state_dict.items():
@@ -40,7 +43,7 @@ def plain_weights(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str
         averaged = "model_ema." + name.removeprefix("model.").replace(".", "")
         if name.startswith("model.") and averaged in state_dict:
             tensor = state_dict[averaged]
-        keeps_dtype = name == "scale_factor" or not tensor.is_floating_point()
+        keeps_dtype = dtype is None or name == "scale_factor" or not tensor.is_floating_point()
         weights[name] = (tensor if keeps_dtype else tensor.to(dtype)).contiguous()
     return weights
 

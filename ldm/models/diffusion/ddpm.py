@@ -6,6 +6,7 @@ is in ldm.process, a trainer in ldm.training.
 """
 
 import copy
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -642,6 +643,19 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
     "clip_max_weight", "tie_braker", "clip_min_tie_weight", "clip_max_tie_weight"} runs the network (and with
     patch_distributed_vq the first stage) on overlapping tiles, for pictures larger than memory.
     """
+
+    built_from: dict[str, Any]  # its parameters as they were given, for those who write them down
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "LatentDiffusion":
+        model = super().__new__(cls)
+        names = list(inspect.signature(cls.__init__).parameters)[1:]
+        # Copied here: what builds the parts may take entries out.
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        plain = {
+            name: copy.deepcopy(value) for name, value in given.items() if not isinstance(value, nn.Module)
+        }
+        model.__dict__["built_from"] = plain
+        return model
 
     def __init__(
         self,
