@@ -14,11 +14,12 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -67,6 +68,9 @@ class Parser(argparse.ArgumentParser):
     nearest known one; `--debug` is always there.
     """
 
+    # Other programs' names of options, without their dashes -> ours; --help lists ours only.
+    also: Mapping[str, str] = {}
+
     def __init__(self, *args, **kwargs):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", _Help)
@@ -79,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
-        args = list(sys.argv[1:] if args is None else args)
+        args = self._in_our_words(sys.argv[1:] if args is None else args)
         self._refuse_repeats(args)
         # Intermixed: words without an option may stand anywhere, also parted by options.
         found, unknown = self.parse_known_intermixed_args(args, namespace)
@@ -89,7 +93,23 @@ class Parser(argparse.ArgumentParser):
 
     def given(self, args: Sequence[str] | None = None) -> set[str]:
         """Name the destinations that these arguments set, as opposed to those left at their default."""
-        return {action.dest for action in self._named(sys.argv[1:] if args is None else args)}
+        words = self._in_our_words(sys.argv[1:] if args is None else args)
+        return {action.dest for action in self._named(words)}
+
+    def _in_our_words(self, args: Sequence[str]) -> list[str]:
+        """Put our names in the place of others', and - for _ or _ for - where only that is spelt otherwise."""
+        words, known = list(args), self._option_string_actions
+        for i, word in enumerate(words):
+            if word == "--":
+                break
+            name, equals, value = word.partition("=")
+            if not name.startswith("--") or name in known:
+                continue
+            bare = name[2:].replace("-", "_")
+            ours = self.also.get(bare, bare)
+            found = next((one for one in (f"--{ours}", f"--{ours.replace('_', '-')}") if one in known), name)
+            words[i] = found + equals + value
+        return words
 
     def _named(self, args: Sequence[str]) -> Iterator[argparse.Action]:
         for word in args:
@@ -494,6 +514,42 @@ SEED_HELP = "picture i has seed + i; -1 or 'random' draws one; 32 bits count: 2^
 KNOBS = ("guidance_interval", "cache_interval", "cache_depth", "merge_ratio", "merge_seed")
 
 
+# What a script needs beside a prompt.
+EXAMPLES = {"img2img.py": "--init-img a.png ", "inpaint.py": "--init-img a.png --mask m.png "}
+# Other programs' names of options -> ours; "_" stands for "-" as well.
+OTHER_FLAGS = {
+    "cfg": "scale",
+    "guidance": "scale",
+    "model": "ckpt",
+    "weights": "ckpt",
+    "checkpoint": "ckpt",
+    "ckpt_path": "ckpt",
+    "model_path": "ckpt",
+    "num_images": "n_iter",
+    "num_images_per_prompt": "n_iter",
+    "batch_count": "n_iter",
+    "num_inference_steps": "ddim_steps",
+    "num_steps": "ddim_steps",
+    "sampler_name": "sampler",
+    "scheduler": "sampler",
+    "n_prompt": "negative_prompt",
+    "negative": "negative_prompt",
+    "image": "init_img",
+    "init_image": "init_img",
+    "mask_image": "mask",
+    "denoising_strength": "strength",
+    "denoise": "strength",
+    "prompts_file": "from_file",
+    "prompt_file": "from_file",
+    "output": "outdir",
+    "output_dir": "outdir",
+    "out_dir": "outdir",
+    "low_vram": "lowvram",
+}
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+FORMATS = {"png": ".png", "jpg": ".jpg", "jpeg": ".jpg", "webp": ".webp"}
+
+
 def _add_optimize(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--optimize", action="store_true", help="compute faster on this machine, same numbers up to rounding"
@@ -506,7 +562,12 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
     Args:
         scale: the guidance that CompVis's script has for Stable Diffusion v1: where neither options nor model say one.
     """
-    p = Parser(prog=name, description=about)
+    beside = EXAMPLES.get(name, "")
+    usage = (
+        f"{name} {beside}--prompt TEXT [options]\n       {name} {beside}--prompt 'a red circle' --steps 20"
+    )
+    p = Parser(prog=name, description=about, usage=usage)
+    p.also = OTHER_FLAGS
     p.set_defaults(v1_scale=scale)
     words = p.add_argument_group("what to paint")
     words.add_argument(
@@ -613,6 +674,7 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
 
     out = p.add_argument_group("where to")
     out.add_argument("--outdir", default=outdir, help="folder for pictures and grids")
+    out.add_argument("--format", choices=tuple(FORMATS), default="png", help="of the pictures and grids")
     out.add_argument("--skip_grid", action="store_true", help="save no grid of all pictures")
     out.add_argument("--skip_save", action="store_true", help="save no single pictures")
     out.add_argument(
@@ -622,12 +684,53 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
     return p
 
 
-def load_model(args: argparse.Namespace) -> StableDiffusion:
-    """Load the model that the options name, or the one in the box."""
+def check(args: argparse.Namespace) -> None:
+    """Refuse what needs no model to be seen to be wrong, before the seconds or minutes that loading one takes."""
     for name in ("config", "ignore_keys"):
         if args.ckpt is None and getattr(args, name):
             option = "--" + name.replace("_", "-")
             raise UsageError(f"{option} {getattr(args, name)} needs --ckpt, the file with the weights")
+    for name in ("ckpt", "config", "vae", "tokenizer", "from_file"):  # open_image says so of pictures
+        given = getattr(args, name, None)
+        if isinstance(given, str) and ADDRESS.match(given):
+            raise UsageError(
+                f"--{name} {told(given)} is an address: nothing is downloaded here; fetch it yourself and give the file"
+            )
+    if args.config is not None:
+        from ldm.checkpoints.configs import find_config
+
+        find_config(args.config)
+    for name in ("ckpt", "vae", "tokenizer"):
+        given = getattr(args, name)
+        if given and not os.path.lexists(given):
+            near = difflib.get_close_matches(Path(given).name, _names_in(Path(given).parent), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "check the path; nothing is downloaded here"
+            raise AbsentError(f"--{name} {told(given)} is not there; {hint}")
+    if args.lowvram and args.compile:
+        raise UsageError(
+            "--lowvram moves weights that --compile's code expects to stay; leave one of the two out"
+        )
+    from ldm.models.diffusion.samplers import SAMPLERS, check_eta, check_interval
+
+    check_eta(SAMPLERS[sampler_of(args)], args.ddim_eta)
+    check_interval(args.guidance_interval)
+    if args.ckpt is None:  # of another model the cell is known when it is loaded
+        from ldm.wish import check_size
+
+        for name, side in (("height", args.H), ("width", args.W)):
+            if side is not None:
+                check_size(name, side, 8)
+
+
+def _names_in(folder: Path) -> list[str]:
+    with contextlib.suppress(OSError):
+        return os.listdir(folder)
+    return []
+
+
+def load_model(args: argparse.Namespace) -> StableDiffusion:
+    """Load the model that the options name, or the one in the box."""
+    say(f"loading {args.ckpt or 'the model in the box'} ...")
     import torch
 
     from ldm.generate import StableDiffusion
@@ -732,13 +835,15 @@ def paint(
     from ldm.images import prepare_folder
     from ldm.results import with_bar
 
+    check(args)
     lines, sampler = lines_of(args), sampler_of(args)
     outdir = prepare_folder(args.outdir)
     if save is None:
         samples = prepare_folder(outdir / "samples")
 
         def save(result: GenerationResult, wish: int) -> list[Path]:
-            return result.save(samples, metadata=not args.no_metadata)
+            pattern = "{:05}" + FORMATS[args.format]
+            return result.save(samples, pattern, metadata=not args.no_metadata)
 
     sd = load_model(args)
     scale = args.scale
@@ -768,7 +873,7 @@ def paint(
                     say(f"{path} (seed {number})")
             if not args.skip_grid:
                 finished += [(image, result.metadata(j)) for j, image in enumerate(result)]
-    if finished:
+    if len(finished) > 1 or (finished and args.skip_save):  # a grid of one is the picture once more
         _save_grids(args, finished, outdir)
     say(f"Your samples are ready and waiting for you here: {outdir}")
 
@@ -778,14 +883,16 @@ def _save_grids(
 ) -> None:
     """Save grids of all pictures, each with the metadata of its first."""
     from ldm.images import grid, save_numbered
-    from ldm.metadata import png_info
+    from ldm.metadata import Painted, png_info
 
     nrow = args.n_rows or args.n_samples
     at_most = max(nrow, GRID_AT_MOST // nrow * nrow)
     for start in range(0, len(finished), at_most):
         part = finished[start : start + at_most]
-        info = None if args.no_metadata else png_info(part[0][1])
-        say(str(save_numbered(grid([image for image, _ in part], nrow), outdir, "grid-{:04}.png", info)))
+        told_first = part[0][1]
+        info = None if args.no_metadata else png_info(told_first)
+        whole = Painted.of(grid([image for image, _ in part], nrow), lambda told=told_first: told)
+        say(str(save_numbered(whole, outdir, "grid-{:04}" + FORMATS[args.format], info)))
 
 
 # --- OpenAI's chains ---------------------------------------------------------------------------------

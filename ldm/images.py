@@ -376,10 +376,17 @@ def split_pattern(pattern: str) -> tuple[str, int, str]:
     return found[1], int(found[2] or 1), found[3]
 
 
+# Endings that are no PNG, and how well such pictures are kept, 0 to 100.
+_LOSSY = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+QUALITY = 95
+
+
 def save_numbered(
     image: Image.Image, folder: str | os.PathLike, pattern: str = "{:05}.png", info: PngInfo | None = None
 ) -> Path:
-    """Save a PNG under the number after the highest in the folder; never overwrite, never leave half a file.
+    """Save a picture under the number after the highest in the folder; never overwrite, never leave half a file.
+
+    It is a PNG, or a JPEG or WebP where the pattern ends so.
 
     CompVis numbers by counting files, so that two runs at once lose pictures, and so does deleting one.
     Here a name is claimed by a hard link, which fails if the name is taken; the next number is then tried.
@@ -404,18 +411,20 @@ def save_numbered(
             yield folder / f"{before}{number:0{width}}{after}"
             number += 1
 
-    return _place(_png(image, info), folder, names())
+    return _place(_encoded(image, info, f"{before}0{after}"), folder, names())
 
 
 def save_png(
     image: Image.Image, path: str | os.PathLike, info: PngInfo | None = None, *, rename: bool = False
 ) -> Path:
-    """Save a PNG under this name, whole or not at all; with rename, as name-1, name-2, ... if it is taken.
+    """Save a picture under this name, whole or not at all; with rename, as name-1, name-2, ... if it is taken.
+
+    It is a PNG, or a JPEG or WebP where the name ends so.
 
     Raises:
         OutputError: the name is taken, or cannot be written.
     """
-    return save_file(_png(image, info), path, rename=rename)
+    return save_file(_encoded(image, info, os.fspath(path)), path, rename=rename)
 
 
 def save_file(write: Callable[[BinaryIO], object], path: str | os.PathLike, *, rename: bool = False) -> Path:
@@ -429,10 +438,15 @@ def save_file(write: Callable[[BinaryIO], object], path: str | os.PathLike, *, r
     return _place(write, path.parent, itertools.chain([path], others))
 
 
-def _png(image: Image.Image, info: PngInfo | None) -> Callable[[BinaryIO], object]:
-    """Encode a picture now, and give what writes it."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=info)
+def _encoded(image: Image.Image, info: PngInfo | None, name: str) -> Callable[[BinaryIO], object]:
+    """Encode a picture now, as its name ends (PNG unless that says JPEG or WebP), and give what writes it."""
+    buffer, kind = io.BytesIO(), _LOSSY.get(os.path.splitext(name)[1].lower())
+    if kind is None:
+        image.save(buffer, format="PNG", pnginfo=info)
+    elif info is None:
+        image.save(buffer, format=kind, quality=QUALITY, exif=b"")
+    else:  # a picture of ours tells of itself
+        image.save(buffer, format=kind, quality=QUALITY)
     return lambda file: file.write(buffer.getbuffer())
 
 

@@ -111,10 +111,11 @@ class GenerationResult:
     def save(
         self, folder: str | os.PathLike, pattern: str = "{:05}.png", *, metadata: bool = True
     ) -> list[Path]:
-        """Save each picture as a PNG with its metadata, numbered on from what the folder holds; returns paths.
+        """Save each picture with its metadata, numbered on from what the folder holds; returns paths.
 
         Args:
-            pattern: file name with one number, `{}` or `{:05}`; see ldm.images.split_pattern.
+            pattern: file name with one number, `{}` or `{:05}`; see ldm.images.split_pattern. One that ends with .jpg
+                or .webp gives such files, which keep A1111's text; any other gives PNGs.
 
         Raises:
             OutputError: the folder cannot be written. UsageError: the pattern is none.
@@ -125,7 +126,7 @@ class GenerationResult:
         folder = pictures.prepare_folder(folder)
         return [
             pictures.save_numbered(image, folder, pattern, png_info(self.metadata(i)) if metadata else None)
-            for i, image in enumerate(self._pil())
+            for i, image in enumerate(painted(self._pil(), self.parameters, self.model_file))
         ]
 
     def _pil(self) -> list[Image.Image]:

@@ -11,7 +11,7 @@ try:
 except ModuleNotFoundError:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ldm.cli import number, paint, painting_parser, run
+from ldm.cli import check, number, paint, painting_parser, run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         "--strength", type=number(0, 1), default=0.75, help="how much of it is forgotten: 0 returns it"
     )
     args = parser.parse_args(argv)
+    check(args)
 
     from ldm.images import open_image
 

@@ -12,7 +12,7 @@ try:
 except ModuleNotFoundError:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ldm.cli import number, paint, painting_parser, run
+from ldm.cli import FORMATS, check, number, paint, painting_parser, run
 from ldm.errors import AbsentError, UsageError
 
 SUFFIX = "_mask.png"
@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.prompt is None and args.from_file is None:
         args.prompt = ""  # as CompVis's, which knows no prompts: fill in what fits
 
+    check(args)
+
     from ldm.images import open_image, save_png
     from ldm.metadata import png_info
 
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     def save(result, wish: int) -> list[Path]:
-        name = Path(args.outdir) / pairs[wish][0].name
+        name = (Path(args.outdir) / pairs[wish][0].name).with_suffix(FORMATS[args.format])
         infos = [None if args.no_metadata else png_info(result.metadata(i)) for i in range(len(result))]
         return [save_png(image, name, info, rename=True) for image, info in zip(result, infos, strict=True)]
 

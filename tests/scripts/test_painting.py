@@ -1,6 +1,7 @@
 """txt2img, img2img and inpaint as a user runs them: options, files, exit codes, and nothing left half done."""
 
 import importlib.util
+import io
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from PIL import Image
 from tiny import write_tiny
 
 import ldm
-from ldm.cli import Line, read_prompts, run
+from ldm.cli import Line, painting_parser, read_prompts, run
 from ldm.errors import AbsentError, FormatError, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -500,7 +501,7 @@ def test_img2img_repaints_and_strength_zero_returns_the_picture(model, home, end
     argv = ["--init-img", "in.png", "--prompt", "x", "--steps", 4, "--outdir", "o"]
     assert end("img2img", *model, *argv, "--strength", 0.5, "--plms")[0] == 0
     assert end("img2img", *model, *argv, "--strength", 0, "--H", 64, "--W", 72)[0] == 0
-    assert files("o") == ["grid-0000.png", "grid-0001.png", "samples/00000.png", "samples/00001.png"]
+    assert files("o") == ["samples/00000.png", "samples/00001.png"]  # a grid of one would be a twin
     told = ldm.read_metadata("o/samples/00000.png")
     assert (told["mode"], told["strength"], told["guidance_scale"], told["sampler"]) == (
         "img2img",
@@ -743,7 +744,7 @@ def test_scripts_run_from_any_folder_without_installation(model, home, name, mor
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert "waiting for you here" in out and "Traceback" not in err and "it/s" not in err
-    assert files("outputs") == [f"{name}-samples/grid-0000.png", f"{name}-samples/samples/00000.png"]
+    assert files("outputs") == [f"{name}-samples/samples/00000.png"]
 
 
 @pytest.mark.slow
@@ -849,3 +850,108 @@ def test_sample_diffusion_takes_guidance_and_steps_from_the_box(home, end, monke
     for more in (["--prompt", CAPTION], [], ["--prompt", CAPTION, "--scale", 1, "-c", 5]):
         assert end("sample_diffusion", *base, *more)[0] == 0
     assert seen == ["ddim20", ([CAPTION], 3.0), "ddim20", ([""], 1.0), "ddim5", ([CAPTION], 1.0)]
+
+
+# --- other programs' habits ---
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (["--cfg", "3"], ["--scale", "3"]),
+        (["--cfg_scale=3"], ["--scale", "3"]),
+        (["--guidance-scale", "3"], ["--scale", "3"]),
+        (["--num_images", "2"], ["--n_iter", "2"]),
+        (["--num-images=2"], ["--n_iter", "2"]),
+        (["--batch-count", "2"], ["--n_iter", "2"]),
+        (["--num_inference_steps", "5"], ["--ddim_steps", "5"]),
+        (["--num-inference-steps", "5"], ["--steps", "5"]),
+        (["--sampler-name", "plms"], ["--sampler", "plms"]),
+        (["--negative", "fog"], ["--negative_prompt", "fog"]),
+        (["--model", "x.safetensors"], ["--ckpt", "x.safetensors"]),
+        (["--skip-grid"], ["--skip_grid"]),
+        (["--cache-interval", "3"], ["--cache_interval", "3"]),
+        (["--prompt", "--", "--cfg"][:1] + ["x", "--output-dir", "o"], ["--prompt", "x", "--outdir", "o"]),
+    ],
+)
+def test_other_programs_names_of_options_are_ours(theirs, ours):
+    parser = painting_parser("txt2img.py", "x", outdir="o", scale=7.5)
+    assert vars(parser.parse_args(theirs)) == vars(parser.parse_args(ours))
+    assert parser.given(theirs) == parser.given(ours)
+
+
+def test_two_names_of_one_option_are_it_twice_and_a_misspelt_one_is_answered():
+    parser = painting_parser("txt2img.py", "x", outdir="o", scale=7.5)
+    with pytest.raises(UsageError, match="option --scale was given twice"):
+        parser.parse_args(["--cfg", "3", "--scale", "4"])
+    with pytest.raises(UsageError, match="unknown option '--cfgs'"):
+        parser.parse_args(["--cfgs", "3"])
+
+
+@pytest.mark.parametrize("name", ["txt2img", "img2img", "inpaint"])
+def test_usage_is_two_lines_with_an_example(name, capsys, end):
+    code, out, _ = end(name, "--help")
+    usage = out.split("\n\n")[0].splitlines()
+    assert code == 0 and len(usage) == 2 and usage[1].strip().startswith(f"{name}.py")
+    assert "--prompt 'a red circle' --steps 20" in usage[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (["--W", 100], 2, "width must be a multiple of 8, got 100"),
+        (["--H", 8], 2, "height must be a multiple of 8 from 64 to 2048"),
+        (["--sampler", "eulerr"], 2, "the sampler must be one of"),
+        (["--plms", "--eta", 0.5], 2, "eta of plms must be 0"),
+        (["--guidance_interval", 0.9, 0.2], 2, "guidance_interval must be (low, high)"),
+        (["--ckpt", "nowhere.safetensors"], 9, "--ckpt 'nowhere.safetensors' is not there"),
+        (["--ckpt", "in.pngg"], 9, "did you mean 'in.png'?"),
+        (["--vae", "nowhere.safetensors"], 9, "--vae 'nowhere.safetensors' is not there"),
+        (["--tokenizer", "nowhere"], 9, "--tokenizer 'nowhere' is not there"),
+        (["--config", "nowhere.yaml", "--ckpt", "in.png"], 9, "configuration 'nowhere.yaml' does not exist"),
+        (["--ckpt", "https://host/v1-5.safetensors"], 2, "is an address: nothing is downloaded here"),
+        (["--vae", "s3://bucket/vae.pt"], 2, "is an address: nothing is downloaded here"),
+        (["--from-file", "http://host/prompts.txt"], 2, "is an address: nothing is downloaded here"),
+        (["--ckpt", "runwayml/stable-diffusion-v1-5"], 9, "nothing is downloaded here"),
+        (["--lowvram", "--compile"], 2, "leave one of the two out"),
+    ],
+)
+def test_a_wrong_option_is_told_before_a_model_is_loaded(home, end, argv, code, words):
+    picture("in.png")
+    got, out, err = end("txt2img", "--prompt", "x", "--device", "cpu", *argv)
+    assert (got, err.count("\n")) == (code, 1) and words in err and len(err) <= 420
+    assert "loading" not in out and not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [("png", "png"), ("jpg", "jpg"), ("jpeg", "jpg"), ("webp", "webp")]
+)
+def test_the_format_is_what_was_asked_for_and_tells_of_its_making(model, home, end, kind, suffix):
+    argv = [*model, "--prompt", "a red circle", "--steps", 1, "--n_samples", 2, "--format", kind]
+    code, out, err = end("txt2img", *argv, "--outdir", "o")
+    assert (code, err) == (0, "") and f"loading {model[1]} ..." in out.splitlines()[0]
+    assert files("o") == [f"grid-0000.{suffix}", f"samples/00000.{suffix}", f"samples/00001.{suffix}"]
+    for path, seed in ((f"o/samples/00001.{suffix}", 43), (f"o/grid-0000.{suffix}", 42)):
+        assert Image.open(path).format == {"jpg": "JPEG"}.get(suffix, suffix.upper())
+        told = ldm.read_metadata(path)
+        assert (told["prompt"], told["seed"]) == ("a red circle", seed)
+    assert end("txt2img", *argv, "--outdir", "p", "--no_metadata")[0] == 0
+    assert ldm.read_metadata(f"p/samples/00000.{suffix}") == {}
+
+
+def test_bar_and_paths_have_lines_of_their_own(model, home, end, monkeypatch):
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(sys, "stdout", screen)
+    argv = ["--prompt", "x", "--steps", 2, "--n_iter", 3, "--outdir", "o"]
+    assert end("txt2img", *model, *argv)[0] == 0
+    # What stands on the screen: each line as it was last written from its beginning on.
+    shown = [line.split("\r")[-1].rstrip() for line in screen.getvalue().split("\n")]
+    assert [line for line in shown if "samples/0" in line] == [
+        f"o/samples/{i:05}.png (seed {42 + i})" for i in range(3)
+    ]
+    assert any("6/6" in line for line in shown)
