@@ -566,7 +566,7 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
     usage = (
         f"{name} {beside}--prompt TEXT [options]\n       {name} {beside}--prompt 'a red circle' --steps 20"
     )
-    p = Parser(prog=name, description=about, usage=usage)
+    p = _PaintingParser(prog=name, description=about, usage=usage)
     p.also = OTHER_FLAGS
     p.set_defaults(v1_scale=scale)
     words = p.add_argument_group("what to paint")
@@ -578,6 +578,10 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
     words.add_argument(
         "--from-file", "--from_file", metavar="FILE",
         help="prompts, one a line, also with options (--prompt a cat --steps 20), or .jsonl; # begins a comment",
+    )  # fmt: skip
+    words.add_argument(
+        "--like", metavar="PICTURE",
+        help="paint as this picture says it was painted; options given beside it go before",
     )  # fmt: skip
     words.add_argument("--H", "--height", type=integer(1, 10**6), help="pixels (default: the model's)")
     words.add_argument("--W", "--width", type=integer(1, 10**6), help="pixels (default: the model's)")
@@ -682,6 +686,67 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
     )
     out.add_argument("--no_metadata", action="store_true", help="pictures tell nothing about their making")
     return p
+
+
+# What a picture tells of its making -> the option that says it. What no option says goes to the plan as it is.
+LIKE = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "seed": "seed",
+    "steps": "ddim_steps",
+    "sampler": "sampler",
+    "guidance_scale": "scale",
+    "eta": "ddim_eta",
+    "height": "H",
+    "width": "W",
+    "rng": "rng",
+    "strength": "strength",
+    **{name: name for name in KNOBS},
+}
+LIKE_ALSO = ("spacing", "guidance_rescale")
+
+
+class _PaintingParser(Parser):
+    """A parser whose --like fills in what the command line leaves open."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        found = super().parse_args(args, namespace)
+        found.like_also = {}
+        if found.like is not None:
+            self._repeat(found, self.given(args))
+        return found
+
+    def _repeat(self, found: argparse.Namespace, given: set[str]) -> None:
+        from ldm.metadata import read_metadata
+
+        told_by = read_metadata(found.like)
+        if not told_by.get("prompt") and "seed" not in told_by:
+            raise FormatError(
+                f"--like '{found.like}' does not say how it was painted; give a picture that does"
+            )
+        if told_by.get("mode") in ("img2img", "inpaint") and not hasattr(found, "strength"):
+            script = told_by["mode"]
+            raise UsageError(
+                f"--like '{found.like}' was painted from another picture; use {script}.py and give that one "
+                "as --init-img"
+            )
+        if "from_file" in given:
+            given = given | {"prompt"}
+        if given & {"plms", "dpm_solver"}:
+            given = given | {"sampler"}
+        for name, option in LIKE.items():
+            value = told_by.get(name)
+            if option in given or value is None or not hasattr(found, option):
+                continue
+            if name == "rng" and value not in ("image", "compvis"):  # A1111's word for where it draws
+                continue
+            setattr(found, option, value)
+        found.like_also = {name: told_by[name] for name in LIKE_ALSO if told_by.get(name) is not None}
+        if told_by.get("rng") == "compvis" and told_by.get("batch_index"):
+            say(
+                f"{found.like}: was number {told_by['batch_index'] + 1} of its batch, and depends on that place; what "
+                "is painted here is the first"
+            )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -855,7 +920,8 @@ def paint(
             options = {"steps": args.ddim_steps, "guidance_scale": scale, "sampler": sampler}
             options |= {"height": args.H, "width": args.W, "eta": args.ddim_eta, "rng": args.rng}
             options |= {name: getattr(args, name) for name in KNOBS}
-            options |= {"batch_size": args.n_samples, "fixed_code": args.fixed_code, **group.options, **wish}
+            options |= {"batch_size": args.n_samples, "fixed_code": args.fixed_code, **args.like_also}
+            options |= wish | group.options
             # All is checked here, before the first picture is begun.
             try:
                 job = sd.plan(group.prompts, negative_prompt=group.negatives, seed=group.seeds, **options)

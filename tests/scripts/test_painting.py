@@ -955,3 +955,98 @@ def test_bar_and_paths_have_lines_of_their_own(model, home, end, monkeypatch):
         f"o/samples/{i:05}.png (seed {42 + i})" for i in range(3)
     ]
     assert any("6/6" in line for line in shown)
+
+
+# --- once more, with changes ---
+
+
+@pytest.fixture
+def first(model, home, end):
+    """A picture to repeat, and the options that painted it."""
+    argv = [
+        "--prompt",
+        "a red circle",
+        "--negative_prompt",
+        "fog",
+        "--seed",
+        7,
+        "--steps",
+        3,
+        "--plms",
+        "--cfg",
+        4,
+    ]
+    argv += ["--W", 80, "--cache_interval", 2, "--guidance_interval", 0.1, 0.8]
+    assert end("txt2img", *model, *argv, "--outdir", "first")[0] == 0
+    return "first/samples/00000.png"
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).tolist()
+
+
+def test_like_repeats_a_picture_to_the_bit(model, first, end):
+    code, _, err = end("txt2img", *model, "--like", first, "--outdir", "again")
+    assert (code, err) == (0, "")
+    assert pixels(first) == pixels("again/samples/00000.png")
+    assert ldm.read_metadata(first) == ldm.read_metadata("again/samples/00000.png")
+
+
+@pytest.mark.parametrize(
+    ("argv", "changed"),
+    [
+        (["--seed", 8], {"seed": 8}),
+        (["--prompt", "a blue square"], {"prompt": "a blue square"}),
+        (["--negative_prompt", ""], {"negative_prompt": ""}),
+        (["--steps", 2], {"steps": 2}),
+        (["--cfg", 1], {"guidance_scale": 1.0}),
+        (["--sampler", "ddim"], {"sampler": "ddim"}),
+        (["--dpm_solver"], {"sampler": "dpm_solver"}),
+        (["--W", 64, "--height", 72], {"width": 64, "height": 72}),
+        (["--cache_interval", 1], {"cache_interval": 1}),
+        (["--guidance_interval", 0, 1], {"guidance_interval": [0.0, 1.0]}),
+    ],
+)
+def test_what_the_command_line_says_goes_before_what_the_picture_says(model, first, end, argv, changed):
+    code, _, err = end("txt2img", *model, "--like", first, *argv, "--outdir", "again")
+    assert (code, err) == (0, "")
+    assert ldm.read_metadata("again/samples/00000.png") == ldm.read_metadata(first) | changed
+
+
+def test_like_takes_what_no_option_says_and_what_a_jpeg_tells(model, home, end):
+    sd = ldm.StableDiffusion.from_single_file(model[1], config=model[3], device="cpu")
+    done = sd.txt2img("x", steps=2, seed=5, spacing="linspace", guidance_rescale=0.5)
+    done.save("own")
+    assert end("txt2img", *model, "--like", "own/00000.png", "--outdir", "again")[0] == 0
+    assert pixels("own/00000.png") == pixels("again/samples/00000.png")
+    sd.txt2img("x", steps=2, seed=5).save("own", "{:05}.jpg")
+    assert end("txt2img", *model, "--like", "own/00000.jpg", "--outdir", "jpeg")[0] == 0
+    assert ldm.read_metadata("jpeg/samples/00000.png")["seed"] == 5
+
+
+def test_like_repeats_img2img_with_its_strength(model, home, end):
+    picture("in.png")
+    argv = ["--prompt", "x", "--steps", 4, "--strength", 0.5, "--init-img", "in.png"]
+    assert end("img2img", *model, *argv, "--outdir", "a")[0] == 0
+    assert (
+        end("img2img", *model, "--like", "a/samples/00000.png", "--image", "in.png", "--outdir", "b")[0] == 0
+    )
+    assert pixels("a/samples/00000.png") == pixels("b/samples/00000.png")
+    code, _, err = end("txt2img", *model, "--like", "a/samples/00000.png", "--outdir", "c")
+    assert code == 2 and "use img2img.py and give that one as --init-img" in err and not Path("c").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("nowhere.png", 9, "nowhere.png"),
+        ("plain.png", 3, "does not say how it was painted"),
+        ("text.png", 3, "text.png"),
+        ("https://host/a.png", 2, "URL"),
+    ],
+)
+def test_a_picture_that_says_nothing_cannot_be_repeated(home, end, name, code, words):
+    picture("plain.png")
+    Path("text.png").write_text("no picture")
+    got, _, err = end("txt2img", "--device", "cpu", "--like", name)
+    assert (got, err.count("\n")) == (code, 1) and words in err and not Path("outputs").exists()
