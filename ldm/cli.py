@@ -305,21 +305,36 @@ def prompt_text(text: str) -> str:
     return text
 
 
-# What a line may set beside its prompt: name in the line -> (option of StableDiffusion.plan, type). The names
-# are A1111's ("prompts from file") and ours; n_iter and batch_size multiply to a number of pictures.
+def _interval(text: str) -> tuple[float, ...]:
+    ends = text.replace(",", " ").split()
+    if len(ends) != 2:
+        raise argparse.ArgumentTypeError(f"wanted two numbers from 0 to 1, got {told(text)}")
+    return tuple(map(number(0, 1), ends))
+
+
+# What a line may set beside its prompt, with its type, by the name that StableDiffusion.plan has for it (n_iter and
+# batch_size multiply to a number of pictures), and behind it other names: the flags', A1111's, diffusers'.
+_LINE: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
+    "prompt": (prompt_text, ()),
+    "negative_prompt": (prompt_text, ("negative", "n_prompt")),
+    "seed": (seed, ()),
+    "sampler": (str, ("sampler_name", "scheduler")),
+    "steps": (integer(1, 1000), ("ddim_steps", "num_inference_steps", "num_steps")),
+    "guidance_scale": (number(0, 100), ("cfg_scale", "scale", "cfg", "guidance")),
+    "width": (integer(1, 1_000_000), ("W",)),
+    "height": (integer(1, 1_000_000), ("H",)),
+    "n_iter": (integer(1, 10_000), ("num_images", "num_images_per_prompt", "batch_count")),
+    "batch_size": (integer(1, 1024), ("n_samples",)),
+    "strength": (number(0, 1), ("denoising_strength", "denoise")),
+    "eta": (number(0, 1), ("ddim_eta",)),
+    "guidance_interval": (_interval, ()),
+    "cache_interval": (integer(1, 1000), ()),
+    "cache_depth": (integer(1, 1000), ()),
+    "merge_ratio": (number(0, 0.75), ()),
+    "merge_seed": (integer(0, MAX_SEED), ()),
+}
 LINE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "prompt": ("prompt", prompt_text),
-    "negative_prompt": ("negative_prompt", prompt_text),
-    "seed": ("seed", seed),
-    "sampler_name": ("sampler", str),
-    "sampler": ("sampler", str),
-    "steps": ("steps", integer(1, 1000)),
-    "cfg_scale": ("guidance_scale", number(0, 100)),
-    "guidance_scale": ("guidance_scale", number(0, 100)),
-    "width": ("width", integer(1, 1_000_000)),
-    "height": ("height", integer(1, 1_000_000)),
-    "n_iter": ("n_iter", integer(1, 10_000)),
-    "batch_size": ("batch_size", integer(1, 1024)),
+    name: (ours, kind) for ours, (kind, others) in _LINE.items() for name in (ours, *others)
 }
 
 
@@ -415,7 +430,8 @@ _WORD, _SPACE = re.compile(r"\S+"), re.compile(r"\s*")
 def _from_words(line: str) -> Line:
     first = _OPTION.match(line)
     name = first[1].replace("-", "_") if first else ""
-    if not first or not (
+    # A line that begins with one letter, "--H 9 ...", has always been a text.
+    if len(name) < 2 or not (
         name in LINE_OPTIONS or difflib.get_close_matches(name, LINE_OPTIONS, n=1, cutoff=0.75)
     ):
         return Line(prompt_text(line))
@@ -474,6 +490,8 @@ def _from_json(line: str) -> Line:
     texts = {}
     for name, value in values.items():
         is_text = name.replace("-", "_") in ("prompt", "negative_prompt")
+        if name.replace("-", "_") == "guidance_interval" and isinstance(value, list):
+            value = " ".join(map(str, value))
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # 20.0 is what some programs write for 20
         if value is None:
@@ -490,7 +508,7 @@ def _line(values: dict[str, str]) -> Line:
     for name, value in values.items():
         if name not in LINE_OPTIONS:
             near = difflib.get_close_matches(name, LINE_OPTIONS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(LINE_OPTIONS)}"
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(_LINE)}"
             raise UsageError(f"unknown option {told(name)}{hint}")
         option, kind = LINE_OPTIONS[name]
         if option in options:

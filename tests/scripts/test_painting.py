@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from PIL import Image
 from tiny import write_tiny
 
 import ldm
-from ldm.cli import Line, painting_parser, read_prompts, run
+from ldm.cli import KNOBS, LINE_OPTIONS, Line, painting_parser, read_prompts, run
 from ldm.errors import AbsentError, FormatError, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -1050,3 +1051,68 @@ def test_a_picture_that_says_nothing_cannot_be_repeated(home, end, name, code, w
     Path("text.png").write_text("no picture")
     got, _, err = end("txt2img", "--device", "cpu", "--like", name)
     assert (got, err.count("\n")) == (code, 1) and words in err and not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "option", "value"),
+    [
+        (("steps", "ddim_steps", "num_inference_steps", "num-steps"), "steps", 5),
+        (("scale", "cfg", "cfg_scale", "cfg-scale", "guidance_scale", "guidance"), "guidance_scale", 4),
+        (("W", "width"), "width", 72),
+        (("H", "height"), "height", 72),
+        (("n_samples", "batch_size"), "batch_size", 3),
+        (("n_iter", "num_images", "num-images", "batch_count"), "n_iter", 2),
+        (("sampler", "sampler_name", "scheduler"), "sampler", "plms"),
+        (("eta", "ddim_eta"), "eta", 0.5),
+        (("strength", "denoising_strength"), "strength", 0.5),
+        (("negative_prompt", "negative-prompt", "negative"), "negative_prompt", "fog"),
+        (("cache_interval",), "cache_interval", 3),
+        (("cache_depth",), "cache_depth", 2),
+        (("merge_ratio",), "merge_ratio", 0.25),
+        (("merge_seed",), "merge_seed", 9),
+    ],
+)
+def test_a_prompt_files_keys_are_the_flags(home, flags, option, value):
+    for flag in flags:
+        other_way = (
+            f"--{flag} {value} --prompt a cat" if len(flag) > 1 else f"--prompt=a cat --{flag}={value}"
+        )
+        Path("p.txt").write_text(f"--prompt a cat --{flag} {value}\n{other_way}\n")
+        Path("p.jsonl").write_text(json.dumps({"prompt": "a cat", flag: value}))
+        wanted = Line("a cat", {option: value})
+        assert read_prompts("p.txt") == [wanted, wanted] and read_prompts("p.jsonl") == [wanted], flag
+        if flag != option:
+            Path("p.txt").write_text(f"--prompt a --{flag} {value} --{option} {value}\n")
+            with pytest.raises(UsageError, match="given twice"):
+                read_prompts("p.txt")
+
+
+def test_every_flag_of_a_picture_is_a_key_of_a_prompt_file():
+    parser = painting_parser("txt2img.py", "x", outdir="o", scale=7.5)
+    dests = {action.dest: action for action in parser._actions}
+    picture_own = "prompt negative_prompt H W n_samples n_iter seed ddim_steps scale sampler ddim_eta".split()
+    for dest in [*picture_own, *KNOBS]:
+        for name in dests[dest].option_strings:
+            assert name.removeprefix("--").replace("-", "_") in LINE_OPTIONS, name
+
+
+def test_a_line_sets_what_a_picture_needs(model, home, end):
+    picture("in.png")
+    lines = [
+        {"prompt": "a", "guidance_interval": [0.2, 0.9], "strength": 0.5, "cache_interval": 2},
+        {"prompt": "b"},
+    ]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    argv = ["--from-file", "p.jsonl", "--steps", 4, "--init-img", "in.png", "--outdir", "o"]
+    assert end("img2img", *model, *argv)[0] == 0
+    told = [ldm.read_metadata(f"o/samples/0000{i}.png") for i in range(2)]
+    assert [one["strength"] for one in told] == [0.5, 0.75]
+    assert [one["guidance_interval"] for one in told] == [[0.2, 0.9], [0.0, 1.0]]
+    assert [one["cache_interval"] for one in told] == [2, 1]
+
+
+@pytest.mark.parametrize("value", ["0.5", "0.1 0.2 0.3", "a b", "0.1 2"])
+def test_an_interval_of_a_line_is_two_numbers(home, value):
+    Path("p.txt").write_text(f"--prompt a --guidance_interval {value}\n")
+    with pytest.raises(UsageError, match="line 1 of 'p.txt': guidance_interval: wanted"):
+        read_prompts("p.txt")
