@@ -1143,6 +1143,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_spawned_process_paints_the_same(tmp_path):
     (tmp_path / "paint.py").write_text(PAINT_IN_A_CHILD)
     done = subprocess.run(

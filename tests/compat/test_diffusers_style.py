@@ -15,7 +15,7 @@ from tiny import TEXT, tiny_config, tiny_model, write_tiny
 
 import ldm
 from ldm.diffusers_style import DDIMScheduler, StableDiffusionPipeline, load_image
-from ldm.errors import AbsentError, MismatchError, UsageError
+from ldm.errors import AbsentError, FormatError, MismatchError, UsageError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.paths import shipped
 
@@ -486,7 +486,7 @@ def test_a_folder_of_diffusers_is_loaded(tmp_path, ours, theirs, caplog):
     ("path", "options", "kind", "words"),
     [
         ("runwayml/stable-diffusion-v1-5", {}, AbsentError, "nothing is downloaded"),
-        (".", {}, UsageError, "has 0 .safetensors files|wants a folder in diffusers' layout|'unet'|not"),
+        (".", {}, FormatError, "is a folder and no diffusers model; name a file in it: 'tiny.safetensors'"),
         ("tiny.safetensors", {"torch_dtpye": torch.float32}, UsageError, "did you mean 'torch_dtype'"),
         ("tiny.safetensors", {"safety_checker": 3}, UsageError, "safety_checker is not supported"),
         ("tiny.safetensors", {}, MismatchError, "give the configuration that belongs to it"),

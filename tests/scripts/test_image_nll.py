@@ -188,7 +188,7 @@ def test_without_matplotlib_the_plot_is_refused_before_the_work(files, end, tmp_
         ("-r {plain} --shapes 0", 2, "wanted a whole number from 1 to 1000000, got '0'"),
         ("-r {plain} --data_dir {tmp}/none", 9, "none' does not exist; check --data_dir"),
         ("-r {plain} --data_dir {empty}", 9, "holds no pictures"),
-        ("-r {plain} --data_dir {damaged}", 3, "cannot be read"),
+        ("-r {plain} --data_dir {damaged}", 3, "no picture in"),
         ("-r {labelled} --data_dir {seven}", 5, "holds 7 classes by the names up to '_', the model has 6"),
         ("-r {five} --shapes 2", 2, "the model has 5 classes; shapes have 6 or 8"),
         ("-r {plain} --shapes 2 --outdir {plain}", 7, "cannot write to folder"),

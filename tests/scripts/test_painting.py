@@ -753,6 +753,7 @@ def test_scripts_run_from_any_folder_without_installation(model, home, name, mor
 def test_a_signal_keeps_what_is_finished(model, home, number, code):
     argv = [*model, "--prompt", "x", "--steps", 3, "--n_iter", 1000, "--outdir", "o"]
     process = start("txt2img", *argv, cwd=home)
+    assert process.stdout.readline().startswith("loading ")
     for _ in range(2):
         assert "(seed" in process.stdout.readline()
     process.send_signal(number)

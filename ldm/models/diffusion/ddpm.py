@@ -182,6 +182,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         UsageError: a value that is none of those above.
     """
 
+    takes_conditions = False
     learning_rate: float | None = None  # set by whoever trains; configure_optimizers needs it
     loaded: frozenset[str] = frozenset()  # names of the tensors that init_from_ckpt has read
 
@@ -437,7 +438,13 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         return self.p_losses(x, self._random_levels(len(x)), *args, **kwargs)
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: None = None) -> Tensor:
-        """Ask the network about x_noisy (b, c, h, w) at levels t (b,), as samplers do; there are no conditions."""
+        """Ask the network about x_noisy (b, c, h, w) at levels t (b,), as samplers do.
+
+        Raises:
+            UsageError: cond is not None; this model takes no conditions.
+        """
+        if cond is not None:
+            raise UsageError(f"{type(self).__name__} takes no conditions, got some; leave them out")
         return self.model(x_noisy, t)
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> Tensor:
@@ -643,6 +650,8 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
     "clip_max_weight", "tie_braker", "clip_min_tie_weight", "clip_max_tie_weight"} runs the network (and with
     patch_distributed_vq the first stage) on overlapping tiles, for pictures larger than memory.
     """
+
+    takes_conditions = True
 
     built_from: dict[str, Any]  # its parameters as they were given, for those who write them down
 

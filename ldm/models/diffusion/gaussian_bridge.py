@@ -53,10 +53,8 @@ class GuidedNetwork:
             raise UsageError(f"guidance_scale must be a finite number, got {guidance_scale}")
         if guidance_scale != 1 and unconditional_conditioning is None:
             raise UsageError(f"guidance_scale {guidance_scale} needs an unconditional_conditioning, got none")
-        if (
-            not hasattr(model, "apply_model")
-            and first_tensor([conditioning, unconditional_conditioning]) is not None
-        ):
+        conditional = getattr(model, "takes_conditions", hasattr(model, "apply_model"))
+        if not conditional and first_tensor([conditioning, unconditional_conditioning]) is not None:
             raise UsageError(f"{type(model).__name__} takes no conditions, got some; leave them out")
         for condition in (conditioning, unconditional_conditioning):
             _check_classes(model, condition)
