@@ -174,6 +174,7 @@ HOSTILE = ["(", "[", "{", "((", "[a:", "(a:", "[|", "(a:1", "<a", "__a/", "a::",
            "embedding:", "[a:1:", "(a: ", ":.1 ", "[:", "{a|", ") : "]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_text_takes_longer_than_its_length():
     """In a process that may use ten seconds of processor time for 2 x 24 texts of 100,000 characters."""
     code = (

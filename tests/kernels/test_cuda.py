@@ -38,6 +38,7 @@ def close(got, want):
     assert (got - want).norm() < 2e-5 * want.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"use_scale_shift_norm": True}], ids=str)
 def test_a_unet_gives_the_plain_numbers(calls, options):
     unet = fill(UNetModel(**{**UNET, "attention_resolutions": [2], **options}), "cuda.")
@@ -57,6 +58,7 @@ def test_a_unet_gives_the_plain_numbers(calls, options):
     assert not torch.allclose(changed, want, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_autoencoder_gives_the_plain_numbers(calls):
     encoder, decoder = (fill(kind(**VAE), "cuda.vae.") for kind in (Encoder, Decoder))
     x, z = keyed_input("cuda.pixels", (1, 3, 12, 8)), keyed_input("cuda.z", (2, 4, 5, 3))

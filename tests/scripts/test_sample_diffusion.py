@@ -305,6 +305,7 @@ def stand_in(text):
     return text
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_run(end, tmp_path):
     """In their order, for one reads what another wrote."""
     usual = {
