@@ -20,6 +20,7 @@ from ldm.diffusers_style.parts import VAE, TextEncoder, UNet
 from ldm.diffusers_style.scheduler import Config, DDIMScheduler, draw_noise, refuse_unknown
 from ldm.errors import AbsentError, MismatchError, UsageError
 from ldm.generate import StableDiffusion, decode, encode_prompt
+from ldm.kernels import restore
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.process.guidance import guide, rescale
@@ -45,15 +46,18 @@ LDM_WORDS = {
 }
 # Beginnings of names that diffusers' pipelines have -> what to use here.
 ELSEWHERE = {
-    "enable_vae_tiling": "pipe.sd.optimize(tiled_vae=True)",
-    "enable_vae_slicing": "pipe.sd.optimize(sliced_vae=True)",
-    "enable_model_cpu_offload": "pipe.sd.optimize(low_vram='cuda')",
-    "enable_sequential_cpu_offload": "pipe.sd.optimize(low_vram='cuda')",
-    "enable_": "pipe.sd.optimize(); attention needs no slicing here",
-    "disable_": "ldm.kernels.restore(pipe.sd.model)",
+    "enable_freeu": "diffusers itself; FreeU is not here",
     "load_": "diffusers itself; this pipeline has no adapters",
-    "save_pretrained": "ldm.checkpoints.save_safetensors(path, pipe.sd.model.state_dict())",
+    "enable_": "pipe.sd.optimize()",
+    "disable_": "ldm.kernels.restore(pipe.sd.model)",
 }
+# How attention is computed: ldm's takes little memory as it is, so these switches of diffusers change nothing here.
+ATTENTION_SWITCHES = (
+    "enable_attention_slicing",
+    "disable_attention_slicing",
+    "enable_xformers_memory_efficient_attention",
+    "disable_xformers_memory_efficient_attention",
+)
 
 
 class StableDiffusionPipelineOutput(NamedTuple):
@@ -103,6 +107,7 @@ class StableDiffusionPipeline:
         self.vae_scale_factor = downsampling(model)
         self._asked_dtype: torch.dtype | None = None
         self._interrupt = False
+        self._memory_options: dict[str, Any] = {}
         self._bar_options: dict[str, Any] = {
             "disable": None
         }  # None: shown on terminals and in notebooks alone
@@ -247,7 +252,61 @@ class StableDiffusionPipeline:
         self.sd.to(device, dtype)
         return self
 
+    # --- memory ---
+
+    def enable_vae_tiling(self) -> None:
+        """Encode and decode large pictures in strips, without seams."""
+        self._set_memory(tiled_vae=True)
+
+    def disable_vae_tiling(self) -> None:
+        """Encode and decode pictures whole."""
+        self._set_memory(tiled_vae=False)
+
+    def enable_vae_slicing(self) -> None:
+        """Encode and decode the pictures of a batch one after the other."""
+        self._set_memory(sliced_vae=True)
+
+    def disable_vae_slicing(self) -> None:
+        """Encode and decode a batch at once."""
+        self._set_memory(sliced_vae=False)
+
+    def enable_model_cpu_offload(
+        self, gpu_id: int | None = None, device: str | torch.device = "cuda"
+    ) -> None:
+        """Keep the weights where they are and take them to a GPU part by part.
+
+        Raises:
+            UsageError: there is no such GPU.
+        """
+        self._set_memory(low_vram=torch.device(device) if gpu_id is None else torch.device(device, gpu_id))
+
+    enable_sequential_cpu_offload = enable_model_cpu_offload
+
+    def _set_memory(self, **options: Any) -> None:
+        """Change what optimize() was asked for by this pipeline's switches; with all of them off, undo it."""
+        asked = {name: value for name, value in {**self._memory_options, **options}.items() if value}
+        if asked:
+            self.sd.optimize(**asked)
+        elif self._memory_options:
+            restore(self.sd.model)
+        self._memory_options = asked
+
+    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True) -> None:
+        """Write a folder in diffusers' layout; see StableDiffusion.save.
+
+        Raises:
+            UsageError: a model that a folder cannot describe, or safe_serialization=False. OutputError.
+        """
+        if not safe_serialization:
+            raise UsageError("save_pretrained writes .safetensors files only; leave safe_serialization out")
+        self.sd.save(os.path.join(save_directory, ""))
+
+    def _leave_attention_as_it_is(self, *args: Any, **options: Any) -> None:
+        log.warning("attention takes little memory here as it is, so nothing was changed")
+
     def __getattr__(self, name: str) -> Any:
+        if name in ATTENTION_SWITCHES:
+            return self._leave_attention_as_it_is
         for beginning, instead in ELSEWHERE.items():
             if name.startswith(beginning):
                 raise AttributeError(f"this StableDiffusionPipeline has no '{name}'; use {instead}")

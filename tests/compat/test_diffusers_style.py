@@ -16,6 +16,7 @@ from tiny import TEXT, tiny_config, tiny_model, write_tiny
 import ldm
 from ldm.diffusers_style import DDIMScheduler, StableDiffusionPipeline, load_image
 from ldm.errors import AbsentError, FormatError, MismatchError, UsageError
+from ldm.kernels.strips import OneByOne, Strips
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.paths import shipped
 
@@ -382,11 +383,47 @@ def test_calls_that_cannot_be_kept_are_refused(ours, options, words):
     assert "\n" not in str(caught.value) and len(str(caught.value)) <= 400
 
 
+@pytest.mark.parametrize("name", ["attention_slicing", "xformers_memory_efficient_attention"])
+def test_switches_of_attention_change_nothing_and_say_so(ours, caplog, name):
+    getattr(ours, f"enable_{name}")()
+    getattr(ours, f"disable_{name}")()
+    assert [record.message for record in caplog.records] == [
+        "attention takes little memory here as it is, so nothing was changed"
+    ] * 2
+
+
+def test_memory_switches_add_up_and_come_off():
+    pipe = StableDiffusionPipeline(ldm.StableDiffusion(tiny_model()))
+    own = vars(pipe.sd.model.first_stage_model.decoder)  # what stands in for the class's forward is here
+    latents = keyed_input("latents", (2, 4, 6, 8))
+    plain = pipe.vae.decode(latents).sample
+    pipe.enable_vae_slicing()
+    assert isinstance(own["forward"], OneByOne) and not isinstance(own["forward"].inner, Strips)
+    pipe.enable_vae_tiling()
+    assert isinstance(own["forward"], OneByOne) and isinstance(own["forward"].inner, Strips)
+    close(pipe.vae.decode(latents).sample, plain)
+    with pytest.raises(UsageError, match="low_vram is for a GPU"):
+        pipe.enable_model_cpu_offload(device="cpu")
+    assert isinstance(own["forward"], OneByOne)
+    pipe.disable_vae_slicing()
+    assert isinstance(own["forward"], Strips)
+    pipe.disable_vae_tiling()
+    pipe.disable_vae_tiling()
+    assert "forward" not in own
+
+
+def test_a_pipeline_is_saved_as_a_folder_that_loads_again(ours, tmp_path):
+    ours.save_pretrained(tmp_path / "saved.d")
+    again = StableDiffusionPipeline.from_pretrained(tmp_path / "saved.d")
+    for key, value in ours.unet.state_dict().items():
+        assert torch.equal(again.unet.state_dict()[key], value), key
+    with pytest.raises(UsageError, match="safetensors files only"):
+        ours.save_pretrained(tmp_path / "other", safe_serialization=False)
+
+
 def test_what_the_facade_has_not_is_said_with_what_to_use(ours):
-    with pytest.raises(
-        AttributeError, match=r"no 'enable_xformers_memory_efficient_attention'; use pipe.sd.optimize"
-    ):
-        ours.enable_xformers_memory_efficient_attention()
+    with pytest.raises(AttributeError, match="no 'enable_freeu'; use diffusers itself"):
+        ours.enable_freeu(s1=0.9)
     with pytest.raises(AttributeError, match="load_lora_weights.*; use diffusers itself"):
         ours.load_lora_weights("x")
     with pytest.raises(AttributeError, match="has no 'schedular'"):
