@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from make_synthetic import make_full
 
 from ldm.checkpoints import inspect, load_latent_diffusion, open_weights
@@ -39,8 +38,11 @@ def test_building_takes_no_memory_for_weights(empty):
     assert not any(buffer.is_meta for buffer in empty.buffers())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [UNET, VAE])
 def test_every_name_has_its_place_in_diffusers(empty, part):
+    from diffusers import AutoencoderKL, UNet2DConditionModel  # seconds, for this test alone
+
     ours = {n.removeprefix(part): tuple(v.shape) for n, v in empty.state_dict().items() if n.startswith(part)}
     with torch.device("meta"):
         if part == UNET:
