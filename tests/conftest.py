@@ -1,5 +1,6 @@
 """What holds for every test: no network, one known thread count, no gradient surprises between tests."""
 
+import gc
 import os
 import socket
 from pathlib import Path
@@ -24,6 +25,21 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.xdist_group("slow"))
+
+
+def pytest_collection_finish():
+    """Leave what was imported out of garbage collection: half a million objects, gone over again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Hand quick tests out in stretches: neighbours share what their file builds, and each worker has its half."""
+    if config.option.markexpr == "not slow":
+        from xdist.scheduler import WorkStealingScheduling
+
+        return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
