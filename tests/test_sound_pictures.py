@@ -362,6 +362,7 @@ SAMPLER = {"inputs": {"latent_image": ["0", 0], "positive": ["0", 0], "seed": ["
 WIDE = {"0": {"inputs": {f"text_{i}": ["0", 0] for i in range(99)}}} | {i: SAMPLER for i in range(1, 19_000)}
 
 
+@pytest.mark.slow
 def test_hostile_files_cost_little(tmp_path):
     """Each under 1 MB, read whole and for its texts: 2 s, and 200 MB more than a picture. Texts: 0.1 s for 16 kB."""
     files = {

@@ -684,6 +684,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_hostile_files_take_less_than_two_seconds_and_200_megabytes(tmp_path):
     """Of the processor's time; the models are really built, not on the meta device."""
     changes = {
