@@ -398,7 +398,9 @@ def test_a_model_without_an_autoencoder_has_nothing_to_tile():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"compile": True}, {"tiled_vae": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"compile": True}, marks=pytest.mark.slow), {"tiled_vae": True}], ids=str
+)
 def test_a_batch_goes_through_picture_by_picture(autoencoder, options):
     x, z = keyed_input("strips.x", (3, 3, 20, 28)), keyed_input("strips.z", (2, 4, 5, 7))
     want = autoencoder.encode(x).mean, autoencoder.decode(z)
