@@ -27,6 +27,9 @@ def sd():
     return StableDiffusion(tiny_model(), name="tiny")
 
 
+NAMES = ["own.safetensors", "folder", "deep/er/own.safetensors", "v1.5/", "OWN.SAFETENSORS"]
+
+
 def files(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
@@ -41,9 +44,13 @@ def same_bits(one, other):
     assert torch.equal(one.txt2img(PROMPT, **words).latents, other.txt2img(PROMPT, **words).latents)
 
 
-@pytest.mark.parametrize("channels", [4, 9])
 @pytest.mark.parametrize(
-    "name", ["own.safetensors", "deep/er/own.safetensors", "folder", "v1.5/", "OWN.SAFETENSORS"]
+    ("name", "channels"),
+    [
+        *((name, 4) for name in NAMES),
+        *((name, 9) for name in NAMES[:2]),
+        *(pytest.param(name, 9, marks=pytest.mark.slow) for name in NAMES[2:]),
+    ],
 )
 def test_what_is_saved_is_read_back_with_equal_bits(sd, tmp_path, name, channels):
     sd = sd if channels == 4 else StableDiffusion(tiny_model(9))
@@ -165,8 +172,8 @@ def test_an_interrupted_save_leaves_the_earlier_file_and_no_part(sd, tmp_path, m
     [
         ({}, True),
         ({"parameterization": "v"}, False),
-        ({"linear_end": 0.02}, False),
-        ({"scale_factor": 0.2}, False),
+        pytest.param({"linear_end": 0.02}, False, marks=pytest.mark.slow),  # each builds the whole of v1
+        pytest.param({"scale_factor": 0.2}, False, marks=pytest.mark.slow),
     ],
 )
 def test_plain_v1_needs_no_yaml(change, is_plain):

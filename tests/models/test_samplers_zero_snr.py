@@ -83,7 +83,7 @@ def test_ancestral_sampling_has_the_data_s_mean_and_spread():
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 2, 7, 20, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_every_number_of_steps_begins_at_the_last_level_and_stays_finite(name, steps):
     model = rescale(ZeroSNR("v"))
     x_T = normals(*SHAPE, dtype=torch.float32)[0]
