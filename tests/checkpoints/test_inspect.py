@@ -184,6 +184,7 @@ def test_metadata_cannot_write_to_the_terminal(tmp_path):
     assert "\x1b" not in text and "\x07" not in text and len(text) < 1000
 
 
+@pytest.mark.slow
 def test_the_script_runs_without_installation_and_ends_with_0(tiny, config, tmp_path):
     done = run_script(tiny.path, "--config", config, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
