@@ -37,23 +37,25 @@ def run(tmp_path, *options, **environment):
     )
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
 def device(request):
     return request.param
 
 
-@pytest.fixture
-def rehearsed(tmp_path, device):
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory, device):
+    """How the script ended, the words of each call of python, and the folder that it worked in."""
+    tmp_path = tmp_path_factory.mktemp(device)
     stub = tmp_path / "python"
     stub.write_text(STUB)
     stub.chmod(0o755)
     given = {"PYTHON": str(stub), "REAL": sys.executable, "NOTES": str(tmp_path / "notes"), "MOST": "1"}
     done = run(tmp_path, "--device", device, **given)
-    return done, [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
+    return done, [line.split() for line in (tmp_path / "notes").read_text().splitlines()], tmp_path
 
 
-def test_what_is_finished_outlives_a_failure_and_a_time_limit(rehearsed, tmp_path, device):
-    done, asked = rehearsed
+def test_what_is_finished_outlives_a_failure_and_a_time_limit(rehearsed, device):
+    done, asked, tmp_path = rehearsed
     assert done.returncode == 1, done.stderr
     words = done.stdout.split("== summary", 1)[1]
     assert "networks: stopped after" in words and "picture: failed (3)" in words
@@ -69,7 +71,7 @@ def test_what_is_finished_outlives_a_failure_and_a_time_limit(rehearsed, tmp_pat
 
 
 def test_every_row_that_is_asked_for_is_one(rehearsed, device):
-    _, asked = rehearsed
+    _, asked, _ = rehearsed
     tests, *speeds = asked
     assert (ROOT / tests[-1]).is_file() and ("--collect-only" in tests) is (device == "cpu")
     for words in speeds:
