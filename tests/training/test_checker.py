@@ -77,7 +77,7 @@ TAMPERED = {
 
 @pytest.mark.parametrize("size", [64, 128, 200])
 def test_renders_keep_what_their_captions_promise(size):
-    assert agreement(scenes(100), size) >= 0.995
+    assert agreement(scenes(40), size) >= 0.995
 
 
 def mismatches(drawn):
@@ -93,8 +93,8 @@ def mismatches(drawn):
 
 
 def test_another_caption_does_not_hold():
-    count, share = mismatches(scenes(300))
-    assert count > 290 and share <= 0.05
+    count, share = mismatches(scenes(100))
+    assert count > 95 and share <= 0.05
 
 
 @pytest.mark.slow
@@ -121,18 +121,18 @@ def wrong_in_one(claim):
 
 def test_no_caption_wrong_in_one_attribute_holds():
     tried = 0
-    for scene in scenes(60, seed=4):
+    for scene in scenes(30, seed=4):
         sighting = see(blur(render(scene), None))
         for claim in wrong_in_one(scene.claim):
             if claim.canonical != scene.claim.canonical:
                 assert not judge(sighting, claim).holds, (scene.caption, claim.caption)
                 tried += 1
-    assert tried > 1500
+    assert tried > 750
 
 
 @pytest.mark.parametrize("name", TAMPERED)
 def test_damaged_pictures_are_still_read(name):
-    assert agreement(scenes(80, seed=33), tamper=TAMPERED[name]) >= 0.97
+    assert agreement(scenes(40, seed=33), tamper=TAMPERED[name]) >= 0.97
 
 
 @pytest.mark.slow
