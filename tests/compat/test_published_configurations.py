@@ -261,8 +261,9 @@ def test_a_file_of_latent_diffusions_layout_loads_and_samples(bert_model, tmp_pa
     state = {key: value.contiguous() for key, value in one.state_dict().items() if key != "logvar"}
     save_file(state, tmp_path / "model.safetensors")
     other = bert_model(ckpt_path=str(tmp_path / "model.safetensors"))
+    read = other.state_dict()
     for key, value in state.items():
-        assert torch.equal(other.state_dict()[key], value), key
+        assert torch.equal(read[key], value), key
     assert bert_model().load_state_dict(state, strict=True).missing_keys == []
     tokens = torch.tensor([[2, 5, 9, 3, 0, 0, 0], [2, 7, 3, 0, 0, 0, 0]])
     with torch.no_grad():
@@ -444,7 +445,8 @@ def test_files_of_an_upscaler_with_and_without_its_schedule(upscaler, tmp_path):
         path = tmp_path / f"{i}.safetensors"
         save_file({key: value for key, value in state.items() if not key.startswith(left_out)}, path)
         made = tiny(LatentUpscaleDiffusion, 7, **UP, low_scale_config=X4_LOW, ckpt_path=str(path))
-        assert all(torch.equal(made.state_dict()[key], value) for key, value in state.items())
+        read = made.state_dict()
+        assert all(torch.equal(read[key], value) for key, value in state.items())
         assert made.restarted_from_ckpt
 
 
