@@ -1,7 +1,7 @@
 """What ends a training run before or while it trains: words, sections, values, Lightning's options, and data."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -254,24 +254,16 @@ def test_a_machine_that_is_not_there_is_a_matter_of_usage(tmp_path, options, mes
     one_line(caught)
 
 
-SLOW = pytest.mark.slow  # a process each; the same lines are tested above
-
-
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        pytest.param(
-            ["lightning.trainer.accelerator=tpu"], 2, "lightning.trainer: accelerator 'tpu'", marks=SLOW
-        ),
-        pytest.param(
+        (["lightning.trainer.accelerator=tpu"], 2, "lightning.trainer: accelerator 'tpu'"),
+        (
             ["lightning.trainer.acelerator=cpu"],
             2,
             "has no option 'acelerator'; did you mean 'accelerator'",
-            marks=SLOW,
         ),
-        pytest.param(
-            ["model.params.embed_dim=[3]"], 2, "model.params.embed_dim should be a whole number", marks=SLOW
-        ),
+        (["model.params.embed_dim=[3]"], 2, "model.params.embed_dim should be a whole number"),
         (
             ["data.params.num_workers=1", "data.params.train.target=tiny_training.Odd"],
             3,
@@ -279,19 +271,17 @@ SLOW = pytest.mark.slow  # a process each; the same lines are tested above
         ),
     ],
 )
-def test_the_script_ends_with_the_code_of_the_kind_and_one_line(tmp_path, words, code, message):
+def test_the_script_ends_with_the_code_of_the_kind_and_one_line(
+    tmp_path, monkeypatch, capfd, words, code, message
+):
     OmegaConf.save(OmegaConf.create(first_stage()), tmp_path / "a.yaml")
-    call = [sys.executable, "-c", f"import sys, tiny_training; sys.argv[0] = {str(SCRIPT)!r}; import runpy; "]
-    call[-1] += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run(
-        [*call, "--base", tmp_path / "a.yaml", *words, "--logdir", tmp_path / "run"],
-        capture_output=True,
-        text=True,
-        cwd=Path(tiny_training.__file__).parent,
-        timeout=300,
-    )
-    errors = [line for line in done.stderr.splitlines() if not line.startswith("ldm: warning")]
-    assert done.returncode == code and len(errors) == 1, done.stderr
+    call = ["--base", tmp_path / "a.yaml", *words, "--logdir", tmp_path / "run"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, call)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    said = capfd.readouterr().err
+    errors = [line for line in said.splitlines() if not line.startswith("ldm: warning")]
+    assert stop.value.code == code and len(errors) == 1, said
     assert errors[0].startswith("ldm: error: ") and message in errors[0] and "this is a bug" not in errors[0]
 
 
