@@ -707,6 +707,7 @@ def test_the_notebooks_fifty_steps_give_48_latents(ours):
     assert alphas.shape == (50,) and (alphas.diff() > 0).all()
 
 
+@pytest.mark.slow
 def test_inverting_without_guidance_comes_back_on_the_model_in_the_box():
     """The way up and down returns to a picture that the model painted, the nearer the more steps it takes."""
     pipe = StableDiffusionPipeline.from_pretrained()
