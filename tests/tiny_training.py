@@ -33,7 +33,8 @@ TEXT = "model_data/shapes/text"
 
 def first_stage(**loss: Any) -> dict[str, Any]:
     """Make the configuration of a first-stage run of 6 steps."""
-    params = {"disc_start": 0, "disc_factor": 0.0, "perceptual_weight": 0.0, "kl_weight": 1e-6, **loss}
+    params = {"disc_start": 0, "disc_factor": 0.0, "perceptual_weight": 0.0, "kl_weight": 1e-6}
+    params |= {"disc_ndf": 8, "disc_num_layers": 1, **loss}
     return copy.deepcopy(
         {
             "model": {
@@ -46,7 +47,7 @@ def first_stage(**loss: Any) -> dict[str, Any]:
                 },
             },
             "data": shapes_data(batch_size=2),
-            "training": {"checkpoint_every": 2, "validate_every": 100, "curve_every": 0},
+            "training": {"checkpoint_every": 2, "validate_every": 100, "curve_every": 0, "image_steps": 2},
             "lightning": {"trainer": {"max_steps": 6, "accelerator": "cpu"}},
         }
     )
@@ -55,6 +56,7 @@ def first_stage(**loss: Any) -> dict[str, Any]:
 def diffusion(first_stage_weights: str | None = None, **params: Any) -> dict[str, Any]:
     """Make the configuration of a diffusion run of 6 steps on 8 x 8 latents."""
     config = first_stage()
+    config["training"]["checkpoint_every"] = 100
     stage = {"embed_dim": 3, "ddconfig": DDCONFIG, "lossconfig": {"target": "torch.nn.Identity"}}
     if first_stage_weights is not None:
         stage["ckpt_path"] = first_stage_weights
