@@ -136,6 +136,7 @@ def test_what_is_not_finite_or_of_another_shape_never_passes(dtype):
         assert json.loads(json.dumps(verdict.as_dict()))["rms_error"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_without_diffusers_ours_are_held_against_our_plain_code(tiny, monkeypatch, dtype):
     monkeypatch.setitem(sys.modules, "diffusers", None)
@@ -151,7 +152,7 @@ def test_without_diffusers_ours_are_held_against_our_plain_code(tiny, monkeypatc
     assert all("diffusers" in reason for reason in found["left_out"].values())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_model_with_one_weight_changed_is_not_timed(studio, monkeypatch, dtype):
     build = models.build_ours
 
@@ -292,6 +293,7 @@ def test_diffusers_words_lead_back_to_ours(name, tmp_path):
     assert got["cond_stage_config"]["params"]["max_length"] == models.geometry(name).tokens
 
 
+@pytest.mark.slow
 def test_the_count_at_full_size_is_that_of_the_arithmetic():
     """Convolutions, matrix products and attention of SD v1 at 512 pixels, two operations each."""
     v1 = models.geometry("v1")
@@ -300,6 +302,7 @@ def test_the_count_at_full_size_is_that_of_the_arithmetic():
     assert gigaflop == pytest.approx(wanted, abs=0.005)
 
 
+@pytest.mark.slow
 def test_a_picture_counts_as_its_parts(tiny):
     parts = [
         models.count_flop(tiny, "clip", 2),
@@ -319,8 +322,8 @@ def test_a_picture_counts_as_its_parts(tiny):
         Row("unet", "float32", 64, 2),
         Row("vae-encode", "float32", 64),
         Row("vae-decode", "float32", 64),
-        Row("image", "float32", 64, batch=2, steps=3),
-        Row("train", "float32", 64),
+        pytest.param(Row("image", "float32", 64, batch=2, steps=3), marks=pytest.mark.slow),
+        pytest.param(Row("train", "float32", 64), marks=pytest.mark.slow),
     ],
     ids=lambda row: row.key,
 )
@@ -393,6 +396,7 @@ def test_memory_is_promised_only_once(monkeypatch):
     room.take(2_000_000_000, "a third")
 
 
+@pytest.mark.slow
 def test_who_does_not_fit_is_left_out_and_the_others_run(studio, monkeypatch):
     monkeypatch.setattr(contestants, "free_memory", lambda device: Room.SPARE)
     found = run_row(studio, Row("unet", "float32", 64), ["ldm", "diffusers-best"], ONCE)
@@ -403,6 +407,7 @@ def test_who_does_not_fit_is_left_out_and_the_others_run(studio, monkeypatch):
 # --- whole processes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_file_of_the_weights_loads_and_paints_alike_in_both_libraries(studio, tmp_path, monkeypatch):
     """What the fresh processes do, done in this one."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
@@ -457,6 +462,7 @@ def quick(monkeypatch, tmp_path):
     return run, path
 
 
+@pytest.mark.slow
 def test_a_run_saves_each_row_and_a_second_does_what_is_missing(quick, capsys):
     run, path = quick
     before = run("--rows", "clip/b1/*", "--contestants", "ldm")

@@ -108,6 +108,7 @@ def test_shapes_that_nobody_saw_are_measured_by_the_loop_s_own_bound(files, end)
         assert again[name] == pytest.approx(result[name], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_optimizing_changes_the_rounding_alone(files, end):
     words = ["--model_path", files["labelled"], *WORDS, "--shapes", 2, "--skip_plot", "--outdir", "o"]
     assert end(*words)[0] == 0 and end(*words, "--optimize")[0] == 0

@@ -135,14 +135,16 @@ def test_samples_are_the_chain_s_own_and_the_batch_size_changes_nothing(files, e
 @pytest.mark.parametrize(
     ("words", "loop", "options"),
     [
-        ("-c 4", "ddim_sample_loop", {"respacing": "ddim4"}),
+        pytest.param("-c 4", "ddim_sample_loop", {"respacing": "ddim4"}, marks=pytest.mark.slow),
         (
             "--use_ddim true --timestep_respacing ddim4 --eta 0.5",
             "ddim_sample_loop",
             {"respacing": "ddim4", "eta": 0.5},
         ),
         ("--timestep_respacing 2,3", "p_sample_loop", {"respacing": "2,3"}),
-        ("-v --clip_denoised False", "p_sample_loop", {"clip_denoised": False}),
+        pytest.param(
+            "-v --clip_denoised False", "p_sample_loop", {"clip_denoised": False}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_steps_are_those_that_the_options_name(files, end, words, loop, options):

@@ -18,6 +18,7 @@ def test_nearness_is_the_spread_over_the_difference(error, decibels):
     assert knobs.nearness(full, full) == float("inf")
 
 
+@pytest.mark.slow
 def test_the_table_of_a_tiny_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(knobs, "STEPS", 5)
     monkeypatch.setattr(quality, "REFERENCE", 12)

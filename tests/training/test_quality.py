@@ -130,6 +130,7 @@ def test_results_of_another_kind_are_not_mixed(tiny, tmp_path):
         quality.main([*tiny, "--prompts", "4", *row])
 
 
+@pytest.mark.slow
 def test_results_of_another_precision_are_not_mixed(tiny, tmp_path):
     results = tmp_path / "r.json"
     rest = ["--rows", "ddim-0/5/*/seen", "--prompts", "3", "--results", str(results), "--guidance", "3"]
@@ -142,6 +143,7 @@ def test_results_of_another_precision_are_not_mixed(tiny, tmp_path):
         quality.main([*tiny, *rest])
 
 
+@pytest.mark.slow
 def test_results_of_other_knobs_are_not_mixed(tiny, tmp_path):
     results = tmp_path / "r.json"
     rest = ["--rows", "ddim-0/5/*/seen", "--prompts", "3", "--results", str(results)]

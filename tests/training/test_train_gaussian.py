@@ -59,7 +59,7 @@ def pixels(max_steps=6, **params):
             batch_size=4,
             train={"target": "ldm.training.data.Shapes", "params": {"image_size": 16, "label": "shape"}},
         ),
-        "training": {"checkpoint_every": 2, "validate_every": 100, "curve_every": 0},
+        "training": {"checkpoint_every": 2, "validate_every": 100, "curve_every": 0, "image_steps": 2},
         "lightning": {
             "trainer": {"max_steps": max_steps, "accelerator": "cpu", "accumulate_grad_batches": 2}
         },
