@@ -123,7 +123,7 @@ class RunLog(AfterSteps):
             each = (now - self._printed) / max(1, module.step - self._printed_step)
             shown = " ".join(
                 f"{name.removeprefix('train/')} {module.figures[name]:.4g}"
-                for name in ("train/loss", "train/rec_loss", "train/loss_1", "grad_norm", "lr")
+                for name in ("train/loss", "train/rec_loss", "train/loss_1", "grad_norm", "loss_scale", "lr")
                 if name in module.figures
             )
             left = spelled((self.total - module.step) * each)
@@ -355,6 +355,7 @@ class Checkpoints(AfterSteps):
             "format": FORMAT,
             "guard": state.pop("guard"),
             "moments": state.pop("moments"),
+            "loss_scale": state.pop("loss_scale"),
             **self.run,
         }
         for attempt in range(SAVE_ATTEMPTS):

@@ -77,6 +77,49 @@ class NonFiniteGuard:
         self.total, self.row, self.recent = state["total"], state["row"], list(state["recent"])
 
 
+class LossScale:
+    """The factor on the loss that keeps float16 gradients within float16's range (arXiv:1710.03740, section 3.2).
+
+    It halves where gradients overflow and doubles after a long run of steps where they did not, with GradScaler's
+    numbers. GradScaler itself decides for each optimizer and each process alone; here all of them step or none, and a
+    loss that is not finite, which no scale can mend, leaves the scale as it is.
+
+    Attributes:
+        scale: a power of two, so that it changes no gradient's digits.
+        sound: steps since it last changed.
+    """
+
+    START, DOUBLE_AFTER, LEAST = 2.0**16, 2000, 1.0
+
+    def __init__(self):
+        self.scale, self.sound = self.START, 0
+
+    def record(self, step: int, is_finite: bool) -> None:
+        """Note whether the gradients of step `step` were finite.
+
+        Raises:
+            NumericError: they were not, however small the scale.
+        """
+        self.sound += 1
+        if not is_finite:
+            self.scale, self.sound = self.scale / 2, 0
+            logger.info("step %d: gradients overflow; step skipped, loss scale %g", step, self.scale)
+        elif self.sound >= self.DOUBLE_AFTER:
+            self.scale, self.sound = min(self.scale * 2, 2.0**32), 0
+        if self.scale < self.LEAST:
+            raise NumericError(
+                f"training stopped at step {step}: gradients overflow float16 at every loss scale down to "
+                f"{self.LEAST:g}; the last good checkpoint is kept; lower the learning rate, or use precision: "
+                "32-true (bf16-mixed where the card has it)"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scale": self.scale, "sound": self.sound}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scale, self.sound = state["scale"], state["sound"]
+
+
 class TrainingModule(pl.LightningModule):
     """Takes optimizer steps of an objective.
 
@@ -86,6 +129,7 @@ class TrainingModule(pl.LightningModule):
         seed: of all draws.
         accumulate: batches in one step.
         clip: bound of the gradient's norm, per optimizer; None for none.
+        scales_loss: whether gradients pass through float16 (precision 16-mixed).
 
     Attributes:
         step: optimizer steps done (skipped ones count).
@@ -102,6 +146,7 @@ class TrainingModule(pl.LightningModule):
         seed: int,
         accumulate: int = 1,
         clip: float | None = None,
+        scales_loss: bool = False,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -109,6 +154,7 @@ class TrainingModule(pl.LightningModule):
         self.objective, self.made, self.schedulers = objective, optimizers, schedulers
         self.seed, self.accumulate, self.clip = seed, accumulate, clip
         self.guard = NonFiniteGuard()
+        self.loss_scale = LossScale() if scales_loss else None
         self.step, self.has_stepped = 0, False
         self.figures: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
@@ -136,7 +182,8 @@ class TrainingModule(pl.LightningModule):
         for index in range(len(self.made)):
             with self._only(index):
                 loss, figures = self.objective.loss(outputs, index, self.step)
-                self.manual_backward(loss / self.accumulate)
+                scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+                self.manual_backward(loss.float() * scale / self.accumulate)
             figures["train/loss" if index == 0 else f"train/loss_{index}"] = loss.detach()
             for name, value in figures.items():
                 self._sums[name] = self._sums.get(name, 0) + value.detach().float() / self.accumulate
@@ -152,12 +199,18 @@ class TrainingModule(pl.LightningModule):
         self._sums = {}
         for parameters in self._trained:
             self._average_gradients(parameters)
+        if self.loss_scale is not None:
+            self.figures["loss_scale"] = self.loss_scale.scale
+            for parameters in self._trained:
+                for gradient in (p.grad for p in parameters if p.grad is not None):
+                    gradient.mul_(1 / self.loss_scale.scale)
         norms = [self._norm(parameters) for parameters in self._trained]
         self.figures["lr"] = self.made[0].param_groups[0]["lr"]
         self.figures["grad_norm"] = norms[0]
         # The losses count as well as the gradients: a loss can be infinite where its gradient is not.
         losses = [value for name, value in self.figures.items() if name.startswith("train/")]
-        is_finite = all(map(math.isfinite, norms + losses))
+        has_losses = all(map(math.isfinite, losses))
+        is_finite = has_losses and all(map(math.isfinite, norms))
         if is_finite:
             for parameters, norm in zip(self._trained, norms, strict=True):
                 if self.clip is not None and norm > self.clip:
@@ -172,6 +225,10 @@ class TrainingModule(pl.LightningModule):
         if is_finite:
             self.objective.after_step()
         self.step += 1
+        if self.loss_scale is not None and has_losses:
+            self.loss_scale.record(self.step - 1, is_finite)
+            if not is_finite:  # the scale's doing, and no fault of the run's
+                return
         self.guard.record(self.step - 1, is_finite)
 
     @contextmanager
@@ -226,6 +283,7 @@ class TrainingModule(pl.LightningModule):
             "global_step": self.step,
             "guard": self.guard.state_dict(),
             "moments": [len(optimizer.state) for optimizer in self.made],
+            "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -291,6 +349,9 @@ class TrainingModule(pl.LightningModule):
             if scheduler is not None:
                 go_to_step(scheduler, saved_state)
         self.guard.load_state_dict(guard)
+        scale = state["run"].get("loss_scale")
+        if self.loss_scale is not None and scale is not None:
+            self.loss_scale.load_state_dict(scale)
         self.step = step
 
 

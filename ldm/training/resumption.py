@@ -2,6 +2,7 @@
 
 import fnmatch
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,14 @@ def find_flaws(state: dict[str, Any]) -> list[str]:
     moments = run.get("moments")
     if moments is not None and not (isinstance(moments, list) and all(map(is_count, moments))):
         flaws.append("has a run.moments that is no list of counts")
+    scale = run.get("loss_scale")
+    if scale is not None and not (
+        isinstance(scale, dict)
+        and isinstance(scale.get("scale"), float)
+        and 0 < scale["scale"] < math.inf
+        and is_count(scale.get("sound"))
+    ):
+        flaws.append("has a run.loss_scale that is no scale and count")
     if not isinstance(run.get("options", {}), dict):
         flaws.append("has a run.options that is no mapping")
     for name, tensor in weights.items():
@@ -159,7 +168,8 @@ def check_moments(
         wanted = wanted_moments(optimizer, group)
         if wanted is None:
             continue
-        if wanted and has_stepped and not entries:
+        # A count of none is believed: float16 may have skipped every step so far.
+        if wanted and has_stepped and not entries and count != 0:
             raise MismatchError(
                 f"the checkpoint lacks all moments ({', '.join(wanted)}) in {where}; {advice}"
             )

@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from ldm.checkpoints import replacing
@@ -43,11 +44,15 @@ from ldm.training.options import (
 )
 from ldm.training.resumption import compare
 from ldm.util import get_obj_from_str, instantiate_from_config
-from ldm.values import RANGES, check, check_value
+from ldm.values import RANGES, check, check_value, shown
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {"32": "32-true", "32-true": "32-true", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
+PRECISIONS = {
+    "32-true": ("32-true", "32", "fp32"),
+    "bf16-mixed": ("bf16-mixed", "bf16"),
+    "16-mixed": ("16-mixed", "fp16-mixed", "16", "fp16"),
+}
 MAX_LEARNING_RATE = 10.0  # beyond this a rate is a slip of the pen
 TORCH_OPTIMIZERS = tuple(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "RAdam", "NAdam"))
 
@@ -71,6 +76,19 @@ def learning_rate(
             "model.base_learning_rate, and mind that --scale_lr multiplies it"
         )
     return rate, f"learning rate {how}"
+
+
+def chosen_precision(given: str | int) -> str:
+    """Return Lightning's name of a precision.
+
+    Raises:
+        UsageError: it is none of those that can be trained in.
+    """
+    for name, spellings in PRECISIONS.items():
+        if str(given) in spellings:
+            return name
+    known = ", ".join("/".join(map(repr, spellings)) for spellings in PRECISIONS.values())
+    raise UsageError(f"lightning.trainer.precision should be one of {known}; got {shown(given)}")
 
 
 def build_optimizers(model: nn.Module, rate: float, training: dict[str, Any]) -> tuple[list, list]:
@@ -206,12 +224,8 @@ class Run:
         self.max_steps = self.settings["max_steps"]
         base = config.model.get("base_learning_rate", 4.5e-6) if hasattr(config.model, "keys") else 0
         base = check_value(base, float, "model.base_learning_rate", RANGES["base_learning_rate"])
-        precision = PRECISIONS.get(str(self.settings["precision"]))
-        if precision is None:
-            raise UsageError(
-                f"lightning.trainer.precision should be '32-true' or 'bf16-mixed', got {self.settings['precision']!r}"
-            )
-        self.precision = precision
+        # Under one name, so that a run that goes on with another spelling has changed nothing.
+        self.precision = self.settings["precision"] = chosen_precision(self.settings["precision"])
         self.accumulate = self.settings["accumulate_grad_batches"]
         self.world = self.settings["devices"] * self.settings["num_nodes"]
         # The same first weights on every process and in every run of this seed.
@@ -384,6 +398,7 @@ class Run:
             seed=self.options.seed,
             accumulate=self.accumulate,
             clip=self.settings["gradient_clip_val"],
+            scales_loss=self.precision == "16-mixed",
         )
         options = self.lasting_options(optimizers)
         found = self._state(folder)
@@ -518,12 +533,17 @@ class Run:
                 ) from error
 
     def _make_trainer(self, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
-        return pl.Trainer(
+        half = None
+        if self.precision == "16-mixed":  # named alone, Lightning takes bfloat16 instead on a CPU
+            half = MixedPrecision("16-mixed", "cpu")
+            half.scaler = None  # the module has its own
+        trainer = pl.Trainer(
             accelerator=self.settings["accelerator"],
             devices=self.settings["devices"],
             num_nodes=self.settings["num_nodes"],
             strategy=GradientAverage() if self.world > 1 else "auto",
-            precision=self.precision,
+            precision=None if half else self.precision,
+            plugins=half,
             max_epochs=1,  # the loader holds exactly what is left of the run
             callbacks=callbacks,
             logger=False,
@@ -534,6 +554,9 @@ class Run:
             use_distributed_sampler=False,  # Lightning's would shuffle; the stream shares the batch itself
             default_root_dir=folder,
         )
+        if half:
+            half.device = trainer.strategy.root_device.type
+        return trainer
 
     def _write_config(self, folder: Path) -> None:
         from omegaconf import OmegaConf

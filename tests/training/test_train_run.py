@@ -744,7 +744,12 @@ def changed(path, value):
             "max_steps should be a whole number from 1 to .* got 0",
         ),
         ("lightning.trainer.max_steps", None, UsageError, "got None"),
-        ("lightning.trainer.precision", "16-mixed", UsageError, "'32-true' or 'bf16-mixed', got '16-mixed'"),
+        (
+            "lightning.trainer.precision",
+            "64",
+            UsageError,
+            "'32-true'/.*'bf16-mixed'/.*'16-mixed'/.* got '64'",
+        ),
         ("lightning.trainer.accumulate_grad_batches", 0, UsageError, "batches should be a whole .* got 0"),
         ("lightning.trainer.max_epoch", 3, UsageError, "'lightning.trainer' has no option 'max_epoch'"),
         (

@@ -103,8 +103,8 @@ class PixelDiffusion(nn.Module):
         self.flags = {**model_and_diffusion_defaults(), **flags}
         if self.flags["use_fp16"]:
             raise UsageError(
-                "use_fp16 is for sampling; weights are trained in float32, and computed with in bfloat16 by "
-                "lightning.trainer.precision: bf16-mixed"
+                "use_fp16 is for sampling; weights are trained in float32, and computed with in half precision by "
+                "lightning.trainer.precision: bf16-mixed or 16-mixed"
             )
         if not math.isfinite(weight_decay) or weight_decay < 0:
             raise UsageError(f"weight_decay should be at least 0, got {weight_decay}")
