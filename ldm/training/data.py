@@ -261,6 +261,8 @@ def is_of_a_lost_loader(error: Exception) -> bool:
     message = str(error)
     if isinstance(error, RuntimeError):
         return message.startswith("DataLoader worker (pid")
+    if not isinstance(error, ConnectionError | EOFError):
+        return False
     modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
     # what a source raised in its process comes through the loader too, and says where it was caught
     return torch.utils.data.dataloader.__name__ in modules and not message.startswith("Caught ")

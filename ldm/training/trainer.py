@@ -21,7 +21,7 @@ from torch import nn
 
 from ldm.checkpoints import replacing
 from ldm.configs import first_line
-from ldm.errors import FormatError, LdmError, MismatchError, ResourceError, UsageError
+from ldm.errors import FormatError, LdmError, MismatchError, ResourceError, UsageError, is_out_of_memory
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.models.diffusion.pixel_diffusion import PixelDiffusion
@@ -43,6 +43,7 @@ from ldm.training.options import (
     training_options,
 )
 from ldm.training.resumption import compare
+from ldm.training.room import check_fits, training_device
 from ldm.util import get_obj_from_str, instantiate_from_config
 from ldm.values import RANGES, check, check_value, shown
 
@@ -310,7 +311,7 @@ class Run:
         Raises:
             NumericError: too many steps were not finite; the last good checkpoint is kept.
             OutputError: the run folder is in use, or cannot be written.
-            ResourceError: a loader worker died.
+            ResourceError: the model does not fit on the device, a step ran out of memory, or a loader worker died.
         """
         folder = self.options.folder
         with RunLock(folder) if is_first_process() else contextlib.nullcontext():
@@ -388,9 +389,10 @@ class Run:
 
     def _fit(self, folder: Path) -> int:
         objective = self._objective()
+        optimizers, schedulers = build_optimizers(self.model, self.rate, self.training)
+        check_fits(self.model, optimizers, training_device(self.settings["accelerator"]))
         if self.data.cache_latents:
             self._cache_latents(folder)
-        optimizers, schedulers = build_optimizers(self.model, self.rate, self.training)
         module = TrainingModule(
             objective,
             optimizers,
@@ -438,7 +440,13 @@ class Run:
             try:
                 with quiet():
                     trainer.fit(module, datamodule=self.data)
-            except (RuntimeError, ConnectionError, EOFError) as error:
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise ResourceError(
+                        f"out of memory in step {module.step + 1} ({first_line(error):.120}); set a smaller "
+                        "data.params.batch_size, with lightning.trainer.accumulate_grad_batches to make up for it, "
+                        "lightning.trainer.precision=bf16-mixed (16-mixed before Ampere), or smaller pictures"
+                    ) from error
                 if not is_of_a_lost_loader(error):
                     raise
                 checkpoints.save(trainer, module)
