@@ -3,11 +3,13 @@
 None of it changes a run: every batch draws its random numbers afresh from the seed and its number.
 """
 
+import contextlib
 import json
 import logging
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -313,14 +315,30 @@ class Checkpoints(AfterSteps):
         self.stopped_by: int | None = None
         self._saved_step = -1
         self._is_asked_to_save = False
-        self._before: dict[int, Any] = {}
+        self._wishes = {signal.SIGINT: self._ask_to_stop, signal.SIGTERM: self._ask_to_stop}
+        if hasattr(signal, "SIGUSR1"):
+            self._wishes[signal.SIGUSR1] = self._ask_to_save
+
+    @contextlib.contextmanager
+    def minding_signals(self) -> Iterator[None]:
+        """Take signals for wishes, from before the trainer starts until after the last save.
+
+        Lightning itself would end the process with code 1 at a Ctrl-C before the first batch or after the last.
+        """
+        before = {number: signal.getsignal(number) for number in self._wishes}
+        self._mind_signals()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _mind_signals(self) -> None:
+        for number, wish in self._wishes.items():
+            signal.signal(number, wish)
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        # Now, and not earlier, because Lightning has just installed its own handler for SIGTERM.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._ask_to_stop)
-        if hasattr(signal, "SIGUSR1"):
-            self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._ask_to_save)
+        self._mind_signals()  # once more, because Lightning has just put a handler of its own before ours
 
     def _ask_to_save(self, number: int, frame: Any) -> None:
         self._is_asked_to_save = True
@@ -370,12 +388,3 @@ class Checkpoints(AfterSteps):
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
         self.save(trainer, module)
-        self.restore_signals()
-
-    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
-        self.restore_signals()
-
-    def restore_signals(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}

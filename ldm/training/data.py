@@ -7,6 +7,7 @@ that CompVis's configurations name (`main.DataModuleFromConfig`).
 
 import contextlib
 import logging
+import signal
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -213,7 +214,22 @@ class Stream(Dataset):
             batch_size=None,  # an item is a batch already
             num_workers=num_workers,
             persistent_workers=False,
+            worker_init_fn=outlive_signals if num_workers else None,
         )
+
+
+def outlive_signals(worker: int) -> None:
+    """Let a loader process go on when a terminal sends Ctrl-C, or a system SIGTERM, to the whole group of processes.
+
+    The run still needs its batches to finish the step and save. A second SIGTERM ends it, so that the run itself can
+    end one that hangs: torch and multiprocessing send one each. Where the run is gone, torch notices.
+    """
+
+    def wait_for_another(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, wait_for_another)
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,7 @@ class TrainingModule(pl.LightningModule):
     Attributes:
         step: optimizer steps done (skipped ones count).
         has_stepped: whether the batch just trained on ended a step.
+        is_amid_step: whether weights and averages are being changed: not a state to save.
         figures: of the last step: name to number, averaged over its batches and processes.
     """
 
@@ -155,7 +156,7 @@ class TrainingModule(pl.LightningModule):
         self.seed, self.accumulate, self.clip = seed, accumulate, clip
         self.guard = NonFiniteGuard()
         self.loss_scale = LossScale() if scales_loss else None
-        self.step, self.has_stepped = 0, False
+        self.step, self.has_stepped, self.is_amid_step = 0, False, False
         self.figures: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
         self._trained = [[p for group in o.param_groups for p in group["params"]] for o in optimizers]
@@ -211,6 +212,7 @@ class TrainingModule(pl.LightningModule):
         losses = [value for name, value in self.figures.items() if name.startswith("train/")]
         has_losses = all(map(math.isfinite, losses))
         is_finite = has_losses and all(map(math.isfinite, norms))
+        self.is_amid_step = True
         if is_finite:
             for parameters, norm in zip(self._trained, norms, strict=True):
                 if self.clip is not None and norm > self.clip:
@@ -225,6 +227,7 @@ class TrainingModule(pl.LightningModule):
         if is_finite:
             self.objective.after_step()
         self.step += 1
+        self.is_amid_step = False
         if self.loss_scale is not None and has_losses:
             self.loss_scale.record(self.step - 1, is_finite)
             if not is_finite:  # the scale's doing, and no fault of the run's

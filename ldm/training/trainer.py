@@ -17,6 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from ldm.checkpoints import replacing
@@ -437,23 +438,8 @@ class Run:
             say(f"nothing is left to do: step {module.step} of {self.max_steps} is done")
         else:
             trainer = self._trainer(folder, [*self._observers(folder), checkpoints])
-            try:
-                with quiet():
-                    trainer.fit(module, datamodule=self.data)
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise ResourceError(
-                        f"out of memory in step {module.step + 1} ({first_line(error):.120}); set a smaller "
-                        "data.params.batch_size, with lightning.trainer.accumulate_grad_batches to make up for it, "
-                        "lightning.trainer.precision=bf16-mixed (16-mixed before Ampere), or smaller pictures"
-                    ) from error
-                if not is_of_a_lost_loader(error):
-                    raise
-                checkpoints.save(trainer, module)
-                raise ResourceError(
-                    f"a loader process died at step {module.step} ({str(error).splitlines()[0]}); the run is saved: "
-                    "free memory or room in /dev/shm, or set data.params.num_workers=0, and --resume"
-                ) from error
+            with checkpoints.minding_signals(), quiet():
+                self._train(trainer, module, checkpoints)
         self.module = module
         if is_first_process() and module.step >= self.max_steps:
             export_run(folder, folder / "weights.safetensors", dtype=torch.float32)
@@ -463,6 +449,31 @@ class Run:
                 export_run(folder, path, dtype=torch.float32, ema_rate=rate)
                 say(f"weights averaged at rate {rate!r} are in {path}")
         return 0 if checkpoints.stopped_by is None else 128 + checkpoints.stopped_by
+
+    def _train(self, trainer: pl.Trainer, module: TrainingModule, checkpoints: Checkpoints) -> None:
+        try:
+            trainer.fit(module, datamodule=self.data)
+        except SIGTERMException:  # of a handler of Lightning's own, which stands for a moment before ours
+            checkpoints.save(trainer, module)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise ResourceError(
+                    f"out of memory in step {module.step + 1} ({first_line(error):.120}); set a smaller "
+                    "data.params.batch_size, with lightning.trainer.accumulate_grad_batches to make up for it, "
+                    "lightning.trainer.precision=bf16-mixed (16-mixed before Ampere), or smaller pictures"
+                ) from error
+            if not is_of_a_lost_loader(error):
+                raise
+            kept = "its last checkpoint is kept"
+            if not module.is_amid_step:  # torch's handler of a lost process raises wherever this one is
+                checkpoints.save(trainer, module)
+                kept = "the run is saved"
+            if checkpoints.stopped_by is not None:  # whatever stopped this process ended that one, too
+                return
+            raise ResourceError(
+                f"a loader process died at step {module.step} ({str(error).splitlines()[0]}); {kept}: "
+                "free memory or room in /dev/shm, or set data.params.num_workers=0, and --resume"
+            ) from error
 
     def _check(self, state: dict[str, Any], path: Path) -> None:
         run = state["run"]
