@@ -63,10 +63,14 @@ def peak_memory(device: torch.device) -> str:
     return f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
 
 
+BAR = "step {n_fmt}/{total_fmt} |{bar:20}| {rate_inv_fmt}, {remaining} left{postfix}"
+
+
 class RunLog(AfterSteps):
     """Writes every step's figures to metrics.jsonl as they come, a line now and then to the console, and a curve.
 
-    The first and the third step have a line of their own, so that what a run will take is soon known.
+    A terminal has a bar instead of the lines. Elsewhere the first and the third step have a line of their own, so that
+    what a run will take is soon known.
 
     Args:
         folder: of the run.
@@ -80,6 +84,7 @@ class RunLog(AfterSteps):
         self.total, self.print_every, self.curve_every = total, print_every, curve_every
         self._file = None
         self._bar = None
+        self._redirected = contextlib.ExitStack()
         self._printed, self._printed_step = 0.0, 0
         self._early: set[int] = set()
 
@@ -92,8 +97,17 @@ class RunLog(AfterSteps):
         self._early = {module.step + 1, module.step + 3}
         if sys.stderr.isatty():
             from tqdm import tqdm
+            from tqdm.contrib.logging import logging_redirect_tqdm
 
-            self._bar = tqdm(total=self.total, initial=module.step, unit="step", mininterval=0.5)
+            self._bar = tqdm(
+                total=self.total,
+                initial=module.step,
+                unit="step",
+                bar_format=BAR,
+                dynamic_ncols=True,
+                mininterval=0.5,
+            )
+            self._redirected.enter_context(logging_redirect_tqdm([logging.getLogger("ldm")]))
 
     def drop_after(self, step: int) -> None:
         """Remove the lines of steps that a resumed run will do again, and a line cut short."""
@@ -119,24 +133,36 @@ class RunLog(AfterSteps):
             return
         self.write(module.step - 1, module.figures)
         if self._bar is not None:
+            loss = module.figures["train/loss"]
+            self._bar.set_postfix_str(f"loss {loss:.4g}, {peak_memory(module.device)}", refresh=False)
             self._bar.update(1)
-        now = time.monotonic()
-        if now - self._printed >= self.print_every or module.step in self._early:
-            each = (now - self._printed) / max(1, module.step - self._printed_step)
-            shown = " ".join(
-                f"{name.removeprefix('train/')} {module.figures[name]:.4g}"
-                for name in ("train/loss", "train/rec_loss", "train/loss_1", "grad_norm", "loss_scale", "lr")
-                if name in module.figures
-            )
-            left = spelled((self.total - module.step) * each)
-            cost = f"{each:.3f} s/step, {left} left, {peak_memory(module.device)}"
-            if self._bar is not None:
-                self._bar.set_postfix_str(shown, refresh=False)
-            else:
-                print(f"step {module.step}/{self.total} {shown} {cost}", flush=True)
-            self._printed, self._printed_step = now, module.step
+        else:
+            self._print(module)
         if self.curve_every and module.step % self.curve_every == 0:
             self.draw()
+
+    def _print(self, module: Any) -> None:
+        """Print a line where one is due."""
+        now = time.monotonic()
+        if now - self._printed < self.print_every and module.step not in self._early:
+            return
+        each = (now - self._printed) / max(1, module.step - self._printed_step)
+        shown = " ".join(
+            f"{name.removeprefix('train/')} {module.figures[name]:.4g}"
+            for name in ("train/loss", "train/rec_loss", "train/loss_1", "grad_norm", "loss_scale", "lr")
+            if name in module.figures
+        )
+        left = spelled((self.total - module.step) * each)
+        cost = f"{each:.3f} s/step, {left} left, {peak_memory(module.device)}"
+        print(f"step {module.step}/{self.total} {shown} {cost}", flush=True)
+        self._printed, self._printed_step = now, module.step
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
         if self._file is not None and self.curve_every:
@@ -152,6 +178,8 @@ class RunLog(AfterSteps):
             self._file = None
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
+        self._redirected.close()
 
     def draw(self) -> None:
         """Draw the figures over the steps as loss.png, each with its running mean."""
@@ -222,7 +250,7 @@ class Validation(AfterSteps):
                 sums[name] = sums.get(name, 0.0) + value / self.batches
         module.train()
         self.run_log.write(module.step - 1, sums)
-        print(f"step {module.step} " + " ".join(f"{k} {v:.4f}" for k, v in sums.items()), flush=True)
+        self.run_log.say(f"step {module.step} " + " ".join(f"{k} {v:.4f}" for k, v in sums.items()))
 
 
 class ImageLogger(AfterSteps):
