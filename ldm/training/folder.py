@@ -20,6 +20,7 @@ from ldm.errors import AbsentError, FormatError, LdmError, UnsafeFileError, Usag
 from ldm.images import MORE_FORMATS, open_image, to_rgb
 from ldm.training.data import Item
 from ldm.training.listing import SUFFIXES, class_name, list_folder
+from ldm.training.masks import draw_mask
 from ldm.values import shown
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ class ImageFolder(Dataset):
 
     Captions come from `metadata.jsonl` (a line {"file_name": ..., "text": ...}; "caption" is understood as well) or
     `metadata.csv` (columns file_name and text) where there is one, else from `<picture>.txt`. An item is
-    {"image": (size, size, 3) float32 in [-1, 1], "caption", "txt"}, with a label also {"class_label", "human_label"}.
+    {"image": (size, size, 3) float32 in [-1, 1], "caption", "txt"}, with a label also {"class_label", "human_label"},
+    with masks also {"mask", "masked_image"}.
 
     Attributes:
         samples: (picture, caption) of each item.
@@ -50,6 +52,8 @@ class ImageFolder(Dataset):
         label: "folder" takes the name of each picture's folder for its class, "prefix" what stands before the first
             underscore of its own name.
         classes: all classes in the order of their numbers; None sorts the names that there are.
+        masks: give what inpainting models are shown as well: "mask" (size, size, 1), 1 where it is to be repainted,
+            drawn anew for each use as `masks.draw_mask` says, and "masked_image", the picture with 0 (gray) there.
 
     Raises:
         AbsentError: no folder, or no picture in it.
@@ -68,8 +72,9 @@ class ImageFolder(Dataset):
         caption: str | None = None,
         label: Literal["folder", "prefix"] | None = None,
         classes: Sequence[str] | None = None,
+        masks: bool = False,
     ):
-        self.folder = Path(folder)
+        self.folder, self.masks = Path(folder), masks
         self.image_size, self.random_crop, self.flip, self.label = image_size, random_crop, flip, label
         if image_size < 8:
             raise UsageError(f"image_size should be at least 8, got {image_size}")
@@ -232,6 +237,9 @@ class ImageFolder(Dataset):
             if self.classes is not None:
                 made["human_label"] = class_name(path, self.folder, self.label)
                 made["class_label"] = np.array(self.classes.index(made["human_label"]))
+            if self.masks:
+                made["mask"] = draw_mask(self.image_size, rng)[..., None]
+                made["masked_image"] = made["image"] * (1 - made["mask"])
             return made
         raise FormatError(f"no picture in '{self.folder}' can be read")
 

@@ -26,6 +26,7 @@ from ldm.errors import FormatError, LdmError, MismatchError, ResourceError, Usag
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.models.diffusion.pixel_diffusion import PixelDiffusion
+from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.training.callbacks import Checkpoints, ImageLogger, RunLog, Validation
 from ldm.training.checkpointing import RunLock, read_newest, read_state
 from ldm.training.data import DataModuleFromConfig, Stream, is_of_a_lost_loader
@@ -259,11 +260,16 @@ class Run:
         self.pictures = (
             source if isinstance(source, ImageFolder) else None
         )  # stays, where latents take its place
-        room = self.model.flags["num_classes"] if isinstance(self.model, PixelDiffusion) else None
+        room, option = None, "num_classes"
+        stage = getattr(self.model, "cond_stage_model", None)
+        if isinstance(self.model, PixelDiffusion):
+            room = self.model.flags["num_classes"]
+        elif isinstance(stage, ClassEmbedder):
+            room, option = stage.embedding.num_embeddings, "cond_stage_config.params.n_classes"
         classes = [] if self.pictures is None else self.pictures.classes or []
         if room is not None and len(classes) > room:
             raise MismatchError(
-                f"the folder has {len(classes)} classes, the model {room}; set model.params.num_classes={len(classes)}"
+                f"the folder has {len(classes)} classes, the model {room}; set model.params.{option}={len(classes)}"
             )
         for part, source in (("train", self.data.train_source), ("validation", self.data.validation_source)):
             if isinstance(source, ImageFolder):
@@ -349,12 +355,17 @@ class Run:
             f"model.target should be an AutoencoderKL or a diffusion model, got {type(self.model).__name__}"
         )
 
-    def _cache_latents(self, folder: Path) -> None:
+    def _cache_latents(self, folder: Path, objective: Any) -> None:
         """Replace the training pictures by their latents, if the data asks for it."""
         from omegaconf import OmegaConf
 
         if not isinstance(self.model, LatentDiffusion):
             raise MismatchError(f"cache_latents needs a LatentDiffusion, got {type(self.model).__name__}")
+        if not objective.draws_itself:
+            raise MismatchError(
+                "cache_latents keeps latents and captions, but this model has other conditions (cond_stage_key "
+                f"'{self.model.cond_stage_key}', {type(self.model).__name__}); set data.params.cache_latents: 0"
+            )
         is_bf16 = self.precision == "bf16-mixed"
         source = {**OmegaConf.to_container(self.options.config.data.params.train), "is_bf16": is_bf16}
         if self.pictures is not None:
@@ -393,7 +404,7 @@ class Run:
         optimizers, schedulers = build_optimizers(self.model, self.rate, self.training)
         check_fits(self.model, optimizers, training_device(self.settings["accelerator"]))
         if self.data.cache_latents:
-            self._cache_latents(folder)
+            self._cache_latents(folder, objective)
         module = TrainingModule(
             objective,
             optimizers,

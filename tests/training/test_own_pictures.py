@@ -261,6 +261,8 @@ def of_command(files, words, folder):
     config = merge_configs([CHECKOUT / name for name in files.split()], words)
     params = config.model.params
     params.pop("ckpt_path", None)
+    if "finetune_keys" in params:
+        params.finetune_keys = None
     params.get("first_stage_config", {"params": {}})["params"].pop("ckpt_path", None)
     config.data.params.train.params.folder = str(folder)
     return config
@@ -280,8 +282,10 @@ def test_every_command_of_the_page_builds_its_model_and_data(tmp_path, files, wo
     assert batch[key].shape == (size, size, 3)
     if getattr(model, "cond_stage_key", None) == "caption":
         assert batch["caption"] == "a"
+    if "inpainting" in files:
+        assert all(key in batch for key in model.concat_keys)
     if "classes" in files:
-        assert int(batch[model.label_key]) == 0 and batch["human_label"] == "cat"
+        assert int(batch[getattr(model, "label_key", "class_label")]) == 0 and batch["human_label"] == "cat"
 
 
 def test_the_page_has_a_command_for_each_configuration():
