@@ -35,7 +35,7 @@ class ImageFolder(Dataset):
     Captions come from `metadata.jsonl` (a line {"file_name": ..., "text": ...}; "caption" is understood as well) or
     `metadata.csv` (columns file_name and text) where there is one, else from `<picture>.txt`. An item is
     {"image": (size, size, 3) float32 in [-1, 1], "caption", "txt"}, with a label also {"class_label", "human_label"},
-    with masks also {"mask", "masked_image"}.
+    with masks also {"mask", "masked_image"}, with low_resolution also {"LR_image"}.
 
     Attributes:
         samples: (picture, caption) of each item.
@@ -54,6 +54,7 @@ class ImageFolder(Dataset):
         classes: all classes in the order of their numbers; None sorts the names that there are.
         masks: give what inpainting models are shown as well: "mask" (size, size, 1), 1 where it is to be repainted,
             drawn anew for each use as `masks.draw_mask` says, and "masked_image", the picture with 0 (gray) there.
+        low_resolution: give "LR_image" as well, the picture with so many pixels a side, by means over squares.
 
     Raises:
         AbsentError: no folder, or no picture in it.
@@ -73,11 +74,17 @@ class ImageFolder(Dataset):
         label: Literal["folder", "prefix"] | None = None,
         classes: Sequence[str] | None = None,
         masks: bool = False,
+        low_resolution: int | None = None,
     ):
         self.folder, self.masks = Path(folder), masks
+        self.low_resolution = low_resolution
         self.image_size, self.random_crop, self.flip, self.label = image_size, random_crop, flip, label
         if image_size < 8:
             raise UsageError(f"image_size should be at least 8, got {image_size}")
+        if low_resolution is not None and (low_resolution < 1 or image_size % low_resolution):
+            raise UsageError(
+                f"low_resolution should divide image_size ({image_size}), or be left out; got {low_resolution}"
+            )
         if label not in (None, "folder", "prefix"):
             raise UsageError(f"label should be 'folder' or 'prefix', or left out; got {shown(label)}")
         if classes is not None and label is None:
@@ -240,6 +247,10 @@ class ImageFolder(Dataset):
             if self.masks:
                 made["mask"] = draw_mask(self.image_size, rng)[..., None]
                 made["masked_image"] = made["image"] * (1 - made["mask"])
+            if self.low_resolution is not None:
+                size = self.low_resolution
+                squares = made["image"].reshape(size, self.image_size // size, size, -1, 3)
+                made["LR_image"] = squares.mean(axis=(1, 3))
             return made
         raise FormatError(f"no picture in '{self.folder}' can be read")
 

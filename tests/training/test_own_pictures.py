@@ -282,6 +282,9 @@ def test_every_command_of_the_page_builds_its_model_and_data(tmp_path, files, wo
     assert batch[key].shape == (size, size, 3)
     if getattr(model, "cond_stage_key", None) == "caption":
         assert batch["caption"] == "a"
+    if "superresolution" in files:
+        side = model.image_size
+        assert batch[model.cond_stage_key].shape == (side, side, 3)
     if "inpainting" in files:
         assert all(key in batch for key in model.concat_keys)
     if "classes" in files:

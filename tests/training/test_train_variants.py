@@ -8,7 +8,7 @@ from tiny_training import DDCONFIG, figures, run
 
 from ldm import StableDiffusion
 from ldm.checkpoints import read_tensors
-from ldm.errors import MismatchError
+from ldm.errors import MismatchError, UsageError
 from ldm.paths import CHECKOUT
 from ldm.training.folder import ImageFolder
 from ldm.training.masks import draw_mask
@@ -21,7 +21,8 @@ def folder(tmp_path):
     for number, name in enumerate(("cat", "cat", "dog", "dog", "dog")):
         path = tmp_path / "in" / name / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 50), (50 * number + 20, 9, 200)).save(path)
+        pixels = np.random.default_rng(number).integers(0, 256, (50, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
         path.with_suffix(".txt").write_text("a red circle")
     return tmp_path / "in"
 
@@ -50,6 +51,17 @@ def test_a_masked_picture_is_the_picture_where_nothing_is_to_be_repainted(folder
     assert "mask" not in plain.item(1, rng(3), 0)
 
 
+def test_a_small_picture_is_the_means_of_the_large_one(folder):
+    made = ImageFolder(folder, image_size=24, low_resolution=6).item(1, np.random.default_rng(3), 0)
+    assert made["LR_image"].shape == (6, 6, 3) and made["LR_image"].dtype == np.float32
+    np.testing.assert_allclose(
+        made["LR_image"][2, 5], made["image"][8:12, 20:24].mean(axis=(0, 1)), atol=1e-6
+    )
+    for size in (0, 7, 25, -1):
+        with pytest.raises(UsageError, match=f"low_resolution should .*got {size}"):
+            ImageFolder(folder, image_size=24, low_resolution=size)
+
+
 def small(files, words, folder):
     """What ships, with networks of a test's size, two steps, and a grid after the second."""
     config = merge_configs([CHECKOUT / "configs" / f"{name}.yaml" for name in files], words)
@@ -67,6 +79,8 @@ def small(files, words, folder):
         params.cond_stage_config.params = {"version": "model_data/shapes/text", "max_length": 32}
     if "finetune_keys" in params:
         params.finetune_keys = None
+    if "low_resolution" in config.data.params.train.params:
+        config.data.params.train.params.low_resolution = 8
     config.data.params.batch_size = 2
     config.data.params.pop("validation", None)
     config.data.params.train.params.update(folder=str(folder), image_size=16)
@@ -78,13 +92,18 @@ def small(files, words, folder):
 
 VARIANTS = {
     "classes": (["shapes-diffusion", "own-pictures", "own-pictures-latent-classes"], "conditioning"),
+    "super-resolution": (
+        ["shapes-diffusion", "own-pictures", "own-pictures-superresolution"],
+        "conditioning",
+    ),
     "inpainting": (["v1-inpainting", "own-pictures", "own-pictures-inpainting"], "masked_image"),
     "box inpainting": (["own-pictures", "own-pictures-box-inpainting"], "masked_image"),
 }
 
 
 @pytest.mark.parametrize(
-    "name", ["classes", "box inpainting", pytest.param("inpainting", marks=pytest.mark.slow)]
+    "name",
+    ["classes", "super-resolution", "box inpainting", pytest.param("inpainting", marks=pytest.mark.slow)],
 )
 def test_a_variant_trains_and_shows_its_conditions(tmp_path, folder, name):
     files, shown = VARIANTS[name]
