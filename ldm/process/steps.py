@@ -1,8 +1,8 @@
 """One pure function per published update: from a level and a prediction to the next level.
 
-Levels are alpha_bar, the fraction of signal variance, as 0-d tensors; the steps of DDIM and DDPM also take
-(b,), one level per image. Best are 0-d float64 tensors on the CPU: factors are worked out in the levels'
-precision, multiply latents of any dtype on any device, and nothing waits for an accelerator.
+Levels are alpha_bar, the fraction of signal variance, as 0-d tensors, or (b,), one level per image. Best are 0-d
+float64 tensors on the CPU: factors are worked out in the levels' precision, multiply latents of any dtype on any
+device, and nothing waits for an accelerator.
 """
 
 from collections.abc import Sequence
@@ -162,12 +162,13 @@ def dpm_solver_step(
 ) -> Tensor:
     """Step by DPM-Solver, multistep: the exact linear part, noise extrapolated in log-SNR.
 
-    Eq. 3.7 of DPM-Solver (arXiv:2206.00927) and its multistep forms. The order is the number of predictions.
+    Eq. 3.7 of DPM-Solver (arXiv:2206.00927) and its multistep forms. The order is the number of predictions. Those
+    of a singlestep solver lie between here and the next level, to which the same formulas apply.
 
     Args:
         x_t: (b, ...) sample at alpha_bars[0].
-        eps: one to three noise predictions, newest first.
-        alpha_bars: their levels, newest first, each in (0, 1).
+        eps: one to three noise predictions, the one at x_t first, then older ones or ones from within the step.
+        alpha_bars: their levels, in the same order, each in (0, 1).
         alpha_bar_next: level stepped to, in (0, 1).
         solver_type: weight of the first difference at order 2: "midpoint" (half the value's, the original's
             "dpm_solver") or "taylor" (exact for noise linear in log-SNR).
@@ -178,13 +179,14 @@ def dpm_solver_step(
     first, second, h = _differences(eps, alpha_bars, alpha_bar_next, solver_type)
     phi_1 = h.expm1()
     phi_2 = phi_1 / h - 1
-    x_next = (alpha_bar_next / alpha_bars[0]).sqrt() * x_t - _sigma(alpha_bar_next) * phi_1 * eps[0]
+    noise = _sigma(alpha_bar_next)
+    x_next = _mix(x_t, eps[0], (alpha_bar_next / alpha_bars[0]).sqrt(), -noise * phi_1)
     if len(eps) == 2 and solver_type == "midpoint":
-        return x_next - 0.5 * _sigma(alpha_bar_next) * phi_1 * first
+        return x_next - _factor(0.5 * noise * phi_1, x_t) * first
     if len(eps) > 1:
-        x_next = x_next - _sigma(alpha_bar_next) * phi_2 * first
+        x_next = x_next - _factor(noise * phi_2, x_t) * first
     if len(eps) > 2:
-        x_next = x_next - _sigma(alpha_bar_next) * (phi_2 / h - 0.5) * second
+        x_next = x_next - _factor(noise * (phi_2 / h - 0.5), x_t) * second
     return x_next
 
 
@@ -202,8 +204,8 @@ def dpm_solver_pp_step(
 
     Args:
         x_t: (b, ...) sample at alpha_bars[0].
-        pred_x0: one to three predicted clean samples, newest first.
-        alpha_bars: their levels, newest first, each in (0, 1).
+        pred_x0: one to three predicted clean samples, in the order of `dpm_solver_step`'s eps.
+        alpha_bars: their levels, in the same order, each in (0, 1).
         alpha_bar_next: level stepped to, in (0, 1]; 1 (clean) only with a single prediction, which is then
             the answer.
         solver_type: as for `dpm_solver_step`.
@@ -213,30 +215,30 @@ def dpm_solver_pp_step(
             the step to the clean level.
     """
     first, second, h = _differences(pred_x0, alpha_bars, alpha_bar_next, solver_type)
-    if len(pred_x0) > 1 and alpha_bar_next == 1:
+    if len(pred_x0) > 1 and (alpha_bar_next == 1).any():
         raise ValueError(
             f"the step to the clean level (alpha_bar_next = 1) takes one prediction, got {len(pred_x0)}"
         )
     signal = alpha_bar_next.sqrt()
     phi_1 = (-h).expm1()
     phi_2 = phi_1 / h + 1
-    x_next = (_sigma(alpha_bar_next) / _sigma(alpha_bars[0])) * x_t - signal * phi_1 * pred_x0[0]
+    x_next = _mix(x_t, pred_x0[0], _sigma(alpha_bar_next) / _sigma(alpha_bars[0]), -signal * phi_1)
     if len(pred_x0) == 2 and solver_type == "midpoint":
-        return x_next - 0.5 * signal * phi_1 * first
+        return x_next - _factor(0.5 * signal * phi_1, x_t) * first
     if len(pred_x0) > 1:
-        x_next = x_next + signal * phi_2 * first
+        x_next = x_next + _factor(signal * phi_2, x_t) * first
     if len(pred_x0) > 2:
-        x_next = x_next - signal * (phi_2 / h - 0.5) * second
+        x_next = x_next - _factor(signal * (phi_2 / h - 0.5), x_t) * second
     return x_next
 
 
 def _factor(value: Tensor, like: Tensor) -> Tensor:
     """Shape (b,) factors to multiply (b, ...); a 0-d one multiplies any tensor on any device as it is."""
-    return value if value.dim() == 0 else value.reshape(-1, *(1 for _ in like.shape[1:])).to(like.dtype)
+    return value if value.dim() == 0 else value.reshape(-1, *(1 for _ in like.shape[1:])).to(like)
 
 
-def _mix(x0: Tensor, eps: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-    return _factor(signal, x0) * x0 + _factor(noise, x0) * eps
+def _mix(one: Tensor, other: Tensor, part: Tensor, other_part: Tensor) -> Tensor:
+    return _factor(part, one) * one + _factor(other_part, one) * other
 
 
 def _clean(x_t: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -273,10 +275,10 @@ def _differences(
     if len(outputs) == 1:
         return None, None, h
     r0 = (times[0] - times[1]) / h
-    newest = (outputs[0] - outputs[1]) / r0
+    newest = (outputs[0] - outputs[1]) / _factor(r0, outputs[0])
     if len(outputs) == 2:
         return newest, None, h
     r1 = (times[1] - times[2]) / h
-    older = (outputs[1] - outputs[2]) / r1
+    older = (outputs[1] - outputs[2]) / _factor(r1, outputs[0])
     bend = newest - older
-    return newest + r0 / (r0 + r1) * bend, 2 * bend / (r0 + r1), h
+    return newest + _factor(r0 / (r0 + r1), bend) * bend, 2 * bend / _factor(r0 + r1, bend), h

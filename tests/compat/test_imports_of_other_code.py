@@ -38,6 +38,8 @@ LINES = {
     "Stability, depth2img.py and inpainting.py": """
         from ldm.models.diffusion.ddpm import LatentDepth2ImageDiffusion, LatentInpaintDiffusion
         from ldm.models.diffusion.dpm_solver import DPMSolverSampler""",
+    "Stability and others, a dpm_solver/sampler.py of their own": """
+        from ldm.models.diffusion.dpm_solver.dpm_solver import NoiseScheduleVP, model_wrapper, DPM_Solver""",
     "Stability, ddim.py and plms.py": """
         from ldm.models.diffusion.sampling_util import norm_thresholding, spatial_norm_thresholding""",
     "Stability, ddpm.py": """

@@ -58,6 +58,8 @@ PRESENT = {
     "ldm.models.diffusion.plms": "PLMSSampler",
     "ldm.models.diffusion.sampling_util": "append_dims norm_thresholding spatial_norm_thresholding",
     "ldm.models.diffusion.dpm_solver": "DPMSolverSampler",
+    "ldm.models.diffusion.dpm_solver.dpm_solver": """
+        DPM_Solver NoiseScheduleVP expand_dims interpolate_fn model_wrapper""",
     "ldm.models.diffusion.dpm_solver.sampler": "DPMSolverSampler",
     "ldm.data.base": "Txt2ImgIterableBaseDataset",
     "ldm.data.imagenet": """
@@ -76,7 +78,6 @@ ABSENT = {
     # Where CompVis or its successors have it: why it is not here.
     "ldm.util.AdamWwithEMAandWings": "Stable Diffusion 2's optimizer; no configuration asks for it",
     "ldm.models.diffusion.classifier.NoisyLatentImageClassifier": "its references lead nowhere in the original",
-    "ldm.models.diffusion.dpm_solver.dpm_solver": REPLACED + ": DPMSolverSampler, samplers.DPMSolver",
     "ldm.modules.diffusionmodules.util.CheckpointFunction": REPLACED + ": it fails on frozen parameters",
     "ldm.modules.encoders.modules.CLIPEmbeddingNoiseAugmentation": "of unCLIP, whose pictures' half is not here",
     "ldm.modules.encoders.modules.FrozenCLIPT5Encoder": "no configuration that was published names it",

@@ -134,3 +134,33 @@ def test_ancestral_sampling_over_all_levels(x_T):
     torch.manual_seed(2)
     got = ours("ddpm", model, x_T, 40)
     agree(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("predict_x0", [True, False])
+def test_singlestep_dpm_solver(x_T, order, predict_x0):
+    """Their looks within a step are steps of their own, over whole levels; the last step goes elsewhere."""
+    from ldm.models.diffusion.dpm_solver.dpm_solver import DPM_Solver, NoiseScheduleVP, model_wrapper
+
+    model = Wavy()
+    ns = NoiseScheduleVP(alphas_cumprod=model.alphas_cumprod)
+    solver = DPM_Solver(model_wrapper(model.raw, ns), ns, predict_x0=predict_x0)
+    scheduler = diffusers.DPMSolverSinglestepScheduler(
+        **BETAS,
+        algorithm_type="dpmsolver++" if predict_x0 else "dpmsolver",
+        solver_order=order,
+        solver_type="heun",
+        lower_order_final=False,
+        final_sigmas_type="zero" if predict_x0 else "sigma_min",
+    )
+    samples, levels = theirs(scheduler, model, x_T, 4 * order)
+    times = (torch.tensor(levels, dtype=torch.float64) + 1) / 1000
+    x = x_T
+    for i in range(0, 3 * order, order):
+        clock = ns.marginal_lambda(times[i : i + order + 1])
+        shares = ((clock[1:-1] - clock[0]) / (clock[-1] - clock[0])).tolist()
+        r1, r2 = [*shares, None, None][:2]
+        s, t = times[i].expand(2), times[i + order].expand(2)
+        x = solver.singlestep_dpm_solver_update(x, s, t, order, solver_type="taylor", r1=r1, r2=r2)
+        want = samples[i + order - 1]
+        torch.testing.assert_close(x, want, rtol=0, atol=2e-5 * (1 + want.abs().max().item()))

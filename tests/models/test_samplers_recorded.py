@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.dpm_solver.dpm_solver import DPM_Solver, NoiseScheduleVP, model_wrapper
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.samplers import sample_steps
 
@@ -109,6 +110,24 @@ def test_the_same_chains_through_the_loop_itself(model, recorded, name):
         **{key: value for key, value in options.items() if key != "seed"},
     )
     close(last.x_t, recorded["sample." + name], rel=2e-5)
+
+
+@pytest.mark.parametrize("steps", [10, 20])
+def test_dpm_solver_put_together_as_compvis_does(model, recorded, steps):
+    schedule = NoiseScheduleVP("discrete", alphas_cumprod=model.alphas_cumprod)
+    model_fn = model_wrapper(
+        lambda x, t, c: model.apply_model(x, t, c),
+        schedule,
+        model_type="noise",
+        guidance_type="classifier-free",
+        condition=C,
+        unconditional_condition=UC,
+        guidance_scale=3.0,
+    )
+    solver = DPM_Solver(model_fn, schedule, predict_x0=True, thresholding=False)
+    options = {"skip_type": "time_uniform", "method": "multistep", "order": 2, "lower_order_final": True}
+    samples = solver.sample(X_T, steps=steps, **options)
+    close(samples, recorded[f"sample.dpm{steps}"], rel=2e-5)
 
 
 def test_img2img(model, recorded):
