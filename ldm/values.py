@@ -93,7 +93,7 @@ RANGES: dict[str, Range] = {
         ("reshuffle_patch_size", Range(1, 1 << 12)),
         ("spacial_dim", Range(1, 1 << 12)),
         ("dims", Range(1, 3)),
-        ("dropout paraphrase decay", SHARE),
+        ("dropout paraphrase decay ucg_rate", SHARE),
         ("max_length", Range(1, 1 << 16)),
         ("layer_idx c_concat_log_start c_concat_log_end", Range(-(1 << 16), 1 << 16)),
         ("multiplier", Range(0, 64, above=True)),

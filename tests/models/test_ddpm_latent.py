@@ -13,6 +13,7 @@ from ldm.errors import UsageError
 from ldm.models.autoencoder import IdentityFirstStage, VQModelInterface
 from ldm.models.diffusion.ddpm import SCHEDULE_BUFFERS, LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.paths import shipped
 from ldm.util import instantiate_from_config, load_config
 
@@ -630,6 +631,9 @@ def test_the_empty_condition_is_spread_over_the_batch():
     assert made.get_unconditional_conditioning(2, ["abc"]).shape == (2, 7, 24)
     classes = bare(Zero(), ClassStage(), cond_stage_key="cls")
     assert classes.get_unconditional_conditioning(2)[:, 0, 0].tolist() == [9.0, 9.0]
+    embedder = ClassEmbedder(5, n_classes=7, key="cls")
+    classes = bare(Zero(), embedder, cond_stage_key="cls").get_unconditional_conditioning(2)
+    assert torch.equal(classes, embedder.embedding.weight[6].expand(2, 1, 5))
     with pytest.raises(
         UsageError, match="conditions 'txt' have no empty value of their own; give null_label"
     ):

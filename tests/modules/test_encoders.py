@@ -575,6 +575,26 @@ def test_classes_become_one_token():
     assert torch.equal(embedder({"other": labels}, key="other"), out)
 
 
+def test_the_last_class_stands_for_none():
+    embedder = ClassEmbedder(5, n_classes=7, key="cls", ucg_rate=0.25)
+    none = embedder.get_unconditional_conditioning(3)
+    assert none["cls"].tolist() == [6, 6, 6] and none["cls"].device == embedder.embedding.weight.device
+    assert embedder.get_unconditional_conditioning(2, "meta")["cls"].device.type == "meta"
+    batch = {"cls": torch.zeros(4000, dtype=torch.long)}
+    torch.manual_seed(0)
+    last = embedder.embedding.weight[6]
+    drawn = (embedder(batch)[:, 0] == last).all(1).float().mean()
+    assert drawn.item() == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 4000) ** 0.5)
+    for out in (
+        embedder(batch, disable_dropout=True),
+        embedder.eval()(batch),
+        ClassEmbedder(5, 7, "cls")(batch),
+    ):
+        assert out.std(0).max() == 0  # nobody loses a class while sampling, or where it was not asked for
+    with pytest.raises(UsageError, match="ucg_rate should be a number from 0 to 1, got 2"):
+        ClassEmbedder(5, ucg_rate=2)
+
+
 def test_the_rescaler_halves_as_often_as_asked():
     x = keyed_input("rescaler", (2, 3, 16, 24))
     assert torch.equal(SpatialRescaler(n_stages=0)(x), x)

@@ -17,6 +17,7 @@ from ldm.modules.encoders.tokenizer import WORD_END, find_tokenizer
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 from ldm.paths import shipped
 from ldm.util import leaves_others_to_subclasses
+from ldm.values import SHARE, check_value
 
 logger = logging.getLogger(__name__)
 
@@ -62,19 +63,40 @@ class ClassEmbedder(nn.Module):
 
     Args:
         embed_dim: features of the token.
-        n_classes: numbers run from 0 to n_classes - 1.
+        n_classes: numbers run from 0 to n_classes - 1. For classifier-free guidance the last stands for "no class".
         key: entry of the batch that holds them.
+        ucg_rate: share of the labels that training replaces by the last class. CompVis's later code has 0.1 here, and
+            replaces while sampling, too; 0 is its first code, which leaves every class to be learned.
+
+    Raises:
+        UsageError: a ucg_rate outside 0..1.
     """
 
-    def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
+    def __init__(
+        self, embed_dim: int, n_classes: int = 1000, key: str = "class", ucg_rate: float = 0.0
+    ) -> None:
         super().__init__()
         self.key = key
+        self.n_classes = n_classes
+        self.ucg_rate = check_value(ucg_rate, float, "ucg_rate", SHARE)
         self.embedding = nn.Embedding(n_classes, embed_dim)
 
-    def forward(self, batch: Mapping[str, Tensor], key: str | None = None) -> Tensor:
+    def forward(
+        self, batch: Mapping[str, Tensor], key: str | None = None, disable_dropout: bool = False
+    ) -> Tensor:
         """Embed batch[key], (b,) class numbers, as (b, 1, embed_dim)."""
-        labels = batch[self.key if key is None else key]
-        return self.embedding(labels[:, None])
+        labels = batch[self.key if key is None else key][:, None]
+        if self.ucg_rate > 0 and self.training and not disable_dropout:
+            dropped = torch.rand(labels.shape, device=labels.device) < self.ucg_rate
+            labels = labels.masked_fill(dropped, self.n_classes - 1)
+        return self.embedding(labels)
+
+    def get_unconditional_conditioning(
+        self, bs: int, device: str | torch.device | None = None
+    ) -> dict[str, Tensor]:
+        """Make a batch of bs times the last class, for `forward`; by default where the weights are."""
+        device = self.embedding.weight.device if device is None else device
+        return {self.key: torch.full((bs,), self.n_classes - 1, device=device)}
 
 
 class SpatialRescaler(nn.Module):
