@@ -32,6 +32,7 @@ from ldm.errors import (
     ResourceError,
     UsageError,
     is_out_of_memory,
+    refuse_elsewhere,
     told,
 )
 
@@ -564,7 +565,6 @@ OTHER_FLAGS = {
     "out_dir": "outdir",
     "low_vram": "lowvram",
 }
-ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 FORMATS = {"png": ".png", "jpg": ".jpg", "jpeg": ".jpg", "webp": ".webp"}
 
 
@@ -774,11 +774,7 @@ def check(args: argparse.Namespace) -> None:
             option = "--" + name.replace("_", "-")
             raise UsageError(f"{option} {getattr(args, name)} needs --ckpt, the file with the weights")
     for name in ("ckpt", "config", "vae", "tokenizer", "from_file"):  # open_image says so of pictures
-        given = getattr(args, name, None)
-        if isinstance(given, str) and ADDRESS.match(given):
-            raise UsageError(
-                f"--{name} {told(given)} is an address: nothing is downloaded here; fetch it yourself and give the file"
-            )
+        refuse_elsewhere(f"--{name}", getattr(args, name, None), hub=name in ("ckpt", "vae", "tokenizer"))
     if args.config is not None:
         from ldm.checkpoints.configs import find_config
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.errors import AbsentError, FormatError, LdmError, UnsafeFileError
+from ldm.errors import AbsentError, FormatError, LdmError, UnsafeFileError, refuse_elsewhere
 from ldm.values import MAX_DIGITS, shown
 
 # Of a configuration file; v1-inference.yaml has 3 kB, 141 nodes and 7 levels.
@@ -30,6 +30,7 @@ def load_config(path: str | Path) -> Any:
     from omegaconf import OmegaConf
 
     if not os.path.isfile(path):  # False, too, for what can be no path at all
+        refuse_elsewhere("configuration", path)
         raise AbsentError(
             f"configuration '{path}' is not a file; name a YAML file such as configs/v1-inference.yaml"
         )

@@ -1,5 +1,6 @@
 """Everything a caller can get wrong, by kind; each kind has the exit code that the scripts end with."""
 
+import os
 import re
 
 
@@ -69,6 +70,37 @@ class AbsentError(LdmError, FileNotFoundError):
     """A needed file that is not there, or cannot be had without a network."""
 
     exit_code = 9
+
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib leaves one slash of two; a drive is one letter
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILE_NAME = re.compile(r"\.[A-Za-z]\w*$")
+
+
+def refuse_elsewhere(what: str, path: object, *, hub: bool = True) -> None:
+    """Say so where a path that is not on this machine names something on a network; other paths pass.
+
+    Args:
+        what: what is wanted, as a message begins: "weight file".
+        hub: whether "owner/name" may mean a model on Hugging Face's hub.
+
+    Raises:
+        UsageError: an address (https://, hf://, s3:// and so on).
+        AbsentError: a hub's name.
+    """
+    if not isinstance(path, str | os.PathLike) or os.path.lexists(path):
+        return
+    text = os.fsdecode(path)
+    if _ADDRESS.match(text):
+        raise UsageError(
+            f"{what} {told(text)} is an address: nothing is downloaded here; fetch it yourself and give the file"
+        )
+    is_name = hub and _HUB_NAME.fullmatch(text) and not _FILE_NAME.search(text)
+    if is_name and not os.path.isdir(os.path.dirname(text)):
+        raise AbsentError(
+            f"{what} {told(text)} is not on this machine; names on a hub are not looked up, and nothing is downloaded "
+            "here; fetch it yourself and give its file or folder"
+        )
 
 
 # How torch, oneDNN, CUDA and its libraries, HIP, Metal and the systems say that memory is short.

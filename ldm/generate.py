@@ -24,7 +24,15 @@ from torch import Tensor
 from ldm import images as pictures
 from ldm.advice import FOREIGN_SYNTAX, advice
 from ldm.checkpoints.sampling import SamplingDefaults
-from ldm.errors import LdmError, NumericError, ResourceError, UsageError, is_out_of_memory, told
+from ldm.errors import (
+    LdmError,
+    NumericError,
+    ResourceError,
+    UsageError,
+    is_out_of_memory,
+    refuse_elsewhere,
+    told,
+)
 from ldm.kernels.deepcache import DeepCache
 from ldm.kernels.tome import TokenMerging
 from ldm.models.diffusion.samplers import (
@@ -373,6 +381,7 @@ class StableDiffusion:
     def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> StableDiffusion:
         """Load a folder in diffusers' layout (unet/, vae/, text_encoder/, ...); options of from_single_file."""
         if not Path(folder).is_dir():
+            refuse_elsewhere("folder", folder)
             raise UsageError(
                 f"from_pretrained wants a folder in diffusers' layout, got '{folder}'; download it first"
             )

@@ -13,7 +13,7 @@ from ldm.checkpoints import families
 from ldm.checkpoints.account import shown
 from ldm.checkpoints.files import Weights
 from ldm.configs import load_config, resolved
-from ldm.errors import AbsentError, LdmError, MismatchError
+from ldm.errors import AbsentError, LdmError, MismatchError, refuse_elsewhere
 from ldm.paths import shipped
 
 logger = logging.getLogger(__name__)
@@ -188,6 +188,7 @@ def find_config(config: str | Path) -> Path:
     if ours := THEIR_CONFIGS.get(path.name):
         logger.info("'%s' is not there; '%s' with the same keys is used", shown(config), ours)
         return shipped(ours)
+    refuse_elsewhere("configuration", config)
     raise AbsentError(
         f"configuration '{shown(config)}' does not exist; check the path, or leave it out for Stable Diffusion v1 "
         f"(with ldm come {', '.join(CONFIGS.values())})"

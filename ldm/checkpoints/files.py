@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.checkpoints.account import TensorInfo, shown
 from ldm.checkpoints.pickles import PickleWeights, load_object
 from ldm.checkpoints.safe import SafetensorsWeights, check_memory
-from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UnsafeFileError
+from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UnsafeFileError, refuse_elsewhere
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 END_OF_ZIP = b"PK\x05\x06"
@@ -61,6 +61,7 @@ class OpenFile:
                 self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
             )
         except FileNotFoundError:
+            refuse_elsewhere("weight file", self.path)
             raise _absent(self.path) from None
         except IsADirectoryError:
             raise FormatError(f"'{shown(self.path)}' is a folder, not a weight file") from None

@@ -16,7 +16,14 @@ from ldm.checkpoints.build import collector_paused, follow_hub, open_file, pair_
 from ldm.checkpoints.files import Weights, require_float
 from ldm.checkpoints.folders import FolderWeights
 from ldm.checkpoints.pair import LEFT_OUT, account_vae, check_patterns
-from ldm.errors import MismatchError, NumericError, ResourceError, UsageError, is_out_of_memory
+from ldm.errors import (
+    MismatchError,
+    NumericError,
+    ResourceError,
+    UsageError,
+    is_out_of_memory,
+    refuse_elsewhere,
+)
 from ldm.process.schedule import SCHEDULE_BUFFERS
 from ldm.util import count_params, pinned
 
@@ -92,6 +99,9 @@ def load_latent_diffusion(
     vae_dtype = vae_dtype or dtype
     patterns = check_patterns(ignore)
     device = usable(device)
+    refuse_elsewhere("weight file", path)
+    refuse_elsewhere("VAE", vae)
+    refuse_elsewhere("tokenizer", tokenizer)
     with memory_named(path), contextlib.ExitStack() as opened:
         model, report, source = pair_file(
             Path(path), config, opened, use_ema=use_ema, tokenizer=tokenizer, vae=vae, ignore=patterns
@@ -135,6 +145,7 @@ def load_vae(
     patterns = check_patterns(ignore) + check_patterns(ignore_keys)
     module = getattr(model, "first_stage_model", model)
     weight = next(module.parameters())
+    refuse_elsewhere("VAE", path)
     with contextlib.closing(_open_vae(path)) as source, memory_named(path, module):
         report = account_vae(module, source, patterns)
         state: dict[str, Tensor] = {}

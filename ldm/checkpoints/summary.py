@@ -15,7 +15,7 @@ from ldm.checkpoints.files import Weights
 from ldm.checkpoints.folders import FolderWeights, is_diffusers_folder
 from ldm.checkpoints.load import all_zeros, is_empty, is_finite
 from ldm.checkpoints.pair import check_patterns, without
-from ldm.errors import FormatError, LdmError, MismatchError, NumericError
+from ldm.errors import FormatError, LdmError, MismatchError, NumericError, refuse_elsewhere
 
 FOLDER_PARTS = {"UNet": "unet/", "VAE": "vae/"}  # diffusers' names, in a folder or a file
 REST = "other"
@@ -107,6 +107,7 @@ def inspect(
         load is no error here; it is the summary's `problem`.
     """
     patterns = check_patterns(ignore)
+    refuse_elsewhere("weight file", path)
     path = follow_hub(Path(path))
     with contextlib.closing(FolderWeights(path) if is_diffusers_folder(path) else open_file(path)) as source:
         family = families.family_of(without(source.infos, patterns))

@@ -2,15 +2,21 @@
 
 import copy
 import logging
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from make_synthetic import make_tensors, tiny_config
 
+import ldm
+from ldm import checkpoints
 from ldm.checkpoints import load_latent_diffusion, load_vae, read_tensors
 from ldm.checkpoints.families import family_of
 from ldm.checkpoints.names import EMA, TEXT, UNET, VAE, ema_name
+from ldm.checkpoints.openai import load_openai_model
 from ldm.errors import (
+    AbsentError,
     MismatchError,
     NumericError,
     ResourceError,
@@ -19,7 +25,9 @@ from ldm.errors import (
     is_out_of_memory,
 )
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.modules.encoders.tokenizer import find_tokenizer
 from ldm.process.schedule import SCHEDULE_BUFFERS
+from ldm.util import load_config
 
 FIRST = f"{UNET}input_blocks.0.0.weight"
 POSITIONS = f"{TEXT}transformer.text_model.embeddings.position_ids"
@@ -733,3 +741,70 @@ def test_a_configuration_with_a_foreign_target_is_refused(tiny):
     config["model"]["params"]["cond_stage_config"] = {"target": "os.system", "params": {"command": "true"}}
     with pytest.raises(UnsafeFileError, match="os.system"):
         load_latent_diffusion(tiny.path, config=config)
+
+
+# --- places that are not on this machine ----------------------------------------------------------------------------
+
+DOORS = {
+    "from_single_file": lambda path, tiny: ldm.StableDiffusion.from_single_file(path),
+    "its config": lambda path, tiny: load_latent_diffusion(tiny.path, config=path),
+    "its vae": lambda path, tiny: load_latent_diffusion(tiny.path, config=tiny.config, vae=path),
+    "its tokenizer": lambda path, tiny: load_latent_diffusion(tiny.path, config=tiny.config, tokenizer=path),
+    "from_pretrained": lambda path, tiny: ldm.StableDiffusion.from_pretrained(path),
+    "load_vae": lambda path, tiny: load_vae(torch.nn.Linear(2, 3), path),
+    "inspect": lambda path, tiny: checkpoints.inspect(path),
+    "open_weights": lambda path, tiny: checkpoints.open_weights(path),
+    "read_object": lambda path, tiny: checkpoints.read_object(path),
+    "OpenAI's": lambda path, tiny: load_openai_model(path),
+    "load_config": lambda path, tiny: load_config(path),
+    "find_tokenizer": lambda path, tiny: find_tokenizer(path, vocab_size=9),
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "words"),
+    [
+        (
+            "https://host/a/v1-5.safetensors",
+            UsageError,
+            "'https://host/a/v1-5.safetensors' is an address: nothing is",
+        ),
+        (
+            Path("http://host/v1.ckpt"),
+            UsageError,
+            "'http:/host/v1.ckpt' is an address: nothing is downloaded here",
+        ),
+        ("hf://owner/name", UsageError, "is an address: nothing is downloaded here; fetch it yourself"),
+        ("s3://bucket/key.yaml", UsageError, "is an address"),
+        ("file:///models/v1.safetensors", UsageError, "is an address"),
+        (
+            "runwayml/stable-diffusion-v1-5",
+            AbsentError,
+            "names on a hub are not looked up, and nothing is downloaded",
+        ),
+        ("stabilityai/sd-vae-ft-mse", AbsentError, "fetch it yourself and give its file or folder"),
+        ("owner/name-1.5", AbsentError, "names on a hub are not looked up"),
+    ],
+)
+@pytest.mark.parametrize("door", DOORS)
+def test_what_lies_on_a_network_is_not_fetched(tiny, door, path, kind, words):
+    with pytest.raises(kind) as caught:
+        DOORS[door](path, tiny)
+    message = str(caught.value)
+    assert words in message and "\n" not in message and len(message) <= 400
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["nowhere/v1.safetensors", "tests/nowhere", "C:/models/v1.ckpt", "a/b/c", "plain", "./x/y", "/x/y"],
+)
+def test_other_paths_that_are_not_there_are_paths(path):
+    with pytest.raises(AbsentError, match=r"is not there; (check the path|did you mean)"):
+        checkpoints.open_weights(path)
+
+
+def test_what_is_there_is_read_whatever_its_name(tmp_path, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    Path("hf:").mkdir()
+    shutil.copy(tiny.path, "hf:/name")
+    assert checkpoints.open_weights("hf:/name").infos.keys() == tiny.tensors.keys()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.errors import AbsentError, FormatError, MismatchError, UsageError
+from ldm.errors import AbsentError, FormatError, MismatchError, UsageError, refuse_elsewhere
 from ldm.modules.encoders.open_clip_text import CONTEXT, OpenCLIPText, sizes_of
 from ldm.modules.encoders.tokenizer import WORD_END, find_tokenizer
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
@@ -694,6 +694,7 @@ def _find_version(version: str | Path) -> _Version:
     if not os.path.isdir(folder):
         if version == CLIP_L:
             return _Version(CLIP_L_FIELDS, _in_hub_cache(CLIP_L, "model.safetensors"), ())
+        refuse_elsewhere("text encoder", version, hub=False)
         folder = _shipped_or_cached(str(version))
     # A diffusers folder has its tokenizer beside text_encoder/.
     beside = (folder, folder.parent) if folder.name == "text_encoder" else (folder,)

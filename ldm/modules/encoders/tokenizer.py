@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UsageError
+from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UsageError, refuse_elsewhere
 from ldm.paths import CHECKOUT, PACKAGE
 
 logger = logging.getLogger(__name__)
@@ -304,6 +304,7 @@ def find_tokenizer(
         FormatError, MismatchError: `source` is broken, or is a tokenizer for another model.
     """
     if source is not None:
+        refuse_elsewhere("tokenizer", source)
         return _load(Path(source), str(source), vocab_size, max_length)
     looked = []
     for origin, path in _candidates([Path(folder) for folder in beside], vocab_size, allow_download):
