@@ -289,6 +289,7 @@ MAX_PROMPT_BYTES = 10 * 2**20
 MAX_PROMPT_LINES = 100_000
 MAX_PROMPT = 100_000  # characters of one
 MAX_DIGITS = 100  # of a number in a .jsonl file
+RNGS = ("image", "compvis")
 
 
 def prompt_text(text: str) -> str:
@@ -313,8 +314,21 @@ def _interval(text: str) -> tuple[float, ...]:
     return tuple(map(number(0, 1), ends))
 
 
+def _rng(text: str) -> str:
+    if text not in RNGS:
+        raise argparse.ArgumentTypeError(f"wanted one of {', '.join(RNGS)}; got {told(text)}")
+    return text
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("", "true", "false"):
+        raise argparse.ArgumentTypeError(f"wanted nothing, true or false after it, got {told(text)}")
+    return text.lower() != "false"
+
+
 # What a line may set beside its prompt, with its type, by the name that StableDiffusion.plan has for it (n_iter and
-# batch_size multiply to a number of pictures), and behind it other names: the flags', A1111's, diffusers'.
+# batch_size multiply to a number of pictures; plms and dpm_solver name samplers), and behind it other names: the
+# flags', A1111's, diffusers'.
 _LINE: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "prompt": (prompt_text, ()),
     "negative_prompt": (prompt_text, ("negative", "n_prompt")),
@@ -333,6 +347,10 @@ _LINE: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "cache_depth": (integer(1, 1000), ()),
     "merge_ratio": (number(0, 0.75), ()),
     "merge_seed": (integer(0, MAX_SEED), ()),
+    "rng": (_rng, ()),
+    "fixed_code": (_switch, ()),
+    "plms": (_switch, ()),
+    "dpm_solver": (_switch, ()),
 }
 LINE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     name: (ours, kind) for ours, (kind, others) in _LINE.items() for name in (ours, *others)
@@ -352,9 +370,10 @@ def read_prompts(path: str) -> list[Line]:
     """Read prompts from a file, one a line; empty lines, and those that begin with #, are skipped.
 
     A line that begins with an option (`--prompt a cat --steps 20 --seed 5`, A1111's) is read as options: a value goes
-    up to the next ` --name`, and quotes around it, or around a part of it, are taken off (\\" stands for a quote within
-    double ones). Any other line is a prompt as it stands. A prompt that begins with # or with an option's name is
-    written `--prompt #1 fan`. In a `.jsonl` file each line is a JSON object with the same names; null is "not given".
+    up to the next ` --name` (switches, such as --plms, need none), and quotes around it, or around a part of it, are
+    taken off (\\" stands for a quote within double ones). Any other line is a prompt as it stands. A prompt that begins
+    with # or with an option's name is written `--prompt #1 fan`. In a `.jsonl` file each line is a JSON object with
+    the same names; null is "not given".
 
     Raises:
         AbsentError: no such file. FormatError: no text, too large, or without any prompt.
@@ -458,7 +477,7 @@ def _from_words(line: str) -> Line:
                 parts.append(found[0])
         at = _SPACE.match(line, found.end()).end()
     for name, found in values.items():
-        if not found:
+        if not found and LINE_OPTIONS.get(name, ("", None))[1] is not _switch:
             raise UsageError(f"wanted a value after --{name}, got none")
     return _line({name: " ".join(parts) for name, parts in values.items()})
 
@@ -497,6 +516,8 @@ def _from_json(line: str) -> Line:
             value = int(value)  # 20.0 is what some programs write for 20
         if value is None:
             continue
+        if isinstance(value, bool) and LINE_OPTIONS.get(name.replace("-", "_"), ("", None))[1] is _switch:
+            value = str(value)
         if isinstance(value, bool) or not isinstance(value, str if is_text else str | int | float):
             raise UsageError(f"{name}: wanted a text{'' if is_text else ' or a number'}, got {told(value)}")
         texts[name.replace("-", "_")] = str(value)
@@ -520,6 +541,11 @@ def _line(values: dict[str, str]) -> Line:
             raise UsageError(f"{name}: {error}") from None
     if "prompt" not in options:
         raise UsageError("no prompt")
+    flags = [name for name in ("dpm_solver", "plms") if options.pop(name, False)]
+    if flags and "sampler" in options:
+        raise UsageError(f"sampler and {flags[0]} name two samplers; give one")
+    if flags:  # dpm_solver goes before plms, as on the command line
+        options["sampler"] = flags[0]
     return Line(options.pop("prompt"), options)
 
 
@@ -627,7 +653,7 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
     )
     how.add_argument("--fixed_code", action="store_true", help="begin every batch with the same noise")
     how.add_argument(
-        "--rng", choices=("image", "compvis"), default="image",
+        "--rng", choices=RNGS, default="image",
         help="a generator for each picture, or one for all in the order of CompVis's scripts",
     )  # fmt: skip
 
@@ -756,7 +782,7 @@ class _PaintingParser(Parser):
             value = told_by.get(name)
             if option in given or value is None or not hasattr(found, option):
                 continue
-            if name == "rng" and value not in ("image", "compvis"):  # A1111's word for where it draws
+            if name == "rng" and value not in RNGS:  # A1111's word for where it draws
                 continue
             setattr(found, option, value)
         found.like_also = {name: told_by[name] for name in LIKE_ALSO if told_by.get(name) is not None}

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -18,7 +19,7 @@ from PIL import Image
 from tiny import write_tiny
 
 import ldm
-from ldm.cli import KNOBS, LINE_OPTIONS, Line, painting_parser, read_prompts, run
+from ldm.cli import LINE_OPTIONS, Line, painting_parser, read_prompts, run
 from ldm.errors import AbsentError, FormatError, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -1085,6 +1086,7 @@ def test_a_picture_that_says_nothing_cannot_be_repeated(home, end, name, code, w
         (("cache_depth",), "cache_depth", 2),
         (("merge_ratio",), "merge_ratio", 0.25),
         (("merge_seed",), "merge_seed", 9),
+        (("rng",), "rng", "compvis"),
     ],
 )
 def test_a_prompt_files_keys_are_the_flags(home, flags, option, value):
@@ -1102,20 +1104,68 @@ def test_a_prompt_files_keys_are_the_flags(home, flags, option, value):
                 read_prompts("p.txt")
 
 
-def test_every_flag_of_a_picture_is_a_key_of_a_prompt_file():
+# The painting flags that no line of a prompt file has, and why.
+OF_THE_RUN = {
+    "where prompts come from": "from_file like",
+    "one model paints the whole file": """
+        ckpt config ignore_keys vae tokenizer device precision optimize compile tiled_vae sliced_vae lowvram
+        disable_mmap vae_precision C f""",
+    "one folder holds all": "outdir format skip_grid skip_save n_rows no_metadata",
+    "of the script": "help debug",
+}
+
+
+def test_every_painting_flag_is_a_key_of_a_prompt_file():
+    of_the_run = {name for names in OF_THE_RUN.values() for name in names.split()}
     parser = painting_parser("txt2img.py", "x", outdir="o", scale=7.5)
-    dests = {action.dest: action for action in parser._actions}
-    picture_own = "prompt negative_prompt H W n_samples n_iter seed ddim_steps scale sampler ddim_eta".split()
-    for dest in [*picture_own, *KNOBS]:
-        for name in dests[dest].option_strings:
-            assert name.removeprefix("--").replace("-", "_") in LINE_OPTIONS, name
+    for action in parser._actions:
+        names = {name.lstrip("-").replace("-", "_") for name in action.option_strings}
+        names |= {other for other, ours in parser.also.items() if f"--{ours}" in action.option_strings}
+        assert names - LINE_OPTIONS.keys() == (names if action.dest in of_the_run else set()), action.dest
+    assert of_the_run <= {action.dest for action in parser._actions}
+
+
+@pytest.mark.parametrize(
+    ("words", "json_", "options"),
+    [
+        ("--plms", {"plms": True}, {"sampler": "plms"}),
+        ("--dpm_solver --steps 5", {"dpm-solver": True, "steps": 5}, {"sampler": "dpm_solver", "steps": 5}),
+        ("--plms --dpm-solver", {"plms": True, "dpm_solver": True}, {"sampler": "dpm_solver"}),
+        ("--plms false --sampler ddim", {"plms": False, "sampler": "ddim"}, {"sampler": "ddim"}),
+        ("--fixed_code", {"fixed_code": True}, {"fixed_code": True}),
+        ("--fixed-code=true --rng compvis", {"fixed_code": "true", "rng": "compvis"},
+            {"fixed_code": True, "rng": "compvis"}),
+        ("--fixed_code False", {"fixed_code": False}, {"fixed_code": False}),
+    ],
+)  # fmt: skip
+def test_switches_are_keys_too(home, words, json_, options):
+    Path("p.txt").write_text(f"--prompt a cat {words}\n{words} --prompt a cat\n")
+    Path("p.jsonl").write_text(json.dumps({"prompt": "a cat", **json_}))
+    wanted = Line("a cat", options)
+    assert read_prompts("p.txt") == [wanted, wanted] and read_prompts("p.jsonl") == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--plms a cat --prompt b", "plms: wanted nothing, true or false after it, got 'a cat'"),
+        ("--prompt a --plms --sampler ddim", "sampler and plms name two samplers; give one"),
+        ("--prompt a --rng a1111", "rng: wanted one of image, compvis; got 'a1111'"),
+        ("--prompt a --rng", "wanted a value after --rng, got none"),
+        ("--plms --fixed_code", "no prompt"),
+    ],
+)
+def test_switches_of_a_line_are_held_to_what_they_take(home, line, words):
+    Path("p.txt").write_text(line)
+    with pytest.raises(UsageError, match=re.escape(f"line 1 of 'p.txt': {words}")):
+        read_prompts("p.txt")
 
 
 def test_a_line_sets_what_a_picture_needs(model, home, end):
     picture("in.png")
     lines = [
         {"prompt": "a", "guidance_interval": [0.2, 0.9], "strength": 0.5, "cache_interval": 2},
-        {"prompt": "b"},
+        {"prompt": "b", "plms": True, "rng": "compvis"},
     ]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     argv = ["--from-file", "p.jsonl", "--steps", 4, "--init-img", "in.png", "--outdir", "o"]
@@ -1124,6 +1174,8 @@ def test_a_line_sets_what_a_picture_needs(model, home, end):
     assert [one["strength"] for one in told] == [0.5, 0.75]
     assert [one["guidance_interval"] for one in told] == [[0.2, 0.9], [0.0, 1.0]]
     assert [one["cache_interval"] for one in told] == [2, 1]
+    assert [one["sampler"] for one in told] == ["ddim", "plms"]
+    assert [one["rng"] for one in told] == ["image", "compvis"]
 
 
 @pytest.mark.parametrize("value", ["0.5", "0.1 0.2 0.3", "a b", "0.1 2"])
