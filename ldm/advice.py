@@ -27,10 +27,13 @@ _WORD = re.compile(rf"[^\W_]+(?:['\u2019][^\W_]+)*|[^\w\s{re.escape(string.punct
 
 
 def unseen_words(known: frozenset[str], texts: Iterable[str]) -> list[str]:
-    """List the words of texts that are not among the known ones, each once, in their order."""
+    """List the words of texts that are not among the known ones, each once, in their order.
+
+    Figures and names that are other programs' syntax, `about_syntax` tells of: the 1.3 of "(red:1.3)" is no word.
+    """
     found: dict[str, None] = {}
     for text in dict.fromkeys(texts):
-        plain = unicodedata.normalize("NFKC", _MARKS.sub(" ", text)).lower()
+        plain = unicodedata.normalize("NFKC", _MARKS.sub(" ", _words_alone(text))).lower()
         for word in _WORD.findall(plain):
             # Curly quotes, dashes and invisible marks part words and are none.
             if word not in known and unicodedata.category(word[0])[0] not in "PCMZ":
@@ -75,17 +78,23 @@ _SYNTAX: dict[str, re.Pattern[str]] = {
     "a wildcard": re.compile(r"(?<![\w/*.-])__[\w/*.-]{1,80}__(?!\w)"),
     "a weight in compel's manner": re.compile(
         r"(?<=[^\W\d_]{2})\+{2,9}(?![\w+])|\)(?:\+{1,9}(?![\w+])|-{1,9}(?=[\s,.]|$))"
-        r"|(?<=[^\W\d_]{2})-{2,9}(?=[,.]|$)|\)[01]?\.\d{1,6}|\)\.(?:swap|blend|and)\("
+        r"|(?<=[^\W\d_]{2})-{2,9}(?=[,.]|$)|\)[01]?\.\d{1,6}|\)\.(?:swap|blend|and)\((?:[\d\s.,+-]{1,80}\))?"
     ),
     "an option": re.compile(
         r"(?<!\S)--(?:ar|aspect|no|v|stylize|chaos|niji|iw|tile|weird|seed|steps|prompt|negative[_-]prompt|width|height"
-        r"|cfg[_-]scale|sampler(?:[_-]name)?)(?!\S)|(?<=[^\W_])::-?[\d.]{1,9}(?!\S)"
+        r"|cfg[_-]scale|sampler(?:[_-]name)?)(?!\S)(?:\s{1,9}[\d.:]{1,9}(?!\S))?|(?<=[^\W_])::-?[\d.]{1,9}(?!\S)"
     ),
     "an escaped bracket": re.compile(r"\\[()\[\]{}]"),
 }
 _PARTS = "a joint between prompts"
 FOREIGN_SYNTAX = frozenset({*_SYNTAX, _PARTS})  # the kinds
 _BETWEEN = re.compile(r"\b(?:AND|BREAK)\b")
+# Kinds of which nothing is a word, and what is none in the others: weights, places, counts.
+_NO_WORDS = frozenset(
+    {"a network to load", "an embedding", "a wildcard", "a weight in compel's manner", "an option"}
+)
+_FIGURES = re.compile(rf":\s{{0,9}}{_NUMBER}(?![^\W_])|{_NUMBER}(?=::)|\d{{1,9}}(?:-\d{{1,9}})?\$\$")
+_WEIGHT_OF_PART = re.compile(rf":\s?{_NUMBER}(?=\s{{1,9}}(?:AND|BREAK)\b|\s{{0,9}}\Z)")
 
 
 def foreign_syntax(text: str) -> dict[str, str]:
@@ -99,6 +108,15 @@ def foreign_syntax(text: str) -> dict[str, str]:
             found[_PARTS] = match[0]
             break
     return found
+
+
+def _words_alone(text: str) -> str:
+    """Take what no word is out of foreign syntax; the words in it stay, for they are painted."""
+    if _PARTS in foreign_syntax(text):
+        text = _WEIGHT_OF_PART.sub(" ", text)
+    for kind, pattern in _SYNTAX.items():
+        text = pattern.sub(" " if kind in _NO_WORDS else lambda piece: _FIGURES.sub(" ", piece[0]), text)
+    return text
 
 
 def about_syntax(texts: Iterable[str]) -> dict[str, str]:
