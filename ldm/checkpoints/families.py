@@ -16,6 +16,7 @@ from ldm.checkpoints.names import (
     ema_name,
 )
 
+ALONE = "a_tensor_alone"  # the name of a tensor that is all of a pickle
 COMPUTED = "computed from the configuration"
 PROFILED = "a profiler's count of operations"  # thop leaves such buffers in every module
 
@@ -34,6 +35,8 @@ REFUSED = {
     "T2I-Adapter": "a T2I-Adapter",
     "motion module": "a motion module (AnimateDiff)",
     "hypernetwork": "a hypernetwork",
+    "aesthetic gradients": "an embedding of aesthetic gradients",
+    "optimizer": "the state of an optimizer",
     "safety checker": "a safety checker",
     "CLIP vision": "CLIP's vision encoder",
     "T5": "a T5 text encoder",
@@ -64,6 +67,7 @@ ADVICE = {
             "T2I-Adapter",
             "motion module",
             "hypernetwork",
+            "aesthetic gradients",
         ),
         _ATTACHED,
     ),
@@ -71,6 +75,7 @@ ADVICE = {
         ("safety checker", "CLIP vision", "T5", "upscaler", "detector", "text encoder"),
         _BESIDE,
     ),
+    "optimizer": "a training goes on from it, with the model that was saved beside it; give that",
     "TAESD": "it makes previews and is no VAE of Stable Diffusion; leave it out, or give a KL autoencoder as vae=",
     "no UNet": _AS_VAE,
     "VAE": _AS_VAE,
@@ -94,7 +99,9 @@ _MARKS = {
         "T2I-Adapter": r"^(adapter\.)?body\.\d+\.(block\d|in_conv|body|resnets)\.|^adapter\.conv_in\."
         r"|^transformer_layes\.|^style_embedding$",
         "hypernetwork": r"^(320|640|768|1024|1280)\.",
-        "textual inversion": r"^(emb_params|clip_[lg]|<.*>)$|^string_to_param\.",
+        "textual inversion": r"^(emb_params|clip_[lg]|<.*>)$|^string_to_(param|token)\.",
+        "aesthetic gradients": rf"^{re.escape(ALONE)}$",
+        "optimizer": r"(^|\.)(state\.)?\d+\.(step|exp_avg(_sq)?|max_exp_avg_sq|momentum_buffer|square_avg|sum)$",
         "safety checker": r"^((special_care|concept)_embeds(_weights)?$|vision_model\.vision_model\.)",
         "CLIP vision": r"^(clip_vision_model\.|image_encoder\.)?(vision_model|visual|visual_projection)\.",
         "T5": r"^(encoder|decoder)\.block\.\d+\.layer\.",
@@ -182,6 +189,8 @@ def family_of(infos: Mapping[str, TensorInfo]) -> str:
     if marks[base] > unets / 2 and marks[base] * 4 > marks.total():
         return base
     family = max(_MARKS, key=marks.__getitem__)
+    if family == "aesthetic gradients" and not _are_vectors(found):
+        return "unknown"
     if marks["unknown"] >= marks[family]:
         return "textual inversion" if found and _are_vectors(found) else "unknown"
     return _family_of_model(found, infos) if family == "model" else family

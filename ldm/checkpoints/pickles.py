@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from ldm.checkpoints import families
 from ldm.checkpoints.account import TensorInfo, shown
 from ldm.checkpoints.safe import MAX_TENSORS, check_memory, check_name
 from ldm.checkpoints.unpickle import Placeholder, Storage, StoredTensor, Unpickler
@@ -408,6 +409,11 @@ class PickleWeights:
             self.notes.append("a pickle from before torch 1.6 carries no checksums; damage can go unseen")
         self._left_out: list[str] = []
         self._tensors = self._choose(found)
+        if not self._tensors and self._measured.nbytes:
+            # A hypernetwork has its layers in lists; aesthetic gradients are one tensor.
+            self._left_out, self.metadata = [], {}
+            whole = {families.ALONE: found} if isinstance(found, StoredTensor) else found
+            self._tensors = self._flat(whole, noting=True, lists=True)
         if self._left_out:
             self.notes.append(f"left out, beside the weights: {_listed(self._left_out)}")
         if not self._tensors:
@@ -466,24 +472,25 @@ class PickleWeights:
             elif value is not None:
                 self._left_out.append(name)
 
-    def _flat(self, part: dict[Any, Any], noting: bool = False) -> dict[str, StoredTensor]:
-        """Name the tensors of dicts in dicts with dots."""
+    def _flat(self, part: Any, noting: bool = False, lists: bool = False) -> dict[str, StoredTensor]:
+        """Name the tensors of dicts in dicts with dots; with `lists`, those in lists by their numbers, too."""
         tensors: dict[str, StoredTensor] = {}
+        containers = (dict, list, tuple) if lists else (dict,)
         entries = 0
 
-        def walk(part: dict[Any, Any], prefix: str) -> None:
+        def walk(part: Any, prefix: str) -> None:
             nonlocal entries
             entries += len(part)
             if entries > MAX_ENTRIES:
                 raise UnsafeFileError(f"'{shown(self.path)}' shows more than {MAX_ENTRIES} entries; refused")
             other = {}
-            for key, value in part.items():
-                if not self._measured.within(value):
+            for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+                if not (self._measured.within(value) or (lists and isinstance(value, containers))):
                     other[key] = value
                     continue
                 name = f"{prefix}{key}"
                 check_name(self.path, name)
-                if isinstance(value, dict):
+                if isinstance(value, containers):
                     walk(value, f"{name}.")
                 elif name in tensors:
                     raise FormatError(f"'{shown(self.path)}' is malformed: '{shown(name)}' stands twice")
@@ -494,7 +501,8 @@ class PickleWeights:
             if noting:
                 self._note(other, prefix)
 
-        walk(part, "")
+        if isinstance(part, containers):
+            walk(part, "")
         return tensors
 
     def read(self, name: str, scratch: Tensor | None = None) -> Tensor:

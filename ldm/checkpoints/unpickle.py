@@ -66,6 +66,7 @@ HARMLESS = re.compile(
         |random\._pickle\.__\w+_ctor|random\.(_\w+\.)?(Generator|RandomState|MT19937|PCG64|PCG64DXSM|Philox|SFC64)
         |random\.bit_generator\.(SeedSequence|__pyx_unpickle_SeedSequence))
     |builtins\.(object|dict|list|int|float|str|bool|tuple|slice|range)|copyreg\._reconstructor
+    |torch\.nn\.modules\.container\.ParameterDict
     |argparse\.Namespace|types\.SimpleNamespace|collections\.deque|time\.struct_time
     |pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path
     |datetime\.(datetime|date|time|timedelta|timezone)|zoneinfo\.ZoneInfo(\._unpickle)?

@@ -118,6 +118,10 @@ ATTACHED = {
     "SwinIR": ("upscaler", {"params.layers.0.residual_group.blocks.0.norm1.weight": (3,)}),
     "CLIP vision": ("CLIP vision", {"vision_model.encoder.layers.0.mlp.fc1.weight": (3, 2)}),
     "CLIP vision, OpenCLIP": ("CLIP vision", {"visual.transformer.resblocks.0.ln_1.weight": (3,)}),
+    "an optimizer": (
+        "optimizer",
+        {"state.0.exp_avg": (3, 2), "state.0.exp_avg_sq": (3, 2), "state.0.step": ()},
+    ),
     "safety checker": (
         "safety checker",
         {"concept_embeds": (17, 768), "vision_model.vision_model.post_layernorm.weight": (1024,)},
@@ -153,13 +157,74 @@ ATTACHED = {
 def test_what_people_take_for_a_model_is_named_with_advice(tiny, tmp_path, case):
     family, shapes = ATTACHED[case]
     assert family_of(infos(shapes)) == family
-    path = tiny.save(tmp_path, {name: torch.zeros(shape) for name, shape in shapes.items()})
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    torch.save(tensors, tmp_path / "pickled.pt")
+    for path in (tiny.save(tmp_path, tensors), tmp_path / "pickled.pt"):
+        is_named(path, family)
+
+
+def is_named(path, family):
     with pytest.raises(MismatchError) as caught:
         load_latent_diffusion(path)
     said = str(caught.value)
     assert f"is {REFUSED[family]}; {ADVICE[family]}" in said
-    assert len(said.replace(str(tmp_path), "")) <= 360
+    assert len(said.replace(str(path.parent), "")) <= 360
     assert inspect(path).family == family
+
+
+def adam():
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def layers(width):
+    return [{"linear.0.weight": torch.zeros(2 * width, width), "linear.0.bias": torch.zeros(2 * width)}] * 2
+
+
+VECTOR = torch.zeros(2, 768)
+CONVOLUTION = torch.zeros(4, 3, 3, 3)
+PICKLED = {
+    "A1111's hypernetwork": ("hypernetwork", lambda: {
+        320: layers(32), 768: layers(76), "step": 9, "name": "x", "layer_structure": [1, 2, 1], "use_dropout": False}),
+    "A1111's hypernetwork, one width": ("hypernetwork", lambda: {768: tuple(layers(76)), "sd_checkpoint": None}),
+    "A1111's embedding": ("textual inversion", lambda: {
+        "string_to_token": {"*": 265}, "string_to_param": {"*": VECTOR}, "name": "x", "step": 9}),
+    "diffusers' embedding": ("textual inversion", lambda: {"<x>": VECTOR[0]}),
+    "a LoRA": ("LoRA", lambda: {"lora_unet_mid_block_proj_in.lora_up.weight": torch.zeros(3, 2)}),
+    "a LoRA, wrapped": ("LoRA", lambda: {"state_dict": {f"unet.{BLOCK}.to_q.lora_A.weight": torch.zeros(3, 2)}}),
+    "an optimizer": ("optimizer", adam),
+    "A1111's optimizer": ("optimizer", lambda: {"hash": "x", "optimizer_state_dict": adam()}),
+    "a VAE": ("VAE", lambda: {"state_dict": {"encoder.conv_in.weight": CONVOLUTION, "quant_conv.bias": VECTOR}}),
+    "aesthetic gradients": ("aesthetic gradients", lambda: VECTOR[:1]),
+    "ESRGAN": ("upscaler", lambda: {"model.0.weight": CONVOLUTION}),
+    "Real-ESRGAN": ("upscaler", lambda: {"params_ema": {"conv_first.weight": CONVOLUTION, "conv_hr.bias": VECTOR}}),
+    "Real-ESRGAN, both": ("upscaler", lambda: {
+        "params": {"body.0.rdb1.conv1.weight": CONVOLUTION}, "params_ema": {"body.0.rdb1.conv1.weight": CONVOLUTION}}),
+    "TAESD": ("TAESD", lambda: {"1.conv.0.weight": CONVOLUTION}),
+    "a tensor of another kind": ("unknown", lambda: CONVOLUTION),
+    "tensors in a list": ("unknown", lambda: [CONVOLUTION, {"a": [VECTOR]}]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("case", PICKLED)
+def test_pickles_of_other_programs_are_named_too(tmp_path, case, legacy):
+    family, make = PICKLED[case]
+    torch.save(make(), tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
+    is_named(tmp_path / "x.pt", family)
+
+
+def test_an_embedding_in_a_class_of_torchs_is_named(tmp_path):
+    """As the program that textual inversion came with saves it; its values lie in an object, which is not made."""
+    held = torch.nn.ParameterDict({"*": torch.nn.Parameter(VECTOR)})
+    torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": held}, tmp_path / "x.pt")
+    with pytest.raises(
+        MismatchError, match=f"is {REFUSED['textual inversion']}; {ADVICE['textual inversion']}"
+    ):
+        load_latent_diffusion(tmp_path / "x.pt")
 
 
 def test_every_refusal_has_its_advice():

@@ -38,8 +38,10 @@ def test_some_in_8_bits_and_the_rest_in_half_precision(tiny, tmp_path, stored):
     """As people save them: matrices in 8 bits, biases and norms in 16."""
     tensors = in_8_bits({n: v.half() for n, v in tiny.tensors.items()}, stored)
     path = tiny.save(tmp_path, tensors)
-    state = load_latent_diffusion(path, config=tiny.config)[0].state_dict()
-    assert all(torch.equal(state[name], value.float()) for name, value in tensors.items())
+    torch.save({"state_dict": tensors}, tmp_path / "changed.ckpt")
+    for file in (path, tmp_path / "changed.ckpt"):
+        state = load_latent_diffusion(file, config=tiny.config)[0].state_dict()
+        assert all(torch.equal(state[name], value.float()) for name, value in tensors.items())
     summary = inspect(path, config=tiny.config)
     assert summary.problem is None and str(stored).removeprefix("torch.") + " x " in str(summary)
     assert {str(stored).removeprefix("torch."), "float16"} == summary.parts["UNet"].dtypes.keys()
