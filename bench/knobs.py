@@ -95,7 +95,7 @@ def parse(argv: list[str] | None) -> Any:
     parser.add_argument("--optimize", action="store_true", help="by ldm.kernels; same numbers up to rounding")
     parser.add_argument("--prompts", type=cli.integer(2, 100_000), default=500, help="prompts of each split")
     parser.add_argument("--batch", type=cli.integer(1, 10_000), default=50, help="pictures painted at once")
-    parser.add_argument("--guidance", type=cli.number(0, 100), default=3.0, help="of all settings")
+    parser.add_argument("--guidance", type=cli.number(0, 100), help="of all settings (default: the model's)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file; .md goes beside it")
     parser.add_argument("--fresh", action="store_true", help="begin again, whatever --results holds")
     return parser.parse_args(argv)
@@ -106,11 +106,12 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = quality.load_pipeline(opt.ckpt, opt.config, opt.device)
     if opt.optimize:
         pipeline.optimize()
+    guidance = pipeline.defaults.guidance_scale if opt.guidance is None else opt.guidance
     head = {
         "model": pipeline.name,
         "weights": quality.weights_hash(pipeline.file),
         "prompts": opt.prompts,
-        "guidance": opt.guidance,
+        "guidance": guidance,
         "optimized": opt.optimize,
     }
     results = {**head, "rows": {}} if opt.fresh else quality.load_results(opt.results, head)
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         todo.insert(0, "full")  # its latents are what the others are held to
     for number, name in enumerate(todo, 1):
         bench.knobs = SETTINGS[name]
-        results["rows"][name] = measure(bench, opt.guidance, full)
+        results["rows"][name] = measure(bench, guidance, full)
         quality.save_results(opt.results, results)
         cli.say(f"[{number}/{len(todo)}] {name}: {json.dumps(results['rows'][name])}")
     table = make_table(results)

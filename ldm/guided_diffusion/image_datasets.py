@@ -14,15 +14,14 @@ from torch.utils.data import Dataset
 
 from ldm.errors import AbsentError, FormatError, LdmError, UnsafeFileError, UsageError
 from ldm.guided_diffusion import dist_util
-from ldm.images import open_image, to_rgb
+from ldm.images import MORE_FORMATS, open_image, to_rgb
+from ldm.training.listing import SUFFIXES
 from ldm.wish import whole
 
 if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger(__name__)
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def load_data(
@@ -170,7 +169,7 @@ class ImageDataset(Dataset):
             if at in self._unreadable:
                 continue
             try:
-                picture = to_rgb(open_image(self.local_images[at]))
+                picture = to_rgb(open_image(self.local_images[at], formats=MORE_FORMATS))
             except LdmError as error:
                 self._unreadable.add(at)
                 log.warning("a picture is left out: %s", error)

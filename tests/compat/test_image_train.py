@@ -96,7 +96,7 @@ def pictures(tmp_path):
     """Seven pictures of three classes, the first by name of the last class; and files that are none."""
     folder = tmp_path / "pictures"
     (folder / "above").mkdir(parents=True)
-    names = ["cat_0.png", "cat_1.jpg", "dog_0.png", "ant_0.webp", "dog_1.png", "cat_2.png", "above/dog_2.png"]
+    names = ["cat_0.png", "cat_1.jpg", "dog_0.png", "ant_0.webp", "dog_1.png", "cat_2.bmp", "above/dog_2.png"]
     for i, name in enumerate(names):
         rng = np.random.default_rng(i)
         Image.fromarray(rng.integers(0, 256, (20 + i, 25, 3), dtype=np.uint8)).save(folder / name)

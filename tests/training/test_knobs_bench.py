@@ -29,7 +29,9 @@ def test_the_table_of_a_tiny_model(tmp_path, monkeypatch, capsys):
     tiny = ["--ckpt", str(checkpoint), "--config", str(config), "--device", "cpu"]
     base = [*tiny, "--prompts", "3", "--results", str(results)]
     knobs.main(base)
-    found = json.loads(results.read_text())["rows"]
+    told = json.loads(results.read_text())
+    found = told["rows"]
+    assert told["guidance"] == 7.5  # what the model advises, or else Stable Diffusion v1's
     assert list(found) == list(some)
     assert found["full"]["decibels"] is None and 0 < found[some[1]]["decibels"] < 80
     assert all(row[split]["prompts"] == 3 for row in found.values() for split in quality.SPLITS)
