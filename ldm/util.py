@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ldm import values
 from ldm.configs import first_line, refuse_resolvers, resolved
 from ldm.configs import load_config as load_config  # part of this module for its callers
-from ldm.errors import LdmError, MismatchError, UnsafeFileError, UsageError
+from ldm.errors import LdmError, MismatchError, UnsafeFileError, UsageError, told
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def get_obj_from_str(string: str, reload: bool = False, *, allow: Iterable[str] 
     """
     if not isinstance(string, str) or not DOTTED_NAME.fullmatch(string):
         raise UnsafeFileError(
-            f"target {values.shown(string)} is not a dotted class name such as 'ldm.models.autoencoder.AutoencoderKL'"
+            f"target {told(string)} is not a dotted class name such as 'ldm.models.autoencoder.AutoencoderKL'"
         )
     string = HISTORIC_NAMES.get(string, string)
     module_name, class_name = string.rsplit(".", 1)
@@ -245,9 +245,9 @@ def instantiate_from_config(config: Any, *, allow: Iterable[str] = (), where: st
     where = where or place_of(config)
     at = f"{where}: " if where else ""
     if not hasattr(config, "keys"):
-        raise MismatchError(f"{at}a configuration needs 'target' and 'params', got {values.shown(config)}")
+        raise MismatchError(f"{at}a configuration needs 'target' and 'params', got {told(config)}")
     if "target" not in config:
-        found = ", ".join(map(values.shown, config)) or "nothing"
+        found = ", ".join(map(told, config)) or "nothing"
         raise MismatchError(f"{at}a configuration needs the key 'target', got only {found:.80}")
     if OmegaConf.is_config(config):
         resolved(config)
@@ -329,7 +329,7 @@ def _checked(config: Any, cls: type, where: str) -> dict[str, Any]:
         return {}
     if not hasattr(params, "keys") or not all(isinstance(name, str) for name in params):
         raise MismatchError(
-            f"params of '{config['target']}' should be a mapping of names to values, got {values.shown(params)}"
+            f"params of '{config['target']}' should be a mapping of names to values, got {told(params)}"
         )
     params = {name: params[name] for name in params}
     if values.is_annotated(cls):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from ldm.errors import UnsafeFileError, UsageError
+from ldm.errors import UnsafeFileError, UsageError, told
 
 # Of all that one configuration builds; the largest UNet that is published for these classes has 2.6e9 and 1,700.
 MAX_PARAMETERS, MAX_TENSORS = 3_000_000_000, 10_000
@@ -231,7 +231,7 @@ def check_value(value: Any, annotation: Any, name: str, within: Range | None = N
         return fit(value, annotation, within)
     except Unfit:
         wanted = words_for(annotation, within)
-        raise UsageError(f"{name:.120} should be {wanted:.160}, got {shown(value)}") from None
+        raise UsageError(f"{name:.120} should be {wanted:.160}, got {told(value)}") from None
 
 
 def fit(value: Any, annotation: Any, within: Range | None = None) -> Any:
@@ -353,16 +353,6 @@ def _is_foreign(part: Any) -> bool:
     """Whether no YAML file can hold such a value."""
     root = getattr(part, "__module__", "").split(".")[0]
     return root in ("torch", "numpy", "pathlib")
-
-
-def shown(value: Any) -> str:
-    """Show a value that is wrong, in at most 80 characters, whatever it is."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        text = f"a {type(value).__name__} that is too large to show"
-    text = re.sub(r"\s+", " ", text)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 _building = threading.local()

@@ -19,7 +19,7 @@ from torch import nn
 
 import ldm
 from ldm import values
-from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError, UsageError
+from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError, UsageError, told
 from ldm.paths import CHECKOUT
 from ldm.util import _is_buildable, instantiate_from_config, load_config, resolved
 from ldm.values import RANGES, Range, Unfit, fit
@@ -128,7 +128,7 @@ def test_a_value_that_fits_is_taken(value, kind, wanted):
         ([], typing.Mapping[str, int]),
         (0, type(None)),
     ],
-    ids=lambda value: values.shown(value),
+    ids=lambda value: told(value),
 )
 def test_a_value_that_does_not_fit_is_refused(value, kind):
     with pytest.raises(Unfit):
@@ -171,7 +171,7 @@ class Loop(dict):
     ids=[str(i) for i in range(6)],
 )
 def test_whatever_is_wrong_is_shown_in_a_line(value):
-    text = values.shown(value)
+    text = told(value)
     assert len(text) <= 90 and "\n" not in text
 
 
@@ -333,7 +333,7 @@ ROWS = [
         "model.params.timesteps",
         10**4000,
         UsageError,
-        "to 100000, got 10000.* .4001 characters",
+        "to 100000, got 10{76}[.]{3}$",
     ),
     ("v1-inference", "model.params.linear_start", "a", UsageError, "a number from 0 to 1, got 'a'"),
     ("v1-inference", "model.params.given_betas", [2.0], UsageError, r"got \[2.0\]"),
@@ -405,7 +405,7 @@ ROWS = [
 @pytest.mark.parametrize(
     ("name", "path", "value", "error", "message"),
     ROWS,
-    ids=[f"{row[1]}={values.shown(row[2])}" for row in ROWS],
+    ids=[f"{row[1]}={told(row[2])}" for row in ROWS],
 )
 def test_a_wrong_value_is_one_line_with_its_key(name, path, value, error, message):
     config = plain(name)
@@ -568,7 +568,7 @@ def test_any_leaf_of_a_shipped_file_may_be_anything(file):
             except LdmError as error:
                 names = [str(key) for key in place if not isinstance(key, int)][-2:]
                 text = str(error)
-                assert any(name in text for name in [*names, values.shown(value)]), (place, value, text)
+                assert any(name in text for name in [*names, told(value)]), (place, value, text)
                 assert len(text) <= 400 and "\n" not in text, (place, value, text)
 
 

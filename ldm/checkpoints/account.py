@@ -12,7 +12,7 @@ from ldm.errors import MismatchError
 NAMED = 3  # how many names an error spells out before it only counts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """What a file says about a tensor before its values are read."""
 

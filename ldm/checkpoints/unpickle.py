@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoints.account import shown
+from ldm.checkpoints.account import TensorInfo, shown
 from ldm.checkpoints.safe import MAX_RANK
 from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError
 
@@ -109,25 +109,12 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(TensorInfo):
     """Where a tensor's values lie: offset and stride count values of dtype."""
 
     storage: Storage
-    dtype: torch.dtype
     offset: int
-    shape: tuple[int, ...]
     stride: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
 
 class Unpickler:
@@ -369,7 +356,7 @@ class Unpickler:
         numbers = (offset, *shape, *stride)
         if len(shape) != len(stride) or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
             raise ValueError("no shape")
-        found = StoredTensor(storage, dtype, offset, tuple(shape), tuple(stride))
+        found = StoredTensor(tuple(shape), dtype, storage, offset, tuple(stride))
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         if found.numel and (last + 1) * dtype.itemsize > storage.nbytes:
             raise ValueError("a tensor beyond its storage")

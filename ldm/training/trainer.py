@@ -22,7 +22,7 @@ from torch import nn
 
 from ldm.checkpoints import replacing
 from ldm.configs import first_line
-from ldm.errors import FormatError, LdmError, MismatchError, ResourceError, UsageError, is_out_of_memory
+from ldm.errors import FormatError, LdmError, MismatchError, ResourceError, UsageError, is_out_of_memory, told
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.models.diffusion.pixel_diffusion import PixelDiffusion
@@ -47,7 +47,7 @@ from ldm.training.options import (
 from ldm.training.resumption import compare
 from ldm.training.room import check_fits, training_device
 from ldm.util import get_obj_from_str, instantiate_from_config
-from ldm.values import RANGES, check, check_value, shown
+from ldm.values import RANGES, check, check_value
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def chosen_precision(given: str | int) -> str:
         if str(given) in spellings:
             return name
     known = ", ".join("/".join(map(repr, spellings)) for spellings in PRECISIONS.values())
-    raise UsageError(f"lightning.trainer.precision should be one of {known}; got {shown(given)}")
+    raise UsageError(f"lightning.trainer.precision should be one of {known}; got {told(given)}")
 
 
 def build_optimizers(model: nn.Module, rate: float, training: dict[str, Any]) -> tuple[list, list]:

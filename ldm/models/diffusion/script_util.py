@@ -11,11 +11,11 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-from ldm.errors import MismatchError, UsageError
+from ldm.errors import MismatchError, UsageError, told
 from ldm.models.diffusion import gaussian_diffusion as gd
 from ldm.models.diffusion.respace import SpacedDiffusion, space_timesteps
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, SuperResModel, UNetModel
-from ldm.values import RANGES, bounded, check_value, shown
+from ldm.values import RANGES, bounded, check_value
 
 # Classes of ImageNet. Read when a model is made, so that rebinding it takes effect.
 NUM_CLASSES = 1000
@@ -202,7 +202,7 @@ def parse_channel_mult(
     if not 0 < len(multiples) <= within.most or not all(within.has(m) for m in multiples):
         raise UsageError(
             f"channel_mult should be numbers above 0, at most {within.high} and {within.most} of them, such as "
-            f"'1,2,3,4', got {shown(text)}"
+            f"'1,2,3,4', got {told(text)}"
         )
     return tuple(int(m) if m.is_integer() else m for m in multiples)
 
@@ -223,7 +223,7 @@ def parse_attention_resolutions(text: str, image_size: int) -> tuple[int, ...]:
         if side < 1 or image_size % side:
             raise UsageError(
                 f"attention_resolutions should be sides of maps such as '16,8', each a divisor of {image_size}, "
-                f"got {shown(text)}"
+                f"got {told(text)}"
             )
         factors.append(image_size // side)
     return tuple(factors)
