@@ -12,6 +12,7 @@ import logging
 import pkgutil
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -310,7 +311,9 @@ def _unknown(name: str, kind: Any, taker: str) -> MismatchError:
     known = list(values.parameters_of(kind))
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(known) or 'none'}"
-    return MismatchError(f"{taker} has no parameter '{name}'; {hint:.300}")
+    # A place, a file's own name and forty of ours have to go into one line of 400 characters.
+    hint = textwrap.shorten(hint, 160, placeholder=" ...")
+    return MismatchError(f"{taker:.150} has no parameter '{name:.60}'; {hint}")
 
 
 def _misfit(error: Exception, cls: type, where: str) -> Exception:
