@@ -89,7 +89,7 @@ RANGES: dict[str, Range] = {
         ("attention_resolutions attn_resolutions", Range(1, 1 << 20, most=64)),
         ("n_embed n_e n_classes num_classes colorize_nlabels", Range(1, 1 << 24)),
         ("resolution", Range(1, 1 << 20)),
-        ("image_size large_size small_size crop_size size in_size out_size", SIDE),
+        ("image_size large_size small_size crop_size low_resolution size in_size out_size", SIDE),
         ("reshuffle_patch_size", Range(1, 1 << 12)),
         ("spacial_dim", Range(1, 1 << 12)),
         ("dims", Range(1, 3)),
