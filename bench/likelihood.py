@@ -115,7 +115,7 @@ def make_table(results: dict[str, Any]) -> str:
 
 def draw_plot(measures: dict[str, dict[str, Any]]) -> bytes:
     """Plot terms and errors over the levels, one line for each model, as a PNG."""
-    from ldm.pixels import need_matplotlib, scale_terms
+    from ldm.guided_diffusion.pixels import need_matplotlib, scale_terms
 
     need_matplotlib()
     from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
 """The quality table: how often a picture keeps its caption's promise, by sampler, steps and guidance.
 
 For each row, 500 fixed prompts of seen colour-shape pairs and 500 with never-seen ones are painted, prompt i from
-seed i, and read by `ldm.training.checker`; a prompt counts when its every attribute holds. Beside it stands a
+seed i, and read by `ldm.shapes.checker`; a prompt counts when its every attribute holds. Beside it stands a
 Frechet distance between the latents painted and those of 2,000 other renders of the same split. Each finished
 row is saved at once; a second run does what is missing. The table has some eight million questions to the UNet:
 `--precision bfloat16 --compile` asks them in a quarter of the time; results of two precisions never share a file.
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.generate import StableDiffusion
-    from ldm.training.shapes import Scene
+    from ldm.shapes.scenes import Scene
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
-SPLITS = {"seen": "train", "never-seen": "test"}  # our names and those of ldm.training.shapes
+SPLITS = {"seen": "train", "never-seen": "test"}  # our names and those of ldm.shapes.scenes
 SAMPLERS = {
     "ddpm": ("ddpm", 0.0, "DDPM"),
     "ddim-1": ("ddim", 1.0, "DDIM, eta 1"),
@@ -145,7 +145,7 @@ def encode_renders(pipeline: "StableDiffusion", scenes: list["Scene"], batch: in
     import torch
 
     from ldm.generate import native_size
-    from ldm.training.shapes import render
+    from ldm.shapes.scenes import render
 
     model = pipeline.model
     size = native_size(model)[0]
@@ -194,7 +194,7 @@ class Bench:
 
     def reference(self, split: str) -> np.ndarray:
         """Pooled latents (REFERENCE, d) of renders that no prompt names."""
-        from ldm.training.shapes import evaluation_scenes
+        from ldm.shapes.scenes import evaluation_scenes
 
         if split not in self.references:
             scenes = evaluation_scenes(REFERENCE, seed=REFERENCE_SEED, split=SPLITS[split])
@@ -206,8 +206,8 @@ class Bench:
         """Paint a row's prompts, judge them, and say all about it; the latents, batch by batch, go into `kept`."""
         from ldm.generate import decode
         from ldm.images import to_uint8
-        from ldm.training.checker import judge, see
-        from ldm.training.shapes import evaluation_scenes, render
+        from ldm.shapes.checker import judge, see
+        from ldm.shapes.scenes import evaluation_scenes, render
 
         reference = self.reference(row.split)
         began = time.monotonic()
@@ -397,8 +397,8 @@ def make_grid(bench: Bench, guidance: float) -> tuple["Image.Image", int]:
 
     from ldm.generate import decode
     from ldm.images import to_pil
-    from ldm.training.checker import check
-    from ldm.training.shapes import shapes_prompts
+    from ldm.shapes.checker import check
+    from ldm.shapes.scenes import shapes_prompts
 
     tiles = []
     for split, count in GRID_PROMPTS.items():

@@ -1010,7 +1010,7 @@ def diffusion_parser(name: str, about: str, *, outdir: str, classifies: bool) ->
     Args:
         classifies: offer a classifier's flags as well.
     """
-    from ldm.models.diffusion.script_util import add_dict_to_argparser
+    from ldm.guided_diffusion.script_util import add_dict_to_argparser
 
     p = Parser(prog=name, description=about)
     model = p.add_argument_group("with what")
@@ -1033,7 +1033,7 @@ def diffusion_parser(name: str, about: str, *, outdir: str, classifies: bool) ->
 
 
 def _network_flags(classifies: bool) -> dict[str, Any]:
-    from ldm.models.diffusion import script_util
+    from ldm.guided_diffusion import script_util
 
     return {
         **(script_util.classifier_defaults() if classifies else {}),

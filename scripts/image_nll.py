@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     if (args.data_dir is None) == (args.shapes is None):
         raise UsageError("pictures come from --data_dir FOLDER or from --shapes N; give one of the two")
 
-    from ldm import pixels
+    from ldm.guided_diffusion import pixels
     from ldm.images import prepare_folder
     from ldm.wish import list_seeds, pick_device
 

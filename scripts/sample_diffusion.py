@@ -22,7 +22,7 @@ CUSTOM_STEPS = 50  # of a latent model, where neither options nor its configurat
 
 
 def make_parser() -> Parser:
-    from ldm.models.diffusion.script_util import str2bool
+    from ldm.guided_diffusion.script_util import str2bool
 
     p = diffusion_parser(
         "sample_diffusion.py", "Sample from a diffusion model.", outdir="outputs/samples", classifies=True
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import numpy as np
 
-    from ldm import pixels
+    from ldm.guided_diffusion import pixels
     from ldm.images import prepare_folder
     from ldm.wish import list_seeds, pick_device
 

@@ -13,7 +13,7 @@ NEEDED = ("matplotlib", "lightning")  # of the extra [train], and lightning look
 
 
 def make_parser() -> cli.Parser:
-    from ldm.models.diffusion.script_util import str2bool
+    from ldm.guided_diffusion.script_util import str2bool
 
     parser = cli.Parser(prog="train.py", description="Train in the manner of CompVis's main.py.")
     parser.add_argument(

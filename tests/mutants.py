@@ -304,7 +304,7 @@ def saved(**options: Any) -> bytes:
 
 
 def tokenizer() -> dict[str, Any]:
-    from ldm.training.bpe import learn_bpe
+    from ldm.shapes.bpe import learn_bpe
 
     vocab, merges = learn_bpe(["cat", "dog"])
     return {

@@ -15,12 +15,12 @@ from tiny_pixels import SMALL
 from ldm import util
 from ldm.errors import UsageError
 from ldm.generate import StableDiffusion, decode
+from ldm.guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from ldm.kernels import graphs
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.resample import create_named_schedule_sampler
-from ldm.models.diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import instantiate_from_config
 

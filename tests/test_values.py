@@ -231,9 +231,9 @@ def test_defaults_lie_in_their_ranges():
 
 
 def test_parameters_are_found_through_the_constructors_they_are_handed_on_to():
+    from ldm.guided_diffusion.pixel_diffusion import PixelDiffusion
     from ldm.models.autoencoder import IdentityFirstStage
     from ldm.models.diffusion.ddpm import LatentInpaintDiffusion
-    from ldm.models.diffusion.pixel_diffusion import PixelDiffusion
 
     assert {"masked_image_key", "finetune_keys", "scale_factor", "timesteps"} <= set(
         values.parameters_of(LatentInpaintDiffusion)
@@ -671,7 +671,8 @@ resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 import torch
 from ldm.errors import LdmError
 from ldm.util import instantiate_from_config, load_config, resolved
-from ldm.models.diffusion import ddpm, pixel_diffusion
+from ldm.guided_diffusion import pixel_diffusion
+from ldm.models.diffusion import ddpm
 from ldm.modules.diffusionmodules import openaimodel
 import ldm.modules.encoders.modules, omegaconf, yaml
 from transformers import CLIPTextConfig, CLIPTextModel

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from keyed import fill
 
-from ldm.models.diffusion.script_util import (
+from ldm.guided_diffusion.script_util import (
     classifier_defaults,
     create_classifier,
     create_model,

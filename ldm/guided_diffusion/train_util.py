@@ -17,7 +17,7 @@ from ldm.checkpoints import save_object
 from ldm.errors import MismatchError, UsageError
 from ldm.guided_diffusion import dist_util, logger
 from ldm.guided_diffusion.image_datasets import needs_training
-from ldm.models.diffusion.pixel_diffusion import parse_ema_rates
+from ldm.guided_diffusion.pixel_diffusion import parse_ema_rates
 from ldm.models.diffusion.resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from ldm.modules.ema import LitEma
 from ldm.wish import real, whole

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ldm.configs import first_line
 from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, ResourceError, UsageError
-from ldm.training.shapes import COLOURS, SHAPES, ShapesDataset, as_array, render_crowd
+from ldm.shapes.scenes import COLOURS, SHAPES, ShapesDataset, as_array, render_crowd
 from ldm.util import instantiate_from_config, place_of
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ MAX_SHUFFLED = 1 << 24  # a permutation of more items than this is refused: 128 
 
 
 class Shapes(Dataset):
-    """Renders of the world of shapes, made when asked for; see `ldm.training.shapes`.
+    """Renders of the world of shapes, made when asked for; see `ldm.shapes.scenes`.
 
     Args:
         image_size: pixels a side of the whole picture.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import AbsentError, MismatchError, OutputError
-from ldm.models.diffusion.pixel_diffusion import average_key
+from ldm.guided_diffusion.pixel_diffusion import average_key
 from ldm.paths import shipped
 from ldm.process.schedule import SCHEDULE_BUFFERS
 from ldm.training.checkpointing import read_newest

@@ -23,16 +23,16 @@ from torch import nn
 from ldm.checkpoints import replacing
 from ldm.configs import first_line
 from ldm.errors import FormatError, LdmError, MismatchError, ResourceError, UsageError, is_out_of_memory, told
+from ldm.guided_diffusion.objective import GaussianObjective
+from ldm.guided_diffusion.pixel_diffusion import PixelDiffusion
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
-from ldm.models.diffusion.pixel_diffusion import PixelDiffusion
 from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.training.callbacks import Checkpoints, ImageLogger, RunLog, Validation
 from ldm.training.checkpointing import RunLock, read_newest, read_state
 from ldm.training.data import DataModuleFromConfig, Stream, is_of_a_lost_loader
 from ldm.training.export import export_run
 from ldm.training.folder import ImageFolder
-from ldm.training.gaussian import GaussianObjective
 from ldm.training.latents import cache_latents, fingerprint
 from ldm.training.module import GradientAverage, TrainingModule
 from ldm.training.objectives import AutoencoderObjective, DiffusionObjective

@@ -10,7 +10,9 @@ from keyed import fill, keyed_input
 
 from ldm.checkpoints import save_safetensors
 from ldm.checkpoints.account import TensorInfo
-from ldm.checkpoints.openai import (
+from ldm.errors import MismatchError, NumericError, UnsafeFileError, UsageError
+from ldm.guided_diffusion import script_util
+from ldm.guided_diffusion.files import (
     CLASSIFIER,
     MODEL,
     PUBLISHED,
@@ -19,9 +21,7 @@ from ldm.checkpoints.openai import (
     load_openai_model,
     settle_flags,
 )
-from ldm.errors import MismatchError, NumericError, UnsafeFileError, UsageError
-from ldm.models.diffusion import script_util
-from ldm.models.diffusion.script_util import diffusion_from_flags, flags_for
+from ldm.guided_diffusion.script_util import diffusion_from_flags, flags_for
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, SuperResModel, UNetModel
 
 GUIDE = Path(__file__).parents[2] / "docs" / "openai-models.md"

@@ -10,7 +10,7 @@ from ldm.checkpoints.sampling import SamplingDefaults, read_sampling
 from ldm.errors import MismatchError
 from ldm.generate import StableDiffusion
 from ldm.paths import shipped
-from ldm.training.shapes import shapes_prompts
+from ldm.shapes.scenes import shapes_prompts
 
 
 @pytest.mark.parametrize(

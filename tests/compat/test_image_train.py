@@ -17,19 +17,19 @@ from PIL import Image
 pytest.importorskip("lightning", reason="training needs the extra")
 
 from ldm.guided_diffusion.resample import create_named_schedule_sampler
+
+from ldm.errors import AbsentError, FormatError, MismatchError, NumericError, UnsafeFileError, UsageError
+
+# The script's own import lines, with `ldm.` before guided_diffusion.
+from ldm.guided_diffusion import dist_util, logger, script_util
+from ldm.guided_diffusion.files import load_openai_model
+from ldm.guided_diffusion.image_datasets import center_crop_arr, load_data, random_crop_arr
 from ldm.guided_diffusion.script_util import (
     add_dict_to_argparser,
     args_to_dict,
     create_model_and_diffusion,
     model_and_diffusion_defaults,
 )
-
-from ldm.checkpoints.openai import load_openai_model
-from ldm.errors import AbsentError, FormatError, MismatchError, NumericError, UnsafeFileError, UsageError
-
-# The script's own import lines, with `ldm.` before guided_diffusion.
-from ldm.guided_diffusion import dist_util, logger, script_util
-from ldm.guided_diffusion.image_datasets import center_crop_arr, load_data, random_crop_arr
 from ldm.guided_diffusion.train_util import TrainLoop, parse_resume_step_from_filename
 
 TINY = {

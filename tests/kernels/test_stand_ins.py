@@ -487,7 +487,7 @@ def test_compiled_blocks_give_the_plain_numbers():
 
 
 def test_the_page_s_example_paints_what_it_says():
-    from ldm.training.checker import check
+    from ldm.shapes.checker import check
 
     page = (Path(__file__).parents[2] / "docs" / "fast.md").read_text(encoding="utf-8")
     [code] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)

@@ -11,8 +11,8 @@ import torch
 from linear_gaussian import LinearGaussian, normals
 
 from ldm.errors import MismatchError, UsageError
+from ldm.guided_diffusion.gaussian_bridge import GuidedNetwork, as_gaussian_diffusion
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.gaussian_bridge import GuidedNetwork, as_gaussian_diffusion
 from ldm.models.diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,9 +10,8 @@ from keyed import fill, keyed_input
 
 from ldm.cli import Parser
 from ldm.errors import MismatchError, UsageError
-from ldm.models.diffusion import script_util
-from ldm.models.diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
-from ldm.models.diffusion.script_util import (
+from ldm.guided_diffusion import script_util
+from ldm.guided_diffusion.script_util import (
     add_dict_to_argparser,
     args_to_dict,
     classifier_and_diffusion_defaults,
@@ -33,6 +32,7 @@ from ldm.models.diffusion.script_util import (
     sr_model_and_diffusion_defaults,
     str2bool,
 )
+from ldm.models.diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, SuperResModel, UNetModel
 
 # The command lines of guided-diffusion's README, beyond which it leaves the defaults.

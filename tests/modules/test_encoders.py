@@ -22,7 +22,7 @@ from ldm.modules.encoders.modules import (
     IdentityEncoder,
     SpatialRescaler,
 )
-from ldm.training.bpe import CAPTION_WORDS, write_text_model
+from ldm.shapes.bpe import CAPTION_WORDS, write_text_model
 
 PREFIX = "transformer.text_model."
 POSITIONS = PREFIX + "embeddings.position_ids"

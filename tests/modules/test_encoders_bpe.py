@@ -9,8 +9,8 @@ import pytest
 from ldm.errors import UsageError
 from ldm.modules.encoders.tokenizer import BOS, EOS, build_tokenizer, clean, find_tokenizer
 from ldm.paths import shipped
-from ldm.training.bpe import CAPTION_WORDS, learn_bpe, write_text_model
-from ldm.training.shapes import VOCABULARY
+from ldm.shapes.bpe import CAPTION_WORDS, learn_bpe, write_text_model
+from ldm.shapes.scenes import VOCABULARY
 
 TEXT = shipped("model_data/shapes/text")
 

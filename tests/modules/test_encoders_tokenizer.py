@@ -30,7 +30,7 @@ from ldm.modules.encoders.tokenizer import (
     vocabulary,
     write_vocabulary,
 )
-from ldm.training.bpe import learn_bpe
+from ldm.shapes.bpe import learn_bpe
 
 CAT = [49406, 320, 1125, 539, 320, 2368, 49407]
 MERGES = tokenizer_module.PACKAGE / "data" / "clip_merges.txt.gz"

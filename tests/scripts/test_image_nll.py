@@ -12,13 +12,13 @@ from PIL import Image
 from tiny_pixels import CHAIN, CHAIN_WORDS, LABELLED, MODEL, UPSAMPLER, script, write_network
 
 from ldm.checkpoints import load_latent_diffusion
-from ldm.checkpoints.openai import load_openai_model
 from ldm.cli import run
+from ldm.guided_diffusion.files import load_openai_model
+from ldm.guided_diffusion.gaussian_bridge import as_gaussian_diffusion
+from ldm.guided_diffusion.pixels import SHAPES_SEED
+from ldm.guided_diffusion.script_util import diffusion_from_flags
 from ldm.images import open_image, to_tensor
-from ldm.models.diffusion.gaussian_bridge import as_gaussian_diffusion
-from ldm.models.diffusion.script_util import diffusion_from_flags
-from ldm.pixels import SHAPES_SEED
-from ldm.training.shapes import SHAPES, ShapesDataset
+from ldm.shapes.scenes import SHAPES, ShapesDataset
 
 WORDS = [*CHAIN_WORDS, "--image_size", 16]
 

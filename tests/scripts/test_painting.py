@@ -839,7 +839,7 @@ def test_trouble_that_is_known_is_one_line_each_on_stderr(home, end, name, argv,
 
 @pytest.mark.slow
 def test_sample_diffusion_takes_guidance_and_steps_from_the_box(home, end, monkeypatch):
-    from ldm import pixels
+    from ldm.guided_diffusion import pixels
 
     seen = []
     sample, ask = pixels.sample, pixels.LatentModel.ask

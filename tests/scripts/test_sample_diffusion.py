@@ -21,15 +21,15 @@ from tiny_pixels import (
     write_network,
 )
 
-from ldm import pixels
 from ldm.checkpoints import load_latent_diffusion
-from ldm.checkpoints.openai import load_openai_model
 from ldm.cli import run
 from ldm.errors import FormatError
+from ldm.guided_diffusion import pixels
+from ldm.guided_diffusion.files import load_openai_model
+from ldm.guided_diffusion.gaussian_bridge import as_gaussian_diffusion
+from ldm.guided_diffusion.script_util import diffusion_from_flags
 from ldm.images import to_uint8
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.gaussian_bridge import as_gaussian_diffusion
-from ldm.models.diffusion.script_util import diffusion_from_flags
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from ldm.errors import UsageError
-from ldm.training.checker import check, judge, see, where
-from ldm.training.shapes import (
+from ldm.shapes.checker import check, judge, see, where
+from ldm.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
     PLACES,

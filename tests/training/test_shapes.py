@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm.errors import UsageError
-from ldm.training.shapes import (
+from ldm.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
     CONVERSE,

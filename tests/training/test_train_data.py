@@ -84,7 +84,7 @@ def test_crops_come_from_the_picture_and_end_at_their_step():
 
 
 def test_shapes_of_the_held_out_pairs_never_come_in_training():
-    from ldm.training.shapes import HELD_OUT
+    from ldm.shapes.scenes import HELD_OUT
 
     captions = [text for batch in take(Stream(Shapes(image_size=16), 50), 0, 4) for text in batch["caption"]]
     assert not any(f"{colour} {shape}" in text for text in captions for colour, shape in HELD_OUT)

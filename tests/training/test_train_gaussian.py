@@ -8,18 +8,18 @@ from omegaconf import OmegaConf
 from tiny_training import figures, run, shapes_data
 
 from ldm.checkpoints import read_tensors
-from ldm.checkpoints.openai import load_openai_model
 from ldm.errors import MismatchError, UsageError
+from ldm.guided_diffusion.files import load_openai_model
+from ldm.guided_diffusion.objective import GaussianObjective
+from ldm.guided_diffusion.pixel_diffusion import PixelDiffusion
 from ldm.models.diffusion.gaussian_diffusion import LossType, ModelVarType
-from ldm.models.diffusion.pixel_diffusion import PixelDiffusion
 from ldm.paths import shipped
+from ldm.shapes.scenes import COLOURS, SHAPES, parse_caption
 from ldm.training.checkpointing import read_state
 from ldm.training.data import Shapes, Stream
 from ldm.training.export import export_run
-from ldm.training.gaussian import GaussianObjective
 from ldm.training.merging import merge_configs
 from ldm.training.objectives import Draws
-from ldm.training.shapes import COLOURS, SHAPES, parse_caption
 from ldm.training.trainer import Run, RunOptions
 from scripts import train
 
@@ -44,7 +44,7 @@ def pixels(max_steps=6, **params):
     return {
         "model": {
             "base_learning_rate": 1e-4,
-            "target": "ldm.models.diffusion.pixel_diffusion.PixelDiffusion",
+            "target": "ldm.guided_diffusion.pixel_diffusion.PixelDiffusion",
             "params": {
                 **FLAGS,
                 **HYBRID,

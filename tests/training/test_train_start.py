@@ -5,9 +5,9 @@ import torch
 from keyed import keyed_input
 
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.shapes.scenes import BACKGROUNDS, COLOURS, render_crowd
 from ldm.training.data import Shapes
 from ldm.training.objectives import start_as_identity
-from ldm.training.shapes import BACKGROUNDS, COLOURS, render_crowd
 
 DDCONFIG = {
     "double_z": True,

@@ -1,7 +1,7 @@
 """OpenAI's diffusion: one object for noising, sampling, losses and likelihoods, whatever a network predicts.
 
 The names, signatures and order of draws are those of Improved DDPM (arXiv:2102.09672) and guided-diffusion
-(arXiv:2105.05233); the arithmetic is in ldm.process. `ldm.models.diffusion.gaussian_bridge` puts models of ours
+(arXiv:2105.05233); the arithmetic is in ldm.process. `ldm.guided_diffusion.gaussian_bridge` puts models of ours
 behind it.
 """
 

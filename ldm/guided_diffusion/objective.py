@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import MismatchError
-from ldm.models.diffusion.pixel_diffusion import PixelDiffusion
+from ldm.guided_diffusion.pixel_diffusion import PixelDiffusion
 from ldm.models.diffusion.resample import LossAwareSampler
 from ldm.training.objectives import Batch, Draws, Figures, pictures_of
 

@@ -15,7 +15,7 @@ from ldm.modules.encoders.tokenizer import (
     vocabulary,
 )
 
-# Every word that the captions of ldm.training.shapes know, and some more that a reader may try.
+# Every word that the captions of ldm.shapes.scenes know, and some more that a reader may try.
 CAPTION_WORDS = (
     "a an small large red green blue yellow purple orange cyan pink white black gray grey beige "
     "circle square triangle star ring cross on the left in center right at top bottom background "

@@ -24,15 +24,15 @@ from ldm.checkpoints import load_latent_diffusion, open_weights
 from ldm.checkpoints.account import shown
 from ldm.checkpoints.families import family_of
 from ldm.checkpoints.folders import is_diffusers_folder
-from ldm.checkpoints.openai import load_openai_model
 from ldm.errors import AbsentError, FormatError, MismatchError, NumericError, UsageError
 from ldm.generate import ImageNoise, decode, encode_image, encode_prompt
+from ldm.guided_diffusion.files import load_openai_model
+from ldm.guided_diffusion.gaussian_bridge import as_gaussian_diffusion
+from ldm.guided_diffusion.script_util import COLOURS, diffusion_from_flags
 from ldm.images import grid, save_file, save_png, to_uint8
 from ldm.kernels import optimize
-from ldm.models.diffusion.gaussian_bridge import as_gaussian_diffusion
 from ldm.models.diffusion.gaussian_diffusion import check_labels
 from ldm.models.diffusion.respace import SpacedDiffusion
-from ldm.models.diffusion.script_util import COLOURS, diffusion_from_flags
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, SuperResModel
 from ldm.paths import shipped
 from ldm.wish import check_size, downsampling, is_inpainting, list_texts, native_size
@@ -537,8 +537,8 @@ def shapes_to_measure(model: Model, count: int) -> Pictures:
     Raises:
         UsageError: the model's classes are neither the shapes nor the colours.
     """
-    from ldm.training.shapes import COLOURS as HUES
-    from ldm.training.shapes import SHAPES, ShapesDataset
+    from ldm.shapes.scenes import COLOURS as HUES
+    from ldm.shapes.scenes import SHAPES, ShapesDataset
 
     scenes = ShapesDataset(size=_side(model), length=count, seed=SHAPES_SEED, split="train")
     items = [scenes.scene(i).items[0] for i in range(count)]

@@ -1,7 +1,7 @@
 """The world of shapes: scenes, their captions and their pictures; what the model in the box is trained on.
 
 A scene is one object somewhere, or two objects in a relation, on a plain background. The caption says all
-that matters, so a program can tell whether a picture keeps its caption's promise (`ldm.training.checker`).
+that matters, so a program can tell whether a picture keeps its caption's promise (`ldm.shapes.checker`).
 Everything is deterministic: a seed and an index give a scene, a scene gives one caption and one picture.
 Six colour-shape pairs (`HELD_OUT`) never occur in training; they test composition.
 """

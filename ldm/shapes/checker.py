@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import ndimage
 
 from ldm.errors import UsageError
-from ldm.training.shapes import (
+from ldm.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
     SHAPES,
@@ -96,7 +96,7 @@ def check(image: Image.Image | np.ndarray, caption: str | Claim) -> Verdict:
     checked as such. Objects are matched with those named in the way that lets most attributes hold.
 
     Raises:
-        UsageError: a caption outside the grammar of `ldm.training.shapes`, or a picture that `see` refuses.
+        UsageError: a caption outside the grammar of `ldm.shapes.scenes`, or a picture that `see` refuses.
     """
     return judge(see(image), parse_caption(caption) if isinstance(caption, str) else caption)
 

@@ -1,6 +1,6 @@
 """OpenAI's pixel models (improved-diffusion, guided-diffusion): from a file's names and shapes to flags and a model.
 
-Their files are bare state dicts of the UNet. What built it, the flags of ldm.models.diffusion.script_util, is not in
+Their files are bare state dicts of the UNet. What built it, the flags of ldm.guided_diffusion.script_util, is not in
 the file; most of them show in the shapes.
 """
 
@@ -21,8 +21,8 @@ from ldm.checkpoints.account import LoadReport, TensorInfo, match, shown
 from ldm.checkpoints.files import open_weights
 from ldm.checkpoints.load import check_dtype, check_finite, fill, finish, memory_named, usable
 from ldm.errors import MismatchError
-from ldm.models.diffusion import script_util
-from ldm.models.diffusion.script_util import COLOURS, parse_attention_resolutions, parse_channel_mult
+from ldm.guided_diffusion import script_util
+from ldm.guided_diffusion.script_util import COLOURS, parse_attention_resolutions, parse_channel_mult
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, UNetModel
 
 logger = logging.getLogger(__name__)
@@ -546,7 +546,7 @@ def load_openai_model(
         device: where the model goes.
         dtype: of the weights; None = float32, whatever the file has.
         disable_mmap: as for load_latent_diffusion.
-        given: flags, by the names of ldm.models.diffusion.script_util. What shapes show need not be given; the
+        given: flags, by the names of ldm.guided_diffusion.script_util. What shapes show need not be given; the
             heads of the attention, use_new_attention_order and the diffusion process show in none: they are
             those of the published model with this layout, or else the originals' defaults, and the report's
             notes say which. use_fp16 runs the blocks in half precision.

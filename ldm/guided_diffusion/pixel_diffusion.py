@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UsageError
-from ldm.lr_scheduler import LambdaLinearScheduler
-from ldm.models.diffusion.resample import create_named_schedule_sampler
-from ldm.models.diffusion.respace import SpacedDiffusion
-from ldm.models.diffusion.script_util import (
+from ldm.guided_diffusion.script_util import (
     create_model_and_diffusion,
     diffusion_from_flags,
     model_and_diffusion_defaults,
 )
+from ldm.lr_scheduler import LambdaLinearScheduler
+from ldm.models.diffusion.resample import create_named_schedule_sampler
+from ldm.models.diffusion.respace import SpacedDiffusion
 from ldm.modules.ema import LitEma
 
 
@@ -125,7 +125,7 @@ class PixelDiffusion(nn.Module):
         )
 
     def _load(self, path: str) -> None:
-        from ldm.checkpoints.openai import load_openai_model
+        from ldm.guided_diffusion.files import load_openai_model
 
         loaded, _, _ = load_openai_model(path, **self.flags)
         self.model.load_state_dict(loaded.state_dict())
