@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm import values
-from ldm.configs import first_line, refuse_resolvers, resolved
-from ldm.configs import load_config as load_config  # part of this module for its callers
+from ldm.config_text import first_line, refuse_resolvers, resolved
+from ldm.config_text import load_config as load_config  # part of this module for its callers
 from ldm.errors import LdmError, MismatchError, UnsafeFileError, UsageError, told
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ SOURCES = sorted((ROOT / "ldm").rglob("*.py"))
 ROOMS = (
     ("errors",),
     ("values",),
-    ("configs",),
+    ("config_text",),
     ("util", "paths", "lr_scheduler", "compiled", "containers", "comfyui", "other_words"),
     ("process",),
     ("modules",),

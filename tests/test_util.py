@@ -57,7 +57,7 @@ def test_a_target_is_built_with_its_params():
         "ldm.util.HISTORIC_NAMES.update",
         "ldm.util.HISTORIC_NAMES",
         "ldm.util.get_obj_from_str",
-        "ldm.configs.Path",
+        "ldm.config_text.Path",
         "ldm.checkpoints.read_tensors",
         "tqdm.__main__.main",
         "main.Trainer",

@@ -12,7 +12,7 @@ from typing import Any
 from ldm.checkpoints import families
 from ldm.checkpoints.account import shown
 from ldm.checkpoints.files import Weights
-from ldm.configs import load_config, resolved
+from ldm.config_text import load_config, resolved
 from ldm.errors import AbsentError, LdmError, MismatchError, refuse_elsewhere
 from ldm.paths import shipped
 

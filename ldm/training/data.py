@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ldm.configs import first_line
+from ldm.config_text import first_line
 from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, ResourceError, UsageError
 from ldm.shapes.scenes import COLOURS, SHAPES, ShapesDataset, as_array, render_crowd
 from ldm.util import instantiate_from_config, place_of

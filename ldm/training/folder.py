@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ldm.checkpoints import replacing
-from ldm.configs import first_line
+from ldm.config_text import first_line
 from ldm.errors import AbsentError, FormatError, LdmError, UnsafeFileError, UsageError, told
 from ldm.images import MORE_FORMATS, open_image, to_rgb
 from ldm.training.data import Item

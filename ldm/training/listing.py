@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.configs import first_line
+from ldm.config_text import first_line
 from ldm.errors import FormatError, UnsafeFileError, told
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ldm.configs import check_yaml, first_line, load_config, resolved
+from ldm.config_text import check_yaml, first_line, load_config, resolved
 from ldm.errors import LdmError, UsageError, told
 
 logger = logging.getLogger(__name__)

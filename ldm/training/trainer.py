@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from ldm.checkpoints import replacing
-from ldm.configs import first_line
+from ldm.config_text import first_line
 from ldm.errors import FormatError, LdmError, MismatchError, ResourceError, UsageError, is_out_of_memory, told
 from ldm.guided_diffusion.objective import GaussianObjective
 from ldm.guided_diffusion.pixel_diffusion import PixelDiffusion
