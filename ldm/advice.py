@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ldm.checkpoints.sampling import SamplingDefaults
+from ldm.errors import MismatchError, UsageError
+from ldm.models.diffusion.samplers import resolve_sampler
 
 if TYPE_CHECKING:
     from ldm.wish import Job
@@ -171,6 +173,18 @@ def about_seeds(seeds: Iterable[int]) -> str | None:
     if wide is None:
         return None
     return f"seed {wide} paints what seed {wide % 2**SEED_BITS} paints: the generator on the CPU keeps {SEED_BITS} bits"
+
+
+def by_sampler(least_steps: Mapping[str, int]) -> dict[str, int]:
+    """Give a configuration's fewest steps by the samplers' own names.
+
+    Raises:
+        MismatchError: there is no such sampler.
+    """
+    try:
+        return {resolve_sampler(name): steps for name, steps in least_steps.items()}
+    except UsageError as error:
+        raise MismatchError(f"the configuration's 'sampling.least_steps': {error}") from None
 
 
 def advice(jobs: Sequence[Job], defaults: SamplingDefaults, *, on_cpu: bool = True) -> dict[str, str]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ldm import images as pictures
-from ldm.advice import FOREIGN_SYNTAX, advice
+from ldm.advice import FOREIGN_SYNTAX, advice, by_sampler
 from ldm.checkpoints.sampling import SamplingDefaults
 from ldm.errors import (
     LdmError,
@@ -33,6 +33,7 @@ from ldm.errors import (
     refuse_elsewhere,
     told,
 )
+from ldm.helpers import upload
 from ldm.kernels.deepcache import DeepCache
 from ldm.kernels.tome import TokenMerging
 from ldm.models.diffusion.samplers import (
@@ -49,7 +50,6 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.other_words import PIPELINE, attribute_advice, near, taking_options_of
 from ldm.paths import shipped
 from ldm.results import GenerationParameters, GenerationResult, Progress, join, painted, with_bar
-from ldm.util import upload
 from ldm.wish import (
     Job,
     Shot,
@@ -307,6 +307,7 @@ class StableDiffusion:
             guidance_scale=V1_GUIDANCE if advised.guidance_scale is None else advised.guidance_scale,
             steps=min(advised.steps or V1_STEPS, model.num_timesteps),
             size=advised.size or native_size(model),
+            least_steps=by_sampler(advised.least_steps),
         )
         self._averaged = False
         self._told: set[str] = set()  # kinds of foreign prompt syntax that were warned of

@@ -187,7 +187,7 @@ def _save_folder(sd: StableDiffusion, path: Path) -> Path:
 
 def _fill_folder(sd: StableDiffusion, folder: Path) -> None:
     from ldm.diffusers_style.parts import VAE, TextEncoder, UNet
-    from ldm.diffusers_style.pipeline import schedule_config
+    from ldm.diffusers_style.scheduler import schedule_config
 
     model = sd.model
     with model.ema_scope():  # what paints

@@ -12,7 +12,8 @@ from pretended_device import GPU, OnDevice, pretended
 from tiny import tiny_model
 from tiny_pixels import SMALL
 
-from ldm import util
+from ldm import helpers
+from ldm.config import instantiate_from_config
 from ldm.errors import UsageError
 from ldm.generate import StableDiffusion, decode
 from ldm.guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
@@ -22,7 +23,6 @@ from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.resample import create_named_schedule_sampler
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.util import instantiate_from_config
 
 PICTURE = Image.fromarray((np.random.RandomState(0).rand(64, 64, 3) * 255).astype(np.uint8))
 MASK = Image.fromarray((np.arange(64)[None] > 20).repeat(64, 0).astype(np.uint8) * 255)
@@ -309,8 +309,8 @@ def test_where_no_memory_can_be_page_locked_it_is_said_once_and_done_without(on_
         raise RuntimeError("CUDA error: out of memory\nCompile with more")
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
-    monkeypatch.setattr(util, "_can_pin", True)
-    with caplog.at_level(logging.WARNING, "ldm.util"):
+    monkeypatch.setattr(helpers, "_can_pin", True)
+    with caplog.at_level(logging.WARNING, "ldm.helpers"):
         sd = StableDiffusion(tiny_model()).optimize(low_vram="cuda")
         assert_same(paint(sd, "txt2img"), paint(on_cpu[4], "txt2img"))
         sd = StableDiffusion(tiny_model()).to("cuda", torch.float32)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import ldm
-from ldm.util import get_obj_from_str
+from ldm.config import get_obj_from_str
 
 
 @pytest.mark.parametrize(("old", "new"), ldm._MOVED.items())

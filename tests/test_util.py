@@ -11,10 +11,11 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import ldm.modules.ema
-from ldm import paths, util
+from ldm import config, config_text, paths, util
+from ldm.config import get_obj_from_str, instantiate_from_config
+from ldm.config_text import load_config
 from ldm.errors import AbsentError, FormatError, MismatchError, UnsafeFileError, UsageError
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
-from ldm.util import get_obj_from_str, instantiate_from_config, load_config
 
 LINEAR = {"target": "torch.nn.Linear", "params": {"in_features": 3, "out_features": 5}}
 
@@ -23,8 +24,8 @@ LINEAR = {"target": "torch.nn.Linear", "params": {"in_features": 3, "out_feature
 
 
 def test_a_target_is_built_with_its_params():
-    for config in (LINEAR, OmegaConf.create(LINEAR)):
-        built = instantiate_from_config(config)
+    for given in (LINEAR, OmegaConf.create(LINEAR)):
+        built = instantiate_from_config(given)
         assert isinstance(built, nn.Linear) and built.weight.shape == (5, 3)
     assert isinstance(instantiate_from_config({"target": "torch.nn.Identity"}), nn.Identity)
     assert isinstance(instantiate_from_config({"target": "torch.nn.Identity", "params": None}), nn.Identity)
@@ -52,10 +53,10 @@ def test_a_target_is_built_with_its_params():
         "torch.utils.cpp_extension.load_inline",
         "logging.os.system",
         "numpy.os.system",
-        "ldm.util.importlib.import_module",
+        "ldm.config.importlib.import_module",
         "ldm.util.os.system",
-        "ldm.util.HISTORIC_NAMES.update",
-        "ldm.util.HISTORIC_NAMES",
+        "ldm.config.HISTORIC_NAMES.update",
+        "ldm.config.HISTORIC_NAMES",
         "ldm.util.get_obj_from_str",
         "ldm.config_text.Path",
         "ldm.checkpoints.read_tensors",
@@ -180,13 +181,13 @@ def test_the_caller_may_allow_a_class_by_its_full_name(package):
 
 
 def test_historic_names_lead_to_their_new_homes(monkeypatch):
-    monkeypatch.setitem(util.HISTORIC_NAMES, "main.Stage", "ldm.models.autoencoder.IdentityFirstStage")
+    monkeypatch.setitem(config.HISTORIC_NAMES, "main.Stage", "ldm.models.autoencoder.IdentityFirstStage")
     assert get_obj_from_str("main.Stage") is IdentityFirstStage
     homes = {
         "main.DataModuleFromConfig": "ldm.training.data.DataModuleFromConfig",
         "main.ImageLogger": "ldm.training.callbacks.ImageLogger",
     }
-    assert {name: util.HISTORIC_NAMES[name] for name in homes} == homes
+    assert {name: config.HISTORIC_NAMES[name] for name in homes} == homes
 
 
 @pytest.mark.parametrize(
@@ -434,9 +435,9 @@ def test_resolvers_do_not_resolve_without_a_file_either(value):
     "value", ["${a}", "x: ${a}", "${a}: x", "${a.b}${c}", "{a: b}", "https://x", "$:{a:b}", "}: ${a}"]
 )
 def test_colons_outside_references_may_stay(value):
-    util.refuse_resolvers({"key": [value]})
+    config_text.refuse_resolvers({"key": [value]})
     with pytest.raises(UnsafeFileError, match="asks a resolver"):
-        util.refuse_resolvers({"key": [value + "${n:v}"]})
+        config_text.refuse_resolvers({"key": [value + "${n:v}"]})
 
 
 def test_every_shipped_configuration_is_read():
@@ -500,7 +501,7 @@ def test_mean_flat_keeps_the_first_axis(shape):
 
 
 def test_parameters_are_counted_and_said_if_asked(caplog):
-    with caplog.at_level(logging.INFO, "ldm.util"):
+    with caplog.at_level(logging.INFO, "ldm.helpers"):
         assert util.count_params(nn.Linear(3, 5)) == 20
         assert caplog.text == ""
         assert util.count_params(nn.Linear(1000, 1234), verbose=True) == 1_235_234

@@ -19,9 +19,10 @@ from torch import nn
 
 import ldm
 from ldm import values
+from ldm.config import _is_buildable, instantiate_from_config
+from ldm.config_text import load_config, resolved
 from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError, UsageError, told
 from ldm.paths import CHECKOUT
-from ldm.util import _is_buildable, instantiate_from_config, load_config, resolved
 from ldm.values import RANGES, Range, Unfit, fit
 from ldm.wish import native_size
 
@@ -670,7 +671,8 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 import torch
 from ldm.errors import LdmError
-from ldm.util import instantiate_from_config, load_config, resolved
+from ldm.config import instantiate_from_config
+from ldm.config_text import load_config, resolved
 from ldm.guided_diffusion import pixel_diffusion
 from ldm.models.diffusion import ddpm
 from ldm.modules.diffusionmodules import openaimodel

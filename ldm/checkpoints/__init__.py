@@ -3,6 +3,7 @@
 from ldm.checkpoints.account import LoadReport, TensorInfo
 from ldm.checkpoints.files import Weights, open_weights, read_object, read_tensors
 from ldm.checkpoints.load import load_latent_diffusion, load_vae
+from ldm.checkpoints.states import account_states, assign
 from ldm.checkpoints.summary import FileSummary, inspect
 from ldm.checkpoints.write import replacing, save_object, save_safetensors
 
@@ -11,6 +12,8 @@ __all__ = [
     "LoadReport",
     "TensorInfo",
     "Weights",
+    "account_states",
+    "assign",
     "inspect",
     "load_latent_diffusion",
     "load_vae",

@@ -20,8 +20,8 @@ from ldm.checkpoints.files import PICKLE_SUFFIXES, Weights, open_weights
 from ldm.checkpoints.folders import FolderWeights, folder_settings, is_diffusers_folder
 from ldm.checkpoints.pair import account_model, without
 from ldm.checkpoints.sampling import read_sampling
+from ldm.config import instantiate_from_config
 from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UsageError
-from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
 

@@ -1,19 +1,17 @@
 """The one door for weight files: what a file is, is read from its first bytes, never from its name."""
 
-import difflib
 import os
-import stat
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ldm.checkpoints.account import TensorInfo, shown
+from ldm.checkpoints.open_file import OpenFile
 from ldm.checkpoints.pickles import PickleWeights, load_object
 from ldm.checkpoints.safe import SafetensorsWeights, check_memory
-from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UnsafeFileError, refuse_elsewhere
+from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 END_OF_ZIP = b"PK\x05\x06"
@@ -48,63 +46,6 @@ class Weights(Protocol):
         """Give one tensor where it lies in the file, if that is as good as memory of its own; otherwise None."""
 
     def close(self) -> None: ...
-
-
-class OpenFile:
-    """A regular file held open once from sniffing to the last read; noticing whether it changed meanwhile."""
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = os.fspath(path)
-        try:
-            # Non-blocking, so that a FIFO without a writer cannot hang the open.
-            number = os.open(
-                self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-            )
-        except FileNotFoundError:
-            refuse_elsewhere("weight file", self.path)
-            raise _absent(self.path) from None
-        except IsADirectoryError:
-            raise FormatError(f"'{shown(self.path)}' is a folder, not a weight file") from None
-        except PermissionError:
-            raise FormatError(f"'{shown(self.path)}' cannot be read: permission denied") from None
-        except (OSError, ValueError) as error:
-            raise FormatError(f"'{shown(self.path)}' cannot be opened: {shown(error)}") from error
-        try:
-            self.before = os.fstat(number)
-            if not stat.S_ISREG(self.before.st_mode):
-                kind = "a folder" if stat.S_ISDIR(self.before.st_mode) else "a pipe, socket or device"
-                raise FormatError(f"'{shown(self.path)}' is {kind}, not a regular file")
-            self.file: BinaryIO = os.fdopen(number, "rb", buffering=0)
-        except BaseException:
-            os.close(number)
-            raise
-        self.size = self.before.st_size
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.file.close()
-
-    def check_unchanged(self) -> None:
-        """Raise FormatError if the file was rewritten or cut since it was opened."""
-        now = os.fstat(self.file.fileno())
-        if (now.st_size, now.st_mtime_ns) != (self.before.st_size, self.before.st_mtime_ns):
-            raise FormatError(f"'{shown(self.path)}' changed while it was read; load it again")
-
-
-def _absent(path: str) -> AbsentError:
-    if os.path.islink(path):
-        return AbsentError(f"'{shown(path)}' is a link to a file that is not there")
-    folder, name = os.path.split(path)
-    try:
-        near = difflib.get_close_matches(name, os.listdir(folder or "."), n=1)
-    except OSError:
-        near = []
-    hint = f"did you mean '{shown(near[0])}'?" if near else "check the path"
-    return AbsentError(f"weight file '{shown(path)}' is not there; {hint}")
 
 
 def _sniff(handle: OpenFile) -> str:

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,8 @@ from ldm.errors import (
     is_out_of_memory,
     refuse_elsewhere,
 )
+from ldm.helpers import count_params, pinned
 from ldm.process.schedule import SCHEDULE_BUFFERS
-from ldm.util import count_params, pinned
-
-if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +55,7 @@ def load_latent_diffusion(
     vae_dtype: torch.dtype | None = None,
     disable_mmap: bool = False,
     ignore: str | Iterable[str] = (),
-) -> tuple["LatentDiffusion", LoadReport]:
+) -> tuple[nn.Module, LoadReport]:
     """Load a latent diffusion model of the v1 family from a single file or a diffusers folder.
 
     The model is built without memory and given the file's tensors one by one, so that the peak is the model.

@@ -14,13 +14,11 @@ import os
 import sys
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ldm.checkpoints.open_file import OpenFile
 from ldm.compiled import build
 from ldm.errors import ResourceError
-
-if TYPE_CHECKING:
-    from ldm.checkpoints.files import OpenFile
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +47,7 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
-def map_file(handle: "OpenFile") -> Any | None:
+def map_file(handle: OpenFile) -> Any | None:
     """Map a file that is open for reading.
 
     Returns:

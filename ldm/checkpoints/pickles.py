@@ -11,19 +11,17 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ldm.checkpoints import families
 from ldm.checkpoints.account import TensorInfo, shown
+from ldm.checkpoints.open_file import OpenFile
 from ldm.checkpoints.safe import MAX_TENSORS, check_memory, check_name
 from ldm.checkpoints.unpickle import Placeholder, Storage, StoredTensor, Unpickler
 from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError
-
-if TYPE_CHECKING:
-    from ldm.checkpoints.files import OpenFile
 
 MAX_PICKLE = 64 << 20  # bytes of data.pkl; Stable Diffusion v1 with its optimizer needs under 1 MB
 MAX_TABLE = 16 << 20  # bytes of a zip's table of contents; 20,000 entries take 2
@@ -75,7 +73,7 @@ class Values(Protocol):
 
 
 @contextlib.contextmanager
-def _damage_named(handle: "OpenFile") -> Iterator[None]:
+def _damage_named(handle: OpenFile) -> Iterator[None]:
     """zipfile and zlib raise a dozen kinds of errors for a damaged file; give them one."""
     try:
         yield
@@ -91,7 +89,7 @@ def _damage_named(handle: "OpenFile") -> Iterator[None]:
 class _Bounded:
     """The file as zipfile sees it: which reads tables of whatever length the file states, here with a bound."""
 
-    def __init__(self, handle: "OpenFile"):
+    def __init__(self, handle: OpenFile):
         self.seek, self.tell, self.handle = handle.file.seek, handle.file.tell, handle
 
     def seekable(self) -> bool:
@@ -110,7 +108,7 @@ class _Bounded:
 class ZipValues:
     """The zip that torch.save has written since torch 1.6, or that a tool has packed anew."""
 
-    def __init__(self, handle: "OpenFile"):
+    def __init__(self, handle: OpenFile):
         self.handle, self.path = handle, shown(handle.path)
         with _damage_named(handle):
             try:
@@ -220,7 +218,7 @@ class ZipValues:
 class LegacyValues:
     """The format before torch 1.6: five pickles, then each storage as a count and its values; without checksums."""
 
-    def __init__(self, handle: "OpenFile"):
+    def __init__(self, handle: OpenFile):
         self.handle, self.path, self.nbytes = handle, shown(handle.path), handle.size
         self.sizes: dict[str, Storage] = {}
         self.starts: dict[str, int] = {}
@@ -273,7 +271,7 @@ class LegacyValues:
                 filled += count
 
 
-def _open(handle: "OpenFile", kind: str) -> tuple[Any, "Values", "_Measured"]:
+def _open(handle: OpenFile, kind: str) -> tuple[Any, "Values", "_Measured"]:
     values = ZipValues(handle) if kind == "zip" else LegacyValues(handle)
     found = values.load()
     return found, values, _Measured(found, shown(handle.path), values.nbytes)
@@ -338,7 +336,7 @@ def _parts_of(value: Any) -> list[Any]:
     return [part for part in parts if isinstance(part, dict | list | tuple | set | StoredTensor)]
 
 
-def load_object(handle: "OpenFile", kind: str) -> Any:
+def load_object(handle: OpenFile, kind: str) -> Any:
     """Read an open file of torch.save as it was nested: dicts, lists, tuples, sets, numbers, texts and tensors.
 
     Args:
@@ -398,7 +396,7 @@ def _tensor(body: Tensor, stored: StoredTensor) -> Tensor:
 class PickleWeights:
     """The tensors of a pickled checkpoint, whatever it wraps them in; the rest is named and left out."""
 
-    def __init__(self, handle: "OpenFile", kind: str):
+    def __init__(self, handle: OpenFile, kind: str):
         self.path = handle.path
         self.kind = "zip pickle" if kind == "zip" else "legacy pickle"
         self.notes: list[str] = []

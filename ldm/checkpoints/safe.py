@@ -5,17 +5,15 @@ import json
 import os
 import re
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.checkpoints.account import TensorInfo, shown
 from ldm.checkpoints.mapping import map_file
+from ldm.checkpoints.open_file import OpenFile
 from ldm.errors import FormatError, LdmError, MismatchError, ResourceError, UnsafeFileError
-
-if TYPE_CHECKING:
-    from ldm.checkpoints.files import OpenFile
 
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library; 1131 tensors need 0.2 MB
 # A header is metadata for the rest. Texts cost as much memory as bytes, but lists, numbers and short texts far more.
@@ -66,7 +64,7 @@ class SafetensorsWeights:
 
     kind = "safetensors"
 
-    def __init__(self, handle: "OpenFile"):
+    def __init__(self, handle: OpenFile):
         self.path = handle.path
         self.notes: list[str] = []
         self._handle = handle

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ldm.errors import MismatchError, UsageError, told
+from ldm.errors import MismatchError, told
 
 MAX_STEPS = 1000
 SIDES = (8, 65_536)  # pixels
@@ -21,7 +21,7 @@ class SamplingDefaults:
         size: (height, width) in pixels, where neither caller nor picture gives one.
         known_sizes: smallest and largest side in pixels that the model paints well.
         known_words: all that a prompt may hold and be understood, in lower case; for models of few words.
-        least_steps: sampler -> the fewest steps with which it paints well.
+        least_steps: sampler, by any of its names -> the fewest steps with which it paints well.
     """
 
     guidance_scale: float | None = None
@@ -104,18 +104,9 @@ def _words(name: str, value: Any) -> frozenset[str]:
 
 
 def _steps_by_sampler(name: str, value: Any) -> dict[str, int]:
-    from ldm.models.diffusion.samplers import resolve_sampler
-
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or not all(isinstance(sampler, str) for sampler in value):
         raise _wrong(name, "samplers with numbers of steps, such as 'plms: 30'", value)
-    found = {}
-    for sampler, steps in value.items():
-        try:
-            key = resolve_sampler(sampler)
-        except UsageError as error:
-            raise MismatchError(f"the configuration's '{name}': {error}") from None
-        found[key] = _whole(1, MAX_STEPS)(f"{name}.{key}", steps)
-    return found
+    return {sampler: _whole(1, MAX_STEPS)(f"{name}.{sampler:.40}", steps) for sampler, steps in value.items()}
 
 
 _READERS: dict[str, Callable[[str, Any], Any]] = {

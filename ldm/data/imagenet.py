@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.config_text import load_config
 from ldm.data.base import SUFFIXES, PictureList, read_list, seeded_by_torch, to_signed
 from ldm.errors import AbsentError, FormatError, UsageError
-from ldm.util import load_config
 
 # Pictures that are known to be broken.
 BROKEN = {"n06596364_9591.JPEG"}

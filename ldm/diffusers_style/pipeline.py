@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm import images as pictures
 from ldm.checkpoints import folders
 from ldm.diffusers_style.parts import VAE, TextEncoder, UNet
-from ldm.diffusers_style.scheduler import Config, DDIMScheduler, draw_noise, refuse_unknown
+from ldm.diffusers_style.scheduler import Config, DDIMScheduler, draw_noise, refuse_unknown, schedule_config
 from ldm.errors import AbsentError, MismatchError, UsageError
 from ldm.generate import StableDiffusion, decode, encode_prompt
 from ldm.kernels import restore
@@ -569,20 +569,3 @@ class StableDiffusionPipeline:
         if output_type == "pt":
             return torch.from_numpy(unit).permute(0, 3, 1, 2)
         return self.numpy_to_pil(unit) if output_type == "pil" else unit
-
-
-def schedule_config(model: Any) -> dict[str, Any]:
-    """Describe a model's noise schedule as diffusers does, with Stable Diffusion v1's settings of DDIM beside."""
-    settings: dict[str, Any] = {
-        "num_train_timesteps": model.num_timesteps,
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-    }
-    own = model.alphas_cumprod.detach().cpu().float()
-    for name in folders.SCHEDULES:
-        ends = {"beta_start": model.linear_start, "beta_end": model.linear_end, "beta_schedule": name}
-        made = DDIMScheduler(num_train_timesteps=model.num_timesteps, **ends)
-        if torch.allclose(made.alphas_cumprod, own, rtol=1e-6, atol=1e-9):
-            return {**settings, **ends}
-    return {**settings, "trained_betas": model.betas.detach().cpu().double().tolist()}

@@ -241,3 +241,20 @@ def refuse_unknown(what: str, given: Mapping[str, Any], known: Sequence[str]) ->
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(known)}"
             raise UsageError(f"{what} has no option '{name:.60}'; {hint:.280}")
+
+
+def schedule_config(model: Any) -> dict[str, Any]:
+    """Describe a model's noise schedule as diffusers does, with Stable Diffusion v1's settings of DDIM beside."""
+    settings: dict[str, Any] = {
+        "num_train_timesteps": model.num_timesteps,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
+    own = model.alphas_cumprod.detach().cpu().float()
+    for name in folders.SCHEDULES:
+        ends = {"beta_start": model.linear_start, "beta_end": model.linear_end, "beta_schedule": name}
+        made = DDIMScheduler(num_train_timesteps=model.num_timesteps, **ends)
+        if torch.allclose(made.alphas_cumprod, own, rtol=1e-6, atol=1e-9):
+            return {**settings, **ends}
+    return {**settings, "trained_betas": model.betas.detach().cpu().double().tolist()}

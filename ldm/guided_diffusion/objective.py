@@ -3,15 +3,17 @@
 Improved DDPM (arXiv:2102.09672), sections 3.1 and 3.3.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ldm.errors import MismatchError
-from ldm.guided_diffusion.pixel_diffusion import PixelDiffusion
 from ldm.models.diffusion.resample import LossAwareSampler
 from ldm.training.objectives import Batch, Draws, Figures, pictures_of
+
+if TYPE_CHECKING:
+    from ldm.guided_diffusion.pixel_diffusion import PixelDiffusion
 
 
 class GaussianObjective:
@@ -25,7 +27,7 @@ class GaussianObjective:
 
     def __init__(
         self,
-        model: PixelDiffusion,
+        model: "PixelDiffusion",
         *,
         memory_format: torch.memory_format = torch.contiguous_format,
         sample_steps: int = 20,

@@ -7,7 +7,7 @@ class, and a training state holds it whole: the network, its moving averages and
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,10 @@ from ldm.guided_diffusion.script_util import (
 from ldm.lr_scheduler import LambdaLinearScheduler
 from ldm.models.diffusion.resample import create_named_schedule_sampler
 from ldm.models.diffusion.respace import SpacedDiffusion
-from ldm.modules.ema import LitEma
+from ldm.modules.ema import LitEma, average_key
+
+if TYPE_CHECKING:
+    from ldm.guided_diffusion.objective import GaussianObjective
 
 
 class SavedSampler(nn.Module):
@@ -124,6 +127,17 @@ class PixelDiffusion(nn.Module):
             }
         )
 
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes a label may name; None where it takes none."""
+        return self.flags["num_classes"]
+
+    def make_objective(self, *, memory_format: torch.memory_format, sample_steps: int) -> "GaussianObjective":
+        """Make what a training run minimises; see ldm.training.objectives.Objective."""
+        from ldm.guided_diffusion.objective import GaussianObjective
+
+        return GaussianObjective(self, memory_format=memory_format, sample_steps=sample_steps)
+
     def _load(self, path: str) -> None:
         from ldm.guided_diffusion.files import load_openai_model
 
@@ -189,8 +203,3 @@ def parse_ema_rates(rates: str | float | Sequence[float]) -> list[float]:
             f"ema_rate should be one or more rates in [0, 1), each once, such as '0.9999,0.999'; got {rates!r}"
         )
     return read
-
-
-def average_key(rate: float) -> str:
-    """Name a rate as a key of a ModuleDict, which has no dots: 0_9999."""
-    return repr(float(rate)).replace(".", "_")

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.helpers import pinned
 from ldm.kernels.stand_ins import Derived
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.modules import AbstractEncoder
-from ldm.util import pinned
 
 WHOLE = (Decoder, Encoder, AbstractEncoder, nn.Sequential)  # called as a whole; others are taken apart
 

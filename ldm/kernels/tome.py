@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ldm.errors import UsageError, told
+from ldm.helpers import upload
 from ldm.kernels.deepcache import check_compiled, check_unet
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
-from ldm.util import upload
 
 MAX_RATIO = 0.75  # all but one token of each cell of 2 x 2
 MAX_SEED = 2**64 - 1

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checkpoints import load_vae
+from ldm.config import handed_on, instantiate_from_config
 from ldm.errors import MismatchError
+from ldm.helpers import leaves_others_to_subclasses
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.util import handed_on, instantiate_from_config, leaves_others_to_subclasses
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +58,6 @@ class _FirstStage(nn.Module):
         Raises:
             MismatchError: a tensor of the file or of the model is left over.
         """
-        from ldm.checkpoints import load_vae
-
         report = load_vae(self, path, ignore_keys=tuple(ignore_keys))
         self.loaded |= frozenset(report.assigned.values())
         logger.info("%s: %s", path, report.summary())

@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.errors import MismatchError
+from ldm.helpers import default, exists
 from ldm.modules.diffusionmodules.util import checkpoint, zero_module
-from ldm.util import default, exists
 
 # Bytes. As large as those of a UNet's first level for one guided picture of 512 pixels in half precision.
 MOST_SCORES = 512 << 20

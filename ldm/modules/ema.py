@@ -88,3 +88,8 @@ class LitEma(nn.Module):
         for kept, parameter in zip(self.collected_params, parameters, strict=True):
             parameter.copy_(kept)
         self.collected_params = []
+
+
+def average_key(rate: float) -> str:
+    """Name a rate as a key of a ModuleDict, which has no dots: 0_9999."""
+    return repr(float(rate)).replace(".", "_")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import MismatchError
-from ldm.util import mean_flat
+from ldm.helpers import mean_flat
 
 # Half a bin of 8-bit pixels scaled to [-1, 1], and where the outermost bins begin.
 HALF_BIN = 1 / 255

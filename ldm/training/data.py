@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ldm.config import instantiate_from_config, place_of
 from ldm.config_text import first_line
 from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, ResourceError, UsageError
 from ldm.shapes.scenes import COLOURS, SHAPES, ShapesDataset, as_array, render_crowd
-from ldm.util import instantiate_from_config, place_of
 
 logger = logging.getLogger(__name__)
 

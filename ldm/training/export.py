@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.config_text import load_config
 from ldm.errors import AbsentError, MismatchError, OutputError
-from ldm.guided_diffusion.pixel_diffusion import average_key
+from ldm.modules.ema import average_key
 from ldm.paths import shipped
 from ldm.process.schedule import SCHEDULE_BUFFERS
 from ldm.training.checkpointing import read_newest
-from ldm.util import load_config
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldm.errors import MismatchError, NumericError
 from ldm.process.schedule import SCHEDULE_BUFFERS
 from ldm.training.attention import MatmulAttention
-from ldm.training.objectives import Batch, Draws
+from ldm.training.objectives import Batch, Draws, Objective
 from ldm.training.resumption import check_moments, go_to_step
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class TrainingModule(pl.LightningModule):
 
     def __init__(
         self,
-        objective: Any,
+        objective: Objective,
         optimizers: list[torch.optim.Optimizer],
         schedulers: list[Any],
         *,

@@ -9,7 +9,7 @@ import inspect
 import logging
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -64,6 +64,33 @@ class Draws:
     def uniform(self, like: Tensor) -> Tensor:
         """Draw (b,) numbers in [0, 1)."""
         return self._mine(torch.rand(self.world * like.shape[0], generator=self.generator), like)
+
+
+class Objective(Protocol):
+    """A thing that trains: what a run minimises, measures and shows, for one kind of model.
+
+    A model of a kind that is not known here brings its own: `make_objective(memory_format=, sample_steps=)`.
+    """
+
+    model: nn.Module
+
+    def prepare(self, batch: Batch, draws: Draws, gather: Callable[[Tensor], Tensor]) -> None:
+        """Do what is due before the very first step; `gather` joins (b, ...) of all processes."""
+
+    def forward(self, batch: Batch, draws: Draws) -> Any:
+        """Compute what every optimizer's loss shares."""
+
+    def loss(self, outputs: Any, index: int, step: int) -> tuple[Tensor, Figures]:
+        """Compute the loss () of optimizer `index` from forward's outputs, and the figures to log."""
+
+    def after_step(self) -> None:
+        """Do what is due after a step that was taken, such as to move averages."""
+
+    def validate(self, batch: Batch, draws: Draws, step: int) -> dict[str, float]:
+        """Measure a batch."""
+
+    def pictures(self, batch: Batch, count: int) -> dict[str, Tensor]:
+        """Make what is worth a look: name -> (n, 3, height, width) in [-1, 1]."""
 
 
 def pictures_of(batch: Batch, key: str, first_stage: nn.Module | None = None) -> Tensor:

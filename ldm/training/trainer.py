@@ -21,10 +21,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from ldm.checkpoints import replacing
+from ldm.config import get_obj_from_str, instantiate_from_config
 from ldm.config_text import first_line
 from ldm.errors import FormatError, LdmError, MismatchError, ResourceError, UsageError, is_out_of_memory, told
-from ldm.guided_diffusion.objective import GaussianObjective
-from ldm.guided_diffusion.pixel_diffusion import PixelDiffusion
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.modules.encoders.modules import ClassEmbedder
@@ -35,7 +34,7 @@ from ldm.training.export import export_run
 from ldm.training.folder import ImageFolder
 from ldm.training.latents import cache_latents, fingerprint
 from ldm.training.module import GradientAverage, TrainingModule
-from ldm.training.objectives import AutoencoderObjective, DiffusionObjective
+from ldm.training.objectives import AutoencoderObjective, DiffusionObjective, Objective
 from ldm.training.options import (
     SECTIONS,
     mapping,
@@ -46,7 +45,6 @@ from ldm.training.options import (
 )
 from ldm.training.resumption import compare
 from ldm.training.room import check_fits, training_device
-from ldm.util import get_obj_from_str, instantiate_from_config
 from ldm.values import RANGES, check, check_value
 
 logger = logging.getLogger(__name__)
@@ -260,11 +258,9 @@ class Run:
         self.pictures = (
             source if isinstance(source, ImageFolder) else None
         )  # stays, where latents take its place
-        room, option = None, "num_classes"
+        room, option = getattr(self.model, "num_classes", None), "num_classes"
         stage = getattr(self.model, "cond_stage_model", None)
-        if isinstance(self.model, PixelDiffusion):
-            room = self.model.flags["num_classes"]
-        elif isinstance(stage, ClassEmbedder):
+        if isinstance(stage, ClassEmbedder):
             room, option = stage.embedding.num_embeddings, "cond_stage_config.params.n_classes"
         classes = [] if self.pictures is None else self.pictures.classes or []
         if room is not None and len(classes) > room:
@@ -324,7 +320,7 @@ class Run:
         with RunLock(folder) if is_first_process() else contextlib.nullcontext():
             return self._fit(folder)
 
-    def _objective(self) -> Any:
+    def _objective(self) -> Objective:
         if isinstance(self.model, AutoencoderKL):
             return AutoencoderObjective(
                 self.model,
@@ -340,16 +336,14 @@ class Run:
                 guidance_scale=self.training["image_guidance"],
                 sample_steps=self.training["image_steps"],
             )
-        if isinstance(self.model, PixelDiffusion):
+        if hasattr(self.model, "make_objective"):
             for name, default in (("identity_start", False), ("posterior_logvar_start", None)):
                 if self.training[name] != default:
                     raise UsageError(
                         f"training.{name} is not for pixel models, got {self.training[name]}; leave it out"
                     )
-            return GaussianObjective(
-                self.model,
-                memory_format=self.memory_format,
-                sample_steps=self.training["image_steps"],
+            return self.model.make_objective(
+                memory_format=self.memory_format, sample_steps=self.training["image_steps"]
             )
         raise MismatchError(
             f"model.target should be an AutoencoderKL or a diffusion model, got {type(self.model).__name__}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ldm.checkpoints.openai import load_openai_model
 from make_synthetic import make_tensors, tiny_config
 
 import ldm
@@ -14,7 +15,7 @@ from ldm import checkpoints
 from ldm.checkpoints import load_latent_diffusion, load_vae, read_tensors
 from ldm.checkpoints.families import family_of
 from ldm.checkpoints.names import EMA, TEXT, UNET, VAE, ema_name
-from ldm.checkpoints.openai import load_openai_model
+from ldm.config_text import load_config
 from ldm.errors import (
     AbsentError,
     MismatchError,
@@ -27,7 +28,6 @@ from ldm.errors import (
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.encoders.tokenizer import find_tokenizer
 from ldm.process.schedule import SCHEDULE_BUFFERS
-from ldm.util import load_config
 
 FIRST = f"{UNET}input_blocks.0.0.weight"
 POSITIONS = f"{TEXT}transformer.text_model.embeddings.position_ids"

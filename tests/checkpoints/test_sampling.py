@@ -24,16 +24,12 @@ from ldm.shapes.scenes import shapes_prompts
         ({"size": [96, 128]}, {"size": (96, 128)}),
         ({"known_sizes": [384, 1000]}, {"known_sizes": (384, 1000)}),
         ({"known_words": "A  red\ncircle"}, {"known_words": frozenset({"a", "red", "circle"})}),
-        ({"least_steps": {"plms": 30, "Euler": 5}}, None),
-        ({"least_steps": {"PNDMScheduler": 30, "DPM++ 2M": 10}}, {"least_steps": {"plms": 30, "dpmpp_2m": 10}}),
+        ({"least_steps": {"PNDMScheduler": 30, "DPM++ 2M": 10}},
+         {"least_steps": {"PNDMScheduler": 30, "DPM++ 2M": 10}}),
     ],
 )  # fmt: skip
 def test_sound_sections_are_read(section, want):
-    if want is None:
-        with pytest.raises(MismatchError, match="'sampling.least_steps': the sampler must be one of"):
-            read_sampling(section)
-    else:
-        assert read_sampling(section) == SamplingDefaults(**want)
+    assert read_sampling(section) == SamplingDefaults(**want)
 
 
 @pytest.mark.parametrize(
@@ -68,8 +64,7 @@ def test_sound_sections_are_read(section, want):
         ({"known_words": "  "}, "got '  '"),
         ({"known_words": {}}, "got {}"),
         ({"least_steps": 30}, "'sampling.least_steps' should be samplers with numbers of steps"),
-        ({"least_steps": {"magic": 30}}, "'sampling.least_steps': the sampler must be one of"),
-        ({"least_steps": {3: 30}}, "'sampling.least_steps': the sampler must be one of"),
+        ({"least_steps": {3: 30}}, "'sampling.least_steps' should be samplers with numbers of steps"),
         ({"least_steps": {"plms": 0}}, "'sampling.least_steps.plms' should be a whole number from 1 to 1000, got 0"),
     ],
     ids=lambda value: repr(value)[:40] if isinstance(value, dict) and 10**5000 not in value.values() else "",
@@ -92,6 +87,19 @@ def test_the_section_arrives_at_the_report_and_at_the_pipeline(tmp_path):
         assert report.sampling == SamplingDefaults(guidance_scale=2.5, steps=7, least_steps={"plms": 9})
     sd = StableDiffusion.from_single_file(checkpoint, config=config, device="cpu")
     assert (sd.defaults.guidance_scale, sd.defaults.steps, sd.defaults.size) == (2.5, 7, (64, 64))
+
+
+def test_samplers_of_the_section_have_all_their_names_and_no_others(tmp_path):
+    checkpoint, config = write_tiny(tmp_path)
+    settings = OmegaConf.load(config)
+    settings.sampling = {"least_steps": {"DPM++ 2M": 9, "PNDMScheduler": 30}}
+    sd = StableDiffusion.from_single_file(checkpoint, config=settings, device="cpu")
+    assert sd.defaults.least_steps == {"dpmpp_2m": 9, "plms": 30}
+    settings.sampling = {"least_steps": {"magic": 30}}
+    with pytest.raises(
+        MismatchError, match=r"'sampling.least_steps': the sampler must be one of .*; got 'magic'"
+    ):
+        StableDiffusion.from_single_file(checkpoint, config=settings, device="cpu")
 
 
 def test_a_wrong_section_is_refused_at_loading_and_none_says_nothing(tmp_path):

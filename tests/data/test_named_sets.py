@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import ChainDataset, ConcatDataset, DataLoader
 
+from ldm.config import instantiate_from_config
 from ldm.data.base import Txt2ImgIterableBaseDataset
 from ldm.data.imagenet import (
     ImageNetBase,
@@ -28,7 +29,6 @@ from ldm.data.lsun import (
     LSUNChurchesValidation,
 )
 from ldm.errors import AbsentError, FormatError, UnsafeFileError, UsageError
-from ldm.util import instantiate_from_config
 
 TALL = (9, 13)  # pixels wide, high
 

@@ -7,10 +7,10 @@ from tiny import tiny_config
 from torch import nn
 
 import ldm
+from ldm.config import instantiate_from_config
 from ldm.errors import UsageError
 from ldm.kernels import low_vram, optimize, restore
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.util import instantiate_from_config
 
 CPU = torch.device("cpu")
 

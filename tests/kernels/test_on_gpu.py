@@ -7,10 +7,10 @@ from keyed import fill, keyed_input
 from tiny import tiny_config
 
 from ldm.checkpoints import load_latent_diffusion, save_safetensors
+from ldm.config import instantiate_from_config
 from ldm.errors import UsageError
 from ldm.kernels import cuda, graphs, low_vram, optimize, restore
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.util import instantiate_from_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

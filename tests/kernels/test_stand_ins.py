@@ -12,13 +12,13 @@ from tiny import tiny_config
 from tiny_networks import UNET, VAE, replace_weights_in_place
 from torch import nn
 
+from ldm.config import instantiate_from_config
 from ldm.kernels import memory, native, optimize, restore, stand_ins
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules import attention
 from ldm.modules.attention import CrossAttention
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, UNetModel
-from ldm.util import instantiate_from_config
 
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {

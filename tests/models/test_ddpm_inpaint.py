@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tiny_diffusion import TextStage, Zero, config, latent_model, network
 
+from ldm.config import instantiate_from_config
+from ldm.config_text import load_config
 from ldm.errors import MismatchError, UsageError
 from ldm.models.diffusion.ddpm import LatentFinetuneDiffusion, LatentInpaintDiffusion
 from ldm.paths import shipped
-from ldm.util import instantiate_from_config, load_config
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 

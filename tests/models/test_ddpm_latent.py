@@ -9,13 +9,14 @@ from safetensors.torch import load_file
 from tiny_diffusion import GOLDEN, UNET, ClassStage, TextStage, Zero, config, latent_model, network
 from torch import nn
 
+from ldm.config import instantiate_from_config
+from ldm.config_text import load_config
 from ldm.errors import UsageError
 from ldm.models.autoencoder import IdentityFirstStage, VQModelInterface
 from ldm.models.diffusion.ddpm import SCHEDULE_BUFFERS, LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.paths import shipped
-from ldm.util import instantiate_from_config, load_config
 
 T = torch.tensor([10, 900])
 SPLIT = {

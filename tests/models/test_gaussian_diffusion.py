@@ -12,6 +12,7 @@ from torch import nn
 
 from ldm.errors import MismatchError, UsageError
 from ldm.models.diffusion import gaussian_diffusion as gd
+from ldm.models.diffusion import respace
 from ldm.models.diffusion.gaussian_diffusion import (
     GaussianDiffusion,
     LossType,
@@ -105,8 +106,8 @@ def chains():
         got[f"gd.loop.{name}"] = loop(model, SHAPE, noise=X_T, **options)
     spaced = make(
         variance="FIXED_LARGE",
-        cls=gd.SpacedDiffusion,
-        use_timesteps=gd.space_timesteps(50, "ddim10"),
+        cls=respace.SpacedDiffusion,
+        use_timesteps=respace.space_timesteps(50, "ddim10"),
         rescale_timesteps=True,
     )
     torch.manual_seed(2)
@@ -414,7 +415,7 @@ def test_ddim_reverse_and_ddim_return_to_the_start_for_a_linear_score():
     start = mean + 0.5 * samples()[0].clamp(-2, 2)
     gaps = []
     for levels in (range(201), range(0, 201, 10)):
-        diffusion = make(betas, cls=gd.SpacedDiffusion, use_timesteps=levels)
+        diffusion = make(betas, cls=respace.SpacedDiffusion, use_timesteps=levels)
 
         def score(x, t):
             a = shaped(alpha_bar, t)
@@ -650,7 +651,7 @@ def test_loops_draw_their_start_on_the_model_s_device(capsys):
     same(diffusion.ddim_sample_loop(Model(), SIZES, noise=noise), got, atol=1e-6)
 
 
-@pytest.mark.parametrize("cls", [GaussianDiffusion, gd.SpacedDiffusion])
+@pytest.mark.parametrize("cls", [GaussianDiffusion, respace.SpacedDiffusion])
 def test_everything_stays_on_the_model_s_device(cls):
     """The meta device computes nothing, but lets no tensor of the CPU in."""
     options = {} if cls is GaussianDiffusion else {"use_timesteps": [1, 5, 12]}
@@ -724,14 +725,6 @@ def test_float32_samples_are_answered_in_float32():
     out = diffusion.p_mean_variance(lambda x, t: 0.5 * x, x, LEVELS)
     assert {value.dtype for value in out.values()} == {torch.float32}
     assert diffusion.ddim_sample(lambda x, t: 0.5 * x, x, LEVELS)["sample"].dtype == torch.float32
-
-
-def test_the_names_of_respacing_are_found_here_too():
-    from ldm.models.diffusion import respace
-
-    assert gd.SpacedDiffusion is respace.SpacedDiffusion and gd.space_timesteps is respace.space_timesteps
-    with pytest.raises(AttributeError, match="has no attribute 'SpaceDiffusion'"):
-        gd.SpaceDiffusion  # noqa: B018
 
 
 def test_a_linear_gaussian_of_the_samplers_fits_as_it_is():
@@ -825,7 +818,7 @@ def test_labels_out_of_range_are_refused():
 
     x = samples()[0]
     diffusion = short()
-    spaced = make(diffusion.betas, cls=gd.SpacedDiffusion, use_timesteps=range(13))
+    spaced = make(diffusion.betas, cls=respace.SpacedDiffusion, use_timesteps=range(13))
     for d in (diffusion, spaced):
         for labels in ([3, 7], [-1, 3]):
             kwargs = {"y": torch.tensor(labels)}

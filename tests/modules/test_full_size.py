@@ -11,8 +11,9 @@ import torch
 from keyed import keyed_input, weight
 from safetensors.torch import load_file
 
+from ldm.config import get_obj_from_str
+from ldm.config_text import load_config
 from ldm.paths import shipped
-from ldm.util import get_obj_from_str, load_config
 
 pytestmark = pytest.mark.slow
 PREFIXES = {"unet_config": "model.diffusion_model.", "first_stage_config": "first_stage_model."}

@@ -10,12 +10,12 @@ import torch
 from PIL import Image, features
 from tiny_training import figures, first_stage, run
 
+from ldm.config import instantiate_from_config
 from ldm.errors import AbsentError, FormatError, MismatchError, UnsafeFileError, UsageError
 from ldm.images import MORE_FORMATS, open_image
 from ldm.paths import CHECKOUT
 from ldm.training.folder import ImageFolder
 from ldm.training.merging import merge_configs
-from ldm.util import instantiate_from_config
 
 KINDS = "png jpg JPEG jfif jpe webp bmp dib gif tif tiff ppm".split() + ["avif"] * features.check("avif")
 

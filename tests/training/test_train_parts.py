@@ -311,8 +311,8 @@ def test_the_rate_is_scaled_as_compvis_does():
 
 @pytest.mark.parametrize("name", ["shapes-first-stage", "shapes-diffusion"])
 def test_the_shipped_configurations_build_all_that_they_name(name):
+    from ldm.config import instantiate_from_config
     from ldm.training.data import DataModuleFromConfig
-    from ldm.util import instantiate_from_config
 
     config = merge_configs([SCRIPT.parents[1] / "configs" / f"{name}.yaml"], [])
     if "first_stage_config" in config.model.params:

@@ -5,6 +5,7 @@ import torch
 from omegaconf import OmegaConf
 from tiny_training import first_stage, run
 
+from ldm.config import instantiate_from_config
 from ldm.errors import ResourceError
 from ldm.training.room import (
     added_bytes,
@@ -14,7 +15,6 @@ from ldm.training.room import (
     held_bytes,
     training_device,
 )
-from ldm.util import instantiate_from_config
 
 GIB = 1 << 30
 CPU = torch.device("cpu")

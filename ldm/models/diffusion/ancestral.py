@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.errors import UsageError
+from ldm.helpers import default
 from ldm.models.diffusion import samplers
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.modules.diffusionmodules.util import noise_like
 from ldm.process import gaussian, prediction
-from ldm.util import default
 
 
 class AncestralSampling:

@@ -12,14 +12,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checkpoints import LoadReport, account_states, assign, read_tensors
+from ldm.config import instantiate_from_config
 from ldm.errors import MismatchError, UsageError
+from ldm.helpers import count_params, default, leaves_others_to_subclasses, living_in, mean_flat
 from ldm.models.autoencoder import VQModelInterface
 from ldm.models.diffusion.ancestral import AncestralSampling, LatentAncestralSampling, first_of
 from ldm.models.diffusion.image_log import ImageLog, LatentImageLog
@@ -27,19 +30,9 @@ from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_sch
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
 from ldm.modules.ema import LitEma
 from ldm.process import gaussian, prediction
-from ldm.process.schedule import LEAST_SIGNAL, SCHEDULE_BUFFERS, NoiseSchedule, zero_terminal_snr
+from ldm.process.schedule import LEAST_SIGNAL, NoiseSchedule, zero_terminal_snr
 from ldm.process.tiling import Tiling
-from ldm.util import (
-    count_params,
-    default,
-    instantiate_from_config,
-    leaves_others_to_subclasses,
-    mean_flat,
-)
 from ldm.values import SHARE, check_value
-
-if TYPE_CHECKING:
-    from ldm.checkpoints.account import LoadReport
 
 logger = logging.getLogger(__name__)
 
@@ -53,22 +46,15 @@ WHOLE_BATCH_KEYS = ("class_label", "cls")
 FIRST_STAGE = "__is_first_stage__"
 UNCONDITIONAL = "__is_unconditional__"
 
-# Classes that Stability and CompVis have in this file.
-ELSEWHERE = (
+# Classes that Stability and CompVis have in this file; they stand on it, and are looked for when they are asked for.
+__getattr__ = living_in(
+    "ldm.models.diffusion.further_conditions",
     "LatentDepth2ImageDiffusion",
     "LatentUpscaleDiffusion",
     "LatentUpscaleFinetuneDiffusion",
     "Layout2ImgDiffusion",
+    of=__name__,
 )
-
-
-def __getattr__(name: str) -> Any:
-    # They stand on this module, so they are looked for when they are asked for.
-    if name in ELSEWHERE:
-        from ldm.models.diffusion import further_conditions
-
-        return getattr(further_conditions, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
@@ -546,7 +532,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
 
     def init_from_ckpt(
         self, path: str, ignore_keys: Iterable[str] = (), only_model: bool = False
-    ) -> "LoadReport":
+    ) -> LoadReport:
         """Load a file whose keys are those of this model, and account for every tensor.
 
         The schedule and the constant logvar may be absent, for they are computed; so may the averaged weights,
@@ -560,49 +546,19 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         Raises:
             MismatchError: a tensor of the file or of the model is left over, or has another shape.
         """
-        from ldm.checkpoints import read_tensors
-        from ldm.checkpoints.account import LoadReport, TensorInfo, match
-
         tensors, _ = read_tensors(path)
         tensors = self._fit(tensors)
-        wanted = self.state_dict()
-        skipped = tuple(ignore_keys)
-        report = LoadReport(path=str(path), family=type(self).__name__)
-        for name in tensors:
-            if skipped and name.startswith(skipped):
-                report.ignored[name] = "begins with one of ignore_keys"
-            elif only_model and not name.startswith("model."):
-                report.ignored[name] = "only the network is loaded"
-            elif name.endswith(".position_ids") and name not in wanted:
-                report.ignored[name] = "constant"
-            elif name.startswith("model_ema.") and not self.use_ema:
-                report.ignored[name] = "averaged weights; this model keeps none (use_ema is off)"
-        given = {name for name in tensors if name not in report.ignored}
-        averages_given = any(name.startswith("model_ema.") for name in given)
-        for name in wanted:
-            if name in given:
-                continue
-            table = name.removeprefix("low_scale_model.")  # an upscaler's has a schedule of its own
-            if table in SCHEDULE_BUFFERS or name in ("logvar", "scale_factor"):
-                report.initialised[name] = "computed from the configuration"
-            elif name.startswith("model_ema.") and not averages_given:
-                report.initialised[name] = "seeded from the loaded network"
-            elif only_model and not name.startswith("model."):
-                report.initialised[name] = "only the network is loaded"
-            elif skipped and name.startswith(skipped):
-                report.initialised[name] = "begins with one of ignore_keys"
-        report.assigned = match(
-            str(path),
-            held={name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()},
-            wanted={name: tuple(value.shape) for name, value in wanted.items()},
-            rename={},
-            ignored=report.ignored,
-            initialised=report.initialised,
+        report = account_states(
+            path,
+            tensors,
+            self.state_dict(),
+            family=type(self).__name__,
+            keeps_average=self.use_ema,
+            ignore_keys=ignore_keys,
+            only_model=only_model,
         )
-        with torch.no_grad():
-            for name in report.assigned:
-                wanted[name].copy_(tensors[name].reshape(wanted[name].shape))
-        if self.use_ema and not averages_given:
+        assign(self, tensors, report)
+        if self.use_ema and not any(name.startswith("model_ema.") for name in report.assigned):
             self.model_ema.copy_from(self.model)
         self.loaded |= frozenset(report.assigned.values())
         logger.info("%s", report.summary())

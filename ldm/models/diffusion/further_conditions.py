@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.config import instantiate_from_config
 from ldm.errors import UsageError
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion, LatentFinetuneDiffusion, frozen
-from ldm.util import instantiate_from_config
 
 
 class LatentUpscaleDiffusion(LatentDiffusion):

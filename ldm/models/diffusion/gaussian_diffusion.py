@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import MismatchError, UsageError
+from ldm.helpers import mean_flat, upload
 from ldm.models.diffusion.samplers import Level, make_plan, run_levels
 from ldm.modules.diffusionmodules.util import extract_into_tensor
 from ldm.process import gaussian, guidance, prediction, schedule
@@ -29,7 +30,6 @@ from ldm.process.likelihood import (
     normal_kl,
 )
 from ldm.process.steps import ddim_inverse_step, ddim_std, ddim_step
-from ldm.util import mean_flat, upload
 
 NAMED_SCHEDULES = ("linear", "cosine")
 
@@ -38,15 +38,6 @@ DECODERS = {
     "discretized": discretized_gaussian_log_likelihood,
     "gaussian": gaussian_log_likelihood,
 }
-
-
-def __getattr__(name: str) -> Any:
-    # respace.py stands on this module, and the names are looked for here, too.
-    if name in ("SpacedDiffusion", "space_timesteps"):
-        from ldm.models.diffusion import respace
-
-        return getattr(respace, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:

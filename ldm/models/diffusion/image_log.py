@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.helpers import isimage, ismap
 from ldm.models.autoencoder import VQModelInterface
-from ldm.util import isimage, ismap, log_txt_as_img
+from ldm.util import log_txt_as_img
 
 
 class ImageLog:

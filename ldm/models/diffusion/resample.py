@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldm.errors import MismatchError, NumericError, UsageError
-from ldm.util import upload
+from ldm.helpers import upload
 
 
 def create_named_schedule_sampler(name: str, diffusion: Any) -> "ScheduleSampler":

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UsageError
+from ldm.helpers import upload
 from ldm.models.diffusion.gaussian_diffusion import GaussianDiffusion
 from ldm.process.schedule import NoiseSchedule, respaced_betas
 from ldm.process.spacing import section_levels, stride_levels
-from ldm.util import upload
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:

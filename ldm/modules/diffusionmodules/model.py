@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import UsageError
+from ldm.helpers import living_in
 from ldm.modules.attention import LinearAttention, Normalize, attend
 from ldm.values import expect_tensors
 
@@ -30,8 +31,9 @@ __all__ = [
     "nonlinearity",
 ]
 
-# Classes that CompVis has in this file.
-ELSEWHERE = (
+# Classes that CompVis has in this file; they stand on it, and are looked for when they are asked for.
+__getattr__ = living_in(
+    "ldm.modules.diffusionmodules.rescaling",
     "FirstStagePostProcessor",
     "LatentRescaler",
     "MergedRescaleDecoder",
@@ -40,16 +42,8 @@ ELSEWHERE = (
     "SimpleDecoder",
     "UpsampleDecoder",
     "Upsampler",
+    of=__name__,
 )
-
-
-def __getattr__(name: str) -> Any:
-    # They stand on this module, so they are looked for when they are asked for.
-    if name in ELSEWHERE:
-        from ldm.modules.diffusionmodules import rescaling
-
-        return getattr(rescaling, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def get_timestep_embedding(timesteps: Tensor, embedding_dim: int) -> Tensor:

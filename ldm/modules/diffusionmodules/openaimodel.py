@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ldm.errors import MismatchError, UsageError
+from ldm.helpers import exists, leaves_others_to_subclasses
 from ldm.modules.attention import SpatialTransformer, attend
 from ldm.modules.diffusionmodules.util import (
     SiLU,  # noqa: F401  (part of the public interface of improved-diffusion's UNet)
@@ -29,7 +30,6 @@ from ldm.modules.diffusionmodules.util import (
     timestep_embedding,
     zero_module,
 )
-from ldm.util import exists, leaves_others_to_subclasses
 from ldm.values import expect_tensors
 
 

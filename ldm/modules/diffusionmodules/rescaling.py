@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.config import instantiate_from_config
 from ldm.errors import UsageError
 from ldm.modules.diffusionmodules.model import (
     AttnBlock,
@@ -23,7 +24,6 @@ from ldm.modules.diffusionmodules.model import (
     nonlinearity,
 )
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.util import instantiate_from_config
 
 
 def _block(in_channels: int, out_channels: int, dropout: float = 0.0) -> ResnetBlock:

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from ldm.config import instantiate_from_config
 from ldm.errors import MismatchError, UsageError
+from ldm.helpers import mean_flat, upload
 from ldm.process.schedule import betas_for_alpha_bar, named_betas
 from ldm.process.spacing import compvis_levels
-from ldm.util import instantiate_from_config, mean_flat, upload
 
 __all__ = [
     "GroupNorm32",

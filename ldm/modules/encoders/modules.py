@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.errors import AbsentError, FormatError, MismatchError, UsageError, refuse_elsewhere
+from ldm.helpers import leaves_others_to_subclasses
 from ldm.modules.encoders.open_clip_text import CONTEXT, OpenCLIPText, sizes_of
 from ldm.modules.encoders.tokenizer import WORD_END, find_tokenizer
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 from ldm.paths import shipped
-from ldm.util import leaves_others_to_subclasses
 from ldm.values import SHARE, check_value
 
 logger = logging.getLogger(__name__)
