@@ -72,6 +72,8 @@ from ldm.wish import (
 )
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 log = logging.getLogger(__name__)
@@ -485,6 +487,9 @@ class StableDiffusion:
 
         return save(self, path)
 
+    def _preview(self, latents: Tensor) -> list[Image.Image]:
+        return pictures.preview(latents, *self.latent_rgb)
+
     @property
     def latent_rgb(self) -> tuple[Tensor, Tensor]:
         """Factors (c, 3) and bias (3,) that turn latents into rough colours; fitted to the decoder once."""
@@ -785,7 +790,7 @@ class StableDiffusion:
         done = 0
         while pending:
             batch = pending.popleft()
-            place = {"batch": done, "batches": done + 1 + len(pending), "sd": self}
+            place = {"batch": done, "batches": done + 1 + len(pending), "preview_of": self._preview}
             try:
                 with self._averages():
                     yield from self._paint_batch(job, batch, shared, place)

@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,6 @@ from ldm.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from ldm.generate import StableDiffusion
 
 
 @dataclass(frozen=True)
@@ -193,6 +191,7 @@ class Progress:
         batch, batches: this batch (from 0) and how many there are.
         x_t, pred_x0: (b, c, h, w) latents after the step, and what they promise to become.
         result: the finished pictures of this batch, in its last Progress.
+        preview_of: paints latents (b, c, h, w) small and at once.
     """
 
     step: int
@@ -202,7 +201,7 @@ class Progress:
     x_t: Tensor
     pred_x0: Tensor
     result: GenerationResult | None = None
-    sd: StableDiffusion | None = field(default=None, repr=False)
+    preview_of: Callable[[Tensor], list[Image.Image]] | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         done = "" if self.result is None else f", {self.result}"
@@ -211,7 +210,7 @@ class Progress:
 
     def preview(self) -> list[Image.Image]:
         """Paint what is to come, small and at once, by a linear stand-in for the decoder."""
-        return pictures.preview(self.pred_x0, *self.sd.latent_rgb)
+        return self.preview_of(self.pred_x0)
 
 
 _HASHES: dict[tuple, str] = {}
