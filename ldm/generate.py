@@ -303,7 +303,7 @@ class StableDiffusion:
         self.name = name
         self.report = report
         self.autocast = autocast
-        advised = getattr(report, "sampling", None) or SamplingDefaults()
+        self._advised = advised = getattr(report, "sampling", None) or SamplingDefaults()
         self.defaults = replace(
             advised,
             guidance_scale=V1_GUIDANCE if advised.guidance_scale is None else advised.guidance_scale,
@@ -485,7 +485,7 @@ class StableDiffusion:
         """
         from ldm.saving import save
 
-        return save(self, path)
+        return save(self.model, path, self._advised)
 
     def _preview(self, latents: Tensor) -> list[Image.Image]:
         return pictures.preview(latents, *self.latent_rgb)

@@ -28,7 +28,6 @@ from ldm.training.export import plain_weights
 from ldm.wish import is_inpainting
 
 if TYPE_CHECKING:
-    from ldm.generate import StableDiffusion
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 # Whose class each part of a folder is, for model_index.json.
@@ -44,26 +43,27 @@ INDEX = {
 }
 
 
-def save(sd: StableDiffusion, path: str | os.PathLike) -> list[Path]:
-    """Write what paints; see StableDiffusion.save."""
+def save(model: LatentDiffusion, path: str | os.PathLike, advice: SamplingDefaults) -> list[Path]:
+    """Write a model, with what its makers advise; see StableDiffusion.save."""
     text = os.fspath(path)
     path, is_folder = Path(text), text.endswith(("/", os.sep))
     if path.suffix.lower() == ".safetensors" and not is_folder and not path.is_dir():
-        return _save_file(sd, path)
+        return _save_file(model, path, advice)
     if path.suffix and not is_folder and not path.is_dir():
         raise UsageError(
             f"save writes 'name.safetensors' or a folder, got '{shown(path)}'; end a folder's name with /"
         )
-    return [_save_folder(sd, path)]
+    return [_save_folder(model, path)]
 
 
 # --- one file ---
 
 
-def _save_file(sd: StableDiffusion, path: Path) -> list[Path]:
-    weights = plain_weights(sd.model.state_dict())
+def _save_file(model: LatentDiffusion, path: Path, advice: SamplingDefaults) -> list[Path]:
+    weights = plain_weights(model.state_dict())
     # An older YAML file of that name would be read as this one's.
-    settings = None if _is_plain_v1(sd) and not path.with_suffix(".yaml").exists() else _settings(sd)
+    is_plain = _is_plain_v1(model, advice) and not path.with_suffix(".yaml").exists()
+    settings = None if is_plain else _settings(model, advice)
     if settings is None:
         save_safetensors(path, weights, {"format": "pt"})
         return [path]
@@ -76,9 +76,8 @@ def _save_file(sd: StableDiffusion, path: Path) -> list[Path]:
     return [path, beside]
 
 
-def _settings(sd: StableDiffusion) -> dict[str, Any]:
+def _settings(model: LatentDiffusion, advice: SamplingDefaults) -> dict[str, Any]:
     """Write down the configuration that builds this model, and its advice for painting."""
-    model = sd.model
     params = {name: _plain(value) for name, value in model.built_from.items()}
     for name in ("ckpt_path", "ignore_keys", "load_only_unet", "reset_ema", "reset_num_ema_updates"):
         params.pop(name, None)  # said where its weights came from
@@ -86,17 +85,11 @@ def _settings(sd: StableDiffusion) -> dict[str, Any]:
     if "finetune_keys" in params:
         params["finetune_keys"] = None
     target = f"{type(model).__module__}.{type(model).__qualname__}"
-    advice = {
-        name: value for name, value in asdict(_advice(sd)).items() if value not in (None, frozenset(), {})
-    }
+    advice = {name: value for name, value in asdict(advice).items() if value not in (None, frozenset(), {})}
     if "known_words" in advice:
         advice["known_words"] = " ".join(sorted(advice["known_words"]))
     settings = {"sampling": _plain(advice)} if advice else {}
     return {**settings, "model": {"target": target, "params": params}}
-
-
-def _advice(sd: StableDiffusion) -> SamplingDefaults:
-    return getattr(sd.report, "sampling", None) or SamplingDefaults()
 
 
 def _plain(value: Any) -> Any:
@@ -116,14 +109,14 @@ def _plain(value: Any) -> Any:
     raise UsageError(f"the model was built from a {type(value).__name__}, which no YAML file can hold")
 
 
-def _is_plain_v1(sd: StableDiffusion) -> bool:
+def _is_plain_v1(model: LatentDiffusion, advice: SamplingDefaults) -> bool:
     """Tell whether a reader who is given no configuration builds the same model."""
-    if sd.model.model.diffusion_model.input_blocks[0][0].weight.shape[0] != V1_WIDTH:
+    if model.model.diffusion_model.input_blocks[0][0].weight.shape[0] != V1_WIDTH:
         return False
-    settings = read_settings(shipped(CONFIGS["v1-inpainting" if is_inpainting(sd.model) else "v1"]))
-    if _advice(sd) not in (SamplingDefaults(), read_sampling(settings.get("sampling"))):
+    settings = read_settings(shipped(CONFIGS["v1-inpainting" if is_inpainting(model) else "v1"]))
+    if advice not in (SamplingDefaults(), read_sampling(settings.get("sampling"))):
         return False
-    return _difference(sd.model, settings) is None
+    return _difference(model, settings) is None
 
 
 def _difference(model: LatentDiffusion, settings: Mapping[str, Any]) -> str | None:
@@ -157,7 +150,7 @@ def _difference(model: LatentDiffusion, settings: Mapping[str, Any]) -> str | No
 # --- a folder ---
 
 
-def _save_folder(sd: StableDiffusion, path: Path) -> Path:
+def _save_folder(model: LatentDiffusion, path: Path) -> Path:
     """Write beside the name first, so that a folder under its name is whole."""
     path = Path(os.path.abspath(path))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -170,7 +163,7 @@ def _save_folder(sd: StableDiffusion, path: Path) -> Path:
             f"cannot write '{shown(path)}': {error.strerror or error}; choose another folder"
         ) from error
     try:
-        _fill_folder(sd, part)
+        _fill_folder(model, part)
         os.chmod(part, 0o755)
         os.replace(part, path)
     except OutputError:
@@ -185,11 +178,10 @@ def _save_folder(sd: StableDiffusion, path: Path) -> Path:
     return path
 
 
-def _fill_folder(sd: StableDiffusion, folder: Path) -> None:
+def _fill_folder(model: LatentDiffusion, folder: Path) -> None:
     from ldm.diffusers_style.parts import VAE, TextEncoder, UNet
     from ldm.diffusers_style.scheduler import schedule_config
 
-    model = sd.model
     with model.ema_scope():  # what paints
         try:
             parts: dict[str, nn.Module] = {

@@ -14,6 +14,7 @@ import ldm
 from ldm import saving
 from ldm.checkpoints.build import build_empty
 from ldm.checkpoints.configs import read_settings
+from ldm.checkpoints.sampling import SamplingDefaults
 from ldm.errors import OutputError, UsageError
 from ldm.generate import StableDiffusion
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -181,8 +182,7 @@ def test_plain_v1_needs_no_yaml(change, is_plain):
     settings["model"]["params"].update(change)
     model = build_empty(settings)
     assert saving._difference(model, settings) is None
-    holder = type("Holder", (), {"model": model, "report": None})
-    assert saving._is_plain_v1(holder) == is_plain
+    assert saving._is_plain_v1(model, SamplingDefaults()) == is_plain
 
 
 def test_the_folders_index_names_classes_that_there_are(sd, tmp_path):

@@ -3,31 +3,28 @@
 Improved DDPM (arXiv:2102.09672), sections 3.1 and 3.3.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.errors import MismatchError
 from ldm.models.diffusion.resample import LossAwareSampler
 from ldm.training.objectives import Batch, Draws, Figures, pictures_of
-
-if TYPE_CHECKING:
-    from ldm.guided_diffusion.pixel_diffusion import PixelDiffusion
 
 
 class GaussianObjective:
     """Trains a PixelDiffusion by the loss that its flags name.
 
     Args:
-        model: what is trained.
+        model: the PixelDiffusion that is trained.
         memory_format: of the pictures.
         sample_steps: of the samples that are shown while it trains (DDIM).
     """
 
     def __init__(
         self,
-        model: "PixelDiffusion",
+        model: nn.Module,
         *,
         memory_format: torch.memory_format = torch.contiguous_format,
         sample_steps: int = 20,

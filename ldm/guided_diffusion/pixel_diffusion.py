@@ -7,7 +7,7 @@ class, and a training state holds it whole: the network, its moving averages and
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from ldm.lr_scheduler import LambdaLinearScheduler
 from ldm.models.diffusion.resample import create_named_schedule_sampler
 from ldm.models.diffusion.respace import SpacedDiffusion
 from ldm.modules.ema import LitEma, average_key
-
-if TYPE_CHECKING:
-    from ldm.guided_diffusion.objective import GaussianObjective
 
 
 class SavedSampler(nn.Module):
@@ -132,7 +129,7 @@ class PixelDiffusion(nn.Module):
         """How many classes a label may name; None where it takes none."""
         return self.flags["num_classes"]
 
-    def make_objective(self, *, memory_format: torch.memory_format, sample_steps: int) -> "GaussianObjective":
+    def make_objective(self, *, memory_format: torch.memory_format, sample_steps: int) -> Any:
         """Make what a training run minimises; see ldm.training.objectives.Objective."""
         from ldm.guided_diffusion.objective import GaussianObjective
 
