@@ -20,7 +20,7 @@ from torch import nn
 
 from ldm import values
 from ldm.config_text import first_line, refuse_resolvers, resolved
-from ldm.errors import LdmError, MismatchError, UnsafeFileError
+from ldm.errors import LdmError, MismatchError, UnsafeFileError, told
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_diffusion import network, pixel_model
 
 from ldm.errors import MismatchError, UsageError
-from ldm.models.diffusion.ddpm import DDPM, ROUTES, SCHEDULE_BUFFERS, DiffusionWrapper
+from ldm.models.diffusion.ddpm import DDPM, ROUTES, DiffusionWrapper
+from ldm.process.schedule import SCHEDULE_BUFFERS
 
 SCHEDULER = {
     "target": "ldm.lr_scheduler.LambdaLinearScheduler",

@@ -13,10 +13,11 @@ from ldm.config import instantiate_from_config
 from ldm.config_text import load_config
 from ldm.errors import UsageError
 from ldm.models.autoencoder import IdentityFirstStage, VQModelInterface
-from ldm.models.diffusion.ddpm import SCHEDULE_BUFFERS, LatentDiffusion
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.paths import shipped
+from ldm.process.schedule import SCHEDULE_BUFFERS
 
 T = torch.tensor([10, 900])
 SPLIT = {
