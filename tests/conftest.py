@@ -3,6 +3,7 @@
 import gc
 import os
 import socket
+from collections import Counter
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,8 +22,16 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_collection_modifyitems(items):
-    """Let slow tests take turns on one worker: full-size models do not fit into the memory side by side."""
+    """Leave one row of n of a thinned test quick, and let slow tests take turns on one worker.
+
+    Full-size models do not fit into the memory side by side.
+    """
+    rows = Counter()
     for item in items:
+        if thinned := item.get_closest_marker("thinned"):
+            rows[item.function] += 1
+            if rows[item.function] % thinned.args[0] != 1:
+                item.add_marker("slow")
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.xdist_group("slow"))
 

@@ -78,6 +78,7 @@ def assert_same(got, want):
         ("inpaint", "plms"),
     ],
 )
+@pytest.mark.thinned(3)
 def test_every_sampler_paints_what_it_paints_on_a_cpu(on_gpu, on_cpu, how, sampler):
     channels = 9 if (how, sampler) == ("inpaint", "ddim") else 4
     got, want = (paint(where[channels], how, sampler=sampler) for where in (on_gpu, on_cpu))
@@ -101,6 +102,7 @@ def test_every_sampler_paints_what_it_paints_on_a_cpu(on_gpu, on_cpu, how, sampl
     ],
     ids=str,
 )
+@pytest.mark.thinned(3)
 def test_every_knob_turns(device, on_gpu, on_cpu, knobs):
     got = paint(on_gpu[4], "txt2img", **knobs)
     waited = [what for what in device.waits if what[1].startswith("kernels/")]
@@ -109,6 +111,7 @@ def test_every_knob_turns(device, on_gpu, on_cpu, knobs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.thinned(2)
 def test_half_precision_paints(device, dtype):
     sd = StableDiffusion(tiny_model()).to("cuda", dtype)
     assert paint(sd, "inpaint").latents.isfinite().all()
@@ -170,6 +173,7 @@ def pixels(**flags):
     ],
     ids=str,
 )
+@pytest.mark.thinned(4)
 def test_pixels_are_diffused_without_waits_for_tables(device, flags):
     model, chain = pixels(**flags)
     model.to("cuda")
@@ -298,12 +302,14 @@ def test_workspaces_are_those_of_recordings_that_live(cleared):
 # --- weights that visit ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_visiting_weights_paint_the_same(on_cpu):
     sd = StableDiffusion(tiny_model()).optimize(low_vram="cuda", tiled_vae=True)
     for how in ("txt2img", "inpaint"):
         assert_same(paint(sd, how), paint(on_cpu[4], how))
 
 
+@pytest.mark.slow
 def test_where_no_memory_can_be_page_locked_it_is_said_once_and_done_without(on_cpu, monkeypatch, caplog):
     def refuse(x):
         raise RuntimeError("CUDA error: out of memory\nCompile with more")

@@ -54,6 +54,7 @@ def rehearsed(tmp_path_factory, device):
     return done, [line.split() for line in (tmp_path / "notes").read_text().splitlines()], tmp_path
 
 
+@pytest.mark.slow
 def test_what_is_finished_outlives_a_failure_and_a_time_limit(rehearsed, device):
     done, asked, tmp_path = rehearsed
     assert done.returncode == 1, done.stderr

@@ -310,6 +310,7 @@ def test_a_failing_call_leaves_no_file(tmp_path, monkeypatch, call, number):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_disk_full_leaves_no_file(tmp_path):
     """A real limit on file size, in a process of its own."""
     code = (

@@ -1,6 +1,7 @@
 """The house's picture: imports point down only, heavy packages are imported late, and a wheel holds every room."""
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -62,8 +63,9 @@ def room_of(module):
     raise AssertionError(f"{module} is in no room of tests/test_imports.py")
 
 
+@functools.cache
 def imports_of(path):
-    """Yield (imported dotted name, whether inside a function, whether for type checkers only, line)."""
+    """List (imported dotted name, whether inside a function, whether for type checkers only, line)."""
     modules = {name_of(source) for source in SOURCES}
 
     def walk(node, late, typing):
@@ -82,7 +84,7 @@ def imports_of(path):
             for child in ast.iter_child_nodes(node):
                 yield from walk(child, late or inside, typing)
 
-    yield from walk(ast.parse(path.read_text(encoding="utf-8")), False, False)
+    return list(walk(ast.parse(path.read_text(encoding="utf-8")), False, False))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
@@ -146,7 +148,7 @@ def test_the_eye_that_reads_imports_sees_them(tmp_path):
         "if TYPE_CHECKING:\n    from ldm.generate import StableDiffusion\n"
         "def f():\n    from ldm.models.diffusion import ddpm\n"
     )
-    assert list(imports_of(path)) == [
+    assert imports_of(path) == [
         ("lightning.pytorch", False, False, 1),
         ("ldm.util", False, False, 2),
         ("ldm.util", False, False, 3),
@@ -171,6 +173,7 @@ def python(code, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_import_ldm_costs_no_more_than_torch():
     code = (
         "import sys, torch; before = set(sys.modules); import ldm; print(*sorted(set(sys.modules) - before))"
@@ -209,6 +212,7 @@ print(json.dumps(failed))
 """
 
 
+@pytest.mark.slow
 def test_each_module_imports_by_itself_without_the_extras():
     """Each is the first of ldm to be imported, and nothing that only extras bring can be."""
     modules = [name_of(path) for path in SOURCES]

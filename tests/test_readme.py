@@ -73,6 +73,7 @@ def test_python_block_runs(code, newcomer):
         assert told["source"] == "ldm" and told["prompt"]
 
 
+@pytest.mark.slow
 def test_the_own_sampler_of_the_docs_runs_and_is_nearer_than_ddim(newcomer, monkeypatch):
     monkeypatch.setattr(
         "ldm.models.diffusion.samplers.SAMPLERS", dict(SAMPLERS)

@@ -53,6 +53,7 @@ def same_bits(one, other):
         *(pytest.param(name, 9, marks=pytest.mark.slow) for name in NAMES[2:]),
     ],
 )
+@pytest.mark.thinned(3)
 def test_what_is_saved_is_read_back_with_equal_bits(sd, tmp_path, name, channels):
     sd = sd if channels == 4 else StableDiffusion(tiny_model(9))
     path = f"{tmp_path}/{name}"
@@ -177,6 +178,7 @@ def test_an_interrupted_save_leaves_the_earlier_file_and_no_part(sd, tmp_path, m
         pytest.param({"scale_factor": 0.2}, False, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_plain_v1_needs_no_yaml(change, is_plain):
     settings = copy.deepcopy(read_settings(shipped("configs/v1-inference.yaml")))
     settings["model"]["params"].update(change)

@@ -359,6 +359,7 @@ def test_the_kernels_take_part(studio):
     assert {"ldm / ldm-kernels", "diffusers / ldm-kernels"} <= set(found["ratios"])
 
 
+@pytest.mark.slow
 def test_training_moves_one_set_of_weights_for_all(tiny):
     """A step of ours and one of diffusers, in turn, are two steps of one AdamW, as a plain loop takes them."""
     row = Row("train", "float32", 64)
@@ -509,6 +510,7 @@ def test_results_of_another_kind_are_not_mixed(tiny, tmp_path):
         report.load_results(path, head)
 
 
+@pytest.mark.slow
 def test_a_row_that_breaks_off_is_told_and_the_next_runs(quick, monkeypatch):
     run, path = quick
     reference = Studio.reference

@@ -454,6 +454,7 @@ def test_a_place_is_said_for_plain_data_too():
         ("model.params.scheduler_config.params.f_start", ["1e-6"]),
     ],
 )
+@pytest.mark.thinned(3)
 def test_what_public_files_write_is_read(path, value):
     config = plain("shapes-diffusion")
     put(config, path, value)
@@ -563,6 +564,7 @@ def leaves(tree, place=()):
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.thinned(3)
 def test_any_leaf_of_a_shipped_file_may_be_anything(file):
     """It builds, or an LdmError of one line names the key, what holds it, or the value."""
     draw = random.Random(file.stem)

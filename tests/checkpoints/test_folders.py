@@ -181,6 +181,7 @@ def test_stable_diffusions_own_folder_gives_compvis_configuration(folder):
     assert {**ours, "resolution": 256} == theirs
 
 
+@pytest.mark.slow
 def test_variants_pickles_and_old_spellings_load_the_same(folder):
     plain, _ = load_latent_diffusion(folder)
     name = "diffusion_pytorch_model"
@@ -455,6 +456,7 @@ def test_null_is_no_value(json_files, part, key):
         *(("vocab_size", value) for value in (0, "x", 2**70)),
     ],
 )
+@pytest.mark.thinned(3)
 def test_a_wrong_value_of_the_text_encoder_is_named(folder, name, value):
     file = folder / "text_encoder" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))

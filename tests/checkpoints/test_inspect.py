@@ -191,6 +191,7 @@ def test_the_script_runs_without_installation_and_ends_with_0(tiny, config, tmp_
     assert "would load" in done.stdout and done.stderr == ""
 
 
+@pytest.mark.slow
 def test_the_script_ends_with_the_code_of_the_error_in_one_line(tmp_path):
     (tmp_path / "a.ckpt").write_bytes(b"<html>")
     done = run_script(tmp_path / "a.ckpt")

@@ -90,6 +90,7 @@ def test_each_load_owns_its_memory(tiny):
 
 @pytest.mark.parametrize("nested", [0, 1, 2])
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.thinned(3)
 def test_pickles_of_every_dtype_bare_and_nested(tiny, tmp_path, nested, stored):
     state = {name: value.to(stored) for name, value in tiny.tensors.items()}
     outer = state

@@ -243,6 +243,7 @@ def ask(method, *args, **kwargs):
 
 
 @pytest.mark.parametrize(("method", "by_place", "by_name"), BOTH_ORDERS)
+@pytest.mark.thinned(4)
 def test_both_orders_by_position(method, by_place, by_name):
     assert torch.equal(ask(method, *by_place), ask(method, **by_name))
 

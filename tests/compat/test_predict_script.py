@@ -121,6 +121,7 @@ def test_what_the_script_gives_is_the_samplers_own(tmp_path):
     np.testing.assert_array_equal(pixels, want.numpy().clip(0, 255).astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_the_script_starts_from_a_picture_and_keeps_what_a_mask_leaves(tmp_path):
     checkpoint, config = write_tiny(tmp_path)
     picture = Image.linear_gradient("L").resize((64, 48)).convert("RGB")

@@ -185,6 +185,7 @@ class Depth(nn.Module):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.slow
 def test_it_builds_at_full_size(name):
     cls, params, count = PUBLISHED[name]
     with torch.device("meta"):

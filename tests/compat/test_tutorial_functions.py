@@ -140,6 +140,7 @@ BLOCKS = re.findall(
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
+@pytest.mark.slow
 def test_the_page_of_tutorials_runs(code, tmp_path, monkeypatch):
     os.symlink(DOCS.parent / "model_data", tmp_path / "model_data")
     monkeypatch.chdir(tmp_path)

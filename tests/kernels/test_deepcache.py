@@ -89,6 +89,7 @@ class Count:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
+@pytest.mark.thinned(4)
 def test_every_geometry_answers_the_same_question_from_memory_bit_for_bit(name):
     """Shallow, halfway and to the middle: the whole answer is the UNet's own, and kept features of the same input give
     it once more."""
@@ -284,6 +285,7 @@ def test_interval_one_is_off_bit_for_bit(sd, sampler):
 
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "ddpm", "dpm_solver", "dpmpp_2m"])
 @pytest.mark.parametrize("steps", [5, 6])
+@pytest.mark.thinned(3)
 def test_interval_two_asks_the_deep_part_every_other_step(sd, sampler, steps):
     plain = paint(sd, sampler=sampler, steps=steps)
     with Count(sd.model.model.diffusion_model.middle_block) as middle:
@@ -385,6 +387,7 @@ def test_numbers_out_of_range_are_refused(unet, options, words):
         DeepCache(unet, *options)
 
 
+@pytest.mark.slow
 def test_networks_that_it_cannot_serve_are_refused():
     class Controlled(UNetModel):
         def forward(self, x, timesteps=None, context=None, control=None, **kwargs):
@@ -419,6 +422,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
+@pytest.mark.slow
 def test_blocks_of_the_page_run(code):
     names: dict = {}
     exec(compile(code, "docs/knobs.md", "exec"), names)
@@ -444,6 +448,7 @@ def test_commands_of_the_page_run(tmp_path, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_shallow_step_costs_what_the_page_says():
     """The shares of the model in the box, and the gains that follow from all shares."""
     from omegaconf import OmegaConf

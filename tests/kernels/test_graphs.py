@@ -127,6 +127,7 @@ def test_arguments_are_told_apart_by_name_and_layout(answering):
     assert len(recorded) == 3
 
 
+@pytest.mark.slow
 def test_results_are_the_caller_s_own(unet):
     first = unet(**given())
     kept = first.clone()
@@ -324,6 +325,7 @@ def test_strips_are_not_recorded():
     assert graphs.attach(decoder, record, vae=True) == 0
 
 
+@pytest.mark.slow
 def test_a_recording_made_in_inference_mode_plays_outside_of_it():
     unet = fill(UNetModel(**LARGER), "graphs.")
     graphs.attach(unet, record_held)

@@ -146,6 +146,7 @@ def halved(*axes):
     halved(list(CLOSE), [False, True], [False, True], [False, True]),
     ids=str,
 )
+@pytest.mark.thinned(4)
 def test_group_norm_is_the_formula(engine, dtype, silu, per_picture, shifted):
     b, c, h, w, groups = 3, 48, 5, 29, 4  # more cells than enter a float sum at a time
     x = (keyed_input("norm.x", (b, c, h, w)) * 2 + 1).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -184,6 +185,7 @@ def test_group_norm_of_any_number_of_cells_is_the_formula(engine, cells):
 
 @pytest.mark.parametrize("c, groups", [(128, 4), (144, 9), (320, 32), (400, 5)])
 @pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+@pytest.mark.thinned(4)
 def test_group_norm_of_many_channels_is_the_formula(engine, dtype, c, groups):
     """Blocks of 128 channels, and what is left beside them; groups of no power of two, across blocks."""
     x = (keyed_input("norm.wide", (2, c, 7, 11)) * 2 + 1).to(dtype)

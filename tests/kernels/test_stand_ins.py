@@ -102,6 +102,7 @@ def watch(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", list(KINDS))
 @torch.no_grad()
+@pytest.mark.thinned(3)
 def test_a_unet_gives_the_plain_numbers(name, dtype):
     unet = make_unet(name, dtype)
     compare(unet, **inputs(unet, dtype))
@@ -110,6 +111,7 @@ def test_a_unet_gives_the_plain_numbers(name, dtype):
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "three-dimensional"])
 @pytest.mark.parametrize("size", [(8, 12), (7, 10)], ids=str)
 @torch.no_grad()
+@pytest.mark.thinned(6)
 def test_halves_that_are_alike_are_done_once(name, size, watch):
     """Under guidance; also where sides do not halve evenly."""
     unet = make_unet(name)
@@ -486,6 +488,7 @@ def test_compiled_blocks_give_the_plain_numbers():
     assert torch.equal(restore(block)(h, emb, context), want)
 
 
+@pytest.mark.slow
 def test_the_page_s_example_paints_what_it_says():
     from ldm.shapes.checker import check
 
@@ -498,6 +501,7 @@ def test_the_page_s_example_paints_what_it_says():
     restore(names["sd"].model)
 
 
+@pytest.mark.slow
 def test_the_script_s_flags_give_the_plain_picture(tmp_path):
     import numpy as np
     from PIL import Image

@@ -161,6 +161,7 @@ def test_each_row_of_a_batch_is_matched_by_itself():
 
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
+@pytest.mark.thinned(4)
 def test_the_finest_transformers_of_every_geometry_are_found(name):
     config = CONFIGS[name]
     unet = fill(UNetModel(**config), name + ".")

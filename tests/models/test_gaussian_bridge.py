@@ -51,6 +51,7 @@ def respaced(diffusion, levels):
 
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])
 @pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.thinned(2)
 def test_ddim_is_our_ddim_sampler_s_at_the_same_levels(models, kind, separate):
     """CompVis's run ends at level 0, where one more step of OpenAI's leads to the clean end."""
     model = models(kind)

@@ -179,6 +179,7 @@ def test_a_run_takes_exactly_the_steps_asked_for_and_counts_them(name, steps):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.thinned(2)
 def test_the_longest_run_ends_with_finite_numbers(name):
     (x_T,) = normals(1, 2, 3, 1)
     assert last(sample_steps(name, LinearGaussian(), x_T, MEANS[:1], steps=1000)).isfinite().all()

@@ -622,6 +622,7 @@ def test_the_rescaler_refuses_what_it_cannot_do():
 # Imports
 
 
+@pytest.mark.slow
 def test_importing_the_module_and_cleaning_a_prompt_import_neither_transformers_nor_ftfy():
     code = (
         "import ldm.modules.encoders.modules, sys; from ldm.modules.encoders.tokenizer import clean; "

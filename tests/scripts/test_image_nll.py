@@ -81,6 +81,7 @@ def agree(result, bounds):
     assert result["total_bpd_error"] == pytest.approx(totals.std().item() / math.sqrt(len(bounds)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_shapes_that_nobody_saw_are_measured_by_the_loop_s_own_bound(files, end):
     words = ["--model_path", files["labelled"], *WORDS, "--shapes", 3, "--outdir", "o"]
     code, out, err = end(*words, "--batch_size", 1)

@@ -776,6 +776,7 @@ def test_a_signal_keeps_what_is_finished(model, home, number, code):
 CAPTION = "a large red circle above a small blue square on a white background"
 
 
+@pytest.mark.slow
 def test_the_box_paints_by_its_own_advice_in_every_script(home, end):
     """Guidance 3, 20 steps, 128 pixels: nobody says so; a strength of one step keeps it short."""
     picture("in.png", (128, 128))
@@ -791,6 +792,7 @@ def test_the_box_paints_by_its_own_advice_in_every_script(home, end):
     assert [[one[name] for name in kept] for one in told] == [[3.0, 20, 128, 128]] * 3 + [[7.5, 40, 128, 128]]
 
 
+@pytest.mark.slow
 def test_scripts_have_compvis_guidance_and_steps_for_models_that_say_nothing(model, home, end):
     picture("in.png")
     mask("m.png")

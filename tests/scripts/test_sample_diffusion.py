@@ -157,6 +157,7 @@ def test_steps_are_those_that_the_options_name(files, end, words, loop, options)
     same(pictures[1], alone(files["labelled"], 43, loop, label=1, flags={"image_size": 16}, **options))
 
 
+@pytest.mark.slow
 def test_a_classifier_moves_samples_towards_its_classes(files, end):
     """The classifier itself finds them likelier with its guidance than without, and less likely against it."""
     words = ["-r", files["plain"], *CHAIN_WORDS, "--image_size", 16, "-n", 4, "--timestep_respacing", 6]

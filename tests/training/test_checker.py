@@ -76,6 +76,7 @@ TAMPERED = {
 
 
 @pytest.mark.parametrize("size", [64, 128, 200])
+@pytest.mark.thinned(3)
 def test_renders_keep_what_their_captions_promise(size):
     assert agreement(scenes(40), size) >= 0.995
 
@@ -92,6 +93,7 @@ def mismatches(drawn):
     return len(others), np.mean([judge(*pair).holds for pair in others])
 
 
+@pytest.mark.slow
 def test_another_caption_does_not_hold():
     count, share = mismatches(scenes(100))
     assert count > 95 and share <= 0.05
@@ -131,6 +133,7 @@ def test_no_caption_wrong_in_one_attribute_holds():
 
 
 @pytest.mark.parametrize("name", TAMPERED)
+@pytest.mark.slow
 def test_damaged_pictures_are_still_read(name):
     assert agreement(scenes(40, seed=33), tamper=TAMPERED[name]) >= 0.97
 

@@ -269,6 +269,7 @@ def of_command(files, words, folder):
 
 
 @pytest.mark.parametrize(("files", "words"), COMMANDS, ids=[files.split()[-1] for files, _ in COMMANDS])
+@pytest.mark.thinned(4)
 def test_every_command_of_the_page_builds_its_model_and_data(tmp_path, files, words):
     for name in ("cat/0.png", "dog/1.png"):
         paint(tmp_path / name, size=(40, 40))

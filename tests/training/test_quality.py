@@ -89,6 +89,7 @@ def few_references(monkeypatch):
     monkeypatch.setattr(quality, "REFERENCE", 11)
 
 
+@pytest.mark.slow
 def test_a_run_saves_each_row_and_a_second_does_what_is_missing(tiny, tmp_path, capsys):
     results = tmp_path / "deep" / "r.json"
     base = [*tiny, "--prompts", "3", "--results", str(results), "--guidance", "3"]
@@ -117,6 +118,7 @@ def test_the_batch_size_changes_no_picture(tiny):
     torch.testing.assert_close(one, two, rtol=0, atol=1e-3 * float(one.abs().max()))
 
 
+@pytest.mark.slow
 def test_results_of_another_kind_are_not_mixed(tiny, tmp_path):
     results = tmp_path / "r.json"
     row = ["--rows", "first-stage/seen", "--results", str(results)]
@@ -167,6 +169,7 @@ def test_results_of_other_knobs_are_not_mixed(tiny, tmp_path):
     assert "UNet in float32. Made by" in results.with_suffix(".md").read_text()
 
 
+@pytest.mark.slow
 def test_knobs_change_what_is_painted(tiny):
     """Each is the library's: latents are those of the doors that people use, with the same knobs."""
     pipeline = quality.load_pipeline(tiny[1], tiny[3], "cpu")
@@ -206,6 +209,7 @@ def paint_three(tiny, **options):
     )
 
 
+@pytest.mark.slow
 def test_bfloat16_paints_almost_the_same(tiny):
     exact, rounded = paint_three(tiny), paint_three(tiny, precision="bfloat16")
     error = ((rounded - exact).norm() / exact.norm()).item()
@@ -223,6 +227,7 @@ def test_a_compiled_model_paints_the_same(tiny, monkeypatch):
     torch.testing.assert_close(two, one, rtol=0, atol=1e-3 * float(one.abs().max()))
 
 
+@pytest.mark.slow
 def test_the_grid_has_twenty_four_labelled_pictures(tiny, tmp_path, capsys, monkeypatch):
     from PIL import Image
 

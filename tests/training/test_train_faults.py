@@ -76,7 +76,10 @@ def test_a_word_that_cannot_be_read_is_one_line(tmp_path, word):
         ("model.params.embed_dim=", "got None|got ''"),
         ("model.base_learning_rate=1e999", "model.base_learning_rate should be .* got inf"),
         ("lightning.trainer.max_steps=1e999", "lightning.trainer.max_steps should be .* got inf"),
-        ("data.params.batch_size=" + "9" * 99, "data.params.batch_size should be .* characters"),
+        (
+            "data.params.batch_size=" + "9" * 99,
+            "data.params.batch_size should be a whole number from 1 to 1048576, got 99999",
+        ),
         ("model.params.ddconfig.ch=x", "model.params.ddconfig.ch should be a whole number .* got 'x'"),
         (
             "data.params.train.params.image_size=3",

@@ -253,6 +253,7 @@ def test_rates_are_read_from_text_number_or_list(given, rates):
 # -- whole runs --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, pixel_run):
     """Weights, both averages, the sampler's history, optimizer and rate, bit for bit; two batches a step."""
     whole, made = pixel_run

@@ -181,6 +181,7 @@ SLOW = ("captions", "unconditional", "concat, shrunk", "layout", "depth", "upsca
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in KINDS]
 )
+@pytest.mark.thinned(4)
 def test_every_kind_of_model_trains_and_shows_its_pictures(tmp_path, kind):
     """By default the first grid comes at step 1; a validation set of 1 is measured with batches of 2."""
     make, grids = KINDS[kind]

@@ -142,6 +142,7 @@ def test_without_a_schedule_a_new_rate_holds_from_the_first_step_on(tmp_path, ca
     assert figures(tmp_path, "lr") == {0: 2e-3, 1: 2e-3, 2: 8e-3, 3: 8e-3}
 
 
+@pytest.mark.slow
 def test_a_part_s_own_rate_is_taken(tmp_path):
     for steps, factor in ((1, 0.25), (2, 0.5)):
         config = until(diffusion(), steps)
@@ -385,6 +386,7 @@ MORE_FLAWS = {
 @pytest.mark.parametrize(
     "flaw", [pytest.param(flaw, marks=[pytest.mark.slow] * (flaw in MORE_FLAWS)) for flaw in FLAWS]
 )
+@pytest.mark.thinned(3)
 def test_a_state_that_is_not_whole_ends_with_one_line_and_changes_nothing(tmp_path, sound, receiver, flaw):
     change, message = FLAWS[flaw]
     state = copy.deepcopy(sound)

@@ -526,6 +526,7 @@ def test_a_rate_for_a_text_encoder_that_is_not_trained_is_refused(tmp_path):
         run(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_text_encoder_can_start_from_bare_words(tmp_path, stage_run):
     """Then a word's features depend on the word and its place alone."""
     config = until(diffusion(str(stage_run / "weights.safetensors")), 1)
@@ -635,6 +636,7 @@ def test_the_scale_factor_is_measured_on_the_first_batch(diffusion_run):
     assert float(made.model.scale_factor) == pytest.approx(1 / float(z.flatten().std()), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_cached_latents_train_like_pictures(tmp_path, stage_run):
     """The same samples in the same order, up to the cache's half precision."""
     weights = str(stage_run / "weights.safetensors")
@@ -651,6 +653,7 @@ def test_cached_latents_train_like_pictures(tmp_path, stage_run):
         assert losses[1][step] == pytest.approx(losses[0][step], rel=2e-3)
 
 
+@pytest.mark.slow
 def test_grids_curve_validation_and_configuration_are_written_while_it_runs(tmp_path, stage_run, capsys):
     from PIL import Image
 
@@ -673,6 +676,7 @@ def test_grids_curve_validation_and_configuration_are_written_while_it_runs(tmp_
     assert OmegaConf.load(tmp_path / "configs" / "project.yaml").model.params.timesteps == 50
 
 
+@pytest.mark.slow
 def test_validation_and_pictures_do_not_change_a_run(tmp_path, stage_run):
     config = first_stage()
     validation = {"image_size": 16, "length": 5, "seed": 1}
