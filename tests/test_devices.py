@@ -117,6 +117,7 @@ def test_half_precision_paints(device, dtype):
     assert paint(sd, "inpaint").latents.isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_painting_is_watched_and_its_latents_decoded_again(on_gpu):
     sd = on_gpu[4]
     for progress in sd.stream("a red star", steps=2, seed=1):
@@ -126,6 +127,7 @@ def test_a_painting_is_watched_and_its_latents_decoded_again(on_gpu):
     torch.testing.assert_close(decode(sd.model, latents).cpu(), decode(sd.model, latents.to("cuda")).cpu())
 
 
+@pytest.mark.slow
 def test_a_model_that_goes_to_and_fro_paints(on_cpu):
     sd = StableDiffusion(tiny_model()).to("cuda", torch.float32)
     assert_same(paint(sd, "txt2img"), paint(on_cpu[4], "txt2img"))
@@ -136,6 +138,7 @@ def test_a_model_that_goes_to_and_fro_paints(on_cpu):
 
 
 @pytest.mark.parametrize("kind", [DDIMSampler, PLMSSampler, DPMSolverSampler])
+@pytest.mark.slow
 def test_samplers_of_the_scripts_stay_on_the_device(on_gpu, kind):
     model = on_gpu[4].model
     with torch.no_grad(), model.ema_scope():
@@ -221,6 +224,7 @@ def test_labels_that_stay_are_waited_for_once(device):
 
 
 @pytest.mark.parametrize("what", ["first stage", "diffusion"])
+@pytest.mark.thinned(2)
 def test_a_training_step_through_the_trainer(device, tmp_path, what):
     """As both configurations of the model in the box begin: by draws into weights that are on the device."""
     if what == "first stage":

@@ -71,6 +71,7 @@ def test_what_is_finished_outlives_a_failure_and_a_time_limit(rehearsed, device)
     assert len(asked) == 5
 
 
+@pytest.mark.slow
 def test_every_row_that_is_asked_for_is_one(rehearsed, device):
     _, asked, _ = rehearsed
     tests, *speeds = asked

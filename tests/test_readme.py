@@ -64,6 +64,7 @@ LONG = (1, 2)
     "code",
     [pytest.param(code, id=str(i), marks=[pytest.mark.slow] * (i in LONG)) for i, code in enumerate(PYTHON)],
 )
+@pytest.mark.slow
 def test_python_block_runs(code, newcomer):
     names: dict = {}
     exec(compile(stand_in(code), "README.md", "exec"), names)

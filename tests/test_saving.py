@@ -121,6 +121,7 @@ def test_weights_keep_their_dtypes(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("name", ["own.safetensors", "folder"])
+@pytest.mark.slow
 def test_the_average_that_paints_is_what_is_saved(sd, tmp_path, name):
     model = LatentDiffusion(**tiny_config()["model"]["params"] | {"use_ema": True})
     model.load_state_dict(sd.model.state_dict(), strict=False)

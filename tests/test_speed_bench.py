@@ -327,6 +327,7 @@ def test_a_picture_counts_as_its_parts(tiny):
     ],
     ids=lambda row: row.key,
 )
+@pytest.mark.slow
 def test_ours_and_diffusers_agree_on_every_part(studio, row):
     found = run_row(studio, row, [name for name in CONTESTANTS if name != "ldm-kernels"], ONCE, peak=2.0)
     assert found["left_out"] == {} and tuple(found["contestants"]) == tuple(

@@ -416,6 +416,7 @@ ROWS = [
     ROWS,
     ids=[f"{row[1]}={told(row[2])}" for row in ROWS],
 )
+@pytest.mark.thinned(3)
 def test_a_wrong_value_is_one_line_with_its_key(name, path, value, error, message):
     config = plain(name)
     put(config, path, value)

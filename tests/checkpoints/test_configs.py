@@ -41,6 +41,7 @@ def laid(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["m.yaml", "m.yml", "config.yaml", "config.yml"])
+@pytest.mark.thinned(2)
 def test_a_yaml_beside_the_file_is_used_by_every_door_and_said(tiny, laid, name, caplog):
     beside = write(laid.with_name(name), tiny.config)
     note = f"configuration '{beside}', found beside the file"
@@ -242,6 +243,7 @@ MARKERS = {
 
 
 @pytest.mark.parametrize("case", MARKERS)
+@pytest.mark.thinned(3)
 def test_what_a_file_says_of_itself_is_heeded_where_the_configuration_is_silent(tiny, tmp_path, case, caplog):
     keys, metadata, params, wanted = MARKERS[case]
     config = copy.deepcopy(tiny.config)

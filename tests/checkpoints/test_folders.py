@@ -204,6 +204,7 @@ def test_variants_pickles_and_old_spellings_load_the_same(folder):
     assert report.ignored == {"text_encoder/text_model.embeddings.position_ids": "a constant, made anew"}
 
 
+@pytest.mark.slow
 def test_sharded_weights_load_the_same(folder, pipeline):
     plain, _ = load_latent_diffusion(folder)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()

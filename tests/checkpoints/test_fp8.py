@@ -35,6 +35,7 @@ def test_all_in_8_bits_become_the_wanted_dtype(tiny, tmp_path, stored, wanted, d
 
 
 @pytest.mark.parametrize("stored", FP8)
+@pytest.mark.thinned(2)
 def test_some_in_8_bits_and_the_rest_in_half_precision(tiny, tmp_path, stored):
     """As people save them: matrices in 8 bits, biases and norms in 16."""
     tensors = in_8_bits({n: v.half() for n, v in tiny.tensors.items()}, stored)
@@ -68,6 +69,7 @@ def test_a_vae_in_8_bits_loads_too(tiny, tmp_path, stored):
         (torch.float8_e5m2, 0xFF),
     ],
 )
+@pytest.mark.thinned(3)
 def test_what_is_not_finite_in_8_bits_is_named(tiny, tmp_path, stored, pattern):
     bad = tiny.tensors[FIRST].to(stored)
     bad.view(torch.uint8)[3, 1, 2, 0] = pattern

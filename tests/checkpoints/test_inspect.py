@@ -105,6 +105,7 @@ def changed(tensors, how, names):
         (torch.zeros_like, ["model.diffusion_model.input_blocks.1.0.out_layers.3.weight"], None, ""),
     ],
 )
+@pytest.mark.thinned(3)
 def test_tensors_of_zeros_or_without_finite_values_are_counted_and_named(
     tiny, tmp_path, how, names, kind, words
 ):

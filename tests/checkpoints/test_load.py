@@ -443,6 +443,7 @@ AVERAGES = {
 
 
 @pytest.mark.parametrize("case", AVERAGES)
+@pytest.mark.thinned(3)
 def test_no_weights_are_mixed_of_an_average_and_plain_ones(tiny, tmp_path, ema_tensors, case):
     keep_plain, keep_average, keeps, use_ema, wanted = AVERAGES[case]
     path = tiny.save(tmp_path, partly(ema_tensors, keep_plain, keep_average))

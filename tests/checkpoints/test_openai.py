@@ -223,6 +223,7 @@ def test_flags_come_back_from_the_shapes_that_they_make(seed):
     assert {k: v for k, v in found.items() if want[k] != v} == {}
 
 
+@pytest.mark.slow
 def test_published_models_have_their_sizes_and_are_known_by_their_shapes():
     """Parameters as computed from the flags of OpenAI's READMEs; the rounded ones in its files' names agree."""
     parameters = {

@@ -119,6 +119,7 @@ def empty(tiny):
 
 
 @pytest.mark.parametrize("case", SPELLINGS)
+@pytest.mark.thinned(3)
 def test_every_spelling_is_of_v1_and_finds_its_place(tiny, tmp_path, empty, case):
     written = spelled(tiny.tensors, SPELLINGS[case])
     shapes = {name: value.shape for name, value in tiny.tensors.items()}

@@ -266,6 +266,7 @@ def test_prompts_are_encoded_in_diffusers_order(ours, theirs, prompt, negative, 
         },
     ],
 )
+@pytest.mark.thinned(2)
 def test_pictures_are_diffusers(ours, theirs, options):
     """Same weights, words and generators: latents, pixels and PIL's bytes."""
     options = {"prompt": PROMPT, "negative_prompt": NEGATIVE, **options}
@@ -412,6 +413,7 @@ def test_memory_switches_add_up_and_come_off():
     assert "forward" not in own
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_saved_as_a_folder_that_loads_again(ours, tmp_path):
     ours.save_pretrained(tmp_path / "saved.d")
     again = StableDiffusionPipeline.from_pretrained(tmp_path / "saved.d")

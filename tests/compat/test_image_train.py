@@ -305,6 +305,7 @@ def test_half_precision_keeps_float32_weights_and_lowers_its_scale(tmp_path):
     assert again.lg_loss_scale == 19.5  # a step was skipped, and the scale lowered
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_skipped_and_many_end_the_run(tmp_path, caplog):
     logger.configure(dir=tmp_path, format_strs=[])
 

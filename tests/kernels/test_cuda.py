@@ -69,6 +69,7 @@ def test_an_autoencoder_gives_the_plain_numbers(calls):
     assert calls.count("group_norm") == norms
 
 
+@pytest.mark.slow
 def test_openai_s_attention_gives_the_plain_numbers(calls):
     block = fill(AttentionBlock(96, num_heads=2), "cuda.block.").eval()
     x = keyed_input("cuda.block", (3, 96, 5, 7))
@@ -95,6 +96,7 @@ def last(*size, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.slow
 def test_a_kernel_is_tried_once_at_each_width_and_dtype_that_is_used(monkeypatch, trials, dtype):
     maps, fewer, tokens = (last(*s, dtype=dtype) for s in ((2, 24, 3, 5), (2, 24, 2, 5), (1, 8, 1, 1)))
     for _ in range(2):

@@ -349,6 +349,7 @@ def test_separate_passes_and_an_interval_of_guidance_meet_their_own_features(sd)
 
 
 @pytest.mark.parametrize("knobs", [{"cache_interval": 2, "cache_depth": 2}, {"merge_ratio": 0.4}])
+@pytest.mark.slow
 def test_an_optimized_model_takes_the_knobs_as_the_plain_one(sd, knobs):
     """The knob changes the picture; how the numbers are computed does not, beyond rounding."""
     plain, turned = paint(sd), paint(sd, **knobs)

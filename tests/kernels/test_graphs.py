@@ -299,6 +299,7 @@ def test_broken_numbers_are_played_as_they_are(unet):
     assert len(recorded) == 1
 
 
+@pytest.mark.slow
 def test_both_halves_of_an_autoencoder_are_recorded_around_their_stand_ins():
     encoder, decoder = fill(Encoder(**VAE), "graphs.e."), fill(Decoder(**VAE), "graphs.d.")
     x, z = keyed_input("graphs.pixels", (1, 3, 12, 20)), keyed_input("graphs.z", (1, 4, 6, 10))

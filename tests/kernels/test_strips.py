@@ -225,6 +225,7 @@ def test_the_attention_matrix_never_exists_as_a_whole():
     ],
     ids=SIDE_NAMES,
 )
+@pytest.mark.slow
 def test_stable_diffusion_at_1024_pixels_in_half_precision(kind, in_strips, shape, mebibytes):
     """On the meta device, by shapes alone, with the unfused attention that it has."""
     with torch.device("meta"):
@@ -363,6 +364,7 @@ def calls(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.slow
 def test_an_optimized_autoencoder_works_in_strips(autoencoder, calls, compile):
     x, z = keyed_input("strips.x", (2, 3, 20, 28)), keyed_input("strips.z", (3, 4, 5, 7))
     want = autoencoder.encode(x).mean, autoencoder.decode(z)

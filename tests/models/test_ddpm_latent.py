@@ -178,6 +178,7 @@ def test_conditions_may_come_as_tensor_list_or_dict(model, inputs):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.slow
 def test_a_network_in_half_precision_serves_samples_in_single(short, inputs, dtype):
     made = latent_model(timesteps=20).to(dtype)
     t = torch.tensor([3, 17])
@@ -755,6 +756,7 @@ def test_rows_of_decoded_latents(model, inputs):
     )
 
 
+@pytest.mark.slow
 def test_images_to_look_at(short):
     made = latent_model(timesteps=20, use_ema=True, log_every_t=10)
     made.cond_stage_model = TextStage()

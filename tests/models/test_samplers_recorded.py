@@ -147,6 +147,7 @@ def test_ancestral_sampling_over_all_levels(build, recorded):
 
 
 @pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.slow
 def test_velocity_with_dicts_of_lists(build, control, separate):
     """Recorded with two separate passes; one batch gives the same but for rounding."""
     recorded, unet = control

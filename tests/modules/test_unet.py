@@ -88,6 +88,7 @@ def test_each_picture_of_a_batch_is_computed_by_itself():
 
 
 @pytest.mark.parametrize("frozen", [(), ("input_blocks",), ("middle_block", "time_embed")])
+@pytest.mark.slow
 def test_checkpointing_gives_the_same_gradients_even_with_frozen_parts(frozen):
     gradients = []
     for use_checkpoint in (False, True):

@@ -118,6 +118,7 @@ def test_optimizing_changes_the_rounding_alone(files, end):
         assert fast[name] == pytest.approx(plain[name], rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_a_folder_is_measured_with_the_classes_of_its_names_and_nothing_is_overwritten(files, end, pictures):
     words = [
         "-r",

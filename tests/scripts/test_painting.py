@@ -107,6 +107,7 @@ def test_names_numbers_and_metadata_are_as_promised(model, home, end):
     assert len(files("o")) == 10  # nothing was overwritten
 
 
+@pytest.mark.slow
 def test_skips_rows_and_silence_about_the_making(model, home, end):
     base = ["--prompt", "x", "--ddim_steps", 1, "--n_samples", 3, "--outdir"]
     assert end("txt2img", *model, *base, "a", "--skip_grid")[0] == 0
@@ -471,6 +472,7 @@ HOSTILE_LINES = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE_LINES)
+@pytest.mark.thinned(3)
 def test_a_hostile_line_costs_no_more_than_its_length(home, kind):
     """Under 1 MB, in a process with two seconds of processor time."""
     name = "p.jsonl" if kind in ("keys", "brackets") else "p.txt"
@@ -657,6 +659,7 @@ BAD = [
 @pytest.mark.parametrize(
     ("name", "argv", "code", "words"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
 )
+@pytest.mark.thinned(3)
 def test_bad_input_is_one_line_with_its_code_and_leaves_nothing(model, home, end, name, argv, code, words):
     Path("empty.txt").touch()
     picture("in.png")
@@ -936,6 +939,7 @@ def test_a_wrong_option_is_told_before_a_model_is_loaded(home, end, argv, code, 
 @pytest.mark.parametrize(
     ("kind", "suffix"), [("png", "png"), ("jpg", "jpg"), SLOW("jpeg", "jpg"), ("webp", "webp")]
 )
+@pytest.mark.slow
 def test_the_format_is_what_was_asked_for_and_tells_of_its_making(model, home, end, kind, suffix):
     argv = [*model, "--prompt", "a red circle", "--steps", 1, "--n_samples", 2, "--format", kind]
     code, out, err = end("txt2img", *argv, "--outdir", "o")
@@ -1026,6 +1030,7 @@ def test_like_repeats_a_picture_to_the_bit(model, first, end):
         SLOW(["--guidance_interval", 0, 1], {"guidance_interval": [0.0, 1.0]}),
     ],
 )
+@pytest.mark.thinned(2)
 def test_what_the_command_line_says_goes_before_what_the_picture_says(model, first, end, argv, changed):
     code, _, err = end("txt2img", *model, "--like", first, *argv, "--outdir", "again")
     assert (code, err) == (0, "")

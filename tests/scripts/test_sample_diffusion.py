@@ -96,6 +96,7 @@ def alone(path, seed, loop, *, label=None, respacing="", low_res=None, **options
     return to_uint8(x)[0]
 
 
+@pytest.mark.slow
 def test_samples_are_the_chain_s_own_and_the_batch_size_changes_nothing(files, end, tmp_path):
     words = [
         "--model_path",
@@ -206,6 +207,7 @@ def test_a_latent_model_paints_a_prompt_through_the_bridge(end, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_compvis_s_folders_of_unconditional_models_are_sampled(end, tmp_path):
     from omegaconf import OmegaConf
 
@@ -265,6 +267,7 @@ def test_base_samples_that_would_fill_the_memory_are_not_unpacked(files, monkeyp
         ("--num_channels 64", 2, "--num_channels is for OpenAI's pixel models"),
     ],
 )
+@pytest.mark.thinned(3)
 def test_bad_input_is_one_line_and_leaves_nothing(files, end, tmp_path, words, code, message):
     argv = shlex.split(words.format(**files))
     if "{plain}" in words or "{labelled}" in words or "{classifier}" in words:

@@ -274,6 +274,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, pixel_run):
     assert not torch.equal(saved["averages.0_9.out2bias"], saved["averages.0_5.out2bias"])
 
 
+@pytest.mark.slow
 def test_the_rate_falls_along_a_line_to_zero(pixel_run):
     rates = figures(pixel_run[0], "lr")
     # 1e-4 times 4 pictures times 2 batches

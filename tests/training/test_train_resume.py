@@ -187,6 +187,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("option, value, message", REFUSED, ids=str)
+@pytest.mark.thinned(3)
 def test_an_option_that_a_resumed_run_refuses(tmp_path, begun, option, value, message):
     config = until(planned(), 3)
     put(config, option, value)
@@ -214,6 +215,7 @@ def test_what_the_weights_mean_cannot_change_within_a_run(tmp_path, name, value)
         compare({"model": {"params": {}}}, place, tmp_path)
 
 
+@pytest.mark.slow
 def test_another_noise_schedule_is_refused(tmp_path, begun_diffusion):
     path = begun_diffusion / "checkpoints" / "last.ckpt"
     with pytest.raises(MismatchError, match="linear_end 0.012, now 0.02; that cannot change within a run"):
@@ -512,6 +514,7 @@ LOADED = {
 
 
 @pytest.mark.parametrize("case", LOADED)
+@pytest.mark.thinned(2)
 def test_only_what_was_loaded_is_kept_from_a_start(tmp_path, stage_file, diffusion_file, caplog, case):
     given, keeps_words, keeps_scale = LOADED[case]
     given = dict(given)
