@@ -707,11 +707,6 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
         help="leave the weights in the machine's memory; they visit the GPU part by part (slow)",
     )
     model.add_argument(
-        "--disable_mmap",
-        action="store_true",
-        help="copy all weights into memory; otherwise those that need no conversion stay in the system's cache",
-    )
-    model.add_argument(
         "--vae_precision",
         choices=tuple(PRECISIONS),
         default="full",
@@ -844,7 +839,6 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
     device = pick_device(args.device)
     options: dict[str, Any] = {"device": device, "dtype": torch.float32}
     options |= {"vae": args.vae, "tokenizer": args.tokenizer, "low_vram": args.lowvram}
-    options["disable_mmap"] = args.disable_mmap
     options["vae_dtype"] = getattr(torch, PRECISIONS[args.vae_precision])
     if args.precision == "autocast" and device.type == "cuda":
         options["autocast"] = torch.float16

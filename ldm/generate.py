@@ -333,7 +333,6 @@ class StableDiffusion:
         tokenizer: str | os.PathLike | None = None,
         vae_dtype: torch.dtype = torch.float32,
         low_vram: bool = False,
-        disable_mmap: bool = False,
         ignore: str | Sequence[str] = (),
     ) -> StableDiffusion:
         """Load a `.safetensors` or `.ckpt` file with CompVis's or diffusers' names inside.
@@ -350,8 +349,6 @@ class StableDiffusion:
             tokenizer: a folder or vocabulary file; None takes the one that ships with ldm.
             vae_dtype: what the VAE computes in. A half-precision decoder that overflows is put into float32.
             low_vram: leave the weights in the machine's memory and let them visit the device part by part.
-            disable_mmap: copy every weight, also those that could stay in the system's cache of the file, which is
-                where they stay on a CPU that computes in the file's own dtype.
             ignore: names, beginnings of names or shell patterns of tensors in the file to leave out.
 
         Raises:
@@ -373,7 +370,6 @@ class StableDiffusion:
             tokenizer=tokenizer,
             vae=vae,
             vae_dtype=vae_dtype,
-            disable_mmap=disable_mmap,
             ignore=ignore,
         )
         sd = cls(model, file=path, report=report, autocast=autocast, vae_dtype=vae_dtype)

@@ -91,6 +91,7 @@ KEYWORD_ADVICE = {
     "use_auth_token": _LOCAL,
     "low_cpu_mem_usage": "leave it out: a model is always built without a second copy",
     "device_map": "give device=",
+    "disable_mmap": "leave it out: weights are always copied out of their file",
     "custom_pipeline": PIPELINE,
     "lora": "LoRA files are not read here",
     "cross_attention_kwargs": "attention is not exchanged by a keyword",

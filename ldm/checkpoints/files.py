@@ -42,9 +42,6 @@ class Weights(Protocol):
     def read(self, name: str, scratch: Tensor | None = None) -> Tensor:
         """Read one tensor into memory of its own, or for a short life into the scratch memory given."""
 
-    def lend(self, name: str) -> Tensor | None:
-        """Give one tensor where it lies in the file, if that is as good as memory of its own; otherwise None."""
-
     def close(self) -> None: ...
 
 

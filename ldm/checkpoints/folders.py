@@ -100,11 +100,6 @@ class FolderWeights:
         weights, inner = self._where[name]
         return weights.read(inner, scratch)
 
-    def lend(self, name: str) -> Tensor | None:
-        """Give one tensor where it lies in its file, if that is as good as memory of its own; otherwise None."""
-        weights, inner = self._where[name]
-        return weights.lend(inner)
-
     def close(self) -> None:
         """Close every file."""
         for weights in self._open:

@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ from ldm.process.schedule import SCHEDULE_BUFFERS
 
 logger = logging.getLogger(__name__)
 
+READERS = (
+    2  # threads that read a file, which copying from the page cache to one core's speed would leave waiting
+)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Relative difference that storing the schedule in these dtypes explains.
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -53,7 +58,6 @@ def load_latent_diffusion(
     tokenizer: str | Path | None = None,
     vae: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
-    disable_mmap: bool = False,
     ignore: str | Iterable[str] = (),
 ) -> tuple[nn.Module, LoadReport]:
     """Load a latent diffusion model of the v1 family from a single file or a diffusers folder.
@@ -75,8 +79,6 @@ def load_latent_diffusion(
         tokenizer: folder or file of the tokenizer, if not the one that the text encoder finds.
         vae: a file or folder whose VAE replaces this file's.
         vae_dtype: of the first stage's parameters; None = dtype.
-        disable_mmap: copy every weight. Otherwise weights that stay on the CPU in the file's own dtype stay in the
-            system's cache of a safetensors file, where that is safe whatever becomes of the file (mapping.py).
         ignore: names, beginnings of names or shell patterns ("loss.*") of tensors in the file to leave out.
 
     What the file says of itself (a `v_pred` or `ztsnr` marker, or the trainers' metadata for them) is heeded where
@@ -108,12 +110,10 @@ def load_latent_diffusion(
             if vae is not None:
                 replacement = opened.enter_context(contextlib.closing(_open_vae(vae)))
                 inner = account_vae(model.first_stage_model, replacement)
-                fill(
-                    state, model, inner, replacement, device, dtype, vae_dtype, disable_mmap, prefix=names.VAE
-                )
+                fill(state, model, inner, replacement, device, dtype, vae_dtype, prefix=names.VAE)
                 report.notes.append(inner.summary())
             _check_tables(model, report, source)
-            fill(state, model, report, source, device, dtype, vae_dtype, disable_mmap)
+            fill(state, model, report, source, device, dtype, vae_dtype)
             finish(model, state, report, device)
     logger.info("%s", report.summary())
     return model, report
@@ -229,10 +229,9 @@ def fill(
     device: torch.device,
     dtype: torch.dtype | None,
     vae_dtype: torch.dtype | None,
-    disable_mmap: bool = False,
     prefix: str = "",
 ) -> None:
-    """Check, cast and move every assigned tensor: those that the file lends, and the others, read one at a time."""
+    """Read, check, cast and move every assigned tensor; on a CPU several at once."""
     own = model.state_dict()
     parameters = {name for name, _ in model.named_parameters()}
 
@@ -250,41 +249,52 @@ def fill(
             raise MismatchError(
                 f"'{shown(source.path)}': '{shown(name)}' should be a whole number, not {held}"
             )
-    lent: dict[str, Tensor] = {}
-    if device.type == "cpu" and not disable_mmap:
-        lent = {name: values for name in wanted if (values := source.lend(name)) is not None}
+    # What is copied once more anyway is read into the same memory over and over: fresh pages cost more than bytes.
+    passing = {name for name in wanted if device.type != "cpu" or source.infos[name].dtype != wanted[name]}
+    scratches = _Scratches(max((source.infos[name].nbytes for name in passing), default=0), device)
     empty: list[str] = []
-    # One after the other, for between two checks that are apart the threads go to sleep.
-    for name, values in lent.items():
+
+    def take(name: str) -> Tensor:
+        values = source.read(name, scratches.own() if name in passing else None).to(device)
         if wanted[name].is_floating_point:
             check_finite(source.path, name, values, wanted[name])
-            empty += [name] * is_empty(name, values)
-    # What is copied once more anyway is read into the same memory over and over: fresh pages cost more than bytes.
-    passing = {
-        name
-        for name in wanted.keys() - lent.keys()
-        if device.type != "cpu" or source.infos[name].dtype != wanted[name]
-    }
-    size = max((source.infos[name].nbytes for name in passing), default=0)
-    scratch = torch.empty(size, dtype=torch.uint8)
-    if device.type == "cuda" and size > 0:
-        scratch = pinned(scratch)
-    for name, target in report.assigned.items():
-        if name in lent:
-            values = lent.pop(name)
-        else:
-            values = source.read(name, scratch if name in passing else None).to(device)
-            if wanted[name].is_floating_point:
-                check_finite(source.path, name, values, wanted[name])
-                empty += [name] * is_empty(name, values)
-        if target in report.scales:
-            values = _scaled(values, source.read(report.scales[target]).to(device), source.path, name)
+            if is_empty(name, values):
+                empty.append(name)
+        if scale := report.scales.get(report.assigned[name]):
+            values = _scaled(values, source.read(scale).to(device), source.path, name)
             check_finite(source.path, name, values, wanted[name])
         # On the device before the cast: fewer bytes travel, and an accelerator casts faster.
-        state[prefix + target] = values.to(wanted[name]).reshape(own[prefix + target].shape)
+        return values.to(wanted[name])
+
+    with ThreadPoolExecutor(READERS if device.type == "cpu" else 1) as readers:
+        try:
+            for target, values in zip(
+                report.assigned.values(), readers.map(take, report.assigned), strict=True
+            ):
+                state[prefix + target] = values.reshape(own[prefix + target].shape)
+        except BaseException:
+            readers.shutdown(wait=False, cancel_futures=True)
+            raise
     if empty:
+        empty.sort(key=list(wanted).index)
         report.notes.append(f"{all_zeros(empty, len(wanted))}; get the file again if it was trained")
         logger.warning("'%s': %s", report.path, report.notes[-1])
+
+
+class _Scratches(threading.local):
+    """Memory for each thread that its tensors pass through, page-locked on the way to a GPU."""
+
+    def __init__(self, nbytes: int, device: torch.device):
+        self._nbytes, self._device = nbytes, device
+        self._memory: Tensor | None = None
+
+    def own(self) -> Tensor:
+        """Give this thread's memory (nbytes,)."""
+        if self._memory is None:
+            self._memory = torch.empty(self._nbytes, dtype=torch.uint8)
+            if self._device.type == "cuda" and self._nbytes > 0:
+                self._memory = pinned(self._memory)
+        return self._memory
 
 
 def _scaled(values: Tensor, scale: Tensor, path: str, name: str) -> Tensor:

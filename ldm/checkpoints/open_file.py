@@ -3,6 +3,7 @@
 import difflib
 import os
 import stat
+import threading
 from types import TracebackType
 from typing import BinaryIO, Self
 
@@ -39,6 +40,7 @@ class OpenFile:
             os.close(number)
             raise
         self.size = self.before.st_size
+        self._seeking = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -47,6 +49,26 @@ class OpenFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.file.close()
+
+    def read_into(self, view: memoryview, position: int) -> None:
+        """Fill memory with the file's bytes from a position on; several threads may do so at once.
+
+        Raises:
+            EOFError: the file ends before. OSError: the disk does not give it.
+        """
+        filled = 0
+        while filled < len(view):
+            count = self._read_at(view[filled:], position + filled)
+            if not count:
+                raise EOFError
+            filled += count
+
+    def _read_at(self, view: memoryview, position: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self.file.fileno(), [view], position)
+        with self._seeking:  # Windows
+            self.file.seek(position)
+            return self.file.readinto(view)
 
     def check_unchanged(self) -> None:
         """Raise FormatError if the file was rewritten or cut since it was opened."""

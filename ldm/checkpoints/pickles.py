@@ -262,13 +262,7 @@ class LegacyValues:
 
     def read(self, storage: Storage, view: memoryview) -> None:
         with _damage_named(self.handle):
-            self.handle.file.seek(self.starts[storage.key])
-            filled = 0
-            while filled < len(view):
-                count = self.handle.file.readinto(view[filled:])
-                if not count:
-                    raise EOFError
-                filled += count
+            self.handle.read_into(view, self.starts[storage.key])
 
 
 def _open(handle: OpenFile, kind: str) -> tuple[Any, "Values", "_Measured"]:
@@ -518,9 +512,6 @@ class PickleWeights:
             self._shared[stored.storage] = _body(self._values, stored.storage)
         values = _tensor(self._shared[stored.storage], stored)
         return values.clone() if values.nbytes == stored.storage.nbytes else values
-
-    def lend(self, name: str) -> Tensor | None:
-        """Give None: nothing holds the file's own pages to their checksum."""
 
     def close(self) -> None:
         """Close the file.

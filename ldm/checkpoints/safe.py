@@ -1,6 +1,5 @@
-"""Safetensors files: a header checked strictly, then values copied out of the one open file, or lent by it."""
+"""Safetensors files: a header checked strictly, then values copied out of the one open file."""
 
-import functools
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.account import TensorInfo, shown
-from ldm.checkpoints.mapping import map_file
 from ldm.checkpoints.open_file import OpenFile
 from ldm.errors import FormatError, LdmError, MismatchError, ResourceError, UnsafeFileError
 
@@ -60,7 +58,7 @@ def check_memory(path: str, nbytes: int) -> None:
 
 
 class SafetensorsWeights:
-    """An open safetensors file: values are copied with read(), or lent from the page cache where that is safe."""
+    """An open safetensors file: values are copied with read()."""
 
     kind = "safetensors"
 
@@ -181,38 +179,14 @@ class SafetensorsWeights:
         begin, end = self._spans[name]
         info = self.infos[name]
         body = torch.empty(end - begin, dtype=torch.uint8) if scratch is None else scratch[: end - begin]
-        view, filled = memoryview(body.numpy()), 0
         try:
-            self._handle.file.seek(begin)
-            while filled < len(view):
-                count = self._handle.file.readinto(view[filled:])
-                if not count:
-                    raise FormatError(f"'{shown(self.path)}' was cut while it was read; load it again")
-                filled += count
+            self._handle.read_into(memoryview(body.numpy()), begin)
+        except EOFError:
+            raise FormatError(f"'{shown(self.path)}' was cut while it was read; load it again") from None
         except OSError as error:
             raise FormatError(f"'{shown(self.path)}' cannot be read: {shown(error)}") from error
         values = body.ne(0) if info.dtype is torch.bool else body.view(info.dtype)
         return values.reshape(info.shape)
-
-    @functools.cached_property
-    def _pages(self) -> Any | None:
-        return map_file(self._handle)
-
-    def lend(self, name: str) -> Tensor | None:
-        """Give one tensor where it lies in the file's pages, or None where only a copy is safe (see mapping.py).
-
-        It may be written to, and outlives this object; nothing that happens to the file changes it.
-
-        Raises:
-            FormatError: the file changed since it was opened.
-        """
-        begin, end = self._spans[name]
-        info = self.infos[name]
-        if begin == end or begin % info.dtype.itemsize or info.dtype is torch.bool or self._pages is None:
-            return None
-        return torch.frombuffer(self._pages, dtype=info.dtype, count=info.numel, offset=begin).reshape(
-            info.shape
-        )
 
     def close(self) -> None:
         """Close the file.
@@ -220,7 +194,6 @@ class SafetensorsWeights:
         Raises:
             FormatError: it was rewritten since it was opened.
         """
-        self.__dict__.pop("_pages", None)
         if not self._handle.file.closed:
             try:
                 self._handle.check_unchanged()

@@ -536,7 +536,6 @@ def load_openai_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    disable_mmap: bool = False,
     **given: Any,
 ) -> tuple[UNetModel | EncoderUNetModel, dict[str, Any], LoadReport]:
     """Load a pixel diffusion model, upsampler or classifier of improved-diffusion or guided-diffusion.
@@ -545,7 +544,6 @@ def load_openai_model(
         path: .pt (through the restricted reader) or .safetensors with the bare names of the network.
         device: where the model goes.
         dtype: of the weights; None = float32, whatever the file has.
-        disable_mmap: as for load_latent_diffusion.
         given: flags, by the names of ldm.guided_diffusion.script_util. What shapes show need not be given; the
             heads of the attention, use_new_attention_order and the diffusion process show in none: they are
             those of the published model with this layout, or else the originals' defaults, and the report's
@@ -581,7 +579,7 @@ def load_openai_model(
         )
         state: dict[str, Tensor] = {}
         with memory_named(path, model):
-            fill(state, model, report, source, device, dtype, dtype, disable_mmap)
+            fill(state, model, report, source, device, dtype, dtype)
             finish(model, state, report, device)
     if flags[kind.flags["use_fp16"]]:
         for name, weight in model.named_parameters():

@@ -19,14 +19,13 @@ def in_8_bits(tensors, dtype, which=lambda name, value: value.dim() > 1):
 
 @pytest.mark.parametrize("stored", FP8)
 @pytest.mark.parametrize("wanted", [None, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("disable_mmap", [False, True])
 @pytest.mark.thinned(3)
-def test_all_in_8_bits_become_the_wanted_dtype(tiny, tmp_path, stored, wanted, disable_mmap):
+def test_all_in_8_bits_become_the_wanted_dtype(tiny, tmp_path, stored, wanted):
     tables = {"betas": torch.ones(1000) * 0.005, "alphas_cumprod": torch.ones(1000) * 0.5}
     everything = in_8_bits({**tiny.tensors, **tables}, stored, lambda *_: True)
     tensors = {name: value for name, value in everything.items() if name not in tables}
     path = tiny.save(tmp_path, everything)
-    model, report = load_latent_diffusion(path, config=tiny.config, dtype=wanted, disable_mmap=disable_mmap)
+    model, report = load_latent_diffusion(path, config=tiny.config, dtype=wanted)
     state = model.state_dict()
     assert len(report.assigned) == len(tensors)
     for name, value in tensors.items():

@@ -1116,7 +1116,7 @@ OF_THE_RUN = {
     "where prompts come from": "from_file like",
     "one model paints the whole file": """
         ckpt config ignore_keys vae tokenizer device precision optimize compile tiled_vae sliced_vae lowvram
-        disable_mmap vae_precision C f""",
+        vae_precision C f""",
     "one folder holds all": "outdir format skip_grid skip_save n_rows no_metadata",
     "of the script": "help debug",
 }
