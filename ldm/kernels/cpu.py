@@ -1,5 +1,5 @@
-"""What the stand-ins compute with on a CPU: oneDNN's products with weights laid out beforehand, and the kernels of
-cpu.cpp.
+"""What the stand-ins compute with on a CPU: oneDNN's products with weights laid out beforehand, and the kernels
+in cpp/.
 
 An engine is a module with these names; cuda.py is the other one. Maps are (b, c, h, w) with channels last.
 """

@@ -1,4 +1,4 @@
-"""Builds cpu.cpp for the machine at hand and calls it on tensors.
+"""Builds the kernels in cpp/ for the machine at hand and calls it on tensors.
 
 Where there is no compiler, or it cannot be run, `library` gives None and says why in the log, and the plain code does
 the work.
@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.compiled import build
 from ldm.errors import ResourceError
+from ldm.kernels.build import build
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fopenmp")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 LANES = 16  # channels and widths of what is not attention have to be a multiple
@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL | None:
         # torch brings its own OpenMP and has made its functions known to the whole process; a library that names none
         # of its own finds them there, and both use one set of threads. Where torch has another, ours comes along.
         variants = {"": (), "-omp": ("-fopenmp",)}
-        found = _load(build(SOURCE, FLAGS, variants, for_processor=True))
+        found = _load(build(SOURCES, FLAGS, variants))
     except ResourceError as error:
         log.warning("the CPU's own kernels are left out: %s", error)
         return None

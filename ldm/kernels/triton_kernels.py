@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_CELLS, BLOCK_CHANNELS = 32, 128  # of a map, that one step of a program looks at
-FEWEST_CELLS, MOST_CHUNKS = 64, 128  # as in cpu.cpp: how a map is portioned for its sums
+FEWEST_CELLS, MOST_CHUNKS = 64, 128  # as in cpp/norm.cpp: how a map is portioned for its sums
 BLOCK_ROWS, BLOCK_WIDTH = 8, 256  # of gated tokens
 
 

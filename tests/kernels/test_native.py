@@ -260,9 +260,10 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch, caplog):
 
 
 def test_a_compiler_that_fails_is_told_so(monkeypatch, caplog, tmp_path):
-    broken = tmp_path / "broken.cpp"
-    broken.write_text("int main( { }")
-    monkeypatch.setattr(native, "SOURCE", broken)
+    broken = tmp_path / "cpp"
+    broken.mkdir()
+    (broken / "broken.cpp").write_text("int main( { }")
+    monkeypatch.setattr(native, "SOURCES", broken)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.library.cache_clear()
     try:

@@ -12,16 +12,13 @@ from pathlib import Path
 from ldm.errors import ResourceError
 
 
-def build(
-    source: Path, flags: Sequence[str], variants: Mapping[str, Sequence[str]], *, for_processor: bool
-) -> list[Path]:
-    """Compile a source file, unless that was done before, and link it in every wanted way.
+def build(folder: Path, flags: Sequence[str], variants: Mapping[str, Sequence[str]]) -> list[Path]:
+    """Compile a folder of sources for this processor, unless that was done before, and link it in every wanted way.
 
     Args:
-        source: a C++ file.
+        folder: with C++ files, and headers for them.
         flags: of the compilation.
         variants: a suffix of the library's name -> options to link it with.
-        for_processor: the code depends on this processor and this compiler (-march=native), not on their kind alone.
 
     Returns:
         The libraries' paths, in the order of the variants. Their names are made of all that they depend on.
@@ -30,23 +27,22 @@ def build(
         ResourceError: no compiler, or one that fails.
     """
     compiler = shutil.which(os.environ.get("CXX") or "g++")
-    depends = platform.machine()
-    if for_processor:
-        depends = _processor() + ("" if compiler is None else _output_of([compiler, "--version"]))
-    name = hashlib.sha256(
-        "\0".join([source.read_text(encoding="utf-8"), depends, *flags]).encode()
-    ).hexdigest()
-    folder = cache_folder()
-    wanted = {folder / f"{name[:24]}{suffix}.so": options for suffix, options in variants.items()}
+    sources = sorted(folder.glob("*.cpp"))
+    texts = [path.read_text(encoding="utf-8") for path in [*sources, *sorted(folder.glob("*.h"))]]
+    version = "" if compiler is None else _output_of([compiler, "--version"])
+    name = hashlib.sha256("\0".join([*texts, _processor(), version, *flags]).encode()).hexdigest()
+    cache = cache_folder()
+    wanted = {cache / f"{name[:24]}{suffix}.so": options for suffix, options in variants.items()}
     if not all(path.exists() for path in wanted):
         if compiler is None:
             raise ResourceError("there is no C++ compiler; install g++, or name one in CXX")
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            part = Path(work) / "part.o"
-            _output_of([compiler, *flags, "-c", str(source), "-o", str(part)])
+        with tempfile.TemporaryDirectory(dir=cache) as work:
+            parts = [Path(work) / f"{source.stem}.o" for source in sources]
+            for source, part in zip(sources, parts, strict=True):
+                _output_of([compiler, *flags, "-c", str(source), "-o", str(part)])
             for path, options in wanted.items():
-                made = part.with_name(path.name)
-                _output_of([compiler, "-shared", *options, str(part), "-o", str(made)])
+                made = Path(work) / path.name
+                _output_of([compiler, "-shared", *options, *map(str, parts), "-o", str(made)])
                 os.replace(made, path)
     return list(wanted)
 
