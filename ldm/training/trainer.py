@@ -470,8 +470,13 @@ class Run:
             if not is_of_a_lost_loader(error):
                 raise
             kept = "its last checkpoint is kept"
-            if not module.is_amid_step:  # torch's handler of a lost process raises wherever this one is
-                checkpoints.save(trainer, module)
+            if not module.is_amid_step:  # torch's handler of a lost process raises wherever this one is,
+                try:
+                    checkpoints.save(trainer, module)
+                except RuntimeError as again:  # amid this, too, where the other loaders follow
+                    if not is_of_a_lost_loader(again):
+                        raise
+                    checkpoints.save(trainer, module)
                 kept = "the run is saved"
             if checkpoints.stopped_by is not None:  # whatever stopped this process ended that one, too
                 return
