@@ -1,0 +1,26 @@
+"""What the command-line scripts share."""
+
+from ldm.cli.guided import diffusion_parser, given_flags
+from ldm.cli.painting import FORMATS, check, paint, painting_parser
+from ldm.cli.parser import Parser, integer, number, seed
+from ldm.cli.prompts import LINE_OPTIONS, Line, read_prompts
+from ldm.cli.running import printable, run, say
+
+__all__ = [
+    "FORMATS",
+    "LINE_OPTIONS",
+    "Line",
+    "Parser",
+    "check",
+    "diffusion_parser",
+    "given_flags",
+    "integer",
+    "number",
+    "paint",
+    "painting_parser",
+    "printable",
+    "read_prompts",
+    "run",
+    "say",
+    "seed",
+]

@@ -1,0 +1,287 @@
+"""Prompts from a file: plain lines, A1111's lines of options, or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import difflib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ldm.cli.parser import MAX_SEED, integer, number, seed
+from ldm.cli.running import say
+from ldm.errors import (
+    AbsentError,
+    FormatError,
+    UsageError,
+    told,
+)
+
+if TYPE_CHECKING:
+    pass
+
+MAX_PROMPT_BYTES = 10 * 2**20
+MAX_PROMPT_LINES = 100_000
+MAX_PROMPT = 100_000  # characters of one
+MAX_DIGITS = 100  # of a number in a .jsonl file
+RNGS = ("image", "compvis")
+
+
+def prompt_text(text: str) -> str:
+    """Read a prompt as an argparse type: any text that can be encoded, of at most MAX_PROMPT characters."""
+    if len(text) > MAX_PROMPT:
+        raise argparse.ArgumentTypeError(
+            f"wanted at most {MAX_PROMPT} characters, got {len(text)}; shorten it"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(
+            f"wanted text, got characters that are none (lone surrogates): {told(text)}"
+        ) from None
+    return text
+
+
+def _interval(text: str) -> tuple[float, ...]:
+    ends = text.replace(",", " ").split()
+    if len(ends) != 2:
+        raise argparse.ArgumentTypeError(f"wanted two numbers from 0 to 1, got {told(text)}")
+    return tuple(map(number(0, 1), ends))
+
+
+def _rng(text: str) -> str:
+    if text not in RNGS:
+        raise argparse.ArgumentTypeError(f"wanted one of {', '.join(RNGS)}; got {told(text)}")
+    return text
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("", "true", "false"):
+        raise argparse.ArgumentTypeError(f"wanted nothing, true or false after it, got {told(text)}")
+    return text.lower() != "false"
+
+
+# What a line may set beside its prompt, with its type, by the name that StableDiffusion.plan has for it (n_iter and
+# batch_size multiply to a number of pictures; plms and dpm_solver name samplers), and behind it other names: the
+# flags', A1111's, diffusers'.
+_LINE: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
+    "prompt": (prompt_text, ()),
+    "negative_prompt": (prompt_text, ("negative", "n_prompt")),
+    "seed": (seed, ()),
+    "sampler": (str, ("sampler_name", "scheduler")),
+    "steps": (integer(1, 1000), ("ddim_steps", "num_inference_steps", "num_steps")),
+    "guidance_scale": (number(0, 100), ("cfg_scale", "scale", "cfg", "guidance")),
+    "width": (integer(1, 1_000_000), ("W",)),
+    "height": (integer(1, 1_000_000), ("H",)),
+    "n_iter": (integer(1, 10_000), ("num_images", "num_images_per_prompt", "batch_count")),
+    "batch_size": (integer(1, 1024), ("n_samples",)),
+    "strength": (number(0, 1), ("denoising_strength", "denoise")),
+    "eta": (number(0, 1), ("ddim_eta",)),
+    "guidance_interval": (_interval, ()),
+    "cache_interval": (integer(1, 1000), ()),
+    "cache_depth": (integer(1, 1000), ()),
+    "merge_ratio": (number(0, 0.75), ()),
+    "merge_seed": (integer(0, MAX_SEED), ()),
+    "rng": (_rng, ()),
+    "fixed_code": (_switch, ()),
+    "plms": (_switch, ()),
+    "dpm_solver": (_switch, ()),
+}
+LINE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    name: (ours, kind) for ours, (kind, others) in _LINE.items() for name in (ours, *others)
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One prompt of a file with the options that its line sets, in the words of StableDiffusion.plan."""
+
+    prompt: str
+    options: dict[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False)  # for errors that only the model can find
+
+
+def read_prompts(path: str) -> list[Line]:
+    """Read prompts from a file, one a line; empty lines, and those that begin with #, are skipped.
+
+    A line that begins with an option (`--prompt a cat --steps 20 --seed 5`, A1111's) is read as options: a value goes
+    up to the next ` --name` (switches, such as --plms, need none), and quotes around it, or around a part of it, are
+    taken off (\\" stands for a quote within double ones). Any other line is a prompt as it stands. A prompt that begins
+    with # or with an option's name is written `--prompt #1 fan`. In a `.jsonl` file each line is a JSON object with
+    the same names; null is "not given".
+
+    Raises:
+        AbsentError: no such file. FormatError: no text, too large, or without any prompt.
+        UsageError: a line with an unknown option or a value out of range; the line's number is named.
+    """
+    lines = _text_of(path).split("\n")
+    lines = lines[:-1] if lines[-1] == "" else lines
+    if len(lines) > MAX_PROMPT_LINES:
+        raise FormatError(
+            f"prompt file '{path}' has {len(lines)} lines, at most {MAX_PROMPT_LINES} are read; split it"
+        )
+    read = _from_json if path.lower().endswith((".jsonl", ".ndjson")) else _from_words
+    found, comments = [], 0
+    for i, line in enumerate(lines, start=1):
+        place, line = f"line {i} of '{path}'", line.strip()
+        if line.startswith("#"):
+            comments += 1
+        elif line:
+            try:
+                found.append(replace(read(line), place=place))
+            except (UsageError, argparse.ArgumentTypeError) as error:
+                raise UsageError(f"{place}: {error}") from None
+    if not found:
+        raise FormatError(
+            f"prompt file '{path}' holds no prompt; write one a line"
+            + (" (lines that begin with # are comments)" if comments else "")
+        )
+    if comments:
+        say(f"{path}: {len(found)} prompts; {comments} lines that begin with # are comments")
+    return found
+
+
+def _text_of(path: str) -> str:
+    """Read a file of text: UTF-8, or UTF-16 that says so in its first two bytes, as Windows' editors write it."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_PROMPT_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise AbsentError(f"prompt file '{path}' does not exist; check the path") from None
+    except IsADirectoryError:
+        raise FormatError(f"prompt file '{path}' is a folder; name the file in it") from None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"cannot read prompt file '{path}': {error}; give a file of text") from None
+    if len(data) > MAX_PROMPT_BYTES:
+        raise FormatError(
+            f"prompt file '{path}' is no list of prompts; wanted text of at most {MAX_PROMPT_BYTES} bytes"
+        )
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode("utf-16" if wide else "utf-8-sig").lstrip("\ufeff")  # some have two marks
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise FormatError(
+            f"cannot read prompt file '{path}' as {'UTF-16' if wide else 'UTF-8'}: {error.reason} in line {line}; "
+            "save it as UTF-8"
+        ) from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise FormatError(
+            f"prompt file '{path}' is no list of prompts: it holds a NUL character in line {line}; save it as UTF-8"
+        )
+    return text
+
+
+_OPTION = re.compile(r"--([A-Za-z][\w-]*)(?:=|(?!\S))")
+# A quote closes where a space or the end follows, so that the apostrophe of "it's" is a letter.
+_QUOTED = {
+    '"': re.compile(r'"((?:\\.|[^\\])*?)"(?!\S)', re.DOTALL),
+    "'": re.compile(r"'(.*?)'(?!\S)", re.DOTALL),
+}
+_WORD, _SPACE = re.compile(r"\S+"), re.compile(r"\s*")
+
+
+def _from_words(line: str) -> Line:
+    first = _OPTION.match(line)
+    name = first[1].replace("-", "_") if first else ""
+    # A line that begins with one letter, "--H 9 ...", has always been a text.
+    if len(name) < 2 or not (
+        name in LINE_OPTIONS or difflib.get_close_matches(name, LINE_OPTIONS, n=1, cutoff=0.75)
+    ):
+        return Line(prompt_text(line))
+    values: dict[str, list[str]] = {}
+    parts: list[str] = []
+    never_closed: set[str] = set()  # so that each kind of quote is looked for in vain only once
+    at = 0
+    while at < len(line):
+        option, quote = _OPTION.match(line, at), line[at]
+        if option:
+            name = option[1].replace("-", "_")
+            if name in values:
+                raise UsageError(f"option --{name} was given twice; give it once")
+            parts = values[name] = []
+            found = option
+        else:
+            found = _QUOTED[quote].match(line, at) if quote in _QUOTED and quote not in never_closed else None
+            if found:
+                parts.append(re.sub(r'\\(["\\])', r"\1", found[1]) if quote == '"' else found[1])
+            else:
+                never_closed.add(quote)
+                found = _WORD.match(line, at)
+                parts.append(found[0])
+        at = _SPACE.match(line, found.end()).end()
+    for name, found in values.items():
+        if not found and LINE_OPTIONS.get(name, ("", None))[1] is not _switch:
+            raise UsageError(f"wanted a value after --{name}, got none")
+    return _line({name: " ".join(parts) for name, parts in values.items()})
+
+
+def _from_json(line: str) -> Line:
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in values:
+                raise UsageError(f"{told(name)} was given twice; give it once")
+            values[name] = value
+        return values
+
+    def whole(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            raise UsageError(f"wanted a number of at most {MAX_DIGITS} digits, got {len(digits)}")
+        return int(digits)
+
+    def refuse(name: str) -> NoReturn:
+        raise UsageError(f"wanted a number, got {name}")
+
+    try:
+        values = json.loads(line, object_pairs_hook=distinct, parse_int=whole, parse_constant=refuse)
+    except UsageError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f'wanted a JSON object, such as {{"prompt": "a cat"}}; {error}') from None
+    if not isinstance(values, dict):
+        raise UsageError(f"wanted a JSON object with a prompt, got {told(values)}")
+    texts = {}
+    for name, value in values.items():
+        is_text = name.replace("-", "_") in ("prompt", "negative_prompt")
+        if name.replace("-", "_") == "guidance_interval" and isinstance(value, list):
+            value = " ".join(map(str, value))
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # 20.0 is what some programs write for 20
+        if value is None:
+            continue
+        if isinstance(value, bool) and LINE_OPTIONS.get(name.replace("-", "_"), ("", None))[1] is _switch:
+            value = str(value)
+        if isinstance(value, bool) or not isinstance(value, str if is_text else str | int | float):
+            raise UsageError(f"{name}: wanted a text{'' if is_text else ' or a number'}, got {told(value)}")
+        texts[name.replace("-", "_")] = str(value)
+    return _line(texts)
+
+
+def _line(values: dict[str, str]) -> Line:
+    """Check the options of a line as those of the command line are checked."""
+    options: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in LINE_OPTIONS:
+            near = difflib.get_close_matches(name, LINE_OPTIONS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(_LINE)}"
+            raise UsageError(f"unknown option {told(name)}{hint}")
+        option, kind = LINE_OPTIONS[name]
+        if option in options:
+            raise UsageError(f"{name}: {option} was given twice, by two names; give one")
+        try:
+            options[option] = kind(value)
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{name}: {error}") from None
+    if "prompt" not in options:
+        raise UsageError("no prompt")
+    flags = [name for name in ("dpm_solver", "plms") if options.pop(name, False)]
+    if flags and "sampler" in options:
+        raise UsageError(f"sampler and {flags[0]} name two samplers; give one")
+    if flags:  # dpm_solver goes before plms, as on the command line
+        options["sampler"] = flags[0]
+    return Line(options.pop("prompt"), options)
