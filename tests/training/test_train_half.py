@@ -10,7 +10,7 @@ from ldm.errors import MismatchError, NumericError, UsageError
 from ldm.training.callbacks import AfterSteps
 from ldm.training.checkpointing import read_state
 from ldm.training.module import LossScale
-from ldm.training.trainer import chosen_precision
+from ldm.training.optimizers import chosen_precision
 
 
 class Layers(torch.nn.Module):

@@ -21,7 +21,7 @@ from ldm.modules.losses.lpips import LPIPS
 from ldm.training.attention import MatmulAttention, attend
 from ldm.training.merging import merge_configs
 from ldm.training.objectives import Draws
-from ldm.training.trainer import learning_rate
+from ldm.training.optimizers import learning_rate
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 
