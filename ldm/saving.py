@@ -214,7 +214,7 @@ def _fill_folder(model: LatentDiffusion, folder: Path) -> None:
     try:
         difference = _difference(model, folder_settings(folder)[1])
     except MismatchError as error:
-        difference = str(error).replace(str(folder), folder.name)
+        difference = str(error).replace(f"{folder}{os.sep}", "")  # a name that is gone in a moment
     if difference is not None:
         raise _no_words(difference)
 
