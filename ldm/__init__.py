@@ -56,11 +56,11 @@ class _Moved(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = import_module(_MOVED[spec.name])
-        self._own = module.__spec__  # the import system is about to put the former name's in its place
+        spec.loader_state = module.__spec__  # the import system is about to put `spec` in its place
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._own
+        module.__spec__ = module.__spec__.loader_state
 
 
 sys.meta_path.insert(0, _Moved())

@@ -31,9 +31,7 @@ from ldm.process.schedule import SCHEDULE_BUFFERS
 
 logger = logging.getLogger(__name__)
 
-READERS = (
-    2  # threads that read a file, which copying from the page cache to one core's speed would leave waiting
-)
+READERS = 2  # threads on a CPU: copying out of the system's cache is bound by one core's speed
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Relative difference that storing the schedule in these dtypes explains.
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}

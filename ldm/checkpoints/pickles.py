@@ -8,6 +8,7 @@ converted elsewhere, by somebody who trusts it.
 import contextlib
 import io
 import re
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -396,6 +397,7 @@ class PickleWeights:
         self.notes: list[str] = []
         self.metadata: dict[str, str] = {}
         self._handle = handle
+        self._reading = threading.Lock()  # zipfile counts its open entries without one
         found, self._values, self._measured = _open(handle, kind)
         if kind != "zip":
             self.notes.append("a pickle from before torch 1.6 carries no checksums; damage can go unseen")
@@ -504,14 +506,15 @@ class PickleWeights:
             FormatError: its values are damaged, or the file was cut meanwhile.
         """
         stored = self._tensors[name]
-        if stored.storage not in self._shared:
-            return _tensor(_body(self._values, stored.storage, scratch), stored)
-        if (
-            self._shared[stored.storage] is None
-        ):  # once for all that show it, or many views would mean many readings
-            self._shared[stored.storage] = _body(self._values, stored.storage)
-        values = _tensor(self._shared[stored.storage], stored)
-        return values.clone() if values.nbytes == stored.storage.nbytes else values
+        with self._reading:
+            if stored.storage not in self._shared:
+                return _tensor(_body(self._values, stored.storage, scratch), stored)
+            if (
+                self._shared[stored.storage] is None
+            ):  # once for all that show it, or many views would mean many readings
+                self._shared[stored.storage] = _body(self._values, stored.storage)
+            values = _tensor(self._shared[stored.storage], stored)
+            return values.clone() if values.nbytes == stored.storage.nbytes else values
 
     def close(self) -> None:
         """Close the file.
