@@ -6,19 +6,9 @@ import re
 import sys
 
 import pytest
-import torch
 from tiny_training import first_stage, run
 
 from ldm.training.callbacks import AfterSteps
-
-
-class Layer(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.colours = torch.nn.Conv2d(3, 3, 1)
-
-    def forward(self, x, timesteps, context=None):
-        return self.colours(x)
 
 
 class WarnsAt(AfterSteps):
@@ -35,7 +25,7 @@ class Terminal(io.StringIO):
 def config_of(steps):
     config = first_stage()
     params = {"timesteps": 7, "image_size": 16, "first_stage_key": "image"}
-    params["unet_config"] = {"target": f"{__name__}.Layer", "params": {}}
+    params["unet_config"] = {"target": "tiny_training.Layer", "params": {}}
     config["model"]["target"], config["model"]["params"] = "ldm.models.diffusion.ddpm.DDPM", params
     config["data"]["params"]["validation"] = {
         "target": "ldm.training.data.Shapes",

@@ -21,15 +21,6 @@ from ldm.training.data import Shapes, Stream
 NUMBERS = [signal.SIGINT, signal.SIGTERM]
 
 
-class Layer(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.colours = torch.nn.Conv2d(3, 3, 1)
-
-    def forward(self, x, timesteps, context=None):
-        return self.colours(x)
-
-
 class GroupSignalAt(AfterSteps):
     """Sends a signal to this process and its loader processes after a step."""
 
@@ -57,7 +48,7 @@ class Signals(Shapes):
 def config_of(train, workers=2):
     config = first_stage()
     params = {"timesteps": 7, "image_size": 16, "first_stage_key": "image"}
-    params["unet_config"] = {"target": f"{__name__}.Layer", "params": {}}
+    params["unet_config"] = {"target": "tiny_training.Layer", "params": {}}
     config["model"]["target"], config["model"]["params"] = "ldm.models.diffusion.ddpm.DDPM", params
     config["data"]["params"] |= {"train": train, "num_workers": workers}
     config["training"]["checkpoint_every"] = 1000
