@@ -20,7 +20,7 @@ from torch import nn
 
 from ldm import values
 from ldm.config_text import first_line, refuse_resolvers, resolved
-from ldm.errors import LdmError, MismatchError, UnsafeFileError, told
+from ldm.errors import LdmError, MismatchError, UnsafeFileError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def get_obj_from_str(string: str, reload: bool = False, *, allow: Iterable[str] 
     """
     if not isinstance(string, str) or not DOTTED_NAME.fullmatch(string):
         raise UnsafeFileError(
-            f"target {told(string)} is not a dotted class name such as 'ldm.models.autoencoder.AutoencoderKL'"
+            f"target {shown(string)} is not a dotted class name such as 'ldm.models.autoencoder.AutoencoderKL'"
         )
     string = HISTORIC_NAMES.get(string, string)
     module_name, class_name = string.rsplit(".", 1)
@@ -155,9 +155,9 @@ def instantiate_from_config(config: Any, *, allow: Iterable[str] = (), where: st
     where = where or place_of(config)
     at = f"{where}: " if where else ""
     if not hasattr(config, "keys"):
-        raise MismatchError(f"{at}a configuration needs 'target' and 'params', got {told(config)}")
+        raise MismatchError(f"{at}a configuration needs 'target' and 'params', got {shown(config)}")
     if "target" not in config:
-        found = ", ".join(map(told, config)) or "nothing"
+        found = ", ".join(map(shown, config)) or "nothing"
         raise MismatchError(f"{at}a configuration needs the key 'target', got only {found:.80}")
     if OmegaConf.is_config(config):
         resolved(config)
@@ -241,7 +241,7 @@ def _checked(config: Any, cls: type, where: str) -> dict[str, Any]:
         return {}
     if not hasattr(params, "keys") or not all(isinstance(name, str) for name in params):
         raise MismatchError(
-            f"params of '{config['target']}' should be a mapping of names to values, got {told(params)}"
+            f"params of '{config['target']}' should be a mapping of names to values, got {shown(params)}"
         )
     params = {name: params[name] for name in params}
     if values.is_annotated(cls):

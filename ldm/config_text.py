@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.errors import AbsentError, FormatError, LdmError, UnsafeFileError, refuse_elsewhere, told
+from ldm.errors import AbsentError, FormatError, LdmError, UnsafeFileError, refuse_elsewhere, shown
 from ldm.values import MAX_DIGITS
 
 # Of a configuration file; v1-inference.yaml has 3 kB, 141 nodes and 7 levels.
@@ -145,7 +145,7 @@ def _check_scalar(event: Any, where: str) -> None:
         yaml.SafeLoader("").construct_object(yaml.ScalarNode(event.tag, event.value))
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         kind = event.tag.rpartition(":")[2]
-        raise FormatError(f"{where}: {told(event.value)} is no value of !!{kind}") from error
+        raise FormatError(f"{where}: {shown(event.value)} is no value of !!{kind}") from error
 
 
 def first_line(error: object) -> str:

@@ -4,7 +4,7 @@ import os
 import re
 
 
-def told(value: object, limit: int = 80) -> str:
+def shown(value: object, limit: int = 80) -> str:
     """Show a value in an error's line, however large it is; Python itself refuses to print 4,301 digits and more."""
     try:
         text = repr(value)
@@ -12,6 +12,12 @@ def told(value: object, limit: int = 80) -> str:
         return f"a {type(value).__name__} that cannot be shown"
     text = " ".join(text.splitlines())
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def escaped(text: object, limit: int = 120) -> str:
+    """Escape and shorten a name that a stranger's file chose, so that it can stand in a one-line message."""
+    escaped = str(text)[: limit + 1].encode("unicode_escape").decode("ascii")
+    return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
 
 
 class LdmError(Exception):
@@ -93,12 +99,12 @@ def refuse_elsewhere(what: str, path: object, *, hub: bool = True) -> None:
     text = os.fsdecode(path)
     if _ADDRESS.match(text):
         raise UsageError(
-            f"{what} {told(text)} is an address: nothing is downloaded here; fetch it yourself and give the file"
+            f"{what} {shown(text)} is an address: nothing is downloaded here; fetch it yourself and give the file"
         )
     is_name = hub and _HUB_NAME.fullmatch(text) and not _FILE_NAME.search(text)
     if is_name and not os.path.isdir(os.path.dirname(text)):
         raise AbsentError(
-            f"{what} {told(text)} is not on this machine; names on a hub are not looked up, and nothing is downloaded "
+            f"{what} {shown(text)} is not on this machine; names on a hub are not looked up, and nothing is downloaded "
             "here; fetch it yourself and give its file or folder"
         )
 

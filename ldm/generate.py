@@ -31,7 +31,7 @@ from ldm.errors import (
     UsageError,
     is_out_of_memory,
     refuse_elsewhere,
-    told,
+    shown,
 )
 from ldm.helpers import upload
 from ldm.kernels.deepcache import DeepCache
@@ -505,13 +505,13 @@ class StableDiffusion:
         else:
             found = None if name.startswith("_") else near(name, [*dir(type(self)), *vars(self)], 0.75)
             hint = f"; did you mean {found}?" if found else ""
-        raise AttributeError(f"StableDiffusion has no attribute {told(name)}{hint}", name=name, obj=self)
+        raise AttributeError(f"StableDiffusion has no attribute {shown(name)}{hint}", name=name, obj=self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # `sd.scheduler = x` would else be kept and change nothing; a subclass may have one of its own.
         if not hasattr(type(self), name) and (advice := attribute_advice(name)):
             raise AttributeError(
-                f"StableDiffusion has no attribute {told(name)} to set: {advice}; {PIPELINE}",
+                f"StableDiffusion has no attribute {shown(name)} to set: {advice}; {PIPELINE}",
                 name=name,
                 obj=self,
             )
@@ -572,9 +572,9 @@ class StableDiffusion:
         self, prompt: Any, options: dict[str, Any], mode: str, callback: Any, show: Any
     ) -> GenerationResult:
         if callback is not None and not callable(callback):
-            raise UsageError(f"callback must be a function of one Progress, got {told(callback)}")
+            raise UsageError(f"callback must be a function of one Progress, got {shown(callback)}")
         if show is not None and not isinstance(show, bool | np.bool_):
-            raise UsageError(f"progress must be True, False or None, got {told(show)}")
+            raise UsageError(f"progress must be True, False or None, got {shown(show)}")
         for name, thing in (("image", "a picture"), ("mask", "a mask")):
             if name in options and options[name] is None:
                 raise UsageError(f"{mode} needs {thing}, got {name}=None")
@@ -685,7 +685,7 @@ class StableDiffusion:
         prompts, negatives = list_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         check_embeds(self.model, prompt_embeds, negative_prompt_embeds)
         if not isinstance(fixed_code, bool | np.bool_):
-            raise UsageError(f"fixed_code must be True or False, got {told(fixed_code)}")
+            raise UsageError(f"fixed_code must be True or False, got {shown(fixed_code)}")
         count = len(prompts) * num_images
         seeds = list_seeds(seed, count)
         if rng == "compvis":
@@ -725,7 +725,7 @@ class StableDiffusion:
         if guidance_scale is None:
             guidance_scale = self.defaults.guidance_scale
         if spacing is not None and not isinstance(spacing, str):
-            raise UsageError(f"spacing must be a name of ldm.process.spacing, got {told(spacing)}")
+            raise UsageError(f"spacing must be a name of ldm.process.spacing, got {shown(spacing)}")
         # Both refuse what does not fit: spacings without a name, UNets of other kinds.
         run_last, _ = start_level(sampler, self.model, steps, strength or 0.0, spacing=spacing)
         is_inpainting(self.model)

@@ -16,13 +16,12 @@ import torch
 from torch import nn
 
 from ldm.checkpoints import save_safetensors
-from ldm.checkpoints.account import shown
 from ldm.checkpoints.build import build_empty, collector_paused
 from ldm.checkpoints.configs import CONFIGS, V1_WIDTH, read_settings
 from ldm.checkpoints.folders import PREDICTIONS, STEMS, folder_settings
 from ldm.checkpoints.sampling import SamplingDefaults, read_sampling
 from ldm.checkpoints.write import replacing
-from ldm.errors import LdmError, MismatchError, OutputError, UsageError
+from ldm.errors import LdmError, MismatchError, OutputError, UsageError, escaped
 from ldm.paths import shipped
 from ldm.training.export import plain_weights
 from ldm.wish import is_inpainting
@@ -51,7 +50,7 @@ def save(model: LatentDiffusion, path: str | os.PathLike, advice: SamplingDefaul
         return _save_file(model, path, advice)
     if path.suffix and not is_folder and not path.is_dir():
         raise UsageError(
-            f"save writes 'name.safetensors' or a folder, got '{shown(path)}'; end a folder's name with /"
+            f"save writes 'name.safetensors' or a folder, got '{escaped(path)}'; end a folder's name with /"
         )
     return [_save_folder(model, path)]
 
@@ -154,13 +153,15 @@ def _save_folder(model: LatentDiffusion, path: Path) -> Path:
     """Write beside the name first, so that a folder under its name is whole."""
     path = Path(os.path.abspath(path))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"cannot save into '{shown(path)}': it holds something already; give another name")
+        raise OutputError(
+            f"cannot save into '{escaped(path)}': it holds something already; give another name"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     except OSError as error:
         raise OutputError(
-            f"cannot write '{shown(path)}': {error.strerror or error}; choose another folder"
+            f"cannot write '{escaped(path)}': {error.strerror or error}; choose another folder"
         ) from error
     try:
         _fill_folder(model, part)
@@ -170,7 +171,7 @@ def _save_folder(model: LatentDiffusion, path: Path) -> Path:
         raise
     except OSError as error:
         raise OutputError(
-            f"cannot write '{shown(path)}': {error.strerror or error}; free some space"
+            f"cannot write '{escaped(path)}': {error.strerror or error}; free some space"
         ) from error
     finally:
         with suppress(OSError):
@@ -232,7 +233,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def _no_words(reason: str) -> UsageError:
     return UsageError(
-        f"a folder in diffusers' layout cannot describe this model ({shown(reason, 200)}); save 'name.safetensors'"
+        f"a folder in diffusers' layout cannot describe this model ({escaped(reason, 200)}); save 'name.safetensors'"
     )
 
 

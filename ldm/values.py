@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from ldm.errors import UnsafeFileError, UsageError, told
+from ldm.errors import UnsafeFileError, UsageError, shown
 
 # Of all that one configuration builds; the largest UNet that is published for these classes has 2.6e9 and 1,700.
 MAX_PARAMETERS, MAX_TENSORS = 3_000_000_000, 10_000
@@ -231,7 +231,7 @@ def check_value(value: Any, annotation: Any, name: str, within: Range | None = N
         return fit(value, annotation, within)
     except Unfit:
         wanted = words_for(annotation, within)
-        raise UsageError(f"{name:.120} should be {wanted:.160}, got {told(value)}") from None
+        raise UsageError(f"{name:.120} should be {wanted:.160}, got {shown(value)}") from None
 
 
 def fit(value: Any, annotation: Any, within: Range | None = None) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import images as pictures
-from ldm.errors import MismatchError, UsageError, told
+from ldm.errors import MismatchError, UsageError, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -88,7 +88,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     except RuntimeError:
         wanted = None
     if wanted is None or str(wanted) not in {*have, *(name.split(":")[0] for name in have)}:
-        raise UsageError(f"device {told(str(device))} is not available; have: {', '.join(have)}")
+        raise UsageError(f"device {shown(str(device))} is not available; have: {', '.join(have)}")
     return wanted
 
 
@@ -108,7 +108,7 @@ def pick_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise UsageError(f"dtype must be float32, float16 or bfloat16, got {told(dtype)}")
+        raise UsageError(f"dtype must be float32, float16 or bfloat16, got {shown(dtype)}")
     if dtype == torch.float16 and device.type == "cpu":
         log.warning("float16 is slow and overflows on a CPU; float32 is used instead (bfloat16 works)")
         return torch.float32
@@ -138,7 +138,7 @@ def check_embeds(model: LatentDiffusion, *embeds: Any) -> None:
             raise UsageError(f"prompt_embeds must have {width} features a token, got {tuple(one.shape)}")
         if not one.is_floating_point() or one.is_meta or not torch.isfinite(one).all():
             raise UsageError(
-                f"prompt_embeds must be finite floating-point numbers, got {one.dtype}: {told(one)}"
+                f"prompt_embeds must be finite floating-point numbers, got {one.dtype}: {shown(one)}"
             )
 
 
@@ -195,7 +195,7 @@ class Job:
 def whole(name: str, value: Any, low: int, high: int) -> int:
     """Return a whole number within low and high, both included, or raise UsageError."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise UsageError(f"{name} must be a whole number from {low} to {high}, got {told(value)}")
+        raise UsageError(f"{name} must be a whole number from {low} to {high}, got {shown(value)}")
     return int(value)
 
 
@@ -203,14 +203,14 @@ def real(name: str, value: Any, low: float, high: float) -> float:
     """Return a finite number within low and high, both included, or raise UsageError."""
     sound = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     if not sound or not low <= value <= high:  # NaN is in no range
-        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, got {told(value)}")
+        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, got {shown(value)}")
     return float(value)
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> Any:
     """Return a value that is one of the choices, or raise UsageError with all of them."""
     if not isinstance(value, str) or value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {told(value)}")
+        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}")
     return value
 
 
@@ -222,7 +222,7 @@ def check_size(name: str, value: int, f: int) -> int:
     """
     low, high = (cells * f for cells in CELLS)
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise UsageError(f"{name} must be a multiple of {f} from {low} to {high}, got {told(value)}")
+        raise UsageError(f"{name} must be a multiple of {f} from {low} to {high}, got {shown(value)}")
     if value % f:
         below = value - value % f
         raise UsageError(
@@ -235,7 +235,7 @@ def list_texts(name: str, value: Any) -> list[str]:
     """List one text, or several, that the tokenizer can read, or raise UsageError."""
     texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else None
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise UsageError(f"{name} must be a text or a list of texts with one at least, got {told(value)}")
+        raise UsageError(f"{name} must be a text or a list of texts with one at least, got {shown(value)}")
     for text in texts:
         if len(text) > MAX_PROMPT:
             raise UsageError(f"{name} must have at most {MAX_PROMPT} characters, got {len(text)}; shorten it")
@@ -243,7 +243,7 @@ def list_texts(name: str, value: Any) -> list[str]:
             text.encode()
         except UnicodeEncodeError:
             raise UsageError(
-                f"{name} holds characters that are no text (lone surrogates): {told(text)}"
+                f"{name} holds characters that are no text (lone surrogates): {shown(text)}"
             ) from None
     return texts
 
@@ -267,7 +267,7 @@ def list_seeds(seed: Any, count: int) -> list[int]:
             return draw_seed()
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= high:
             raise UsageError(
-                f"seed must be a whole number from 0 to {high}, or -1, 'random' or None to draw one; got {told(value)}"
+                f"seed must be a whole number from 0 to {high}, or -1, 'random' or None to draw one; got {shown(value)}"
             )
         return int(value)
 
@@ -289,7 +289,7 @@ def list_prompts(
     else:
         for name, one in (("prompt_embeds", embeds), ("negative_prompt_embeds", negative_embeds)):
             if not isinstance(one, Tensor) or one.dim() != 3 or one.shape != embeds.shape:
-                got = tuple(one.shape) if isinstance(one, Tensor) else told(one)
+                got = tuple(one.shape) if isinstance(one, Tensor) else shown(one)
                 raise UsageError(f"{name} must be (n, tokens, d), both alike, got {got}")
         prompts = list_texts("prompt", "" if prompt is None else prompt)
         prompts = prompts * len(embeds) if len(prompts) == 1 else prompts

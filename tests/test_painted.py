@@ -31,7 +31,7 @@ def out(sd):
     )
 
 
-def told(out, i):
+def shown(out, i):
     return {"source": "ldm", **out.metadata(i)}
 
 
@@ -58,11 +58,11 @@ WAYS = {
 def test_a_png_that_pil_saves_tells_all(out, way, tmp_path):
     image = WAYS[way](out)
     image.save(tmp_path / "star.png")
-    assert read_metadata(tmp_path / "star.png") == told(out, 1)
+    assert read_metadata(tmp_path / "star.png") == shown(out, 1)
     info = Image.open(tmp_path / "star.png").info
     assert info["parameters"] == out.infotexts[1]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "star.png")), np.asarray(out[1]))
-    assert read_metadata(image) == told(out, 1)  # and so does the one in memory
+    assert read_metadata(image) == shown(out, 1)  # and so does the one in memory
 
 
 @pytest.mark.parametrize(
@@ -80,19 +80,19 @@ def test_every_way_to_name_a_png(out, tmp_path, target, format, kind):
     else:
         name = {"str": str, "path": lambda p: p, "bytes": lambda p: str(p).encode()}[kind](path)
         out[0].save(name, format or ("PNG" if kind == "bytes" else None))  # PIL 10 knows no suffix of bytes
-    assert read_metadata(path) == told(out, 0)
+    assert read_metadata(path) == shown(out, 0)
 
 
 def test_grids_tell_of_their_first(out, tmp_path):
     out.grid().save(tmp_path / "grid.png")
-    assert read_metadata(tmp_path / "grid.png") == told(out, 0) == read_metadata(out.grid(1))
-    assert read_metadata(Image.open(io.BytesIO(out._repr_png_()))) == told(out, 0)
+    assert read_metadata(tmp_path / "grid.png") == shown(out, 0) == read_metadata(out.grid(1))
+    assert read_metadata(Image.open(io.BytesIO(out._repr_png_()))) == shown(out, 0)
 
 
 @pytest.mark.parametrize("kind", ["np", "pt"])
 def test_grids_of_arrays_do_too(sd, kind):
     result = sd.txt2img(PROMPT, steps=1, output_type=kind)
-    assert read_metadata(by_pil(result.grid())) == told(result, 0)
+    assert read_metadata(by_pil(result.grid())) == shown(result, 0)
 
 
 def test_every_batch_of_a_stream_and_every_door(sd):
@@ -107,7 +107,7 @@ def test_every_batch_of_a_stream_and_every_door(sd):
     assert [len(result) for result in seen] == [2, 1, 1, 1]
     for result in seen:
         for i, one in enumerate(result):
-            assert read_metadata(by_pil(one)) == told(result, i)
+            assert read_metadata(by_pil(one)) == shown(result, i)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])

@@ -21,7 +21,7 @@ import ldm
 from ldm import values
 from ldm.config import _is_buildable, instantiate_from_config
 from ldm.config_text import load_config, resolved
-from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError, UsageError, told
+from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError, UsageError, shown
 from ldm.paths import CHECKOUT
 from ldm.values import RANGES, Range, Unfit, fit
 from ldm.wish import native_size
@@ -129,7 +129,7 @@ def test_a_value_that_fits_is_taken(value, kind, wanted):
         ([], typing.Mapping[str, int]),
         (0, type(None)),
     ],
-    ids=lambda value: told(value),
+    ids=lambda value: shown(value),
 )
 def test_a_value_that_does_not_fit_is_refused(value, kind):
     with pytest.raises(Unfit):
@@ -172,7 +172,7 @@ class Loop(dict):
     ids=[str(i) for i in range(6)],
 )
 def test_whatever_is_wrong_is_shown_in_a_line(value):
-    text = told(value)
+    text = shown(value)
     assert len(text) <= 90 and "\n" not in text
 
 
@@ -414,7 +414,7 @@ ROWS = [
 @pytest.mark.parametrize(
     ("name", "path", "value", "error", "message"),
     ROWS,
-    ids=[f"{row[1]}={told(row[2])}" for row in ROWS],
+    ids=[f"{row[1]}={shown(row[2])}" for row in ROWS],
 )
 @pytest.mark.thinned(3)
 def test_a_wrong_value_is_one_line_with_its_key(name, path, value, error, message):
@@ -580,7 +580,7 @@ def test_any_leaf_of_a_shipped_file_may_be_anything(file):
             except LdmError as error:
                 names = [str(key) for key in place if not isinstance(key, int)][-2:]
                 text = str(error)
-                assert any(name in text for name in [*names, told(value)]), (place, value, text)
+                assert any(name in text for name in [*names, shown(value)]), (place, value, text)
                 assert len(text) <= 400 and "\n" not in text, (place, value, text)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ldm.checkpoints.sampling import SamplingDefaults
-from ldm.errors import MismatchError
+from ldm.errors import MismatchError, escaped
 
 NAMED = 3  # how many names an error spells out before it only counts
 
@@ -51,7 +51,7 @@ class LoadReport:
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
     def __repr__(self) -> str:
-        return f"LoadReport({shown(self.path)}: {self.family}, {len(self.assigned)} of {self.total} tensors assigned)"
+        return f"LoadReport({escaped(self.path)}: {self.family}, {len(self.assigned)} of {self.total} tensors assigned)"
 
     @property
     def total(self) -> int:
@@ -68,17 +68,11 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def shown(text: object, limit: int = 120) -> str:
-    """Escape and shorten a name that a stranger's file chose, so that it can stand in a one-line message."""
-    escaped = str(text)[: limit + 1].encode("unicode_escape").decode("ascii")
-    return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
-
-
 def first_few(names: Iterable[str], most: int = NAMED) -> str:
     """Spell out the first names and count the rest."""
     ordered = list(names)
     tail = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(f"'{shown(name)}'" for name in ordered[:most]) + tail
+    return ", ".join(f"'{escaped(name)}'" for name in ordered[:most]) + tail
 
 
 def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -132,7 +126,7 @@ def match(
         source[target] = name
         pairs[name] = target
         if _without_trailing_ones(info.shape) != _without_trailing_ones(tuple(wanted[target])):
-            misshapen.append(f"'{shown(name)}' {list(info.shape)} instead of {list(wanted[target])}")
+            misshapen.append(f"'{escaped(name)}' {list(info.shape)} instead of {list(wanted[target])}")
     missing = [name for name in wanted if name not in source and name not in initialised]
 
     faults = []
@@ -150,5 +144,5 @@ def match(
         advice = "use the file's own configuration"
         if faults[0] == foreign:
             advice = "leave it out with ignore= (--ignore-keys PATTERN) if it is no part of a model"
-        raise MismatchError(f"'{shown(path)}' does not fit the model: {'; '.join(faults)}; {advice}")
+        raise MismatchError(f"'{escaped(path)}' does not fit the model: {'; '.join(faults)}; {advice}")
     return pairs

@@ -14,14 +14,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoints import families
-from ldm.checkpoints.account import LoadReport, first_few, shown
+from ldm.checkpoints.account import LoadReport, first_few
 from ldm.checkpoints.configs import Candidate, candidates, find_config, with_origin
 from ldm.checkpoints.files import PICKLE_SUFFIXES, Weights, open_weights
 from ldm.checkpoints.folders import FolderWeights, folder_settings, is_diffusers_folder
 from ldm.checkpoints.pair import account_model, without
 from ldm.checkpoints.sampling import read_sampling
 from ldm.config import instantiate_from_config
-from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UsageError
+from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UsageError, escaped
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ def follow_hub(path: Path) -> Path:
         named = main.read_text(encoding="utf-8", errors="replace").strip()
         found = [one for one in found if one.name == named] or found
     if len(found) != 1:
-        advice = f"name one, such as '{shown(found[0])}'" if found else "download the model again"
-        raise AbsentError(f"'{shown(path)}' in the hub's cache has {len(found)} snapshots; {advice}")
+        advice = f"name one, such as '{escaped(found[0])}'" if found else "download the model again"
+        raise AbsentError(f"'{escaped(path)}' in the hub's cache has {len(found)} snapshots; {advice}")
     return found[0]
 
 
@@ -56,11 +56,11 @@ def open_file(path: Path) -> Weights:
         inside = sorted(one.name for one in path.iterdir())
         if repositories := [name for name in inside if name.startswith("models--")]:
             raise FormatError(
-                f"'{shown(path)}' is a cache of the hub; name a model in it: {first_few(repositories)}"
+                f"'{escaped(path)}' is a cache of the hub; name a model in it: {first_few(repositories)}"
             )
         if files := [name for name in inside if name.endswith((".safetensors", *PICKLE_SUFFIXES))]:
             raise FormatError(
-                f"'{shown(path)}' is a folder and no diffusers model; name a file in it: {first_few(files)}"
+                f"'{escaped(path)}' is a folder and no diffusers model; name a file in it: {first_few(files)}"
             )
     return open_weights(path)
 
@@ -139,7 +139,7 @@ def build_fitting(
         if failure is not None:
             origin = tried[0].origin
             report.notes.append(
-                f"'{shown(origin)}' beside the file is another model's; Stable Diffusion v1's was used"
+                f"'{escaped(origin)}' beside the file is another model's; Stable Diffusion v1's was used"
             )
             logger.warning("'%s': %s", report.path, report.notes[-1])
         report.notes += candidate.notes
@@ -175,7 +175,7 @@ def pair_file(
         source = opened.enter_context(contextlib.closing(open_file(path)))
         family = families.family_of(without(source.infos, ignore))
         if family in families.REFUSED:
-            raise MismatchError(f"'{shown(path)}' is {families.REFUSED[family]}; {families.ADVICE[family]}")
+            raise MismatchError(f"'{escaped(path)}' is {families.REFUSED[family]}; {families.ADVICE[family]}")
         tried = candidates(path, source, family, config)
 
     def pair(model: nn.Module) -> LoadReport:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints import families
-from ldm.checkpoints.account import shown
 from ldm.checkpoints.files import Weights
 from ldm.config_text import load_config, resolved
-from ldm.errors import AbsentError, LdmError, MismatchError, refuse_elsewhere
+from ldm.errors import AbsentError, LdmError, MismatchError, escaped, refuse_elsewhere
 from ldm.paths import shipped
 
 logger = logging.getLogger(__name__)
@@ -81,19 +80,19 @@ def candidates(
     if beside is not None:
         try:
             candidate = _candidate(beside, source)
-            note = f"configuration '{shown(beside)}', found beside the file"
+            note = f"configuration '{escaped(beside)}', found beside the file"
             found.append(replace(candidate, notes=(note, *candidate.notes), origin=beside))
         except LdmError as error:
             # A folder's config.yaml may be another program's; one with the file's own name is meant for it.
             if beside.stem == path.stem or not is_v1:
                 raise with_origin(error, beside) from error
-            unread = f"'{shown(beside)}' is no configuration of a model and was left alone"
+            unread = f"'{escaped(beside)}' is no configuration of a model and was left alone"
     if beside is None or (beside.stem != path.stem and is_v1):
         if not is_v1:
             raise MismatchError(
-                f"'{shown(path)}' has a UNet of width {shape[0] if shape else 'unknown'}, Stable Diffusion v1's is "
+                f"'{escaped(path)}' has a UNet of width {shape[0] if shape else 'unknown'}, Stable Diffusion v1's is "
                 f"{V1_WIDTH}; give the configuration that belongs to it, or put it beside the file as "
-                f"'{shown(path.stem, 60)}.yaml'"
+                f"'{escaped(path.stem, 60)}.yaml'"
             )
         candidate = _candidate(shipped(CONFIGS[family]), source)
         if unread:
@@ -103,7 +102,7 @@ def candidates(
 
 
 def with_origin(error: LdmError, origin: Path) -> LdmError:
-    return type(error)(f"with '{shown(origin.name, 60)}', found beside it: {error}")
+    return type(error)(f"with '{escaped(origin.name, 60)}', found beside it: {error}")
 
 
 def config_beside(path: Path) -> Path | None:
@@ -124,7 +123,7 @@ def _candidate(config: str | Path | Mapping[str, Any], source: Weights) -> Candi
         del params[name]
     if left:
         notes.append(f"for training only, left out of the configuration: {', '.join(left)}")
-        logger.warning("'%s': %s", shown(source.path), notes[-1])
+        logger.warning("'%s': %s", escaped(source.path), notes[-1])
     return Candidate(settings, (*notes, *_heed_markers(params, source)))
 
 
@@ -150,7 +149,7 @@ def _heed_markers(params: dict[str, Any], source: Weights) -> list[str]:
             notes.append(
                 f"the file says by '{marker}' that the model {words}; the configuration's {key} was kept"
             )
-            logger.warning("'%s': %s", shown(source.path), notes[-1])
+            logger.warning("'%s': %s", escaped(source.path), notes[-1])
     return notes
 
 
@@ -169,7 +168,7 @@ def _check_channels(path: Path, source: Weights, family: str, settings: Mapping[
     if len(shape) > 1 and wanted is not None and wanted != shape[1]:
         kind = {4: "text-to-image", 9: "inpainting"}.get(shape[1], "other")
         raise MismatchError(
-            f"'{shown(path)}' is a {shape[1]}-channel ({kind}) checkpoint, but the configuration asks for {wanted} "
+            f"'{escaped(path)}' is a {shape[1]}-channel ({kind}) checkpoint, but the configuration asks for {wanted} "
             f"channels; use {CONFIGS[family]} or none"
         )
 
@@ -186,11 +185,11 @@ def find_config(config: str | Path) -> Path:
     with contextlib.suppress(AbsentError):
         return shipped(str(config))
     if ours := THEIR_CONFIGS.get(path.name):
-        logger.info("'%s' is not there; '%s' with the same keys is used", shown(config), ours)
+        logger.info("'%s' is not there; '%s' with the same keys is used", escaped(config), ours)
         return shipped(ours)
     refuse_elsewhere("configuration", config)
     raise AbsentError(
-        f"configuration '{shown(config)}' does not exist; check the path, or leave it out for Stable Diffusion v1 "
+        f"configuration '{escaped(config)}' does not exist; check the path, or leave it out for Stable Diffusion v1 "
         f"(with ldm come {', '.join(CONFIGS.values())})"
     )
 
@@ -214,7 +213,9 @@ def read_settings(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         )
     params = model["params"] = model.get("params") or {}
     if not isinstance(params, dict):
-        raise MismatchError(f"'params' of a model configuration should be a mapping, got {shown(params, 60)}")
+        raise MismatchError(
+            f"'params' of a model configuration should be a mapping, got {escaped(params, 60)}"
+        )
     if params.pop("ckpt_path", None) is not None and "finetune_keys" in params:
         params["finetune_keys"] = None  # only for training from another model's file
     first_stage = params.get("first_stage_config")

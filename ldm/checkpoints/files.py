@@ -7,11 +7,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.account import TensorInfo, shown
+from ldm.checkpoints.account import TensorInfo
 from ldm.checkpoints.open_file import OpenFile
 from ldm.checkpoints.pickles import PickleWeights, load_object
 from ldm.checkpoints.safe import SafetensorsWeights, check_memory
-from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError
+from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError, escaped
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 END_OF_ZIP = b"PK\x05\x06"
@@ -47,7 +47,7 @@ class Weights(Protocol):
 
 def _sniff(handle: OpenFile) -> str:
     """Tell "safetensors", "zip" or "pickle" from the first bytes, or say what the file is instead."""
-    path = shown(handle.path)
+    path = escaped(handle.path)
     if handle.size == 0:
         raise FormatError(f"'{path}' is empty; download it again")
     head = os.read(handle.file.fileno(), 512)
@@ -75,7 +75,7 @@ def _sniff(handle: OpenFile) -> str:
         "a safetensors file" if named_safetensors else "weights (safetensors, or a checkpoint of torch.save)"
     )
     raise FormatError(
-        f"'{path}' is not {wanted}: it begins with {shown(head[:12])}, {handle.size} bytes in all"
+        f"'{path}' is not {wanted}: it begins with {escaped(head[:12])}, {handle.size} bytes in all"
     )
 
 
@@ -98,7 +98,7 @@ def open_weights(path: str | os.PathLike) -> Weights:
             weights: Weights = SafetensorsWeights(handle)
             if handle.path.endswith(PICKLE_SUFFIXES):
                 weights.notes.append(
-                    f"a safetensors file under the name '{shown(os.path.basename(handle.path))}'"
+                    f"a safetensors file under the name '{escaped(os.path.basename(handle.path))}'"
                 )
             return weights
         return PickleWeights(handle, kind)
@@ -106,7 +106,7 @@ def open_weights(path: str | os.PathLike) -> Weights:
         handle.file.close()
         if isinstance(error, LdmError):
             raise
-        raise FormatError(f"'{shown(handle.path)}' cannot be read: {shown(error)}") from error
+        raise FormatError(f"'{escaped(handle.path)}' cannot be read: {escaped(error)}") from error
     except BaseException:
         handle.file.close()
         raise
@@ -137,7 +137,7 @@ def read_object(path: str | os.PathLike) -> Any:
         kind = _sniff(handle)
         if kind == "safetensors":
             raise FormatError(
-                f"'{shown(handle.path)}' is safetensors; a state written by torch.save was wanted"
+                f"'{escaped(handle.path)}' is safetensors; a state written by torch.save was wanted"
             )
         return load_object(handle, kind)
 
@@ -146,6 +146,6 @@ def require_float(path: str, name: str, dtype: torch.dtype) -> None:
     """Raise MismatchError unless a weight is stored as floating point."""
     if not dtype.is_floating_point:
         raise MismatchError(
-            f"'{shown(path)}': '{shown(name)}' is stored as {str(dtype).removeprefix('torch.')}; "
+            f"'{escaped(path)}': '{escaped(name)}' is stored as {str(dtype).removeprefix('torch.')}; "
             "only floating-point weights are supported"
         )

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoints.account import TensorInfo, shown
+from ldm.checkpoints.account import TensorInfo
 from ldm.checkpoints.files import Weights, open_weights
-from ldm.errors import AbsentError, FormatError, MismatchError, UnsafeFileError
+from ldm.errors import AbsentError, FormatError, MismatchError, UnsafeFileError, escaped
 
 MAX_JSON = 16 << 20
 MAX_SIZE = 1 << 16  # of any width, count or number of steps
@@ -78,7 +78,9 @@ class FolderWeights:
             for part in parts:
                 folder = path / part
                 if not folder.is_dir():
-                    raise AbsentError(f"'{shown(path)}' has no folder '{part}'; a diffusers model needs one")
+                    raise AbsentError(
+                        f"'{escaped(path)}' has no folder '{part}'; a diffusers model needs one"
+                    )
                 self._add(f"{part}/", folder, STEMS[part])
         except BaseException:
             self.close()
@@ -91,7 +93,7 @@ class FolderWeights:
             self.nbytes += os.path.getsize(file)
             for name, info in weights.infos.items():
                 if prefix + name in self.infos:
-                    raise FormatError(f"'{shown(folder)}': '{shown(name)}' is in two files")
+                    raise FormatError(f"'{escaped(folder)}': '{escaped(name)}' is in two files")
                 self.infos[prefix + name] = info
                 self._where[prefix + name] = (weights, name)
 
@@ -122,13 +124,13 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
             index = folder / f"{name}{suffix}.index{variant}.json"
             if index.is_file():
                 return _shards(index)
-    raise AbsentError(f"'{shown(folder)}' has no {stem}.safetensors or .bin; download the folder again")
+    raise AbsentError(f"'{escaped(folder)}' has no {stem}.safetensors or .bin; download the folder again")
 
 
 def _shards(index: Path) -> list[Path]:
     mapping = read_json(index).get("weight_map")
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(n, str) for n in mapping.values()):
-        raise FormatError(f"'{shown(index)}' should map tensors to files under 'weight_map'")
+        raise FormatError(f"'{escaped(index)}' should map tensors to files under 'weight_map'")
     names = sorted(set(mapping.values()))
     for name in names:
         if (
@@ -138,7 +140,7 @@ def _shards(index: Path) -> list[Path]:
             or ":" in name
             or "\0" in name
         ):
-            raise UnsafeFileError(f"'{shown(index)}' names '{shown(name)}', outside its folder; refused")
+            raise UnsafeFileError(f"'{escaped(index)}' names '{escaped(name)}', outside its folder; refused")
     return [index.parent / name for name in names]
 
 
@@ -149,9 +151,9 @@ def read_json(path: Path) -> dict[str, Any]:
         AbsentError: no such file. FormatError: not a JSON object.
     """
     if not path.is_file():
-        raise AbsentError(f"'{shown(path)}' is not there; a diffusers folder needs it")
+        raise AbsentError(f"'{escaped(path)}' is not there; a diffusers folder needs it")
     if path.stat().st_size > MAX_JSON:
-        raise FormatError(f"'{shown(path)}' has {path.stat().st_size} bytes; at most {MAX_JSON} are read")
+        raise FormatError(f"'{escaped(path)}' has {path.stat().st_size} bytes; at most {MAX_JSON} are read")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (
@@ -159,9 +161,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError,
         RecursionError,
     ) as error:  # ValueError: no UTF-8, no JSON, a number without end
-        raise FormatError(f"'{shown(path)}' is not JSON: {shown(error, 80)}") from error
+        raise FormatError(f"'{escaped(path)}' is not JSON: {escaped(error, 80)}") from error
     if not isinstance(found, dict):
-        raise FormatError(f"'{shown(path)}' should be a JSON object")
+        raise FormatError(f"'{escaped(path)}' should be a JSON object")
     return found
 
 
@@ -170,12 +172,12 @@ def _hold(path: Path, config: Mapping[str, Any], fixed: Mapping[str, Any]) -> No
     for key, value in fixed.items():
         if key in config and config[key] != value:
             raise MismatchError(
-                f"'{shown(path)}': {key} is {shown(config[key], 40)}, but Stable Diffusion v1 networks have {value}"
+                f"'{escaped(path)}': {key} is {escaped(config[key], 40)}, but Stable Diffusion v1 networks have {value}"
             )
 
 
 def _wrong(path: Path, key: str, wanted: str, value: Any) -> FormatError:
-    return FormatError(f"'{shown(path)}': {key} should be {wanted}, got {shown(json.dumps(value), 40)}")
+    return FormatError(f"'{escaped(path)}': {key} should be {wanted}, got {escaped(json.dumps(value), 40)}")
 
 
 def _count(
@@ -233,11 +235,12 @@ def _multipliers(path: Path, config: Mapping[str, Any]) -> tuple[int, list[int]]
         raise _wrong(path, "block_out_channels", f"a list of whole numbers from 1 to {MAX_SIZE}", channels)
     if any(c % channels[0] for c in channels):
         raise MismatchError(
-            f"'{shown(path)}': block_out_channels {shown(channels)} are no multiples of the first"
+            f"'{escaped(path)}': block_out_channels {escaped(channels)} are no multiples of the first"
         )
     if channels[0] % GROUPS:
         raise MismatchError(
-            f"'{shown(path)}': block_out_channels {shown(channels)} are no multiples of {GROUPS}, the groups of a norm"
+            f"'{escaped(path)}': block_out_channels {escaped(channels)} are no multiples of {GROUPS}, the "
+            "groups of a norm"
         )
     return channels[0], [c // channels[0] for c in channels]
 
@@ -250,17 +253,18 @@ def unet_params(path: Path) -> dict[str, Any]:
     name = "attention_head_dim" if config.get("num_attention_heads") is None else "num_attention_heads"
     if isinstance(config.get(name), list):
         raise MismatchError(
-            f"'{shown(path)}': heads per level {shown(config[name], 40)} belong to Stable Diffusion v2 or XL, not v1"
+            f"'{escaped(path)}': heads per level {escaped(config[name], 40)} belong to Stable Diffusion v2 or "
+            "XL, not v1"
         )
     heads = _count(path, config, name, default=8)
     width, multipliers = _multipliers(path, config)
     if width % heads:
-        raise MismatchError(f"'{shown(path)}': {name} {heads} does not divide the {width} channels")
+        raise MismatchError(f"'{escaped(path)}': {name} {heads} does not divide the {width} channels")
     kinds = _list(path, config, "down_block_types", str)
     known = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
     if len(kinds) != len(multipliers) or not set(kinds) <= set(known):
         raise MismatchError(
-            f"'{shown(path)}': down_block_types {shown(kinds)} are not those of Stable Diffusion v1"
+            f"'{escaped(path)}': down_block_types {escaped(kinds)} are not those of Stable Diffusion v1"
         )
     return {
         "image_size": _count(path, config, "sample_size", default=64),
@@ -289,7 +293,8 @@ def vae_params(path: Path) -> tuple[dict[str, Any], float]:
         kinds = _list(path, config, key, str)
         if kinds != [kind] * len(multipliers):
             raise MismatchError(
-                f"'{shown(path)}': {key} {shown(kinds)} are not those of a KL autoencoder of {len(multipliers)} levels"
+                f"'{escaped(path)}': {key} {escaped(kinds)} are not those of a KL autoencoder of "
+                f"{len(multipliers)} levels"
             )
     latent = _count(path, config, "latent_channels")
     scale = _number(path, config, "scaling_factor", DEFAULT_SCALING)
@@ -319,7 +324,7 @@ def scheduler_params(path: Path) -> dict[str, Any]:
     schedule = _word(path, config, "beta_schedule", "scaled_linear")
     if prediction not in PREDICTIONS or schedule not in SCHEDULES:
         raise MismatchError(
-            f"'{shown(path)}': prediction_type {shown(prediction, 30)} with beta_schedule {shown(schedule, 30)}; "
+            f"'{escaped(path)}': prediction_type {escaped(prediction, 30)} with beta_schedule {escaped(schedule, 30)}; "
             f"known are {', '.join(PREDICTIONS)} and {', '.join(SCHEDULES)}"
         )
     params = {
@@ -351,10 +356,12 @@ def folder_settings(path: Path) -> tuple[str, dict[str, Any]]:
     for beginning, words in FOREIGN_PIPELINES.items():
         if pipeline.startswith(beginning):
             raise MismatchError(
-                f"'{shown(path)}' is {words} ({shown(pipeline, 60)}), not Stable Diffusion v1"
+                f"'{escaped(path)}' is {words} ({escaped(pipeline, 60)}), not Stable Diffusion v1"
             )
     if not pipeline.startswith(PIPELINES):
-        raise MismatchError(f"'{shown(path)}' is a {shown(pipeline, 60)}, not a Stable Diffusion v1 pipeline")
+        raise MismatchError(
+            f"'{escaped(path)}' is a {escaped(pipeline, 60)}, not a Stable Diffusion v1 pipeline"
+        )
 
     unet = unet_params(path / "unet" / "config.json")
     vae, scale = vae_params(path / "vae" / "config.json")
@@ -363,10 +370,10 @@ def folder_settings(path: Path) -> tuple[str, dict[str, Any]]:
     width = _count(text_path, text, "hidden_size", default=768)
     if unet["context_dim"] != width:
         raise MismatchError(
-            f"'{shown(path)}': the UNet wants text of width {unet['context_dim']}, the text encoder gives {width}"
+            f"'{escaped(path)}': the UNet wants text of width {unet['context_dim']}, the text encoder gives {width}"
         )
     if unet["in_channels"] not in (4, 9) and unet["in_channels"] != vae["embed_dim"]:
-        raise MismatchError(f"'{shown(path)}': a UNet of {unet['in_channels']} input channels is not v1's")
+        raise MismatchError(f"'{escaped(path)}': a UNet of {unet['in_channels']} input channels is not v1's")
     inpainting = unet["in_channels"] == 2 * vae["embed_dim"] + 1
     params = {
         **scheduler_params(path / "scheduler" / "scheduler_config.json"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import names
-from ldm.checkpoints.account import LoadReport, first_few, shown
+from ldm.checkpoints.account import LoadReport, first_few
 from ldm.checkpoints.build import collector_paused, follow_hub, open_file, pair_file
 from ldm.checkpoints.files import Weights, require_float
 from ldm.checkpoints.folders import FolderWeights
@@ -23,6 +23,7 @@ from ldm.errors import (
     NumericError,
     ResourceError,
     UsageError,
+    escaped,
     is_out_of_memory,
     refuse_elsewhere,
 )
@@ -207,14 +208,14 @@ def check_finite(path: str, name: str, values: Tensor, dtype: torch.dtype | None
     """
     if not is_finite(values):
         raise NumericError(
-            f"'{shown(path)}' is damaged: '{shown(name)}' holds values that are not finite (NaN, infinity)"
+            f"'{escaped(path)}' is damaged: '{escaped(name)}' holds values that are not finite (NaN, infinity)"
         )
     if dtype is None or not values.numel() or torch.finfo(dtype).max >= torch.finfo(values.dtype).max:
         return
     extremes = torch.stack(torch.aminmax(values.detach()))
     if not torch.isfinite(extremes.to(dtype)).all():
         raise NumericError(
-            f"'{shown(path)}': '{shown(name)}' reaches {extremes.abs().max().item():.3g}, too large for "
+            f"'{escaped(path)}': '{escaped(name)}' reaches {extremes.abs().max().item():.3g}, too large for "
             f"{str(dtype).removeprefix('torch.')}; load it as float32 or bfloat16"
         )
 
@@ -245,7 +246,7 @@ def fill(
             require_float(source.path, name, held)
         elif held.is_floating_point:
             raise MismatchError(
-                f"'{shown(source.path)}': '{shown(name)}' should be a whole number, not {held}"
+                f"'{escaped(source.path)}': '{escaped(name)}' should be a whole number, not {held}"
             )
     # What is copied once more anyway is read into the same memory over and over: fresh pages cost more than bytes.
     passing = {name for name in wanted if device.type != "cpu" or source.infos[name].dtype != wanted[name]}
@@ -299,7 +300,7 @@ def _scaled(values: Tensor, scale: Tensor, path: str, name: str) -> Tensor:
     """Multiply a weight in 8 bits by its factor, one for all or one for each row."""
     if scale.numel() not in (1, values.shape[0] if values.dim() else 1):
         raise MismatchError(
-            f"'{shown(path)}': the scale of '{shown(name)}' has the shape {list(scale.shape)}; wanted one value, "
+            f"'{escaped(path)}': the scale of '{escaped(name)}' has the shape {list(scale.shape)}; wanted one value, "
             f"or one for each of {values.shape[0]} rows"
         )
     return values.float() * scale.float().reshape(-1, *(1 for _ in values.shape[1:]))
@@ -322,13 +323,14 @@ def _check_tables(model: nn.Module, report: LoadReport, source: Weights) -> None
         ours = torch.as_tensor(ours, dtype=torch.float64)
         if ours.numel() != theirs.numel():
             raise MismatchError(
-                f"'{shown(source.path)}': its {name} has {theirs.numel()} values, the configuration's {ours.numel()}"
+                f"'{escaped(source.path)}': its {name} has {theirs.numel()} values, the configuration's {ours.numel()}"
             )
         allowed = ROUNDING.get(theirs.dtype, 0.0) * (ours.abs() + 1e-3)
         far = (theirs.double().reshape(ours.shape) - ours).abs() > allowed
         if far.any():
             raise MismatchError(
-                f"'{shown(source.path)}' was trained with another noise schedule or scale: its {name} differs from the "
+                f"'{escaped(source.path)}' was trained with another noise schedule or scale: its {name} "
+                "differs from the "
                 "configuration's; use the configuration that belongs to it"
             )
 
@@ -370,7 +372,7 @@ def usable(device: str | torch.device) -> torch.device:
             there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         if torch.backends.mps.is_available():
             there.append("mps")
-        raise UsageError(f"device '{shown(device)}' is not available; have: {', '.join(there)}") from error
+        raise UsageError(f"device '{escaped(device)}' is not available; have: {', '.join(there)}") from error
 
 
 @contextlib.contextmanager
@@ -385,5 +387,5 @@ def memory_named(path: str | Path, model: nn.Module | None = None) -> Iterator[N
             "" if model is None else f": the model takes {count_params(model) * 4 / 2**30:.2f} GiB in float32"
         )
         raise ResourceError(
-            f"not enough memory to load '{shown(path)}'{need}; load it as float16 or bfloat16, or free some"
+            f"not enough memory to load '{escaped(path)}'{need}; load it as float16 or bfloat16, or free some"
         ) from error

@@ -7,8 +7,7 @@ import threading
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from ldm.checkpoints.account import shown
-from ldm.errors import AbsentError, FormatError, refuse_elsewhere
+from ldm.errors import AbsentError, FormatError, escaped, refuse_elsewhere
 
 
 class OpenFile:
@@ -25,16 +24,16 @@ class OpenFile:
             refuse_elsewhere("weight file", self.path)
             raise _absent(self.path) from None
         except IsADirectoryError:
-            raise FormatError(f"'{shown(self.path)}' is a folder, not a weight file") from None
+            raise FormatError(f"'{escaped(self.path)}' is a folder, not a weight file") from None
         except PermissionError:
-            raise FormatError(f"'{shown(self.path)}' cannot be read: permission denied") from None
+            raise FormatError(f"'{escaped(self.path)}' cannot be read: permission denied") from None
         except (OSError, ValueError) as error:
-            raise FormatError(f"'{shown(self.path)}' cannot be opened: {shown(error)}") from error
+            raise FormatError(f"'{escaped(self.path)}' cannot be opened: {escaped(error)}") from error
         try:
             self.before = os.fstat(number)
             if not stat.S_ISREG(self.before.st_mode):
                 kind = "a folder" if stat.S_ISDIR(self.before.st_mode) else "a pipe, socket or device"
-                raise FormatError(f"'{shown(self.path)}' is {kind}, not a regular file")
+                raise FormatError(f"'{escaped(self.path)}' is {kind}, not a regular file")
             self.file: BinaryIO = os.fdopen(number, "rb", buffering=0)
         except BaseException:
             os.close(number)
@@ -74,16 +73,16 @@ class OpenFile:
         """Raise FormatError if the file was rewritten or cut since it was opened."""
         now = os.fstat(self.file.fileno())
         if (now.st_size, now.st_mtime_ns) != (self.before.st_size, self.before.st_mtime_ns):
-            raise FormatError(f"'{shown(self.path)}' changed while it was read; load it again")
+            raise FormatError(f"'{escaped(self.path)}' changed while it was read; load it again")
 
 
 def _absent(path: str) -> AbsentError:
     if os.path.islink(path):
-        return AbsentError(f"'{shown(path)}' is a link to a file that is not there")
+        return AbsentError(f"'{escaped(path)}' is a link to a file that is not there")
     folder, name = os.path.split(path)
     try:
         near = difflib.get_close_matches(name, os.listdir(folder or "."), n=1)
     except OSError:
         near = []
-    hint = f"did you mean '{shown(near[0])}'?" if near else "check the path"
-    return AbsentError(f"weight file '{shown(path)}' is not there; {hint}")
+    hint = f"did you mean '{escaped(near[0])}'?" if near else "check the path"
+    return AbsentError(f"weight file '{escaped(path)}' is not there; {hint}")

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from ldm.checkpoints import families, names
-from ldm.checkpoints.account import LoadReport, TensorInfo, first_few, match, shown
+from ldm.checkpoints.account import LoadReport, TensorInfo, first_few, match
 from ldm.checkpoints.families import COMPUTED
 from ldm.checkpoints.files import Weights
-from ldm.errors import MismatchError, UsageError
+from ldm.errors import MismatchError, UsageError, escaped
 from ldm.process.schedule import SCHEDULE_BUFFERS
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def account_model(
         MismatchError: tensors that do not pair, or an average that is asked for and not whole.
     """
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    report = LoadReport(path=shown(source.path), family=family, notes=list(source.notes))
+    report = LoadReport(path=escaped(source.path), family=family, notes=list(source.notes))
     rename = _to_model(names.canonical(source.infos), wanted)
     _leave_out(report, source, ignore)
     for name, target in rename.items():
@@ -76,10 +76,10 @@ def account_model(
     if given_vae is None:
         _account_vae_average(wanted, source, rename, report, names.VAE)
     else:
-        reason = f"replaced by the VAE of '{shown(given_vae)}'"
+        reason = f"replaced by the VAE of '{escaped(given_vae)}'"
         report.ignored.update({n: reason for n, t in rename.items() if t.startswith(names.VAE)})
         report.initialised.update(
-            {n: f"VAE of '{shown(given_vae)}'" for n in wanted if n.startswith(names.VAE)}
+            {n: f"VAE of '{escaped(given_vae)}'" for n in wanted if n.startswith(names.VAE)}
         )
     _match(report, source, wanted, rename)
     return report
@@ -133,7 +133,7 @@ def _leave_out(report: LoadReport, source: Weights, patterns: tuple[str, ...]) -
         found = [name for name in source.infos if fits(name, pattern)]
         report.ignored.update(dict.fromkeys(found, LEFT_OUT))
         if not found:
-            report.notes.append(f"ignore '{shown(pattern, 60)}' fits no tensor of the file")
+            report.notes.append(f"ignore '{escaped(pattern, 60)}' fits no tensor of the file")
             logger.warning("'%s': %s", report.path, report.notes[-1])
 
 
@@ -167,7 +167,7 @@ def _account_ema(
     use_ema: bool | None,
 ) -> None:
     """Decide where the UNet's weights and its moving average come from; changes rename and report."""
-    path = shown(source.path)
+    path = escaped(source.path)
     where = {target: name for name, target in rename.items() if name not in report.ignored}
     shadows = {names.ema_name(name): name for name in wanted if name.startswith("model.")}
     held = [shadow for shadow in shadows if shadow in where]
@@ -230,7 +230,7 @@ def _account_vae_average(
     held = [shadow for shadow in shadows if shadow in where]
     is_only = bool(held) and not any(name in where for name in shadows.values())
     if is_only and len(held) < len(shadows):
-        raise _incomplete(shown(source.path), f"VAE's moving average ({average}*)", held, shadows, is_only)
+        raise _incomplete(escaped(source.path), f"VAE's moving average ({average}*)", held, shadows, is_only)
     if is_only:
         rename.update({where[shadow]: shadows[shadow] for shadow in held})
         report.notes.append("the VAE is in the file as a moving average only, which was loaded")
@@ -246,7 +246,7 @@ def account_vae(module: nn.Module, source: Weights, ignore: tuple[str, ...] = ()
         MismatchError: no VAE in the file, or tensors that do not pair.
     """
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    report = LoadReport(path=shown(source.path), family="VAE", notes=list(source.notes))
+    report = LoadReport(path=escaped(source.path), family="VAE", notes=list(source.notes))
     spelling = names.canonical(source.infos)
     if not any(known.startswith((names.VAE, "vae/")) for known in spelling.values()):
         alone = names.canonical(names.VAE + known for known in spelling.values())
@@ -266,7 +266,7 @@ def account_vae(module: nn.Module, source: Weights, ignore: tuple[str, ...] = ()
     given = {target for name, target in rename.items() if name not in report.ignored}
     if not given & wanted.keys():
         kind = families.REFUSED.get(families.family_of(source.infos), "a model without one")
-        raise MismatchError(f"'{shown(source.path)}' holds no VAE that fits: it is {kind}")
+        raise MismatchError(f"'{escaped(source.path)}' holds no VAE that fits: it is {kind}")
     for name in wanted.keys() - given:
         if name.startswith(("loss.", "model_ema.")) or any(fits(name, pattern) for pattern in ignore):
             report.initialised[name] = "keeps its own value"

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints import families
-from ldm.checkpoints.account import TensorInfo, shown
+from ldm.checkpoints.account import TensorInfo
 from ldm.checkpoints.open_file import OpenFile
 from ldm.checkpoints.safe import MAX_TENSORS, check_memory, check_name
 from ldm.checkpoints.unpickle import Placeholder, Storage, StoredTensor, Unpickler
-from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError
+from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError, escaped
 
 MAX_PICKLE = 64 << 20  # bytes of data.pkl; Stable Diffusion v1 with its optimizer needs under 1 MB
 MAX_TABLE = 16 << 20  # bytes of a zip's table of contents; 20,000 entries take 2
@@ -82,7 +82,7 @@ def _damage_named(handle: OpenFile) -> Iterator[None]:
         raise
     except Exception as error:
         raise FormatError(
-            f"'{shown(handle.path)}' is incomplete or damaged ({handle.size} bytes; {type(error).__name__}); "
+            f"'{escaped(handle.path)}' is incomplete or damaged ({handle.size} bytes; {type(error).__name__}); "
             "download it again"
         ) from error
 
@@ -101,7 +101,7 @@ class _Bounded:
         count = left if count < 0 else min(count, left)
         if count > MAX_TABLE:
             raise UnsafeFileError(
-                f"'{shown(self.handle.path)}' states a zip table of {count} bytes; more than {MAX_TABLE} are refused"
+                f"'{escaped(self.handle.path)}' states a zip table of {count} bytes; more than {MAX_TABLE} are refused"
             )
         return self.handle.file.read(count)
 
@@ -110,7 +110,7 @@ class ZipValues:
     """The zip that torch.save has written since torch 1.6, or that a tool has packed anew."""
 
     def __init__(self, handle: OpenFile):
-        self.handle, self.path = handle, shown(handle.path)
+        self.handle, self.path = handle, escaped(handle.path)
         with _damage_named(handle):
             try:
                 self.archive = zipfile.ZipFile(_Bounded(handle))
@@ -138,7 +138,7 @@ class ZipValues:
             name = entry.filename
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise UnsafeFileError(
-                    f"'{self.path}': zip entry '{shown(name, 60)}' is compressed by method {entry.compress_type}, "
+                    f"'{self.path}': zip entry '{escaped(name, 60)}' is compressed by method {entry.compress_type}, "
                     "which torch.save never does; unpack it and pack it again with `zip -0`"
                 )
             folder = name.endswith("/")  # some tools note folders, too
@@ -156,7 +156,7 @@ class ZipValues:
                 or entry.orig_filename != name
             ):
                 raise FormatError(
-                    f"'{self.path}' is a malformed zip: entry '{shown(name)}'; download it again"
+                    f"'{self.path}' is a malformed zip: entry '{escaped(name)}'; download it again"
                 )
         packed = sum(entry.compress_size for entry in entries)
         self.nbytes = sum(entry.file_size for entry in entries)
@@ -197,7 +197,7 @@ class ZipValues:
         entry = self.entries.get(f"{self.folder}data/{storage.key}")
         if storage.nbytes != (entry.file_size if entry else 0):
             raise FormatError(
-                f"'{self.path}' is incomplete or damaged: the values of '{shown(storage.key, 40)}' should have "
+                f"'{self.path}' is incomplete or damaged: the values of '{escaped(storage.key, 40)}' should have "
                 f"{storage.nbytes} bytes; download it again"
             )
 
@@ -220,7 +220,7 @@ class LegacyValues:
     """The format before torch 1.6: five pickles, then each storage as a count and its values; without checksums."""
 
     def __init__(self, handle: OpenFile):
-        self.handle, self.path, self.nbytes = handle, shown(handle.path), handle.size
+        self.handle, self.path, self.nbytes = handle, escaped(handle.path), handle.size
         self.sizes: dict[str, Storage] = {}
         self.starts: dict[str, int] = {}
 
@@ -259,7 +259,7 @@ class LegacyValues:
 
     def hold(self, storage: Storage) -> None:
         if self.sizes.setdefault(storage.key, storage) != storage:
-            raise FormatError(f"'{self.path}' is malformed: '{shown(storage.key, 40)}' has two sizes")
+            raise FormatError(f"'{self.path}' is malformed: '{escaped(storage.key, 40)}' has two sizes")
 
     def read(self, storage: Storage, view: memoryview) -> None:
         with _damage_named(self.handle):
@@ -269,7 +269,7 @@ class LegacyValues:
 def _open(handle: OpenFile, kind: str) -> tuple[Any, "Values", "_Measured"]:
     values = ZipValues(handle) if kind == "zip" else LegacyValues(handle)
     found = values.load()
-    return found, values, _Measured(found, shown(handle.path), values.nbytes)
+    return found, values, _Measured(found, escaped(handle.path), values.nbytes)
 
 
 class _Measured:
@@ -411,7 +411,7 @@ class PickleWeights:
         if self._left_out:
             self.notes.append(f"left out, beside the weights: {_listed(self._left_out)}")
         if not self._tensors:
-            raise MismatchError(f"'{shown(self.path)}' holds no weights: {_described(found)}")
+            raise MismatchError(f"'{escaped(self.path)}' holds no weights: {_described(found)}")
         self.infos = {name: TensorInfo(t.shape, t.dtype) for name, t in self._tensors.items()}
         uses = Counter(stored.storage for stored in self._tensors.values())
         self._shared: dict[Storage, Tensor | None] = {key: None for key, count in uses.items() if count > 1}
@@ -438,7 +438,8 @@ class PickleWeights:
                 if self._flat(inner.get(key, rest)) != self._flat(inner.get(best, rest)):
                     one, other = sorted((best, key), reverse=True)
                     raise MismatchError(
-                        f"'{shown(self.path)}' holds weights twice: {counts[one]} tensors under '{shown(one, 40)}' and "
+                        f"'{escaped(self.path)}' holds weights twice: {counts[one]} tensors under "
+                        f"'{escaped(one, 40)}' and "
                         f"{counts[other]} {_place(other)}; save the set you want as a file of its own"
                     )
             self._note(inner if best == "" else {key: v for key, v in found.items() if key != best})
@@ -456,9 +457,9 @@ class PickleWeights:
     def _note(self, beside: dict[Any, Any], prefix: str = "") -> None:
         """Keep plain values as metadata; name everything else."""
         for key, value in beside.items():
-            name = shown(f"{prefix}{shown(key, 60)}", 60)
+            name = escaped(f"{prefix}{escaped(key, 60)}", 60)
             if isinstance(value, str | int | float | bool):
-                self.metadata[name] = shown(value)
+                self.metadata[name] = escaped(value)
             elif isinstance(value, Placeholder):
                 self._left_out.append(f"{name} ({value.name})")
             elif count := self._measured.within(value):
@@ -476,7 +477,9 @@ class PickleWeights:
             nonlocal entries
             entries += len(part)
             if entries > MAX_ENTRIES:
-                raise UnsafeFileError(f"'{shown(self.path)}' shows more than {MAX_ENTRIES} entries; refused")
+                raise UnsafeFileError(
+                    f"'{escaped(self.path)}' shows more than {MAX_ENTRIES} entries; refused"
+                )
             other = {}
             for key, value in part.items() if isinstance(part, dict) else enumerate(part):
                 if not (self._measured.within(value) or (lists and isinstance(value, containers))):
@@ -487,11 +490,13 @@ class PickleWeights:
                 if isinstance(value, containers):
                     walk(value, f"{name}.")
                 elif name in tensors:
-                    raise FormatError(f"'{shown(self.path)}' is malformed: '{shown(name)}' stands twice")
+                    raise FormatError(f"'{escaped(self.path)}' is malformed: '{escaped(name)}' stands twice")
                 else:
                     tensors[name] = value
             if len(tensors) > MAX_TENSORS:
-                raise UnsafeFileError(f"'{shown(self.path)}' lists more than {MAX_TENSORS} tensors; refused")
+                raise UnsafeFileError(
+                    f"'{escaped(self.path)}' lists more than {MAX_TENSORS} tensors; refused"
+                )
             if noting:
                 self._note(other, prefix)
 
@@ -531,7 +536,7 @@ class PickleWeights:
 
 
 def _place(key: str) -> str:
-    return f"under '{shown(key, 40)}'" if key else "beside it"
+    return f"under '{escaped(key, 40)}'" if key else "beside it"
 
 
 def _listed(names: list[str], most: int = 8) -> str:
@@ -541,6 +546,6 @@ def _listed(names: list[str], most: int = 8) -> str:
 def _described(found: Any) -> str:
     if isinstance(found, dict):
         return "a dict with " + (
-            ", ".join(f"'{shown(key, 30)}'" for key in list(found)[:3]) or "nothing in it"
+            ", ".join(f"'{escaped(key, 30)}'" for key in list(found)[:3]) or "nothing in it"
         )
     return f"it is {found}" if isinstance(found, Placeholder) else f"it is a {type(found).__name__}"

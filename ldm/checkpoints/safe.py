@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.account import TensorInfo, shown
+from ldm.checkpoints.account import TensorInfo
 from ldm.checkpoints.open_file import OpenFile
-from ldm.errors import FormatError, LdmError, MismatchError, ResourceError, UnsafeFileError
+from ldm.errors import FormatError, LdmError, MismatchError, ResourceError, UnsafeFileError, escaped
 
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library; 1131 tensors need 0.2 MB
 # A header is metadata for the rest. Texts cost as much memory as bytes, but lists, numbers and short texts far more.
@@ -42,7 +42,7 @@ DTYPES = {
 def check_name(path: str, name: str) -> None:
     """Raise FormatError for a tensor name that could be a path, an escape sequence or a megabyte."""
     if not NAME.fullmatch(name):
-        raise FormatError(f"'{shown(path)}': illegal tensor name '{shown(name, 60)}'")
+        raise FormatError(f"'{escaped(path)}': illegal tensor name '{escaped(name, 60)}'")
 
 
 def check_memory(path: str, nbytes: int) -> None:
@@ -52,7 +52,7 @@ def check_memory(path: str, nbytes: int) -> None:
         have := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     ):
         raise ResourceError(
-            f"'{shown(path)}' holds tensors of {nbytes / 2**30:.1f} GiB; this machine's memory is "
+            f"'{escaped(path)}' holds tensors of {nbytes / 2**30:.1f} GiB; this machine's memory is "
             f"{have / 2**30:.1f} GiB"
         )
 
@@ -73,7 +73,7 @@ class SafetensorsWeights:
         self._read_header()
 
     def _fail(self, why: str) -> FormatError:
-        return FormatError(f"'{shown(self.path)}' is malformed: {why}; download it again")
+        return FormatError(f"'{escaped(self.path)}' is malformed: {why}; download it again")
 
     def _read_header(self) -> None:
         number, size = self._handle.file.fileno(), self._handle.size
@@ -83,14 +83,14 @@ class SafetensorsWeights:
             raise self._fail(f"a header of {length} bytes is impossible (at most {MAX_HEADER})")
         if 8 + length > size:
             raise FormatError(
-                f"'{shown(self.path)}' is incomplete: {size} of at least {8 + length} bytes; download it again"
+                f"'{escaped(self.path)}' is incomplete: {size} of at least {8 + length} bytes; download it again"
             )
         text = self._bytes(length)
         if not text.startswith(b"{"):
             raise self._fail("the header does not begin with '{'")
         if length > MAX_STRUCTURE and not _is_text(text):
             raise UnsafeFileError(
-                f"'{shown(self.path)}' has a header of {length} bytes that is not text for the most part; refused"
+                f"'{escaped(self.path)}' has a header of {length} bytes that is not text for the most part; refused"
             )
         try:
             header = json.loads(
@@ -99,14 +99,14 @@ class SafetensorsWeights:
         except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number without end
             if isinstance(error, LdmError):
                 raise
-            raise self._fail(f"the header is not JSON ({shown(error, 80)})") from error
+            raise self._fail(f"the header is not JSON ({escaped(error, 80)})") from error
 
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise self._fail("its metadata should be text")
         if len(header) > MAX_TENSORS:
             raise UnsafeFileError(
-                f"'{shown(self.path)}' lists {len(header)} tensors; more than {MAX_TENSORS} are refused"
+                f"'{escaped(self.path)}' lists {len(header)} tensors; more than {MAX_TENSORS} are refused"
             )
         self.metadata = metadata
         self._check_tensors(header, start=8 + length)
@@ -116,20 +116,21 @@ class SafetensorsWeights:
         for name, entry in header.items():
             check_name(self.path, name)
             if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-                raise self._fail(f"entry '{shown(name)}' should have dtype, shape and data_offsets only")
+                raise self._fail(f"entry '{escaped(name)}' should have dtype, shape and data_offsets only")
             shape, span = entry["shape"], entry["data_offsets"]
             if not _natural(shape) or not _natural(span) or len(span) != 2:
-                raise self._fail(f"'{shown(name)}' has no usable shape or offsets")
+                raise self._fail(f"'{escaped(name)}' has no usable shape or offsets")
             if len(shape) > MAX_RANK:
-                raise self._fail(f"'{shown(name)}' has {len(shape)} dimensions, more than {MAX_RANK}")
+                raise self._fail(f"'{escaped(name)}' has {len(shape)} dimensions, more than {MAX_RANK}")
             if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
                 raise MismatchError(
-                    f"'{shown(self.path)}': '{shown(name)}' has the unsupported dtype {shown(entry['dtype'], 20)}"
+                    f"'{escaped(self.path)}': '{escaped(name)}' has the unsupported dtype {escaped(entry['dtype'], 20)}"
                 )
             info = TensorInfo(tuple(shape), DTYPES[entry["dtype"]])
             if max(shape, default=0) >= 1 << 40 or info.nbytes != span[1] - span[0]:
                 raise self._fail(
-                    f"'{shown(name)}' of shape {shown(shape, 60)} does not fill {shown(span[1] - span[0], 30)} bytes"
+                    f"'{escaped(name)}' of shape {escaped(shape, 60)} does not fill "
+                    f"{escaped(span[1] - span[0], 30)} bytes"
                 )
             self.infos[name] = info
             self._spans[name] = (start + span[0], start + span[1])
@@ -137,11 +138,11 @@ class SafetensorsWeights:
         position = start
         for name, (begin, end) in sorted(self._spans.items(), key=lambda item: item[1]):
             if begin != position:
-                raise self._fail(f"a hole or overlap of the data before '{shown(name)}'")
+                raise self._fail(f"a hole or overlap of the data before '{escaped(name)}'")
             position = end
         if position > self._handle.size:
             raise FormatError(
-                f"'{shown(self.path)}' is incomplete: {self._handle.size} of {position} bytes; download it again"
+                f"'{escaped(self.path)}' is incomplete: {self._handle.size} of {position} bytes; download it again"
             )
         if position < self._handle.size:
             raise self._fail(f"{self._handle.size - position} bytes after the last tensor")
@@ -150,7 +151,7 @@ class SafetensorsWeights:
         entries = dict(pairs)
         self._objects += 1
         if self._objects > MAX_TENSORS + 2:  # and the header itself, and its metadata
-            raise UnsafeFileError(f"'{shown(self.path)}' lists more than {MAX_TENSORS} tensors; refused")
+            raise UnsafeFileError(f"'{escaped(self.path)}' lists more than {MAX_TENSORS} tensors; refused")
         if len(entries) != len(pairs):
             raise self._fail("a name stands twice in the header")
         return entries
@@ -162,7 +163,7 @@ class SafetensorsWeights:
         text = os.read(self._handle.file.fileno(), count)
         if len(text) != count:
             raise FormatError(
-                f"'{shown(self.path)}' is incomplete: {self._handle.size} bytes, no whole header; download it again"
+                f"'{escaped(self.path)}' is incomplete: {self._handle.size} bytes, no whole header; download it again"
             )
         return text
 
@@ -182,9 +183,9 @@ class SafetensorsWeights:
         try:
             self._handle.read_into(memoryview(body.numpy()), begin)
         except EOFError:
-            raise FormatError(f"'{shown(self.path)}' was cut while it was read; load it again") from None
+            raise FormatError(f"'{escaped(self.path)}' was cut while it was read; load it again") from None
         except OSError as error:
-            raise FormatError(f"'{shown(self.path)}' cannot be read: {shown(error)}") from error
+            raise FormatError(f"'{escaped(self.path)}' cannot be read: {escaped(error)}") from error
         values = body.ne(0) if info.dtype is torch.bool else body.view(info.dtype)
         return values.reshape(info.shape)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ldm.errors import MismatchError, told
+from ldm.errors import MismatchError, shown
 
 MAX_STEPS = 1000
 SIDES = (8, 65_536)  # pixels
@@ -42,7 +42,7 @@ def read_sampling(section: Any) -> SamplingDefaults:
         return SamplingDefaults()
     if not isinstance(section, Mapping):
         raise MismatchError(
-            f"the configuration's 'sampling:' should hold names with values, such as 'steps: 20'; got {told(section)}"
+            f"the configuration's 'sampling:' should hold names with values, such as 'steps: 20'; got {shown(section)}"
         )
     known = [one.name for one in fields(SamplingDefaults)]
     values = {}
@@ -50,7 +50,7 @@ def read_sampling(section: Any) -> SamplingDefaults:
         if name not in known:
             near = difflib.get_close_matches(str(name)[:80], known, n=1)
             raise MismatchError(
-                f"the configuration's 'sampling:' has the unknown name {told(name)}"
+                f"the configuration's 'sampling:' has the unknown name {shown(name)}"
                 + (f" (did you mean '{near[0]}'?)" if near else "")
                 + f"; there are {', '.join(known)}"
             )
@@ -60,7 +60,7 @@ def read_sampling(section: Any) -> SamplingDefaults:
 
 
 def _wrong(name: str, wanted: str, value: Any) -> MismatchError:
-    return MismatchError(f"the configuration's '{name}' should be {wanted}, got {told(value)}")
+    return MismatchError(f"the configuration's '{name}' should be {wanted}, got {shown(value)}")
 
 
 def _whole(low: int, high: int, *, multiple: int = 1) -> Callable[[str, Any], int]:

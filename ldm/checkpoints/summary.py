@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints import families, names
-from ldm.checkpoints.account import LoadReport, TensorInfo, first_few, shown
+from ldm.checkpoints.account import LoadReport, TensorInfo, first_few
 from ldm.checkpoints.build import follow_hub, open_file, pair_file
 from ldm.checkpoints.files import Weights
 from ldm.checkpoints.folders import FolderWeights, is_diffusers_folder
 from ldm.checkpoints.load import all_zeros, is_empty, is_finite
 from ldm.checkpoints.pair import check_patterns, without
-from ldm.errors import FormatError, LdmError, MismatchError, NumericError, refuse_elsewhere
+from ldm.errors import FormatError, LdmError, MismatchError, NumericError, escaped, refuse_elsewhere
 
 FOLDER_PARTS = {"UNet": "unet/", "VAE": "vae/"}  # diffusers' names, in a folder or a file
 REST = "other"
@@ -72,7 +72,7 @@ class FileSummary:
             )
         lines.append(f"  EMA       {'yes' if self.ema else 'no'}")
         lines += [
-            f"  metadata  {shown(key, 60)}: {shown(value, 200)}" for key, value in self.metadata.items()
+            f"  metadata  {escaped(key, 60)}: {escaped(value, 200)}" for key, value in self.metadata.items()
         ]
         lines += [f"  note      {note}" for note in self.notes]
         if self.report is not None:
@@ -114,7 +114,7 @@ def inspect(
         folder = isinstance(source, FolderWeights)
         spelling = names.canonical(source.infos)
         summary = FileSummary(
-            path=shown(path, 300),
+            path=escaped(path, 300),
             kind=source.kind,
             size=source.nbytes if folder else path.stat().st_size,
             family="diffusers folder" if folder else family,

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoints.account import TensorInfo, shown
+from ldm.checkpoints.account import TensorInfo
 from ldm.checkpoints.safe import MAX_RANK
-from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError
+from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError, escaped
 
 MAX_STEPS = 1_000_000  # about a second; Stable Diffusion v1 with its optimizer needs under 200,000
 MAX_BITS = 1024  # of a whole number; random generators keep 128
@@ -197,7 +197,7 @@ class Unpickler:
     def name(self, module: Any, name: Any) -> None:
         """Push a name, under the spelling of today, or refuse it."""
         if type(module) is not str or type(name) is not str or len(module) + len(name) > MAX_NAME:
-            raise self.code(f"{shown(module, 40)}.{shown(name, 40)}")
+            raise self.code(f"{escaped(module, 40)}.{escaped(name, 40)}")
         if (module, name) in NAME_MAPPING:
             module, name = NAME_MAPPING[module, name]
         text = f"{IMPORT_MAPPING.get(module, module)}.{name}"
@@ -227,13 +227,13 @@ class Unpickler:
 
     def code(self, what: str) -> UnsafeFileError:
         return UnsafeFileError(
-            f"'{self.path}' is refused: it contains code, '{shown(what, 80)}'; weights alone need none, "
+            f"'{self.path}' is refused: it contains code, '{escaped(what, 80)}'; weights alone need none, "
             "get a .safetensors version"
         )
 
     def unsupported(self, what: str) -> MismatchError:
         return MismatchError(
-            f"'{self.path}' holds tensors of an unsupported kind ({shown(what, 60)}); only plain dense ones load"
+            f"'{self.path}' holds tensors of an unsupported kind ({escaped(what, 60)}); only plain dense ones load"
         )
 
     # --- containers ---
@@ -306,7 +306,7 @@ class Unpickler:
     def encode(self, text: str, codec: str = "utf-8") -> bytes:
         """Give the bytes that a pickle of protocol 2 spells as text; honest ones do so in Latin-1 alone."""
         if codec not in ("latin1", "latin-1"):
-            raise self.code(f"_codecs.encode in {shown(codec, 30)}")
+            raise self.code(f"_codecs.encode in {escaped(codec, 30)}")
         self.spend(len(text) // BYTES_A_STEP)
         return text.encode("latin-1")
 
@@ -398,7 +398,7 @@ class Unpickler:
         return tuple(sizes)
 
     def device(self, kind: str, *index: int) -> str:
-        return ":".join(shown(part, 20) for part in (kind, *index))
+        return ":".join(escaped(part, 20) for part in (kind, *index))
 
     def text(self, value: str) -> str:
         return value

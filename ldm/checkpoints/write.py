@@ -11,9 +11,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.account import shown
 from ldm.checkpoints.safe import DTYPES, check_name
-from ldm.errors import OutputError, UsageError
+from ldm.errors import OutputError, UsageError, escaped
 
 try:
     import fcntl
@@ -38,7 +37,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            raise OutputError(f"cannot write '{shown(path)}': it is a folder; give a file name")
+            raise OutputError(f"cannot write '{escaped(path)}': it is a folder; give a file name")
         _remove_leftovers(path)
         number, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         with os.fdopen(number, "wb") as file:
@@ -55,7 +54,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         raise
     except OSError as error:
         raise OutputError(
-            f"cannot write '{shown(path)}': {error.strerror or error}; free space or another folder is needed"
+            f"cannot write '{escaped(path)}': {error.strerror or error}; free space or another folder is needed"
         ) from error
     finally:
         if part is not None:
@@ -114,12 +113,12 @@ def save_safetensors(
     for key, value in metadata.items():
         if not (isinstance(key, str) and isinstance(value, str)):
             raise UsageError(
-                f"metadata should be text to text, got {shown(key, 40)!r}: {type(value).__name__}"
+                f"metadata should be text to text, got {escaped(key, 40)!r}: {type(value).__name__}"
             )
     for name, value in tensors.items():
         if value.dtype not in CODES or value.layout is not torch.strided or value.is_meta:
             raise UsageError(
-                f"'{shown(name)}' cannot be saved: a {value.dtype} tensor on '{value.device}', {value.layout}"
+                f"'{escaped(name)}' cannot be saved: a {value.dtype} tensor on '{value.device}', {value.layout}"
             )
         check_name(str(path), name)
 
@@ -154,4 +153,6 @@ def save_object(path: str | os.PathLike, value: Any) -> None:
         try:
             torch.save(value, file)
         except RuntimeError as error:  # how torch reports a full disk
-            raise OutputError(f"cannot write '{shown(path)}': {shown(error)}; is the disk full?") from error
+            raise OutputError(
+                f"cannot write '{escaped(path)}': {escaped(error)}; is the disk full?"
+            ) from error

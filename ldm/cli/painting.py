@@ -23,7 +23,7 @@ from ldm.errors import (
     FormatError,
     UsageError,
     refuse_elsewhere,
-    told,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def check(args: argparse.Namespace) -> None:
         if given and not os.path.lexists(given):
             near = difflib.get_close_matches(Path(given).name, _names_in(Path(given).parent), n=1)
             hint = f"did you mean {near[0]!r}?" if near else "check the path; nothing is downloaded here"
-            raise AbsentError(f"--{name} {told(given)} is not there; {hint}")
+            raise AbsentError(f"--{name} {shown(given)} is not there; {hint}")
     if args.lowvram and args.compile:
         raise UsageError(
             "--lowvram moves weights that --compile's code expects to stay; leave one of the two out"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ldm.errors import (
     UsageError,
-    told,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def integer(low: int, high: int) -> Callable[[str], int]:
     """Make an argparse type that takes whole numbers from low to high, both included."""
 
     def parse(text: str) -> int:
-        wanted = f"wanted a whole number from {low} to {high}, got {told(text)}"
+        wanted = f"wanted a whole number from {low} to {high}, got {shown(text)}"
         try:
             value = int(text)
         except ValueError:
@@ -124,7 +124,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
     """Make an argparse type that takes finite numbers from low to high, both included."""
 
     def parse(text: str) -> float:
-        wanted = f"wanted a number from {low:g} to {high:g}, got {told(text)}"
+        wanted = f"wanted a number from {low:g} to {high:g}, got {shown(text)}"
         try:
             value = float(text)
         except ValueError:
@@ -146,6 +146,6 @@ def seed(text: str) -> int | None:
         value = -1
     if not 0 <= value <= MAX_SEED:
         raise argparse.ArgumentTypeError(
-            f"wanted a seed from 0 to 2^64-1, or -1 or 'random' to draw one, got {told(text)}"
+            f"wanted a seed from 0 to 2^64-1, or -1 or 'random' to draw one, got {shown(text)}"
         )
     return value

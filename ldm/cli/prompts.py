@@ -17,7 +17,7 @@ from ldm.errors import (
     AbsentError,
     FormatError,
     UsageError,
-    told,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def prompt_text(text: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError(
-            f"wanted text, got characters that are none (lone surrogates): {told(text)}"
+            f"wanted text, got characters that are none (lone surrogates): {shown(text)}"
         ) from None
     return text
 
@@ -48,19 +48,19 @@ def prompt_text(text: str) -> str:
 def _interval(text: str) -> tuple[float, ...]:
     ends = text.replace(",", " ").split()
     if len(ends) != 2:
-        raise argparse.ArgumentTypeError(f"wanted two numbers from 0 to 1, got {told(text)}")
+        raise argparse.ArgumentTypeError(f"wanted two numbers from 0 to 1, got {shown(text)}")
     return tuple(map(number(0, 1), ends))
 
 
 def _rng(text: str) -> str:
     if text not in RNGS:
-        raise argparse.ArgumentTypeError(f"wanted one of {', '.join(RNGS)}; got {told(text)}")
+        raise argparse.ArgumentTypeError(f"wanted one of {', '.join(RNGS)}; got {shown(text)}")
     return text
 
 
 def _switch(text: str) -> bool:
     if text.lower() not in ("", "true", "false"):
-        raise argparse.ArgumentTypeError(f"wanted nothing, true or false after it, got {told(text)}")
+        raise argparse.ArgumentTypeError(f"wanted nothing, true or false after it, got {shown(text)}")
     return text.lower() != "false"
 
 
@@ -225,7 +225,7 @@ def _from_json(line: str) -> Line:
         values: dict[str, Any] = {}
         for name, value in pairs:
             if name in values:
-                raise UsageError(f"{told(name)} was given twice; give it once")
+                raise UsageError(f"{shown(name)} was given twice; give it once")
             values[name] = value
         return values
 
@@ -244,7 +244,7 @@ def _from_json(line: str) -> Line:
     except (ValueError, RecursionError) as error:
         raise UsageError(f'wanted a JSON object, such as {{"prompt": "a cat"}}; {error}') from None
     if not isinstance(values, dict):
-        raise UsageError(f"wanted a JSON object with a prompt, got {told(values)}")
+        raise UsageError(f"wanted a JSON object with a prompt, got {shown(values)}")
     texts = {}
     for name, value in values.items():
         is_text = name.replace("-", "_") in ("prompt", "negative_prompt")
@@ -257,7 +257,7 @@ def _from_json(line: str) -> Line:
         if isinstance(value, bool) and LINE_OPTIONS.get(name.replace("-", "_"), ("", None))[1] is _switch:
             value = str(value)
         if isinstance(value, bool) or not isinstance(value, str if is_text else str | int | float):
-            raise UsageError(f"{name}: wanted a text{'' if is_text else ' or a number'}, got {told(value)}")
+            raise UsageError(f"{name}: wanted a text{'' if is_text else ' or a number'}, got {shown(value)}")
         texts[name.replace("-", "_")] = str(value)
     return _line(texts)
 
@@ -269,7 +269,7 @@ def _line(values: dict[str, str]) -> Line:
         if name not in LINE_OPTIONS:
             near = difflib.get_close_matches(name, LINE_OPTIONS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(_LINE)}"
-            raise UsageError(f"unknown option {told(name)}{hint}")
+            raise UsageError(f"unknown option {shown(name)}{hint}")
         option, kind = LINE_OPTIONS[name]
         if option in options:
             raise UsageError(f"{name}: {option} was given twice, by two names; give one")

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints import families
-from ldm.checkpoints.account import LoadReport, TensorInfo, match, shown
+from ldm.checkpoints.account import LoadReport, TensorInfo, match
 from ldm.checkpoints.files import open_weights
 from ldm.checkpoints.load import check_dtype, check_finite, fill, finish, memory_named, usable
-from ldm.errors import MismatchError
+from ldm.errors import MismatchError, escaped
 from ldm.guided_diffusion import script_util
 from ldm.guided_diffusion.script_util import COLOURS, parse_attention_resolutions, parse_channel_mult
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, UNetModel
@@ -281,7 +281,7 @@ class _Held:
     """The tensors of a file, asked for by what is expected of them."""
 
     def __init__(self, path: str, infos: Mapping[str, TensorInfo]):
-        self.path, self.infos = shown(path), infos
+        self.path, self.infos = escaped(path), infos
 
     def __contains__(self, name: str) -> bool:
         return name in self.infos
@@ -456,14 +456,14 @@ def settle_flags(
     if size is None:
         widths = ", ".join(map(str, layout.widths))
         raise MismatchError(
-            f"'{shown(path)}' has levels of {widths} channels, which are no size's usual ones; give {size_flag}"
+            f"'{escaped(path)}' has levels of {widths} channels, which are no size's usual ones; give {size_flag}"
         )
     if len(usual) > 1 and size_flag not in {**given, **unseen} and layout.image_size is None:
         notes.append(f"{size_flag}={size} was assumed; the tensors allow {' or '.join(map(str, usual))}")
     odd = [factor for factor in layout.factors if size % factor]
     if odd:
         raise MismatchError(
-            f"'{shown(path)}' has attention where sides are divided by {odd[0]}, and {size_flag}={size} is not "
+            f"'{escaped(path)}' has attention where sides are divided by {odd[0]}, and {size_flag}={size} is not "
             "divisible by that"
         )
 
@@ -475,7 +475,7 @@ def settle_flags(
     ]
     if wrong:
         raise MismatchError(
-            f"'{shown(path)}' contradicts the flags: {'; '.join(wrong)}; leave out what the file shows by itself"
+            f"'{escaped(path)}' contradicts the flags: {'; '.join(wrong)}; leave out what the file shows by itself"
         )
     if size in usual and "channel_mult" not in given:
         flags["channel_mult"] = ""
@@ -565,7 +565,7 @@ def load_openai_model(
         kind, flags, notes = settle_flags(source.path, source.infos, given)
         with torch.device("meta"):
             model = kind.create(**script_util.flags_for(kind.create, flags))
-        report = LoadReport(path=shown(source.path), family=kind.name, notes=[*source.notes, *notes])
+        report = LoadReport(path=escaped(source.path), family=kind.name, notes=[*source.notes, *notes])
         report.ignored = {
             name: families.PROFILED for name in source.infos if families.why_unused(name) == families.PROFILED
         }

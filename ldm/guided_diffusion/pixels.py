@@ -21,10 +21,9 @@ from torch import Tensor
 
 from ldm.advice import SEED_BITS, about_seeds, about_size, about_steps, about_syntax, about_words
 from ldm.checkpoints import load_latent_diffusion, open_weights
-from ldm.checkpoints.account import shown
 from ldm.checkpoints.families import family_of
 from ldm.checkpoints.folders import is_diffusers_folder
-from ldm.errors import AbsentError, FormatError, MismatchError, NumericError, UsageError
+from ldm.errors import AbsentError, FormatError, MismatchError, NumericError, UsageError, escaped
 from ldm.generate import ImageNoise, decode, encode_image, encode_prompt
 from ldm.guided_diffusion.files import load_openai_model
 from ldm.guided_diffusion.gaussian_bridge import as_gaussian_diffusion
@@ -81,7 +80,7 @@ class PixelModel:
         self.network, self.flags, self.report = load_openai_model(path, device=device, **given)
         if isinstance(self.network, EncoderUNetModel):
             raise MismatchError(
-                f"'{shown(path)}' is a classifier, which paints nothing; give a model, and this as --classifier_path"
+                f"'{escaped(path)}' is a classifier, which paints nothing; give a model, and this as --classifier_path"
             )
         self.diffusion = diffusion_from_flags(self.flags)
         self.device = torch.device(device)
@@ -156,7 +155,7 @@ class LatentModel:
         self.model, self.report = load_latent_diffusion(path, config=config, device=device)
         if is_inpainting(self.model):
             raise MismatchError(
-                f"'{shown(path)}' is an inpainting model, which needs pictures; use inpaint.py"
+                f"'{escaped(path)}' is an inpainting model, which needs pictures; use inpaint.py"
             )
         self.device = self.model.device
         f = downsampling(self.model)
@@ -266,13 +265,13 @@ def open_model(
     if not is_latent:
         if config is not None:
             raise UsageError(
-                f"'{shown(path)}' is no latent model; leave --config out, flags say how it is built"
+                f"'{escaped(path)}' is no latent model; leave --config out, flags say how it is built"
             )
         return PixelModel(path, device=device, **flags)
     respacing, image_size = flags.pop("timestep_respacing", ""), flags.pop("image_size", None)
     if flags:
         raise UsageError(
-            f"--{next(iter(flags))} is for OpenAI's pixel models; '{shown(path)}' is a latent model"
+            f"--{next(iter(flags))} is for OpenAI's pixel models; '{escaped(path)}' is a latent model"
         )
     return LatentModel(path, config=config, device=device, respacing=respacing, image_size=image_size)
 
@@ -301,7 +300,7 @@ class Classifier:
         network, _, self.report = load_openai_model(path, device=model.device, image_size=size, **flags)
         if not isinstance(network, EncoderUNetModel):
             raise MismatchError(
-                f"'{shown(path)}' is no classifier but a {self.report.family}; it has no classes to tell"
+                f"'{escaped(path)}' is no classifier but a {self.report.family}; it has no classes to tell"
             )
         if model.num_classes not in (None, network.out_channels):
             raise MismatchError(
@@ -350,7 +349,7 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
         AbsentError: no such file.
         FormatError: no sound .npz of pictures.
     """
-    name, wanted = shown(path), "wanted an .npz with arr_0, pictures (n, h, w, 3) of type uint8"
+    name, wanted = escaped(path), "wanted an .npz with arr_0, pictures (n, h, w, 3) of type uint8"
     if not Path(path).is_file():
         raise AbsentError(f"samples file '{name}' does not exist; check the path")
     try:
@@ -361,7 +360,7 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
             pictures = arrays["arr_0"]
             labels = arrays["arr_1"] if "arr_1" in arrays else None
     except Exception as error:  # numpy and zipfile raise nearly every kind of error on damaged files
-        raise FormatError(f"samples file '{name}' cannot be read ({shown(error)}); {wanted}") from None
+        raise FormatError(f"samples file '{name}' cannot be read ({escaped(error)}); {wanted}") from None
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != COLOURS or not pictures.size:
         raise FormatError(f"samples file '{name}' holds {pictures.dtype} of shape {pictures.shape}; {wanted}")
     if labels is not None and (labels.shape != pictures.shape[:1] or labels.dtype.kind not in "iu"):
@@ -571,7 +570,7 @@ def folder_to_measure(model: Model, folder: str | os.PathLike, at_most: int) -> 
         UsageError: a package is missing.
     """
     if not Path(folder).is_dir():
-        raise AbsentError(f"picture folder '{shown(folder)}' does not exist; check --data_dir")
+        raise AbsentError(f"picture folder '{escaped(folder)}' does not exist; check --data_dir")
     try:
         from ldm.training.folder import ImageFolder
     except ImportError as error:
@@ -585,7 +584,7 @@ def folder_to_measure(model: Model, folder: str | os.PathLike, at_most: int) -> 
         classes = sorted(set(names))
         if len(classes) > model.num_classes:
             raise MismatchError(
-                f"'{shown(folder)}' holds {len(classes)} classes by the names up to '_', the model has "
+                f"'{escaped(folder)}' holds {len(classes)} classes by the names up to '_', the model has "
                 f"{model.num_classes}; name the pictures <class>_<anything>"
             )
         labels = torch.tensor([classes.index(name) for name in names[:count]])

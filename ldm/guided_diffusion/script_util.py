@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-from ldm.errors import MismatchError, UsageError, told
+from ldm.errors import MismatchError, UsageError, shown
 from ldm.models.diffusion import gaussian_diffusion as gd
 from ldm.models.diffusion.respace import SpacedDiffusion, space_timesteps
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, SuperResModel, UNetModel
@@ -202,7 +202,7 @@ def parse_channel_mult(
     if not 0 < len(multiples) <= within.most or not all(within.has(m) for m in multiples):
         raise UsageError(
             f"channel_mult should be numbers above 0, at most {within.high} and {within.most} of them, such as "
-            f"'1,2,3,4', got {told(text)}"
+            f"'1,2,3,4', got {shown(text)}"
         )
     return tuple(int(m) if m.is_integer() else m for m in multiples)
 
@@ -223,7 +223,7 @@ def parse_attention_resolutions(text: str, image_size: int) -> tuple[int, ...]:
         if side < 1 or image_size % side:
             raise UsageError(
                 f"attention_resolutions should be sides of maps such as '16,8', each a divisor of {image_size}, "
-                f"got {told(text)}"
+                f"got {shown(text)}"
             )
         factors.append(image_size // side)
     return tuple(factors)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import UsageError, told
+from ldm.errors import UsageError, shown
 from ldm.kernels.stand_ins import StandIn
 from ldm.modules.diffusionmodules.openaimodel import SuperResModel, UNetModel
 
@@ -78,7 +78,7 @@ class DeepCache:
             ("cache_depth", cache_depth, len(getattr(unet, "output_blocks", [None]))),
         ):
             if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= high:
-                raise UsageError(f"{name} must be a whole number from 1 to {high}, got {told(value)}")
+                raise UsageError(f"{name} must be a whole number from 1 to {high}, got {shown(value)}")
         self.unet, self.interval, self.depth = unet, int(cache_interval), int(cache_depth)
         self._level, self._asked = 0, 0
         self._kept: dict[int, _Kept] = {}

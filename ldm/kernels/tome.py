@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ldm.errors import UsageError, told
+from ldm.errors import UsageError, shown
 from ldm.helpers import upload
 from ldm.kernels.deepcache import check_compiled, check_unet
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
@@ -124,11 +124,11 @@ class TokenMerging:
     def __init__(self, unet: nn.Module, merge_ratio: float = 0.0, merge_seed: int | None = None):
         real = isinstance(merge_ratio, Real) and not isinstance(merge_ratio, bool)
         if not real or not 0 <= merge_ratio <= MAX_RATIO:
-            raise UsageError(f"merge_ratio must be a number from 0 to {MAX_RATIO}, got {told(merge_ratio)}")
+            raise UsageError(f"merge_ratio must be a number from 0 to {MAX_RATIO}, got {shown(merge_ratio)}")
         whole = isinstance(merge_seed, Integral) and not isinstance(merge_seed, bool)
         if merge_seed is not None and not (whole and 0 <= merge_seed <= MAX_SEED):
             raise UsageError(
-                f"merge_seed must be a whole number from 0 to {MAX_SEED} or None, got {told(merge_seed)}"
+                f"merge_seed must be a whole number from 0 to {MAX_SEED} or None, got {shown(merge_seed)}"
             )
         self.ratio, self.seed = float(merge_ratio), None if merge_seed is None else int(merge_seed)
         self._generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)

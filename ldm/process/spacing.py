@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ldm.errors import UsageError, told
+from ldm.errors import UsageError, shown
 
 COMPVIS_METHODS = ("uniform", "quad")
 EXACT_METHODS = ("uniform", "quad", "leading", "trailing", "linspace")
@@ -21,7 +21,7 @@ def check_steps(num_steps: int, num_train: int, *, name: str = "num_steps") -> i
     except TypeError:
         value = None
     if value is None or not 1 <= value <= num_train:
-        raise UsageError(f"{name} must be a whole number from 1 to {num_train}, got {told(num_steps)}")
+        raise UsageError(f"{name} must be a whole number from 1 to {num_train}, got {shown(num_steps)}")
     return value
 
 
@@ -46,7 +46,7 @@ def compvis_levels(method: str, num_steps: int, num_train: int) -> np.ndarray:
     """
     if method not in COMPVIS_METHODS:
         raise UsageError(
-            f"the historic DDIM spacing must be one of {', '.join(COMPVIS_METHODS)}; got {told(method)}"
+            f"the historic DDIM spacing must be one of {', '.join(COMPVIS_METHODS)}; got {shown(method)}"
         )
     num_steps = check_steps(num_steps, num_train)
     if method == "quad":
@@ -71,7 +71,7 @@ def exact_levels(method: str, num_steps: int, num_train: int) -> np.ndarray:
         UsageError: an unknown method, or num_steps outside 1..num_train.
     """
     if method not in EXACT_METHODS:
-        raise UsageError(f"the spacing must be one of {', '.join(EXACT_METHODS)}; got {told(method)}")
+        raise UsageError(f"the spacing must be one of {', '.join(EXACT_METHODS)}; got {shown(method)}")
     steps, train = check_steps(num_steps, num_train), num_train
     index = np.arange(steps, dtype=np.int64)
     offset = 0 if steps == train else 1  # CompVis's +1, as long as the top level stays below num_train
@@ -164,7 +164,7 @@ def continuous_levels(method: str, num_steps: int, alpha_bar: np.ndarray) -> tup
         UsageError: an unknown method, or num_steps outside 1..T.
     """
     if method not in CONTINUOUS_METHODS:
-        raise UsageError(f"the spacing must be one of {', '.join(CONTINUOUS_METHODS)}; got {told(method)}")
+        raise UsageError(f"the spacing must be one of {', '.join(CONTINUOUS_METHODS)}; got {shown(method)}")
     train = len(alpha_bar)
     steps = check_steps(num_steps, train)
     levels, logs = np.arange(train, dtype=np.float64), np.log(alpha_bar)

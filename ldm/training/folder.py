@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from ldm.checkpoints import replacing
 from ldm.config_text import first_line
-from ldm.errors import AbsentError, FormatError, LdmError, UnsafeFileError, UsageError, told
+from ldm.errors import AbsentError, FormatError, LdmError, UnsafeFileError, UsageError, shown
 from ldm.images import MORE_FORMATS, open_image, to_rgb
 from ldm.training.data import Item
 from ldm.training.listing import SUFFIXES, class_name, list_folder
@@ -85,12 +85,12 @@ class ImageFolder(Dataset):
                 f"low_resolution should divide image_size ({image_size}), or be left out; got {low_resolution}"
             )
         if label not in (None, "folder", "prefix"):
-            raise UsageError(f"label should be 'folder' or 'prefix', or left out; got {told(label)}")
+            raise UsageError(f"label should be 'folder' or 'prefix', or left out; got {shown(label)}")
         if classes is not None and label is None:
             raise UsageError("classes need a label: 'folder' or 'prefix'")
         if "\0" in str(folder):
             raise UsageError(
-                f"data folder {told(str(folder))} is no path; set data.params.train.params.folder"
+                f"data folder {shown(str(folder))} is no path; set data.params.train.params.folder"
             )
         if "://" in str(folder):
             raise UnsafeFileError(
@@ -127,7 +127,7 @@ class ImageFolder(Dataset):
             return sorted(names)
         if unknown := sorted(names - set(given)):
             raise FormatError(
-                f"class {told(unknown[0])} in '{self.folder}' is none of {', '.join(given):.200}"
+                f"class {shown(unknown[0])} in '{self.folder}' is none of {', '.join(given):.200}"
             )
         return list(given)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config_text import first_line
-from ldm.errors import FormatError, UnsafeFileError, told
+from ldm.errors import FormatError, UnsafeFileError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def _csv_rows(path: Path) -> list[tuple[Any, str]]:
         if not {"text", "caption"} & set(rows.fieldnames or ()) or "file_name" not in (rows.fieldnames or ()):
             raise FormatError(
                 f"'{path}' should begin with a line that names the columns file_name and text, got "
-                f"{told(','.join(rows.fieldnames or ()))}"
+                f"{shown(','.join(rows.fieldnames or ()))}"
             )
         for row in rows:
             entries.append((row, f"'{path}' line {rows.line_num}"))
@@ -153,20 +153,20 @@ def _listed(entry: Any, folder: Path, root: Path, where: str) -> tuple[Path, str
         raise _no_entry(where, error) from error
     if not (isinstance(name, str) and isinstance(text, str)):
         wrong = name if not isinstance(name, str) else text
-        raise FormatError(f"{where}: file_name and text should be strings, got {told(wrong)}")
+        raise FormatError(f"{where}: file_name and text should be strings, got {shown(wrong)}")
     if not name.strip() or UNREADABLE.search(name) or len(name) > MAX_NAME:
-        raise FormatError(f"{where}: file_name should be the name of a picture, got {told(name)}")
+        raise FormatError(f"{where}: file_name should be the name of a picture, got {shown(name)}")
     if re.search("[\ud800-\udfff]", text):
-        raise FormatError(f"{where}: a caption with half a character, {told(text)}")
+        raise FormatError(f"{where}: a caption with half a character, {shown(text)}")
     if len(text.encode()) > MAX_CAPTION:
         raise FormatError(f"{where}: a text of {len(text)} characters is no caption; at most {MAX_CAPTION}")
     picture = folder / name
     try:
         home = picture.resolve()
     except (OSError, RuntimeError) as error:  # a circle of links
-        raise FormatError(f"{where}: {told(name)} leads nowhere: {first_line(error)}") from error
+        raise FormatError(f"{where}: {shown(name)} leads nowhere: {first_line(error)}") from error
     if root not in home.parents:
-        raise UnsafeFileError(f"{where}: {told(name)} lies outside the folder; keep the pictures inside")
+        raise UnsafeFileError(f"{where}: {shown(name)} lies outside the folder; keep the pictures inside")
     return picture, text
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config_text import check_yaml, first_line, load_config, resolved
-from ldm.errors import LdmError, UsageError, told
+from ldm.errors import LdmError, UsageError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def merge_configs(files: list[str | Path], words: list[str]) -> Any:
     except (OmegaConfBaseException, TypeError, ValueError, LookupError) as error:
         if isinstance(error, LdmError):
             raise
-        what = ", ".join(map(told, words or map(str, files)))
+        what = ", ".join(map(shown, words or map(str, files)))
         raise UsageError(f"{what:.160} cannot be laid over the configuration: {first_line(error)}") from error
     return OmegaConf.create(resolved(config))
 
@@ -60,9 +60,9 @@ def _check_word(word: str) -> None:
     is_deletion = word.startswith("~")
     if is_deletion == bool(equals) or not all(part.strip() for part in name.removeprefix("~").split(".")):
         raise UsageError(
-            f"wanted a.b=c to override the configuration or ~a.b to take a value out, got {told(word)}"
+            f"wanted a.b=c to override the configuration or ~a.b to take a value out, got {shown(word)}"
         )
-    check_yaml(value, told(word), is_file=False)
+    check_yaml(value, shown(word), is_file=False)
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -98,5 +98,5 @@ def _holder(config: Any, way: list[str]) -> dict[str, Any] | None:
 def _take_out(config: dict[str, Any], way: list[str], word: str) -> None:
     holder = _holder(config, way)
     if holder is None:
-        raise UsageError(f"{told(word)} takes out what is not there; look at the names in the configuration")
+        raise UsageError(f"{shown(word)} takes out what is not there; look at the names in the configuration")
     del holder[way[-1]]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import MismatchError, UsageError, told
+from ldm.errors import MismatchError, UsageError, shown
 from ldm.models.diffusion.resample import ScheduleSampler
 from ldm.modules.diffusionmodules.model import AttnBlock, Encoder, ResnetBlock
 
@@ -369,7 +369,7 @@ class DiffusionObjective:
         wrong = [text for text in texts if not isinstance(text, str)] if isinstance(texts, list) else [texts]
         if wrong:
             raise MismatchError(
-                f"a batch's '{key}' should be captions, one text for each picture, got {told(wrong[0])}; "
+                f"a batch's '{key}' should be captions, one text for each picture, got {shown(wrong[0])}; "
                 "set model.params.cond_stage_key, or mend the data"
             )
         rule = self.model.ucg_training.get(key)

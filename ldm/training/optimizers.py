@@ -9,7 +9,7 @@ from torch import nn
 
 from ldm.config import get_obj_from_str, instantiate_from_config
 from ldm.config_text import first_line
-from ldm.errors import MismatchError, UsageError, told
+from ldm.errors import MismatchError, UsageError, shown
 from ldm.training.options import (
     mapping,
 )
@@ -55,7 +55,7 @@ def chosen_precision(given: str | int) -> str:
         if str(given) in spellings:
             return name
     known = ", ".join("/".join(map(repr, spellings)) for spellings in PRECISIONS.values())
-    raise UsageError(f"lightning.trainer.precision should be one of {known}; got {told(given)}")
+    raise UsageError(f"lightning.trainer.precision should be one of {known}; got {shown(given)}")
 
 
 def build_optimizers(model: nn.Module, rate: float, training: dict[str, Any]) -> tuple[list, list]:

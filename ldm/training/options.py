@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ldm.errors import UsageError, told
+from ldm.errors import UsageError, shown
 from ldm.values import check
 
 # `sampling` says how to paint with the model; training leaves it to whoever does.
@@ -84,7 +84,7 @@ def mapping(section: Any, name: str) -> dict[str, Any]:
     if section is None:
         return {}
     if not hasattr(section, "keys"):
-        raise UsageError(f"'{name}' should be a mapping of options to values, got {told(section)}")
+        raise UsageError(f"'{name}' should be a mapping of options to values, got {shown(section)}")
     return {key: section[key] for key in section}
 
 
@@ -94,4 +94,4 @@ def refuse_unknown_keys(given: Mapping[str, Any], known: list[str], name: str) -
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-            raise UsageError(f"'{name}' has no option {told(key)}; {hint}")
+            raise UsageError(f"'{name}' has no option {shown(key)}; {hint}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import MismatchError, told
+from ldm.errors import MismatchError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -260,17 +260,17 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> list[
         rule = rule_of(place)
         if rule == FIXED:
             raise MismatchError(
-                f"'{path}' is of a run with {place} {told(was)}, now {told(now)}; that cannot change within a run: "
+                f"'{path}' is of a run with {place} {shown(was)}, now {shown(now)}; that cannot change within a run: "
                 "resume with the run's own value, or start a new run with model.params.ckpt_path"
             )
         if rule == IDLE:
             logger.warning(
                 "%s is now %s instead of %s, which has no effect on a resumed run: its weights come from '%s'",
                 place,
-                told(now),
-                told(was),
+                shown(now),
+                shown(was),
                 path,
             )
         else:
-            taken.append(f"resuming with {place} {told(now)} instead of {told(was)}")
+            taken.append(f"resuming with {place} {shown(now)} instead of {shown(was)}")
     return taken

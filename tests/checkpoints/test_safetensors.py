@@ -12,8 +12,7 @@ import safetensors.torch
 import torch
 
 from ldm.checkpoints import open_weights, read_tensors, safe
-from ldm.checkpoints.account import shown
-from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError
+from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError, escaped
 
 STATE = {
     "layer.weight": torch.arange(6.0).reshape(2, 3),
@@ -243,7 +242,7 @@ def test_too_many_tensors_are_refused(put):
 )
 def test_unsupported_dtypes_are_named(put, dtype):
     """B11."""
-    with pytest.raises(MismatchError, match=re.escape(f"'x' has the unsupported dtype {shown(dtype, 20)}")):
+    with pytest.raises(MismatchError, match=re.escape(f"'x' has the unsupported dtype {escaped(dtype, 20)}")):
         read_tensors(put(build({"x": entry(dtype=dtype)}, b"\0" * 8)))
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.errors import UsageError, told
+from ldm.errors import UsageError, shown
 from ldm.models.diffusion.sampling_util import norm_thresholding
 from ldm.process.gaussian import q_sample
 from ldm.process.guidance import first_tensor, guide, join, rescale
@@ -422,10 +422,10 @@ class DPMSolver(Sampler):
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3):
-            raise UsageError(f"order must be 1, 2 or 3, got {told(self.order)}")
+            raise UsageError(f"order must be 1, 2 or 3, got {shown(self.order)}")
         if self.solver_type not in SOLVER_TYPES:
             raise UsageError(
-                f"solver_type must be one of {', '.join(SOLVER_TYPES)}; got {told(self.solver_type)}"
+                f"solver_type must be one of {', '.join(SOLVER_TYPES)}; got {shown(self.solver_type)}"
             )
 
     @classmethod
@@ -516,11 +516,11 @@ def resolve_sampler(name: str) -> str:
     if found not in SAMPLERS:
         near = difflib.get_close_matches(spelling or "", by_spelling, n=1, cutoff=0.7)
         hint = f" (did you mean {by_spelling[near[0]]}?)" if near else ""
-        raise UsageError(f"the sampler must be one of {', '.join(SAMPLERS)}; got {told(name)}{hint}")
+        raise UsageError(f"the sampler must be one of {', '.join(SAMPLERS)}; got {shown(name)}{hint}")
     cls = SAMPLERS[found]
     if not (isinstance(cls, type) and issubclass(cls, Sampler)):
         raise UsageError(
-            f"SAMPLERS[{told(found)}] must be a subclass of ldm.models.diffusion.samplers.Sampler, got {told(cls)}"
+            f"SAMPLERS[{shown(found)}] must be a subclass of ldm.models.diffusion.samplers.Sampler, got {shown(cls)}"
         )
     return found
 
@@ -672,7 +672,7 @@ def start_level(
         UsageError: strength outside [0, 1], steps out of range, an unknown name or spacing.
     """
     if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength <= 1:
-        raise UsageError(f"strength must be from 0 to 1, got {told(strength)}")
+        raise UsageError(f"strength must be from 0 to 1, got {shown(strength)}")
     cls = SAMPLERS[resolve_sampler(name)]
     plan = cls.plan(alpha_bar_table(model), _steps(model, steps), spacing=spacing)
     count = int(strength * len(plan))
@@ -699,7 +699,7 @@ def check_interval(interval: Any) -> tuple[float, float]:
     )
     if not sound or not 0 <= interval[0] <= interval[1] <= 1:
         raise UsageError(
-            f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {told(interval)}"
+            f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {shown(interval)}"
         )
     return float(interval[0]), float(interval[1])
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.errors import NumericError, UsageError, told
+from ldm.errors import NumericError, UsageError, shown
 from ldm.models.diffusion.sampling_util import append_dims
 from ldm.process.guidance import classifier_eps, guide, join
 from ldm.process.prediction import to_eps, to_x0
@@ -77,7 +77,7 @@ class NoiseScheduleVP:
         if schedule == "linear" and not 0 < continuous_beta_0 < continuous_beta_1 < math.inf:
             raise UsageError(
                 "the linear schedule needs 0 < continuous_beta_0 < continuous_beta_1, got "
-                f"{told(continuous_beta_0)} and {told(continuous_beta_1)}"
+                f"{shown(continuous_beta_0)} and {shown(continuous_beta_1)}"
             )
         if schedule == "discrete":
             alpha_bar = _chain(betas, alphas_cumprod)
@@ -731,7 +731,7 @@ def expand_dims(v: Tensor, dims: int) -> Tensor:
 
 def _choose(name: str, value: Any, known: Sequence[str] | Mapping[str, str]) -> str:
     if not isinstance(value, str) or value not in known:
-        raise UsageError(f"{name} must be one of {', '.join(known)}; got {told(value)}")
+        raise UsageError(f"{name} must be one of {', '.join(known)}; got {shown(value)}")
     return value
 
 
