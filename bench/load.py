@@ -226,7 +226,7 @@ def measure(library: str, file: str, dtype_name: str, config: str, device: str =
 def count_parameters(file: str) -> int:
     """Count the weights in a file: of the three networks, without averages, tables and constants."""
     from ldm.checkpoints import open_weights
-    from ldm.checkpoints.names import POSITION_IDS, TEXT, UNET, VAE
+    from ldm.checkpoints.key_mapping import POSITION_IDS, TEXT, UNET, VAE
 
     with contextlib.closing(open_weights(file)) as weights:
         infos = weights.infos.items()

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from ldm.checkpoints import save_safetensors
 from ldm.checkpoints.build import build_empty
 from ldm.checkpoints.configs import read_settings
-from ldm.checkpoints.names import EMA, ema_name
+from ldm.checkpoints.key_mapping import EMA, ema_name
 from ldm.paths import shipped
 from ldm.process.schedule import SCHEDULE_BUFFERS
 

@@ -24,7 +24,7 @@ from tiny_diffusion import latent_model
 
 import ldm
 from ldm import generate, kernels, other_words
-from ldm.checkpoints.account import LoadReport
+from ldm.checkpoints.report import LoadReport
 from ldm.checkpoints.sampling import read_sampling
 from ldm.errors import AbsentError, MismatchError, NumericError, ResourceError, UsageError
 from ldm.generate import ImageNoise, StableDiffusion

@@ -19,7 +19,7 @@ from bench.speedlib.studio import Studio
 from bench.speedlib.training import LEARNING_RATE, TrainingRow
 from ldm import kernels
 from ldm.checkpoints.folders import folder_settings
-from ldm.checkpoints.names import unet_to_diffusers
+from ldm.checkpoints.key_mapping import unet_to_diffusers
 from ldm.errors import FormatError, MismatchError, ResourceError, UsageError
 
 CPU = torch.device("cpu")

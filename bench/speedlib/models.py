@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bench.load import diffusers_config
 from ldm.checkpoints.build import build_empty
 from ldm.checkpoints.configs import read_settings
-from ldm.checkpoints.names import TEXT, UNET, VAE, text_name, unet_to_diffusers, vae_to_diffusers
+from ldm.checkpoints.key_mapping import TEXT, UNET, VAE, text_name, unet_to_diffusers, vae_to_diffusers
 from ldm.paths import shipped
 
 TRANSFORMER = f"{TEXT}transformer."  # what precedes transformers' own names

@@ -20,7 +20,7 @@ from bench.speedlib.models import Geometry
 from bench.speedlib.rows import BASELINE, OURS, PLAIN, PROCESSES, Row
 from bench.speedlib.timing import Figures
 from bench.speedlib.training import TrainingRow
-from ldm.checkpoints.names import TEXT, UNET, VAE
+from ldm.checkpoints.key_mapping import TEXT, UNET, VAE
 
 GATE_STEPS = 2  # of whole pictures at the gate: the same code as any number, before errors have grown
 

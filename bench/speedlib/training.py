@@ -13,7 +13,7 @@ from bench.speedlib.contestants import Contestant, Room, switches
 from bench.speedlib.models import Geometry
 from bench.speedlib.rows import OURS, PLAIN, Row
 from bench.speedlib.timing import clocked
-from ldm.checkpoints.names import UNET, unet_to_diffusers
+from ldm.checkpoints.key_mapping import UNET, unet_to_diffusers
 
 LEARNING_RATE = 1e-6  # so small that rounds do not differ
 LOSS_SCALE = {"float16": 1024.0}  # AdamW's step does not depend on it

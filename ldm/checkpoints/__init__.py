@@ -1,8 +1,8 @@
 """Checkpoints: bytes to tensors, names to names, and an account of every tensor."""
 
-from ldm.checkpoints.account import LoadReport, TensorInfo
 from ldm.checkpoints.files import Weights, open_weights, read_object, read_tensors
 from ldm.checkpoints.load import load_latent_diffusion, load_vae
+from ldm.checkpoints.report import LoadReport, TensorInfo
 from ldm.checkpoints.states import account_states, assign
 from ldm.checkpoints.summary import FileSummary, inspect
 from ldm.checkpoints.write import replacing, save_object, save_safetensors

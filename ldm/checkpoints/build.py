@@ -14,11 +14,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoints import families
-from ldm.checkpoints.account import LoadReport, first_few
 from ldm.checkpoints.configs import Candidate, candidates, find_config, with_origin
 from ldm.checkpoints.files import PICKLE_SUFFIXES, Weights, open_weights
 from ldm.checkpoints.folders import FolderWeights, folder_settings, is_diffusers_folder
-from ldm.checkpoints.pair import account_model, without
+from ldm.checkpoints.matching import account_model, without
+from ldm.checkpoints.report import LoadReport, first_few
 from ldm.checkpoints.sampling import read_sampling
 from ldm.config import instantiate_from_config
 from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UsageError, escaped

@@ -4,8 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from ldm.checkpoints.account import TensorInfo
-from ldm.checkpoints.names import (
+from ldm.checkpoints.key_mapping import (
     COMPVIS_UNET,
     DIFFUSERS_UNET,
     EMA,
@@ -15,6 +14,7 @@ from ldm.checkpoints.names import (
     canonical,
     ema_name,
 )
+from ldm.checkpoints.report import TensorInfo
 
 ALONE = "a_tensor_alone"  # the name of a tensor that is all of a pickle
 COMPUTED = "computed from the configuration"

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.account import TensorInfo
 from ldm.checkpoints.open_file import OpenFile
 from ldm.checkpoints.pickles import PickleWeights, load_object
+from ldm.checkpoints.report import TensorInfo
 from ldm.checkpoints.safe import SafetensorsWeights, check_memory
 from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError, escaped
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoints.account import TensorInfo
 from ldm.checkpoints.files import Weights, open_weights
+from ldm.checkpoints.report import TensorInfo
 from ldm.errors import AbsentError, FormatError, MismatchError, UnsafeFileError, escaped
 
 MAX_JSON = 16 << 20

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import names
-from ldm.checkpoints.account import LoadReport, first_few
+from ldm.checkpoints import key_mapping
 from ldm.checkpoints.build import collector_paused, follow_hub, open_file, pair_file
 from ldm.checkpoints.files import Weights, require_float
 from ldm.checkpoints.folders import FolderWeights
-from ldm.checkpoints.pair import LEFT_OUT, account_vae, check_patterns
+from ldm.checkpoints.matching import LEFT_OUT, account_vae, check_patterns
+from ldm.checkpoints.report import LoadReport, first_few
 from ldm.errors import (
     MismatchError,
     NumericError,
@@ -109,7 +109,7 @@ def load_latent_diffusion(
             if vae is not None:
                 replacement = opened.enter_context(contextlib.closing(_open_vae(vae)))
                 inner = account_vae(model.first_stage_model, replacement)
-                fill(state, model, inner, replacement, device, dtype, vae_dtype, prefix=names.VAE)
+                fill(state, model, inner, replacement, device, dtype, vae_dtype, prefix=key_mapping.VAE)
                 report.notes.append(inner.summary())
             _check_tables(model, report, source)
             fill(state, model, report, source, device, dtype, vae_dtype)
@@ -237,7 +237,7 @@ def fill(
     def kind(target: str) -> torch.dtype:
         if target not in parameters:
             return own[target].dtype
-        return (vae_dtype if target.startswith(names.VAE) else dtype) or torch.float32
+        return (vae_dtype if target.startswith(key_mapping.VAE) else dtype) or torch.float32
 
     wanted = {name: kind(prefix + target) for name, target in report.assigned.items()}
     for name in wanted:
@@ -344,7 +344,7 @@ def finish(model: nn.Module, state: dict[str, Tensor], report: LoadReport, devic
             continue
         assert not value.is_meta, f"{name} has no value"
         state[name] = value.to(device)
-    shadows = {names.ema_name(name): name for name in state if name.startswith("model.")}
+    shadows = {key_mapping.ema_name(name): name for name in state if name.startswith("model.")}
     for name, reason in report.initialised.items():
         if reason.startswith("seeded"):
             state[name] = state[shadows[name]].to(torch.float32, copy=True)

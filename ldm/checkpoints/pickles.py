@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints import families
-from ldm.checkpoints.account import TensorInfo
 from ldm.checkpoints.open_file import OpenFile
+from ldm.checkpoints.report import TensorInfo
 from ldm.checkpoints.safe import MAX_TENSORS, check_memory, check_name
 from ldm.checkpoints.unpickle import Placeholder, Storage, StoredTensor, Unpickler
 from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError, escaped

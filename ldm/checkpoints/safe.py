@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.account import TensorInfo
 from ldm.checkpoints.open_file import OpenFile
+from ldm.checkpoints.report import TensorInfo
 from ldm.errors import FormatError, LdmError, MismatchError, ResourceError, UnsafeFileError, escaped
 
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library; 1131 tensors need 0.2 MB

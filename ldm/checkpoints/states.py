@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.account import LoadReport, TensorInfo, match
-from ldm.checkpoints.names import EMA
+from ldm.checkpoints.key_mapping import EMA
+from ldm.checkpoints.matching import match
+from ldm.checkpoints.report import LoadReport, TensorInfo
 from ldm.process.schedule import SCHEDULE_BUFFERS
 
 NETWORK = "model."

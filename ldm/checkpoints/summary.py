@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoints import families, names
-from ldm.checkpoints.account import LoadReport, TensorInfo, first_few
+from ldm.checkpoints import families, key_mapping
 from ldm.checkpoints.build import follow_hub, open_file, pair_file
 from ldm.checkpoints.files import Weights
 from ldm.checkpoints.folders import FolderWeights, is_diffusers_folder
 from ldm.checkpoints.load import all_zeros, is_empty, is_finite
-from ldm.checkpoints.pair import check_patterns, without
+from ldm.checkpoints.matching import check_patterns, without
+from ldm.checkpoints.report import LoadReport, TensorInfo, first_few
 from ldm.errors import FormatError, LdmError, MismatchError, NumericError, escaped, refuse_elsewhere
 
 FOLDER_PARTS = {"UNet": "unet/", "VAE": "vae/"}  # diffusers' names, in a folder or a file
@@ -112,14 +112,14 @@ def inspect(
     with contextlib.closing(FolderWeights(path) if is_diffusers_folder(path) else open_file(path)) as source:
         family = families.family_of(without(source.infos, patterns))
         folder = isinstance(source, FolderWeights)
-        spelling = names.canonical(source.infos)
+        spelling = key_mapping.canonical(source.infos)
         summary = FileSummary(
             path=escaped(path, 300),
             kind=source.kind,
             size=source.nbytes if folder else path.stat().st_size,
             family="diffusers folder" if folder else family,
             parts=_parts(source.infos, spelling),
-            ema=any(name.startswith(names.EMA) for name in spelling.values()),
+            ema=any(name.startswith(key_mapping.EMA) for name in spelling.values()),
             metadata=source.metadata,
             notes=source.notes,
         )
@@ -166,7 +166,9 @@ def _damage(source: Weights, infos: Mapping[str, TensorInfo], path: str) -> LdmE
 
 
 def _parts(infos: Mapping[str, TensorInfo], spelling: Mapping[str, str]) -> dict[str, Part]:
-    prefixes = {label: (prefix, FOLDER_PARTS.get(label, prefix)) for label, prefix in names.PARTS.items()}
+    prefixes = {
+        label: (prefix, FOLDER_PARTS.get(label, prefix)) for label, prefix in key_mapping.PARTS.items()
+    }
     parts: dict[str, Part] = {}
     for name, info in infos.items():
         label = next((label for label, prefix in prefixes.items() if spelling[name].startswith(prefix)), REST)

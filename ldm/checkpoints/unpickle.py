@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoints.account import TensorInfo
+from ldm.checkpoints.report import TensorInfo
 from ldm.checkpoints.safe import MAX_RANK
 from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError, escaped
 

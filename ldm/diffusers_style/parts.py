@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.names import unet_to_diffusers, vae_to_diffusers
+from ldm.checkpoints.key_mapping import unet_to_diffusers, vae_to_diffusers
 from ldm.diffusers_style.scheduler import Config
 from ldm.errors import MismatchError, UsageError
 from ldm.models.diffusion.ddpm import LatentDiffusion

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints import families
-from ldm.checkpoints.account import LoadReport, TensorInfo, match
 from ldm.checkpoints.files import open_weights
 from ldm.checkpoints.load import check_dtype, check_finite, fill, finish, memory_named, usable
+from ldm.checkpoints.matching import match
+from ldm.checkpoints.report import LoadReport, TensorInfo
 from ldm.errors import MismatchError, escaped
 from ldm.guided_diffusion import script_util
 from ldm.guided_diffusion.script_util import COLOURS, parse_attention_resolutions, parse_channel_mult

@@ -20,7 +20,7 @@ from ldm.checkpoints.configs import (
     find_config,
     read_settings,
 )
-from ldm.checkpoints.names import UNET, VAE
+from ldm.checkpoints.key_mapping import UNET, VAE
 from ldm.errors import AbsentError, FormatError, LdmError, MismatchError
 from ldm.generate import StableDiffusion
 from ldm.paths import shipped

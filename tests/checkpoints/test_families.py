@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from ldm.checkpoints import inspect, load_latent_diffusion, load_vae, open_weights
-from ldm.checkpoints.account import TensorInfo
 from ldm.checkpoints.build import build_empty
 from ldm.checkpoints.families import ADVICE, REFUSED, family_of
-from ldm.checkpoints.names import EMA, TEXT, UNET, VAE, canonical
-from ldm.checkpoints.pair import account_model, check_patterns
+from ldm.checkpoints.key_mapping import EMA, TEXT, UNET, VAE, canonical
+from ldm.checkpoints.matching import account_model, check_patterns
+from ldm.checkpoints.report import TensorInfo
 from ldm.errors import MismatchError, UsageError
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from ldm.checkpoints import inspect, load_latent_diffusion, load_vae
 from ldm.checkpoints.folders import folder_settings
-from ldm.checkpoints.names import TEXT, UNET, VAE
+from ldm.checkpoints.key_mapping import TEXT, UNET, VAE
 from ldm.errors import AbsentError, FormatError, MismatchError, UnsafeFileError
 from ldm.paths import shipped
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.checkpoints import inspect, load_latent_diffusion, load_vae
-from ldm.checkpoints.names import TEXT, UNET, VAE
+from ldm.checkpoints.key_mapping import TEXT, UNET, VAE
 from ldm.errors import MismatchError, NumericError
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -115,7 +115,7 @@ def test_scaled_weights_are_multiplied_by_their_scales(tiny, tmp_path, end, shap
 
 def test_scales_follow_their_weights_names(tiny, tmp_path):
     """Under ComfyUI's own prefixes and diffusers' names."""
-    from ldm.checkpoints.names import unet_to_diffusers
+    from ldm.checkpoints.key_mapping import unet_to_diffusers
 
     tensors, wanted = scaled(tiny.tensors, [LINEAR, QUERY])
     table = unet_to_diffusers([n.removeprefix(UNET) for n in tiny.tensors if n.startswith(UNET)])

@@ -10,7 +10,7 @@ from make_synthetic import make_full
 from ldm.checkpoints import inspect, load_latent_diffusion, open_weights
 from ldm.checkpoints.build import build_empty
 from ldm.checkpoints.configs import read_settings
-from ldm.checkpoints.names import TEXT, UNET, VAE, unet_to_diffusers, vae_to_diffusers
+from ldm.checkpoints.key_mapping import TEXT, UNET, VAE, unet_to_diffusers, vae_to_diffusers
 from ldm.paths import shipped
 from ldm.process.schedule import SCHEDULE_BUFFERS
 

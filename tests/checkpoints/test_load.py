@@ -14,7 +14,7 @@ import ldm
 from ldm import checkpoints
 from ldm.checkpoints import load_latent_diffusion, load_vae, read_tensors
 from ldm.checkpoints.families import family_of
-from ldm.checkpoints.names import EMA, TEXT, UNET, VAE, ema_name
+from ldm.checkpoints.key_mapping import EMA, TEXT, UNET, VAE, ema_name
 from ldm.config_text import load_config
 from ldm.errors import (
     AbsentError,

@@ -9,7 +9,7 @@ import torch
 from keyed import fill, keyed_input
 
 from ldm.checkpoints import save_safetensors
-from ldm.checkpoints.account import TensorInfo
+from ldm.checkpoints.report import TensorInfo
 from ldm.errors import MismatchError, NumericError, UnsafeFileError, UsageError
 from ldm.guided_diffusion import script_util
 from ldm.guided_diffusion.files import (

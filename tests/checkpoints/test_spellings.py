@@ -8,11 +8,11 @@ import torch
 from make_synthetic import make_tensors
 
 from ldm.checkpoints import inspect, load_latent_diffusion, load_vae, open_weights
-from ldm.checkpoints.account import TensorInfo
 from ldm.checkpoints.build import build_empty
 from ldm.checkpoints.families import family_of
-from ldm.checkpoints.names import TEXT, UNET, VAE, canonical, unet_to_diffusers, vae_to_diffusers
-from ldm.checkpoints.pair import account_model
+from ldm.checkpoints.key_mapping import TEXT, UNET, VAE, canonical, unet_to_diffusers, vae_to_diffusers
+from ldm.checkpoints.matching import account_model
+from ldm.checkpoints.report import TensorInfo
 from ldm.errors import MismatchError
 
 CLIP = f"{TEXT}transformer.text_model."

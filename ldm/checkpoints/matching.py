@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ldm.checkpoints import families, names
-from ldm.checkpoints.account import LoadReport, TensorInfo, first_few, match
+from ldm.checkpoints import families, key_mapping
 from ldm.checkpoints.families import COMPUTED
 from ldm.checkpoints.files import Weights
+from ldm.checkpoints.report import NAMED, LoadReport, TensorInfo, first_few
 from ldm.errors import MismatchError, UsageError, escaped
 from ldm.process.schedule import SCHEDULE_BUFFERS
 
@@ -46,6 +46,79 @@ def without(infos: Mapping[str, TensorInfo], patterns: tuple[str, ...]) -> dict[
     return {name: info for name, info in infos.items() if not any(fits(name, one) for one in patterns)}
 
 
+def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def match(
+    path: str,
+    *,
+    held: Mapping[str, TensorInfo],
+    wanted: Mapping[str, tuple[int, ...]],
+    rename: Mapping[str, str],
+    ignored: Mapping[str, str],
+    initialised: Mapping[str, str],
+) -> dict[str, str]:
+    """Pair the tensors of a file with those of a model, or say in one error what does not pair.
+
+    Shapes may differ in sizes of 1 at their ends: (c, c) is a linear layer and (c, c, 1, 1) the same as a convolution,
+    and diffusers' export writes either, and biases as (c, 1, 1).
+
+    Args:
+        path: the file, for the message.
+        held: what the file holds.
+        wanted: the shape of every tensor of the model's state dict.
+        rename: name in the file -> name in the model, for those whose names differ; a name that is absent
+            here stands for itself.
+        ignored: names of the file that are left out on purpose, with the reason.
+        initialised: names of the model that need not be in the file, with the reason.
+
+    Returns:
+        name in the file -> name in the model.
+
+    Raises:
+        MismatchError: missing, unexpected, misshapen or twice-named tensors; the first few are named.
+    """
+    pairs: dict[str, str] = {}
+    source: dict[str, str] = {}
+    unexpected, misshapen, twice = [], [], []
+    for name, info in held.items():
+        if name in ignored:
+            continue
+        target = rename.get(name, name)
+        if target not in wanted:
+            unexpected.append(name)
+            continue
+        if target in source:
+            twice.append(f"{source[target]} and {name}")
+            continue
+        source[target] = name
+        pairs[name] = target
+        if _without_trailing_ones(info.shape) != _without_trailing_ones(tuple(wanted[target])):
+            misshapen.append(f"'{escaped(name)}' {list(info.shape)} instead of {list(wanted[target])}")
+    missing = [name for name in wanted if name not in source and name not in initialised]
+
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} of the model's {len(wanted)} tensors missing ({first_few(missing)})")
+    foreign = f"{len(unexpected)} of the file's {len(held)} not expected ({first_few(unexpected)})"
+    if unexpected:
+        faults.append(foreign)
+    if misshapen:
+        tail = f" and {len(misshapen) - NAMED} more" if len(misshapen) > NAMED else ""
+        faults.append(f"{len(misshapen)} of another shape ({', '.join(misshapen[:NAMED])}{tail})")
+    if twice:
+        faults.append(f"{len(twice)} given twice ({first_few(twice)})")
+    if faults:
+        advice = "use the file's own configuration"
+        if faults[0] == foreign:
+            advice = "leave it out with ignore= (--ignore-keys PATTERN) if it is no part of a model"
+        raise MismatchError(f"'{escaped(path)}' does not fit the model: {'; '.join(faults)}; {advice}")
+    return pairs
+
+
 def account_model(
     model: nn.Module,
     source: Weights,
@@ -61,7 +134,7 @@ def account_model(
     """
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     report = LoadReport(path=escaped(source.path), family=family, notes=list(source.notes))
-    rename = _to_model(names.canonical(source.infos), wanted)
+    rename = _to_model(key_mapping.canonical(source.infos), wanted)
     _leave_out(report, source, ignore)
     for name, target in rename.items():
         reason = None if name in report.ignored else _reason_to_ignore(target, wanted)
@@ -70,16 +143,16 @@ def account_model(
     _account_scales(wanted, rename, report)
     given = {target for name, target in rename.items() if name not in report.ignored}
     for name in dict(model.named_buffers()):
-        if name in wanted and name not in given and not name.startswith(tuple(names.PARTS.values())):
+        if name in wanted and name not in given and not name.startswith(tuple(key_mapping.PARTS.values())):
             report.initialised[name] = COMPUTED
     _account_ema(wanted, source, rename, report, use_ema)
     if given_vae is None:
-        _account_vae_average(wanted, source, rename, report, names.VAE)
+        _account_vae_average(wanted, source, rename, report, key_mapping.VAE)
     else:
         reason = f"replaced by the VAE of '{escaped(given_vae)}'"
-        report.ignored.update({n: reason for n, t in rename.items() if t.startswith(names.VAE)})
+        report.ignored.update({n: reason for n, t in rename.items() if t.startswith(key_mapping.VAE)})
         report.initialised.update(
-            {n: f"VAE of '{escaped(given_vae)}'" for n in wanted if n.startswith(names.VAE)}
+            {n: f"VAE of '{escaped(given_vae)}'" for n in wanted if n.startswith(key_mapping.VAE)}
         )
     _match(report, source, wanted, rename)
     return report
@@ -111,11 +184,11 @@ def _to_model(spelling: Mapping[str, str], wanted: Iterable[str]) -> dict[str, s
         return [name.removeprefix(prefix) for name in wanted if name.startswith(prefix)]
 
     table = {
-        f"unet/{theirs}": names.UNET + ours
-        for ours, theirs in names.unet_to_diffusers(inside(names.UNET)).items()
+        f"unet/{theirs}": key_mapping.UNET + ours
+        for ours, theirs in key_mapping.unet_to_diffusers(inside(key_mapping.UNET)).items()
     } | {
-        f"vae/{theirs}": names.VAE + ours
-        for ours, theirs in names.vae_to_diffusers(inside(names.VAE)).items()
+        f"vae/{theirs}": key_mapping.VAE + ours
+        for ours, theirs in key_mapping.vae_to_diffusers(inside(key_mapping.VAE)).items()
     }
     # A scale stands beside its weight.
     table |= {
@@ -139,7 +212,7 @@ def _leave_out(report: LoadReport, source: Weights, patterns: tuple[str, ...]) -
 
 def _reason_to_ignore(name: str, wanted: Mapping[str, Any]) -> str | None:
     """Say why a tensor of the file, under its name in the model, is left out; None if it is not."""
-    if name.endswith(names.POSITION_IDS):
+    if name.endswith(key_mapping.POSITION_IDS):
         return "a constant, made anew"
     if name in SCHEDULE_BUFFERS and name in wanted:
         return f"{COMPUTED}, and equal"
@@ -147,7 +220,7 @@ def _reason_to_ignore(name: str, wanted: Mapping[str, Any]) -> str | None:
         return None
     if name in ("logvar", "scale_factor"):
         return "fixed by the configuration"
-    return None if name.startswith(f"{names.VAE}model_ema.") else families.why_unused(name)
+    return None if name.startswith(f"{key_mapping.VAE}model_ema.") else families.why_unused(name)
 
 
 def _account_scales(wanted: Mapping[str, Any], rename: Mapping[str, str], report: LoadReport) -> None:
@@ -169,10 +242,10 @@ def _account_ema(
     """Decide where the UNet's weights and its moving average come from; changes rename and report."""
     path = escaped(source.path)
     where = {target: name for name, target in rename.items() if name not in report.ignored}
-    shadows = {names.ema_name(name): name for name in wanted if name.startswith("model.")}
+    shadows = {key_mapping.ema_name(name): name for name in wanted if name.startswith("model.")}
     held = [shadow for shadow in shadows if shadow in where]
     plain = [name for name in shadows.values() if name in where]
-    keeps = any(name.startswith(names.EMA) for name in wanted)
+    keeps = any(name.startswith(key_mapping.EMA) for name in wanted)
     is_only = bool(held) and not plain  # the UNet is nowhere else
     if use_ema and not held:
         raise MismatchError(f"'{path}' has no EMA weights (model_ema.*); load it with use_ema=False")
@@ -198,9 +271,9 @@ def _account_ema(
     if keeps:
         report.notes.append("the model's moving average was seeded from the loaded weights")
         for name in wanted:
-            if name.startswith(names.EMA) and name in shadows:
+            if name.startswith(key_mapping.EMA) and name in shadows:
                 report.initialised[name] = "seeded from the loaded weights"
-            elif name.startswith(names.EMA) and (use_ema is False or name not in where):
+            elif name.startswith(key_mapping.EMA) and (use_ema is False or name not in where):
                 report.initialised[name] = COMPUTED
                 if name in where:
                     report.ignored[where[name]] = families.why_unused(name)
@@ -247,19 +320,21 @@ def account_vae(module: nn.Module, source: Weights, ignore: tuple[str, ...] = ()
     """
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     report = LoadReport(path=escaped(source.path), family="VAE", notes=list(source.notes))
-    spelling = names.canonical(source.infos)
-    if not any(known.startswith((names.VAE, "vae/")) for known in spelling.values()):
-        alone = names.canonical(names.VAE + known for known in spelling.values())
-        spelling = {name: alone[names.VAE + known] for name, known in spelling.items()}
-    full = _to_model(spelling, [names.VAE + name for name in wanted])
-    rename = {name: target.removeprefix(names.VAE) for name, target in full.items()}
+    spelling = key_mapping.canonical(source.infos)
+    if not any(known.startswith((key_mapping.VAE, "vae/")) for known in spelling.values()):
+        alone = key_mapping.canonical(key_mapping.VAE + known for known in spelling.values())
+        spelling = {name: alone[key_mapping.VAE + known] for name, known in spelling.items()}
+    full = _to_model(spelling, [key_mapping.VAE + name for name in wanted])
+    rename = {name: target.removeprefix(key_mapping.VAE) for name, target in full.items()}
     _leave_out(report, source, ignore)
     for name, target in full.items():
         if name in report.ignored or rename[name] in wanted:
             continue
-        if not target.startswith((names.VAE, "vae/")):
+        if not target.startswith((key_mapping.VAE, "vae/")):
             report.ignored[name] = "not part of the VAE"
-        elif (reason := families.why_unused(target)) and not target.startswith(f"{names.VAE}model_ema."):
+        elif (reason := families.why_unused(target)) and not target.startswith(
+            f"{key_mapping.VAE}model_ema."
+        ):
             report.ignored[name] = reason
     _account_scales(wanted, rename, report)
     _account_vae_average(wanted, source, rename, report, "")
