@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import random
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +22,11 @@ from torch import Tensor
 
 from ldm import images as pictures
 from ldm.advice import FOREIGN_SYNTAX, advice, by_sampler
+from ldm.batches import in_batches
 from ldm.checkpoints.sampling import SamplingDefaults
 from ldm.errors import (
-    LdmError,
     NumericError,
-    ResourceError,
     UsageError,
-    is_out_of_memory,
     refuse_elsewhere,
     shown,
 )
@@ -782,32 +779,22 @@ class StableDiffusion:
         if job.rng == "compvis":
             seed_everything(job.shots[0].seed)
         shared: dict[str, Any] = {}  # what later batches use again
-        pending = deque(job.shots[i : i + job.batch_size] for i in range(0, len(job.shots), job.batch_size))
-        done = 0
-        while pending:
-            batch = pending.popleft()
-            place = {"batch": done, "batches": done + 1 + len(pending), "preview_of": self._preview}
-            try:
-                with self._averages():
-                    yield from self._paint_batch(job, batch, shared, place)
-                done += 1
-                continue
-            except LdmError:
-                raise
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if len(batch) == 1 or job.rng == "compvis":
-                    raise ResourceError(
-                        f"out of memory at {job.width} x {job.height}, {len(batch)} at once, in "
-                        f"{dtype_name(self.dtype)}; use a smaller size or batch, or half precision"
-                    ) from None
-            # Outside the except block, so that the failed batch's tensors are free by now.
-            half = (len(batch) + 1) // 2
-            log.warning("out of memory with %d images at once; trying %d", len(batch), half)
-            pending.extendleft([batch[half:], batch[:half]])
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+
+        def work(batch: Sequence[Shot], index: int, count: int) -> Iterator[Progress]:
+            place = {"batch": index, "batches": count, "preview_of": self._preview}
+            with self._averages():
+                yield from self._paint_batch(job, batch, shared, place)
+
+        def refusal(count: int) -> str:
+            return (
+                f"out of memory at {job.width} x {job.height}, {count} at once, in {dtype_name(self.dtype)}; "
+                "use a smaller size or batch, or half precision"
+            )
+
+        # The one generator of rng="compvis" draws for a whole batch at once.
+        yield from in_batches(
+            job.shots, job.batch_size, work, refusal=refusal, may_halve=job.rng != "compvis"
+        )
 
     @contextlib.contextmanager
     def _averages(self) -> Iterator[None]:

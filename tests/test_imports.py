@@ -19,6 +19,7 @@ ROOMS = (
     ("values",),
     ("config_text",),
     (
+        "batches",
         "config",
         "helpers",
         "paths",
