@@ -45,6 +45,7 @@ _MOVED = {
     "ldm.training.checker": "ldm.shapes.checker",
     "ldm.training.gaussian": "ldm.guided_diffusion.objective",
     "ldm.training.shapes": "ldm.shapes.scenes",
+    "ldm.wish": "ldm.request",
 }
 
 

@@ -14,7 +14,7 @@ from ldm.errors import MismatchError, UsageError
 from ldm.models.diffusion.samplers import resolve_sampler
 
 if TYPE_CHECKING:
-    from ldm.wish import Job
+    from ldm.request import Job
 
 NAMED_WORDS = 12  # unseen words spelt out; the rest are counted
 SHOWN_WORDS = 60  # of a vocabulary small enough to be shown

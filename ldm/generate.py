@@ -1,7 +1,7 @@
 """The story from prompt to picture: encode the prompt, draw noise, denoise step by step, decode.
 
 Read `StableDiffusion._paint_batch` first; the functions above it are the words of that story. What may be asked
-is judged in ldm.wish, what comes out is in ldm.results.
+is judged in ldm.request, what comes out is in ldm.results.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ from ldm.models.diffusion.samplers import (
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.other_words import PIPELINE, attribute_advice, near, taking_options_of
 from ldm.paths import shipped
-from ldm.results import GenerationParameters, GenerationResult, Progress, join, painted, with_bar
-from ldm.wish import (
+from ldm.request import (
     Job,
     Shot,
     check_embeds,
@@ -67,6 +66,7 @@ from ldm.wish import (
     real,
     whole,
 )
+from ldm.results import GenerationParameters, GenerationResult, Progress, join, painted, with_bar
 
 if TYPE_CHECKING:
     from PIL import Image

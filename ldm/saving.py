@@ -23,8 +23,8 @@ from ldm.checkpoints.sampling import SamplingDefaults, read_sampling
 from ldm.checkpoints.write import replacing
 from ldm.errors import LdmError, MismatchError, OutputError, UsageError, escaped
 from ldm.paths import shipped
+from ldm.request import is_inpainting
 from ldm.training.export import plain_weights
-from ldm.wish import is_inpainting
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion

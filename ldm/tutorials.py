@@ -17,7 +17,7 @@ from ldm.generate import StableDiffusion, decode, encode_prompt
 from ldm.images import MAX_SIDE, open_image, to_rgb
 from ldm.models.diffusion.samplers import Denoiser
 from ldm.models.diffusion.scheduler import DDIMScheduler
-from ldm.wish import check_size, downsampling, list_texts, real, whole
+from ldm.request import check_size, downsampling, list_texts, real, whole
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.guided_diffusion import pixels
     from ldm.images import prepare_folder
-    from ldm.wish import list_seeds, pick_device
+    from ldm.request import list_seeds, pick_device
 
     if not args.skip_plot:
         pixels.need_matplotlib()

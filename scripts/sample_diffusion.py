@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.guided_diffusion import pixels
     from ldm.images import prepare_folder
-    from ldm.wish import list_seeds, pick_device
+    from ldm.request import list_seeds, pick_device
 
     flags = given_flags(parser, args, argv)
     guide_flags = {name: flags.pop(name) for name in list(flags) if name.startswith("classifier_")}

@@ -30,8 +30,8 @@ from ldm.errors import AbsentError, MismatchError, NumericError, ResourceError, 
 from ldm.generate import ImageNoise, StableDiffusion
 from ldm.images import to_tensor
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.request import downsampling, dtype_of, native_size, pick_device, pick_dtype
 from ldm.results import file_hash
-from ldm.wish import downsampling, dtype_of, native_size, pick_device, pick_dtype
 
 ALL = ("ddim", "plms", "ddpm", "dpm_solver", "dpmpp_2m")
 PROMPT = "a large red circle"

@@ -44,12 +44,12 @@ STORIES = (
     "generate",
     "guided_diffusion",
     "metadata",
+    "request",
     "results",
     "saving",
     "training",
     "tutorials",
     "web",
-    "wish",
 )
 CORE_FORBIDS = ("accelerate", "diffusers", "lightning", "pytorch_lightning")
 LATE = ("huggingface_hub", "transformers")

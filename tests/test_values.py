@@ -23,8 +23,8 @@ from ldm.config import _is_buildable, instantiate_from_config
 from ldm.config_text import load_config, resolved
 from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError, UsageError, shown
 from ldm.paths import CHECKOUT
+from ldm.request import native_size
 from ldm.values import RANGES, Range, Unfit, fit
-from ldm.wish import native_size
 
 # Those for pictures of one's own are no models, but laid over one: tests/training/test_own_pictures.py.
 CONFIGS = sorted(

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.generate import StableDiffusion
+    from ldm.request import Job
     from ldm.results import GenerationResult
-    from ldm.wish import Job
 
 # Words for what is computed in; torch's names for them.
 PRECISIONS = {"full": "float32", "half": "float16", "bfloat16": "bfloat16"}
@@ -299,7 +299,7 @@ def check(args: argparse.Namespace) -> None:
     check_eta(SAMPLERS[sampler_of(args)], args.ddim_eta)
     check_interval(args.guidance_interval)
     if args.ckpt is None:  # of another model the cell is known when it is loaded
-        from ldm.wish import check_size
+        from ldm.request import check_size
 
         for name, side in (("height", args.H), ("width", args.W)):
             if side is not None:
@@ -318,7 +318,7 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
     import torch
 
     from ldm.generate import StableDiffusion
-    from ldm.wish import downsampling, pick_device
+    from ldm.request import downsampling, pick_device
 
     device = pick_device(args.device)
     options: dict[str, Any] = {"device": device, "dtype": torch.float32}
@@ -380,7 +380,7 @@ class _Group:
 def _groups(args: argparse.Namespace, lines: list[Line]) -> list[_Group]:
     """Lay out the whole run, picture by picture, in CompVis's order: all prompts, then all again, n_iter times."""
 
-    from ldm.wish import draw_seed
+    from ldm.request import draw_seed
 
     def start(seed: int | None) -> int:
         return draw_seed() if seed is None else seed

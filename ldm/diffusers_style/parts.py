@@ -14,7 +14,7 @@ from ldm.errors import MismatchError, UsageError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.process.prediction import to_eps
-from ldm.wish import downsampling, dtype_of
+from ldm.request import downsampling, dtype_of
 
 
 class UNetOutput(NamedTuple):

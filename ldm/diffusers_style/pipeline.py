@@ -24,7 +24,7 @@ from ldm.kernels import restore
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.process.guidance import guide, rescale
-from ldm.wish import check_size, choice, downsampling, is_inpainting, list_texts, native_size, real, whole
+from ldm.request import check_size, choice, downsampling, is_inpainting, list_texts, native_size, real, whole
 
 log = logging.getLogger(__name__)
 

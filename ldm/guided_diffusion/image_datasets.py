@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from ldm.errors import AbsentError, FormatError, LdmError, UnsafeFileError, UsageError
 from ldm.guided_diffusion import dist_util
 from ldm.images import MORE_FORMATS, open_image, to_rgb
+from ldm.request import whole
 from ldm.training.listing import SUFFIXES
-from ldm.wish import whole
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -20,7 +20,7 @@ from ldm.guided_diffusion.image_datasets import needs_training
 from ldm.guided_diffusion.pixel_diffusion import parse_ema_rates
 from ldm.models.diffusion.resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from ldm.modules.ema import LitEma
-from ldm.wish import real, whole
+from ldm.request import real, whole
 
 log = logging.getLogger(__name__)
 
