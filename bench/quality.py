@@ -117,7 +117,8 @@ def paint(
         known: text features of earlier prompts; new ones are added.
         knobs: see KNOBS.
     """
-    from ldm.generate import ImageNoise, denoise, encode_prompt, initial_latents, native_size
+    from ldm.generate import ImageNoise, denoise, encode_prompt, initial_latents
+    from ldm.models.introspect import native_size
 
     model = pipeline.model
     name, eta, _ = SAMPLERS[row.sampler]
@@ -144,7 +145,7 @@ def encode_renders(pipeline: "StableDiffusion", scenes: list["Scene"], batch: in
     """Encode renders to latents (b, c, h, w), scaled units; the posterior's mode, so nothing is drawn."""
     import torch
 
-    from ldm.generate import native_size
+    from ldm.models.introspect import native_size
     from ldm.shapes.scenes import render
 
     model = pipeline.model

@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     from bench.speedlib.process import forbid_tf32
     from bench.speedlib.run import Effort
     from bench.speedlib.timing import threads
-    from ldm.request import pick_device
+    from ldm.devices import pick_device
 
     device = pick_device(opt.device)
     if device.type not in ("cpu", "cuda"):

@@ -24,6 +24,7 @@ from ldm import images as pictures
 from ldm.advice import FOREIGN_SYNTAX, advice, by_sampler
 from ldm.batches import in_batches
 from ldm.checkpoints.sampling import SamplingDefaults
+from ldm.devices import check_low_vram, dtype_name, pick_device, pick_dtype
 from ldm.errors import (
     NumericError,
     UsageError,
@@ -33,6 +34,7 @@ from ldm.errors import (
 from ldm.helpers import upload
 from ldm.kernels.deepcache import DeepCache
 from ldm.kernels.tome import TokenMerging
+from ldm.limits import choice, real, whole
 from ldm.models.diffusion.samplers import (
     SAMPLERS,
     WHOLE_INTERVAL,
@@ -43,29 +45,11 @@ from ldm.models.diffusion.samplers import (
     sample_steps,
     start_level,
 )
+from ldm.models.introspect import downsampling, dtype_of, is_inpainting, native_size
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.other_words import PIPELINE, attribute_advice, near, taking_options_of
 from ldm.paths import shipped
-from ldm.request import (
-    Job,
-    Shot,
-    check_embeds,
-    check_low_vram,
-    check_size,
-    choice,
-    downsampling,
-    dtype_name,
-    dtype_of,
-    is_inpainting,
-    list_prompts,
-    list_seeds,
-    native_size,
-    pick_device,
-    pick_dtype,
-    read_pictures,
-    real,
-    whole,
-)
+from ldm.request import Job, Shot, check_embeds, check_size, list_prompts, list_seeds, read_pictures
 from ldm.results import GenerationParameters, GenerationResult, Progress, join, painted, with_bar
 
 if TYPE_CHECKING:

@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm import images as pictures
-from ldm.errors import MismatchError, UsageError, shown
+
+# Some of these are for those who import them from here, or from ldm.wish as this module was called.
+from ldm.devices import check_low_vram, dtype_name, pick_device, pick_dtype  # noqa: F401
+from ldm.errors import UsageError, shown
+from ldm.limits import MAX_SEED, choice, real, whole  # noqa: F401
+from ldm.models.introspect import context_width, downsampling, dtype_of, is_inpainting, native_size  # noqa: F401
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,108 +29,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_SEED = 2**64 - 1  # of its bits the generator on the CPU keeps the lowest 32
 RANDOM_SEEDS = (None, -1, "random")  # what stands for "draw one"
 MAX_PROMPT = 100_000  # characters; the tokenizer would read on for seconds and keep 75 tokens
 CELLS = (8, 256)  # latent cells a side: 64 to 2048 pixels at 8 pixels a cell
-
-# --- what a model says about itself ---------------------------------------------------------------
-
-
-def dtype_of(module: nn.Module) -> torch.dtype:
-    """Tell what a module computes in: the dtype of its first floating-point weight; of a model, its UNet's."""
-    module = getattr(module, "model", module)
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-
-
-def downsampling(model: LatentDiffusion) -> int:
-    """Tell how many pixels a latent cell is wide: 8 for Stable Diffusion v1."""
-    encoder = getattr(model.first_stage_model, "encoder", None)
-    return 2 ** (encoder.num_resolutions - 1) if encoder is not None else 1
-
-
-def is_inpainting(model: LatentDiffusion) -> bool:
-    """Tell a 9-channel inpainting UNet (noisy latents, mask, masked picture) from a 4-channel one.
-
-    Raises:
-        MismatchError: the UNet takes neither.
-    """
-    unet = model.model.diffusion_model
-    wants = unet.input_blocks[0][0].weight.shape[1]
-    if wants == model.channels:
-        return False
-    if wants == 2 * model.channels + 1:
-        return True
-    raise MismatchError(
-        f"the UNet takes {wants} channels; wanted {model.channels} (a plain model) or "
-        f"{2 * model.channels + 1} (an inpainting model)"
-    )
-
-
-def native_size(model: LatentDiffusion) -> tuple[int, int]:
-    """Tell the (height, width) in pixels that the model was trained at: 512 x 512 for Stable Diffusion v1."""
-    sides = model.image_size
-    h, w = (sides, sides) if isinstance(sides, int) else sides
-    f = downsampling(model)
-    return h * f, w * f
-
-
-def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """Choose a device by name, or the best there is for None and "auto": cuda, then mps, then cpu.
-
-    Raises:
-        UsageError: a device that this machine or this torch does not have.
-    """
-    have = ["cpu"]
-    if torch.backends.mps.is_available():
-        have.insert(0, "mps")
-    if torch.cuda.is_available():
-        have[:0] = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if device is None or device == "auto":
-        return torch.device(have[0])
-    try:  # whatever else it may be, torch takes some of it for the current device
-        wanted = torch.device(device) if isinstance(device, str | int | torch.device) else None
-    except RuntimeError:
-        wanted = None
-    if wanted is None or str(wanted) not in {*have, *(name.split(":")[0] for name in have)}:
-        raise UsageError(f"device {shown(str(device))} is not available; have: {', '.join(have)}")
-    return wanted
-
-
-def check_low_vram(device: torch.device) -> torch.device:
-    """Give back a device that weights may visit part by part.
-
-    Raises:
-        UsageError: its memory is the one in which the weights lie anyway.
-    """
-    if device.type == "cpu":
-        raise UsageError("low_vram is for a GPU that a model does not fit on, got device cpu; leave it out")
-    return device
-
-
-def pick_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
-    """Choose what the UNet computes in: float16 on CUDA, else float32; float16 on a CPU is refused gently."""
-    if dtype is None:
-        return torch.float16 if device.type == "cuda" else torch.float32
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise UsageError(f"dtype must be float32, float16 or bfloat16, got {shown(dtype)}")
-    if dtype == torch.float16 and device.type == "cpu":
-        log.warning("float16 is slow and overflows on a CPU; float32 is used instead (bfloat16 works)")
-        return torch.float32
-    return dtype
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Name a dtype for people: "float16"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def context_width(model: LatentDiffusion) -> int | None:
-    """Tell how many features a token of the prompt has for the UNet's cross-attentions: 768 for v1."""
-    for name, module in model.model.diffusion_model.named_modules():
-        if name.endswith("attn2") and isinstance(getattr(module, "to_k", None), nn.Linear):
-            return module.to_k.in_features
-    return None
 
 
 def check_embeds(model: LatentDiffusion, *embeds: Any) -> None:
@@ -190,28 +96,6 @@ class Job:
     def __repr__(self) -> str:
         how = f"{self.sampler}, {self.steps} steps, guidance_scale {self.guidance_scale:g}"
         return f"Job({self.mode}, {len(self.shots)} of {self.width} x {self.height}, {how})"
-
-
-def whole(name: str, value: Any, low: int, high: int) -> int:
-    """Return a whole number within low and high, both included, or raise UsageError."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise UsageError(f"{name} must be a whole number from {low} to {high}, got {shown(value)}")
-    return int(value)
-
-
-def real(name: str, value: Any, low: float, high: float) -> float:
-    """Return a finite number within low and high, both included, or raise UsageError."""
-    sound = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not sound or not low <= value <= high:  # NaN is in no range
-        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, got {shown(value)}")
-    return float(value)
-
-
-def choice(name: str, value: Any, choices: Sequence[str]) -> Any:
-    """Return a value that is one of the choices, or raise UsageError with all of them."""
-    if not isinstance(value, str) or value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}")
-    return value
 
 
 def check_size(name: str, value: int, f: int) -> int:

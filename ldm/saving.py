@@ -22,8 +22,8 @@ from ldm.checkpoints.folders import PREDICTIONS, STEMS, folder_settings
 from ldm.checkpoints.sampling import SamplingDefaults, read_sampling
 from ldm.checkpoints.write import replacing
 from ldm.errors import LdmError, MismatchError, OutputError, UsageError, escaped
+from ldm.models.introspect import is_inpainting
 from ldm.paths import shipped
-from ldm.request import is_inpainting
 from ldm.training.export import plain_weights
 
 if TYPE_CHECKING:

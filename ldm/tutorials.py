@@ -15,9 +15,11 @@ from ldm.containers import MAX_BYTES
 from ldm.errors import FormatError, UsageError
 from ldm.generate import StableDiffusion, decode, encode_prompt
 from ldm.images import MAX_SIDE, open_image, to_rgb
+from ldm.limits import real, whole
 from ldm.models.diffusion.samplers import Denoiser
 from ldm.models.diffusion.scheduler import DDIMScheduler
-from ldm.request import check_size, downsampling, list_texts, real, whole
+from ldm.models.introspect import downsampling
+from ldm.request import check_size, list_texts
 
 if TYPE_CHECKING:
     from PIL import Image

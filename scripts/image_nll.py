@@ -36,9 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     if (args.data_dir is None) == (args.shapes is None):
         raise UsageError("pictures come from --data_dir FOLDER or from --shapes N; give one of the two")
 
+    from ldm.devices import pick_device
     from ldm.guided_diffusion import pixels
     from ldm.images import prepare_folder
-    from ldm.request import list_seeds, pick_device
+    from ldm.request import list_seeds
 
     if not args.skip_plot:
         pixels.need_matplotlib()

@@ -90,9 +90,10 @@ def main(argv: list[str] | None = None) -> None:
 
     import numpy as np
 
+    from ldm.devices import pick_device
     from ldm.guided_diffusion import pixels
     from ldm.images import prepare_folder
-    from ldm.request import list_seeds, pick_device
+    from ldm.request import list_seeds
 
     flags = given_flags(parser, args, argv)
     guide_flags = {name: flags.pop(name) for name in list(flags) if name.startswith("classifier_")}

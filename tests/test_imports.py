@@ -16,11 +16,12 @@ SOURCES = sorted((ROOT / "ldm").rglob("*.py"))
 # and do not know each other.
 ROOMS = (
     ("errors",),
-    ("values",),
+    ("limits", "values"),
     ("config_text",),
     (
         "batches",
         "config",
+        "devices",
         "helpers",
         "paths",
         "lr_scheduler",

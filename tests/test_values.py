@@ -22,8 +22,8 @@ from ldm import values
 from ldm.config import _is_buildable, instantiate_from_config
 from ldm.config_text import load_config, resolved
 from ldm.errors import FormatError, LdmError, MismatchError, UnsafeFileError, UsageError, shown
+from ldm.models.introspect import native_size
 from ldm.paths import CHECKOUT
-from ldm.request import native_size
 from ldm.values import RANGES, Range, Unfit, fit
 
 # Those for pictures of one's own are no models, but laid over one: tests/training/test_own_pictures.py.

@@ -121,7 +121,7 @@ def painter_of(model: Any) -> Any:
     """Make of a LatentDiffusion, or of diffusers' pipeline, what `paint` takes."""
     if hasattr(model, "apply_model"):
         from ldm.generate import StableDiffusion
-        from ldm.request import dtype_of
+        from ldm.models.introspect import dtype_of
 
         # The decoder computes in what the rest does, as in the rival's pipeline.
         return StableDiffusion(model, vae_dtype=dtype_of(model))

@@ -317,8 +317,9 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
     say(f"loading {args.ckpt or 'the model in the box'} ...")
     import torch
 
+    from ldm.devices import pick_device
     from ldm.generate import StableDiffusion
-    from ldm.request import downsampling, pick_device
+    from ldm.models.introspect import downsampling
 
     device = pick_device(args.device)
     options: dict[str, Any] = {"device": device, "dtype": torch.float32}

@@ -12,9 +12,9 @@ from ldm.checkpoints.key_mapping import unet_to_diffusers, vae_to_diffusers
 from ldm.diffusers_style.scheduler import Config
 from ldm.errors import MismatchError, UsageError
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.introspect import downsampling, dtype_of
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.process.prediction import to_eps
-from ldm.request import downsampling, dtype_of
 
 
 class UNetOutput(NamedTuple):

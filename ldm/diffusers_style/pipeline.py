@@ -21,10 +21,12 @@ from ldm.diffusers_style.scheduler import Config, DDIMScheduler, draw_noise, ref
 from ldm.errors import AbsentError, MismatchError, UsageError
 from ldm.generate import StableDiffusion, decode, encode_prompt
 from ldm.kernels import restore
+from ldm.limits import choice, real, whole
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.introspect import downsampling, is_inpainting, native_size
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.process.guidance import guide, rescale
-from ldm.request import check_size, choice, downsampling, is_inpainting, list_texts, native_size, real, whole
+from ldm.request import check_size, list_texts
 
 log = logging.getLogger(__name__)
 

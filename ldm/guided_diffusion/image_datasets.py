@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from ldm.errors import AbsentError, FormatError, LdmError, UnsafeFileError, UsageError
 from ldm.guided_diffusion import dist_util
 from ldm.images import MORE_FORMATS, open_image, to_rgb
-from ldm.request import whole
+from ldm.limits import whole
 from ldm.training.listing import SUFFIXES
 
 if TYPE_CHECKING:

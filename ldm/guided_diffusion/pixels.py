@@ -32,9 +32,10 @@ from ldm.images import grid, save_file, save_png, to_uint8
 from ldm.kernels import optimize
 from ldm.models.diffusion.gaussian_diffusion import check_labels
 from ldm.models.diffusion.respace import SpacedDiffusion
+from ldm.models.introspect import downsampling, is_inpainting, native_size
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, SuperResModel
 from ldm.paths import shipped
-from ldm.request import check_size, downsampling, is_inpainting, list_texts, native_size
+from ldm.request import check_size, list_texts
 
 MAX_IN_GRID = 64
 MAX_BASE_BYTES = 4 * 2**30  # 10,000 pictures of 256 pixels are half of it

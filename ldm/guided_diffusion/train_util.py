@@ -18,9 +18,9 @@ from ldm.errors import MismatchError, UsageError
 from ldm.guided_diffusion import dist_util, logger
 from ldm.guided_diffusion.image_datasets import needs_training
 from ldm.guided_diffusion.pixel_diffusion import parse_ema_rates
+from ldm.limits import real, whole
 from ldm.models.diffusion.resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from ldm.modules.ema import LitEma
-from ldm.request import real, whole
 
 log = logging.getLogger(__name__)
 
