@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -167,7 +167,7 @@ def denoise(
     unet = model.model.diffusion_model
     cache = DeepCache(unet, cache_interval, cache_depth)
     merging = TokenMerging(unet, merge_ratio, merge_seed)
-    seen = _AtUNetPrecision(model, autocast, cache, merging)
+    seen = _WithAttachments(model, autocast, cache, merging)
     for step in sample_steps(sampler, seen, x_T, conditioning, steps=steps, **options):
         cache.next_level()
         # On a GPU a check waits for the work that is queued, so only the first and last step are looked at.
@@ -213,42 +213,35 @@ def _in_finite_precision(model: LatentDiffusion, stage: str, work: Callable[[], 
     return result
 
 
-class _AtUNetPrecision:
-    """A model as samplers see it, that takes and gives float32 and computes in the UNet's own precision.
+class _WithAttachments:
+    """A model as samplers see it: with autocast, and what is attached to its UNet, around every call of that.
+
+    Dtypes are DiffusionWrapper's matter: it casts to those of the UNet's weights, and the answer back to float32.
 
     Args:
-        shortcuts: what is attached to the UNet while it answers, and only then: between two steps the model
-            may be used for anything else.
+        autocast: dtype of torch.autocast; None = none.
+        attachments: attached to the UNet during each call and only then: between two steps the model may be used for
+            anything else.
     """
 
     def __init__(
-        self, model: LatentDiffusion, autocast: torch.dtype | None, *shortcuts: DeepCache | TokenMerging
+        self, model: LatentDiffusion, autocast: torch.dtype | None, *attachments: DeepCache | TokenMerging
     ):
         self._model = model
         self._autocast = autocast
-        self._shortcuts = shortcuts
-        self._dtype = dtype_of(model)
+        self._attachments = attachments
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def _cast(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(self._dtype) if value.is_floating_point() else value
-        if isinstance(value, Mapping):
-            return {key: self._cast(one) for key, one in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._cast(one) for one in value]
-        return value
-
     def apply_model(self, x: Tensor, t: Tensor, cond: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Predict as the model does; t keeps its dtype, since half cannot hold every level."""
+        """Predict as the model does."""
         on = self._autocast is not None
         with contextlib.ExitStack() as stack:
-            for shortcut in self._shortcuts:
-                stack.enter_context(shortcut.attached())
+            for attachment in self._attachments:
+                stack.enter_context(attachment.attached())
             stack.enter_context(torch.autocast(x.device.type, dtype=self._autocast, enabled=on))
-            return self._model.apply_model(self._cast(x), t, self._cast(cond), *args, **kwargs).float()
+            return self._model.apply_model(x, t, cond, *args, **kwargs)
 
 
 # --- the model and its doors ----------------------------------------------------------------------
