@@ -1,0 +1,352 @@
+"""What is attached to a network: the four slots, the order in which things go on and off, and who may ask about it.
+
+An attachment (a LoRA, an attention processor, a ControlNet, a cache of deep features) changes what a network answers,
+for as long as it is attached, and leaves no trace behind. There are four slots, in the order in which they are filled:
+
+    weights     Parameter objects, replaced: `attached` folds the changes of all attachments in order and swaps
+    attention   CrossAttention.processor, BasicTransformerBlock.around, SpatialTransformer.entering: `fill`
+    residuals   maps that a UNet adds to its skips and middle, the argument `control` of its call: `wrap`
+    shortcuts   which part of a UNet's loop is computed, the argument `deep` of its call: `wrap`
+
+How all of that is computed is the business of `ldm.kernels.optimize`, which asks `on` about every module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ldm.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+Undo = Callable[[], None]
+
+
+class Rank(enum.IntEnum):
+    """The slot of an attachment; lower ones are filled first, and emptied last."""
+
+    WEIGHTS = 0
+    ATTENTION = 1
+    RESIDUALS = 2
+    SHORTCUTS = 3
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Where a sampler is.
+
+    Attributes:
+        index, total: this step, from 0, of how many.
+        t: levels that the network is called with, (b,), fractional ones allowed.
+    """
+
+    index: int
+    total: int
+    t: Tensor | None = None
+
+
+@runtime_checkable
+class Attachment(Protocol):
+    """Something that can be attached to a network.
+
+    Attributes:
+        rank: the slot that it fills.
+    """
+
+    rank: Rank
+
+    def attach(self, network: nn.Module) -> Undo:
+        """Fill the slot, by `swap`, `fill` or `wrap`; return what empties it again."""
+
+    def at(self, step: StepInfo) -> None:
+        """Learn where the sampler is; called before each call of the network."""
+
+
+class WeightChange(Protocol):
+    """An attachment of rank WEIGHTS: it says what becomes of weights, and `attached` folds and swaps."""
+
+    rank: Rank
+
+    def changes(self, network: nn.Module) -> Mapping[str, Change]:
+        """List the change of each parameter by its name in the network; the same Change objects as long as they do
+        the same."""
+
+    def at(self, step: StepInfo) -> None:
+        """Learn where the sampler is."""
+
+
+class Change:
+    """What becomes of one weight.
+
+    Args:
+        apply: takes the weight in float32 and gives the new one, of the same shape.
+        whole: what apply gives, whatever it takes; used as it is where nothing is to be done before or behind.
+    """
+
+    __slots__ = ("__weakref__", "apply", "whole")
+
+    def __init__(self, apply: Callable[[Tensor], Tensor], whole: nn.Parameter | None = None):
+        self.apply, self.whole = apply, whole
+
+
+# --- slots ------------------------------------------------------------------------------------------
+
+_ABSENT = object()
+
+
+def _put_back(table: dict[str, Any], name: str, mine: Any, before: Any, what: str) -> None:
+    """Undo one entry of a dictionary, if it still is what was put there."""
+    if table.get(name, _ABSENT) is not mine:
+        raise UsageError(
+            f"{what} was replaced while something was attached to it, and stays as it is now; "
+            "replace it before or after"
+        )
+    if before is _ABSENT:
+        del table[name]
+    else:
+        table[name] = before
+
+
+def swap(module: nn.Module, name: str, parameter: nn.Parameter) -> Undo:
+    """Put another Parameter object in the place of a module's own; undone, the old object is there again."""
+    table = module._parameters
+    before, table[name] = table[name], parameter
+    return lambda: _put_back(table, name, parameter, before, f"the {name} of a {type(module).__name__}")
+
+
+def fill(module: nn.Module, slot: str, value: Any) -> Undo:
+    """Set a slot of a module, which is an attribute whose default its class has; no submodule, no key comes of it."""
+    if not hasattr(type(module), slot):
+        raise UsageError(f"a {type(module).__name__} has no slot {slot!r}")
+    table = vars(module)
+    before, table[slot] = table.get(slot, _ABSENT), value
+    return lambda: _put_back(table, slot, value, before, f"the {slot} of a {type(module).__name__}")
+
+
+class Execution:
+    """How a module's forward is computed: what `ldm.kernels.optimize` sets as its attribute `forward`."""
+
+
+class Wrapped:
+    """A module's forward within something that takes its calls.
+
+    Args:
+        module: whose forward it is.
+        around: takes a function that calls what is within, and the call's arguments.
+        inner: the attribute `forward` that the module had; None = its class's.
+    """
+
+    def __init__(self, module: nn.Module, around: Callable[..., Any], inner: Any = None):
+        self.module, self.around, self.inner = module, around, inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.around(self.proceed, *args, **kwargs)
+
+    def proceed(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what is within."""
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def wrap(module: nn.Module, around: Callable[..., Any]) -> Undo:
+    """Let a function take the calls of a module's forward: around(proceed, *args, **kwargs)."""
+    table = vars(module)
+    before = table.get("forward", _ABSENT)
+    mine = Wrapped(module, around, None if before is _ABSENT else before)
+    table["forward"] = mine
+    return lambda: _put_back(table, "forward", mine, before, f"the forward of a {type(module).__name__}")
+
+
+def execution_of(module: nn.Module) -> Execution | None:
+    """Give how a module's forward is computed, beneath whatever is wrapped around it; None = its class's forward."""
+    own = vars(module).get("forward")
+    while isinstance(own, Wrapped):
+        own = own.inner
+    return own if isinstance(own, Execution) else None
+
+
+# --- on and off -------------------------------------------------------------------------------------
+
+# Weights that changes were folded into. They live as long as the last of their changes does.
+_folded: WeakKeyDictionary[Change, WeakTensorKeyDictionary] = WeakKeyDictionary()
+MOST_FOLDED = 2  # of one weight and one last change
+
+
+def state_of(x: Tensor | None) -> tuple[Any, ...]:
+    """What changes when a tensor is written to or replaced."""
+    if x is None:
+        return (None,)
+    return (x.data_ptr(), x.device, x.shape, x.dtype, None if x.is_inference() else x._version)
+
+
+def _fold(weight: nn.Parameter, changes: tuple[Change, ...]) -> nn.Parameter:
+    """Apply changes in order, in float32 or better, rounding once; what was made before is given again."""
+    whole = changes[-1].whole
+    if (
+        whole is not None
+        and len(changes) == 1
+        and whole.dtype == weight.dtype
+        and whole.device == weight.device
+    ):
+        return whole
+    by_weight = _folded.setdefault(changes[-1], WeakTensorKeyDictionary())
+    made: OrderedDict[Any, nn.Parameter] = by_weight.setdefault(weight, OrderedDict())
+    key = (state_of(weight), tuple(map(ref, changes)))
+    if key not in made:
+        with torch.no_grad():
+            wide = weight.detach()
+            wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
+            for change in changes:
+                wide = change.apply(wide)
+            new = torch.empty_like(weight.detach())  # with the layout that the old one has
+            made[key] = nn.Parameter(new.copy_(wide), requires_grad=False)
+    made.move_to_end(key)
+    while len(made) > MOST_FOLDED:
+        made.popitem(last=False)
+    return made[key]
+
+
+def _swap_all(network: nn.Module, attachments: Sequence[WeightChange]) -> Iterator[Undo]:
+    changes: dict[str, tuple[Change, ...]] = {}
+    for attachment in attachments:
+        for name, change in attachment.changes(network).items():
+            changes[name] = (*changes.get(name, ()), change)
+    for name, folds in changes.items():
+        path, _, last = name.rpartition(".")
+        module = network.get_submodule(path)
+        yield swap(module, last, _fold(module._parameters[last], folds))
+
+
+@contextlib.contextmanager
+def attached(network: nn.Module, *attachments: Attachment | WeightChange) -> Iterator[None]:
+    """Attach to a network until the end of the block.
+
+    The order is that of their ranks, and as given within a rank. Each attachment is taken off in the reverse order,
+    also where another one fails.
+
+    Raises:
+        UsageError: something that an attachment replaced was replaced again meanwhile; all else is taken off.
+    """
+    undo: list[Undo] = []
+    try:
+        undo += _swap_all(network, [a for a in attachments if a.rank == Rank.WEIGHTS])
+        for attachment in sorted(attachments, key=lambda a: a.rank):
+            if attachment.rank != Rank.WEIGHTS:
+                undo.append(attachment.attach(network))
+        yield
+    finally:
+        failed = None
+        for one in reversed(undo):
+            try:
+                one()
+            except UsageError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+
+# --- who is on a module -----------------------------------------------------------------------------
+
+
+class Presence(NamedTuple):
+    """What is on a module.
+
+    Attributes:
+        kind: "plain"; "known", attached through a slot; "foreign", a hook or a patch of somebody.
+        state: of what is known: all that a captured graph of it depends on beside weights and arguments; None where
+            there is more.
+        reason: what is foreign, in words, or why there is no state.
+    """
+
+    kind: str
+    state: tuple[Hashable, ...] | None = ()
+    reason: str = ""
+
+
+PLAIN = Presence("plain")
+SLOTS = ("processor", "around", "entering")
+_code: dict[type[nn.Module], tuple[Any, Any]] = {}
+
+
+def code_of(kind: type[nn.Module]) -> tuple[Any, Any]:
+    """What a class computes with: CompVis's blocks call a `_forward`, which others patch or override, too."""
+    return kind.forward, getattr(kind, "_forward", None)
+
+
+def register(*kinds: type[nn.Module]) -> None:
+    """Know classes as they are now; one that is patched later is foreign."""
+    _code.update((kind, code_of(kind)) for kind in kinds)
+
+
+def is_registered(kind: type[nn.Module]) -> bool:
+    """Whether a class is known, and computes as it did then."""
+    return _code.get(kind) == code_of(kind)
+
+
+def on(module: nn.Module) -> Presence:
+    """Tell what is on a module itself, not on its parts. The one predicate: who computes otherwise asks it first."""
+    own = vars(module)
+    forward = own.get("forward")
+    state: tuple[Hashable, ...] | None = ()
+    reason = ""
+    while isinstance(forward, Wrapped):
+        forward, around = forward.inner, forward.around
+        state, reason = _with_state(state, reason, around)
+    kind = type(module)
+    if forward is not None and not isinstance(forward, Execution):
+        return Presence("foreign", None, f"a forward of its own on a {kind.__name__}")
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        hook = next(iter((own["_forward_hooks"] or own["_forward_pre_hooks"]).values()))
+        return Presence("foreign", None, f"a hook on a {kind.__name__}, {_name_of(hook)}")
+    if not is_registered(kind):
+        return Presence(
+            "foreign", None, f"{kind.__module__}.{kind.__qualname__}, another class or a patched one"
+        )
+    is_known = own.get("forward") is not forward
+    for slot in SLOTS:
+        for value in _entries(own.get(slot)):
+            is_known = True
+            state, reason = _with_state(state, reason, value)
+    return Presence("known", state, reason) if is_known else PLAIN
+
+
+def _entries(value: Any) -> tuple[Any, ...]:
+    return () if value is None else value if isinstance(value, tuple) else (value,)
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _with_state(state: Any, reason: str, value: Any) -> tuple[Any, str]:
+    """Join the state of something attached, which its `state()` gives; a method answers for its object."""
+    ask = getattr(getattr(value, "__self__", value), "state", None)
+    mine = ask() if callable(ask) else None
+    if state is None:
+        return None, reason
+    if mine is None:
+        return None, f"{_name_of(value)} says no state() that a captured graph could be kept under"
+    return (*state, mine), reason
+
+
+_said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def say_once(root: nn.Module, loss: str, reason: str) -> None:
+    """Write into the log, once for each network and reason, what speed is lost and why."""
+    said = _said.setdefault(root, set())
+    if reason not in said:
+        said.add(reason)
+        log.warning("%s: %s", loss, reason)
