@@ -37,6 +37,8 @@ def __dir__() -> list[str]:
 # Where modules were -> where they are, for code and YAML files that name the old places.
 _MOVED = {
     "ldm.checkpoints.openai": "ldm.guided_diffusion.files",
+    "ldm.kernels.deepcache": "ldm.adapters.deepcache",
+    "ldm.kernels.tome": "ldm.adapters.tome",
     "ldm.models.diffusion.gaussian_bridge": "ldm.guided_diffusion.gaussian_bridge",
     "ldm.models.diffusion.pixel_diffusion": "ldm.guided_diffusion.pixel_diffusion",
     "ldm.models.diffusion.script_util": "ldm.guided_diffusion.script_util",

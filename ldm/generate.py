@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from ldm import images as pictures
+from ldm.adapters.deepcache import DeepCache
+from ldm.adapters.tome import TokenMerging
 from ldm.advice import FOREIGN_SYNTAX, advice, by_sampler
 from ldm.batches import in_batches
 from ldm.checkpoints.sampling import SamplingDefaults
@@ -32,8 +34,6 @@ from ldm.errors import (
     shown,
 )
 from ldm.helpers import upload
-from ldm.kernels.deepcache import DeepCache
-from ldm.kernels.tome import TokenMerging
 from ldm.limits import choice, real, whole
 from ldm.models.diffusion.samplers import (
     SAMPLERS,
@@ -157,8 +157,8 @@ def denoise(
 
     Args:
         x_T: (b, c, h, w) noise, or noised latents with run_last.
-        cache_interval, cache_depth: see ldm.kernels.deepcache.DeepCache; 1 = everything at every level.
-        merge_ratio, merge_seed: see ldm.kernels.tome.TokenMerging; 0 = every token.
+        cache_interval, cache_depth: see ldm.adapters.deepcache.DeepCache; 1 = everything at every level.
+        merge_ratio, merge_seed: see ldm.adapters.tome.TokenMerging; 0 = every token.
         options: those of ldm.models.diffusion.samplers.sample_steps.
 
     Raises:

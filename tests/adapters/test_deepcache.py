@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ldm
+from ldm.adapters.deepcache import DeepCache
 from ldm.errors import UsageError
 from ldm.generate import StableDiffusion, denoise
 from ldm.kernels import restore
-from ldm.kernels.deepcache import DeepCache
 from ldm.kernels.stand_ins import StandIn
 from ldm.modules.diffusionmodules.openaimodel import SuperResModel, UNetModel
 

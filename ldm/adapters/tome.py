@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ldm.adapters.deepcache import check_compiled, check_unet
 from ldm.errors import UsageError, shown
 from ldm.helpers import upload
-from ldm.kernels.deepcache import check_compiled, check_unet
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
 

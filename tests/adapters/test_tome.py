@@ -12,9 +12,9 @@ from tiny import tiny_model
 from tiny_networks import UNET
 from torch import nn
 
+from ldm.adapters.tome import TokenMerging, destinations, finest_transformers, match, merge, unmerge
 from ldm.errors import UsageError
 from ldm.generate import StableDiffusion
-from ldm.kernels.tome import TokenMerging, destinations, finest_transformers, match, merge, unmerge
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
