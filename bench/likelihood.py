@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT)]
 from bench.quality import save_results, write  # noqa: E402
 from ldm import cli  # noqa: E402
 from ldm.errors import FormatError, MismatchError, UsageError  # noqa: E402
+from scripts.image_nll import need_matplotlib, scale_terms  # noqa: E402
 
 SAME = ("unit", "data", "pictures", "seed", "dimensions", "levels")  # what makes two bounds comparable
 # Where the bits are: the first levels, at which single bits of pixels are told, and the rest.
@@ -115,8 +116,6 @@ def make_table(results: dict[str, Any]) -> str:
 
 def draw_plot(measures: dict[str, dict[str, Any]]) -> bytes:
     """Plot terms and errors over the levels, one line for each model, as a PNG."""
-    from ldm.guided_diffusion.pixels import need_matplotlib, scale_terms
-
     need_matplotlib()
     from matplotlib.figure import Figure
 

@@ -5,7 +5,9 @@ python scripts/image_nll.py --shapes 16 --timestep_respacing 50
 """
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 try:
     import ldm  # noqa: F401
@@ -16,12 +18,56 @@ from ldm.cli import diffusion_parser, given_flags, integer, run, say
 from ldm.errors import UsageError
 
 
+def need_matplotlib() -> None:
+    """Raise UsageError if plots cannot be drawn; called before hours of work, not after."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise UsageError(
+            "the plot needs matplotlib: pip install faithful-ldm[train], or leave it out by --skip_plot"
+        ) from None
+
+
+def scale_terms(axes: Any, values: Sequence[float]) -> None:
+    """Give axes a scale on which terms that differ a thousandfold are seen, those of a density's last level too."""
+    above = [value for value in values if value > 0]
+    if len(above) == len(values):
+        axes.set_yscale("log")
+    elif above:
+        axes.set_yscale("symlog", linthresh=min(above))
+
+
+def draw_terms(result: Mapping[str, Any]) -> Any:
+    """Plot the terms of the bound and the two errors over the levels, as a matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    names = {
+        "vb": "bits per dimension",
+        "mse": "error of the noise",
+        "xstart_mse": "error of the clean sample",
+    }
+    for axis, (name, words) in zip(figure.subplots(len(names), 1, sharex=True), names.items(), strict=True):
+        axis.plot(
+            result["levels"], result[name], linewidth=1, marker="." if len(result["levels"]) < 60 else None
+        )
+        scale_terms(axis, result[name])
+        axis.set_ylabel(words)
+        axis.grid(alpha=0.3)
+    axis.set_xlabel("level t")
+    figure.suptitle(
+        f"{result['total_bpd']:.4f} bits per dimension, of them {result['prior_bpd']:.4g} in the prior "
+        f"({result['pictures']} pictures)"
+    )
+    return figure
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse, measure, save."""
     parser = diffusion_parser(
         "image_nll.py",
         "Measure a model's variational bound on pictures, in bits per dimension; of a latent model, on their latents, "
-        "as a density, which is no number of bits of pixels.",
+        "as a density, which is no number of bits of likelihood.",
         outdir="outputs/nll",
         classifies=False,
     )
@@ -37,31 +83,31 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError("pictures come from --data_dir FOLDER or from --shapes N; give one of the two")
 
     from ldm.devices import pick_device
-    from ldm.guided_diffusion import pixels
+    from ldm.guided_diffusion import likelihood, models
     from ldm.images import prepare_folder
     from ldm.request import list_seeds
 
     if not args.skip_plot:
-        pixels.need_matplotlib()
+        need_matplotlib()
     device, outdir = pick_device(args.device), prepare_folder(args.outdir)
-    path, _ = pixels.find_model(args.model_path)
+    path, _ = models.find_model(args.model_path)
     flags = given_flags(parser, args, argv)
-    model = pixels.open_model(path, config=args.config, device=device, flags=flags)
+    model = models.open_model(path, config=args.config, device=device, flags=flags)
     if args.optimize:
         model.optimize()
     for note in model.report.notes:
         say(f"note: {note}")
     if args.shapes is not None:
-        pictures = pixels.shapes_to_measure(model, args.shapes)
+        pictures = likelihood.shapes_to_measure(model, args.shapes)
     else:
-        pictures = pixels.folder_to_measure(model, args.data_dir, args.num_samples)
+        pictures = likelihood.folder_to_measure(model, args.data_dir, args.num_samples)
     seeds = list_seeds(args.seed, len(pictures))
     say(f"picture i draws from seed {seeds[0]} + i")
-    result = pixels.measure(model, pictures, seeds=seeds, batch_size=args.batch_size, say=say)
+    result = likelihood.measure(model, pictures, seeds=seeds, batch_size=args.batch_size, say=say)
     result = {"model": str(path), "data": args.data_dir or "shapes", **result}
     say(f"total {result['total_bpd']:.4f}, of them prior {result['prior_bpd']:.4g}; {result['unit']}")
-    figure = None if args.skip_plot else pixels.draw_terms(result)
-    for saved in pixels.save_measures(outdir, result, figure):
+    figure = None if args.skip_plot else draw_terms(result)
+    for saved in likelihood.save_measures(outdir, result, figure):
         say(str(saved))
 
 

@@ -91,17 +91,17 @@ def main(argv: list[str] | None = None) -> None:
     import numpy as np
 
     from ldm.devices import pick_device
-    from ldm.guided_diffusion import pixels
+    from ldm.guided_diffusion import models, sampling
     from ldm.images import prepare_folder
     from ldm.request import list_seeds
 
     flags = given_flags(parser, args, argv)
     guide_flags = {name: flags.pop(name) for name in list(flags) if name.startswith("classifier_")}
     device, outdir = pick_device(args.device), prepare_folder(args.outdir)
-    base = None if args.base_samples is None else pixels.read_samples(args.base_samples)
-    path, is_latent = pixels.find_model(args.model_path)
+    base = None if args.base_samples is None else sampling.read_samples(args.base_samples)
+    path, is_latent = models.find_model(args.model_path)
     use_ddim, eta, models_own = settle_steps(args, flags, is_latent)
-    model = pixels.open_model(path, config=args.config, device=device, flags=flags)
+    model = models.open_model(path, config=args.config, device=device, flags=flags)
     if models_own:
         model.respace(f"ddim{model.report.sampling.steps or CUSTOM_STEPS}")
     if args.optimize:
@@ -109,13 +109,13 @@ def main(argv: list[str] | None = None) -> None:
     guide = None
     if args.classifier_path is not None:
         scale = 1.0 if args.classifier_scale is None else args.classifier_scale
-        guide = pixels.Classifier(args.classifier_path, model, scale=scale, **guide_flags)
+        guide = models.Classifier(args.classifier_path, model, scale=scale, **guide_flags)
     for note in [*model.report.notes, *(guide.report.notes if guide else [])]:
         say(f"note: {note}")
 
     count = args.num_samples or (16 if base is None else len(base[0]))
     seeds = list_seeds(args.seed, count)
-    ask, labels = pixels.what_to_tell(
+    ask, labels = models.what_to_tell(
         model,
         seeds,
         classes=args.classes,
@@ -124,14 +124,14 @@ def main(argv: list[str] | None = None) -> None:
         prompt=args.prompt,
         guidance_scale=args.scale,
     )
-    recipe = pixels.Recipe(use_ddim=use_ddim, eta=eta, clip_denoised=args.clip_denoised)
-    for line in pixels.advice(model, recipe, seeds, args.prompt):
+    recipe = sampling.Recipe(use_ddim=use_ddim, eta=eta, clip_denoised=args.clip_denoised)
+    for line in sampling.advice(model, recipe, seeds, args.prompt):
         log.warning("%s", line)
     batches = []
-    for batch in pixels.sample(model, ask, recipe, seeds=seeds, batch_size=args.batch_size, guide=guide):
+    for batch in sampling.sample(model, ask, recipe, seeds=seeds, batch_size=args.batch_size, guide=guide):
         batches.append(batch)
         say(f"{sum(map(len, batches))} of {count} samples (seed {seeds[0]} and on)")
-    for path in pixels.save_samples(outdir, np.concatenate(batches), labels):
+    for path in sampling.save_samples(outdir, np.concatenate(batches), labels):
         say(str(path))
 
 

@@ -15,7 +15,7 @@ from ldm.checkpoints import load_latent_diffusion
 from ldm.cli import run
 from ldm.guided_diffusion.files import load_openai_model
 from ldm.guided_diffusion.gaussian_bridge import as_gaussian_diffusion
-from ldm.guided_diffusion.pixels import SHAPES_SEED
+from ldm.guided_diffusion.likelihood import SHAPES_SEED
 from ldm.guided_diffusion.script_util import diffusion_from_flags
 from ldm.images import open_image, to_tensor
 from ldm.shapes.scenes import SHAPES, ShapesDataset

@@ -844,10 +844,10 @@ def test_trouble_that_is_known_is_one_line_each_on_stderr(home, end, name, argv,
 
 @pytest.mark.slow
 def test_sample_diffusion_takes_guidance_and_steps_from_the_box(home, end, monkeypatch):
-    from ldm.guided_diffusion import pixels
+    from ldm.guided_diffusion import models, sampling
 
     seen = []
-    sample, ask = pixels.sample, pixels.LatentModel.ask
+    sample, ask = sampling.sample, models.LatentModel.ask
 
     def watch(model, *args, **options):
         seen.append(model.respacing)
@@ -857,8 +857,8 @@ def test_sample_diffusion_takes_guidance_and_steps_from_the_box(home, end, monke
         seen.append((prompts, guidance_scale))
         return ask(self, prompts, guidance_scale)
 
-    monkeypatch.setattr(pixels, "sample", watch)
-    monkeypatch.setattr(pixels.LatentModel, "ask", hear)
+    monkeypatch.setattr(sampling, "sample", watch)
+    monkeypatch.setattr(models.LatentModel, "ask", hear)
     base = ["-n", 1, "--device", "cpu", "--outdir", "o"]
     for more in (["--prompt", CAPTION], [], ["--prompt", CAPTION, "--scale", 1, "-c", 5]):
         assert end("sample_diffusion", *base, *more)[0] == 0

@@ -24,9 +24,10 @@ from tiny_pixels import (
 from ldm.checkpoints import load_latent_diffusion
 from ldm.cli import run
 from ldm.errors import FormatError
-from ldm.guided_diffusion import pixels
+from ldm.guided_diffusion import sampling
 from ldm.guided_diffusion.files import load_openai_model
 from ldm.guided_diffusion.gaussian_bridge import as_gaussian_diffusion
+from ldm.guided_diffusion.models import choose_labels
 from ldm.guided_diffusion.script_util import diffusion_from_flags
 from ldm.images import to_uint8
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -113,7 +114,7 @@ def test_samples_are_the_chain_s_own_and_the_batch_size_changes_nothing(files, e
     assert (code, err) == (0, "")
     assert "4 of 5 samples" in out and out.endswith("o/samples_5x16x16x3.npz\no/samples_5x16x16x3.png\n")
     pictures, labels = read("o/samples_5x16x16x3.npz")
-    drawn = pixels.choose_labels(6, [], range(42, 47)).numpy()
+    drawn = choose_labels(6, [], range(42, 47)).numpy()
     assert (labels == drawn).all() and len(set(labels.tolist())) > 1 and 0 <= labels.min() <= labels.max() < 6
     same(
         pictures[3], alone(files["labelled"], 45, "p_sample_loop", label=labels[3], flags={"image_size": 16})
@@ -236,9 +237,9 @@ def test_compvis_s_folders_of_unconditional_models_are_sampled(end, tmp_path):
 
 
 def test_base_samples_that_would_fill_the_memory_are_not_unpacked(files, monkeypatch):
-    monkeypatch.setattr(pixels, "MAX_BASE_BYTES", 500)
+    monkeypatch.setattr(sampling, "MAX_BASE_BYTES", 500)
     with pytest.raises(FormatError, match=r"base.npz' cannot be read \(512 bytes unpacked, at most 500"):
-        pixels.read_samples(files["base"])
+        sampling.read_samples(files["base"])
 
 
 @pytest.mark.parametrize(

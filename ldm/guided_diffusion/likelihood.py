@@ -1,0 +1,187 @@
+"""Bits per dimension of pictures, or of their latents: what guided-diffusion's image_nll.py measures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.errors import AbsentError, MismatchError, NumericError, UsageError, escaped
+from ldm.generate import ImageNoise
+from ldm.guided_diffusion.models import Asked, LatentModel, Model
+from ldm.images import save_file
+
+SHAPES_SEED = 2_000_003  # of scenes that no configuration here trains or validates on
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures to measure: `read` gives the i-th as (3, height, width) in [-1, 1]."""
+
+    read: Callable[[int], Tensor]
+    captions: list[str]
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def shapes_to_measure(model: Model, count: int) -> Pictures:
+    """Take scenes of the world of shapes that no training here has seen; a class is the first object's shape or colour.
+
+    Raises:
+        UsageError: the model's classes are neither the shapes nor the colours.
+    """
+    from ldm.shapes.scenes import COLOURS as HUES
+    from ldm.shapes.scenes import SHAPES, ShapesDataset
+
+    scenes = ShapesDataset(size=_side(model), length=count, seed=SHAPES_SEED, split="train")
+    items = [scenes.scene(i).items[0] for i in range(count)]
+    labels = None
+    if model.num_classes is not None:
+        known = {
+            len(SHAPES): lambda item: SHAPES.index(item.shape),
+            len(HUES): lambda item: list(HUES).index(item.colour),
+        }
+        if model.num_classes not in known:
+            raise UsageError(
+                f"the model has {model.num_classes} classes; shapes have {' or '.join(map(str, known))}, their shape "
+                "or colour; give a folder of pictures"
+            )
+        labels = torch.tensor([known[model.num_classes](item) for item in items])
+    captions = [scenes.scene(i).caption for i in range(count)]
+    return Pictures(lambda i: _channels_first(scenes[i]["image"]), captions, labels)
+
+
+def folder_to_measure(model: Model, folder: str | os.PathLike, at_most: int) -> Pictures:
+    """Take the first pictures of a folder, by name, with their captions where they have some.
+
+    For a model with classes the class is the first part of the file's name, up to "_", as guided-diffusion has it;
+    classes are numbered in the order of their names.
+
+    Raises:
+        AbsentError: no folder, or no pictures in it.
+        FormatError: pictures or captions that cannot be read.
+        MismatchError: the folder has more classes than the model.
+        UsageError: a package is missing.
+    """
+    if not Path(folder).is_dir():
+        raise AbsentError(f"picture folder '{escaped(folder)}' does not exist; check --data_dir")
+    try:
+        from ldm.training.folder import ImageFolder
+    except ImportError as error:
+        raise UsageError(f"--data_dir needs {error.name}: pip install faithful-ldm[train]") from None
+
+    pictures = ImageFolder(folder, image_size=_side(model), needs_captions=False)
+    count = min(len(pictures), at_most)
+    labels = None
+    if model.num_classes is not None:
+        names = [path.name.split("_")[0] for path, _ in pictures.samples]
+        classes = sorted(set(names))
+        if len(classes) > model.num_classes:
+            raise MismatchError(
+                f"'{escaped(folder)}' holds {len(classes)} classes by the names up to '_', the model has "
+                f"{model.num_classes}; name the pictures <class>_<anything>"
+            )
+        labels = torch.tensor([classes.index(name) for name in names[:count]])
+    captions = [caption for _, caption in pictures.samples[:count]]
+    return Pictures(lambda i: _channels_first(pictures[i]["image"]), captions, labels)
+
+
+def _side(model: Model) -> int:
+    return model.size if isinstance(model, LatentModel) else model.shape[1]
+
+
+def _channels_first(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, height, width)
+
+
+def measure(
+    model: Model,
+    pictures: Pictures,
+    *,
+    seeds: Sequence[int],
+    batch_size: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure the variational bound of pictures, or of their latents, in bits per dimension (calc_bpd_loop).
+
+    Noise is drawn once for each picture and level, picture i's from seed i.
+
+    Args:
+        say: is told how far it is.
+
+    Returns:
+        What `save_measures` writes: means over the pictures, of terms per level the noisiest first, and each
+        picture's total and prior.
+
+    Raises:
+        MismatchError: an upsampler, whose small pictures nobody gives.
+        NumericError: bits that are not finite.
+    """
+    if model.upscales:
+        raise MismatchError(
+            "an upsampler judges large pictures by small ones, which are not given; give a model"
+        )
+    found: dict[str, list[Tensor]] = {}
+    for start in range(0, len(pictures), batch_size):
+        rows = slice(start, min(start + batch_size, len(pictures)))
+        noise = ImageNoise(seeds[rows])
+        with torch.no_grad(), model.averages():
+            x = model.encode(torch.stack([pictures.read(i) for i in range(start, rows.stop)]), noise)
+            asked = _told(model, pictures, rows)
+            diffusion = asked.diffusion.drawing(noise)
+            bound = diffusion.calc_bpd_loop(asked.network, x, model_kwargs=asked.kwargs)
+        for name, values in bound.items():
+            found.setdefault(name, []).append(values.double().cpu())
+        say(f"{rows.stop} of {len(pictures)}: {torch.cat(found['total_bpd']).mean():.4f} bits per dimension")
+    terms = {name: torch.cat(values) for name, values in found.items()}  # (n,) or (n, levels)
+    if not all(values.isfinite().all() for values in terms.values()):
+        raise NumericError("bits per dimension are not finite; nothing was saved; check the model file")
+    each = {name: terms[name].tolist() for name in ("total_bpd", "prior_bpd")}
+    spread = terms["total_bpd"].std().item() / math.sqrt(len(pictures)) if len(pictures) > 1 else None
+    result = {
+        "unit": model.unit,
+        "pictures": len(pictures),
+        "seed": seeds[0],
+        "dimensions": math.prod(model.shape),
+        "total_bpd_error": spread,
+        **{name: values.mean(dim=0).tolist() for name, values in terms.items()},
+        "levels": asked.diffusion.timestep_map[::-1],
+        "each": each,
+    }
+    if isinstance(model, LatentModel):
+        # A density of z / s is s^d times that of z.
+        result["total_bpd_unscaled"] = result["total_bpd"] - math.log2(float(model.model.scale_factor))
+    return result
+
+
+def _told(model: Model, pictures: Pictures, rows: slice) -> Asked:
+    if isinstance(model, LatentModel):
+        return model.ask(pictures.captions[rows] if model.is_conditional else None)
+    return model.ask(None if pictures.labels is None else pictures.labels[rows])
+
+
+def save_measures(folder: Path, result: Mapping[str, Any], figure: Any = None) -> list[Path]:
+    """Save nll.json, and a figure of `draw_terms` as a PNG; nothing is overwritten.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    path = save_file(lambda file: file.write(text.encode()), folder / "nll.json", rename=True)
+    if figure is None:
+        return [path]
+
+    def draw(file: BinaryIO) -> None:
+        figure.savefig(file, format="png", dpi=100)
+
+    return [path, save_file(draw, path.with_suffix(".png"), rename=True)]

@@ -1,0 +1,389 @@
+"""Models that OpenAI's chains sample and measure, pixel models of OpenAI's family and latent models of ours, and what
+they are conditioned on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.advice import SEED_BITS
+from ldm.checkpoints import load_latent_diffusion, open_weights
+from ldm.checkpoints.families import family_of
+from ldm.checkpoints.folders import is_diffusers_folder
+from ldm.errors import MismatchError, UsageError, escaped
+from ldm.generate import ImageNoise, decode, encode_image, encode_prompt
+from ldm.guided_diffusion.files import load_openai_model
+from ldm.guided_diffusion.gaussian_bridge import as_gaussian_diffusion
+from ldm.guided_diffusion.script_util import COLOURS, diffusion_from_flags
+from ldm.images import to_uint8
+from ldm.kernels import optimize
+from ldm.models.diffusion.gaussian_diffusion import check_labels
+from ldm.models.diffusion.respace import SpacedDiffusion
+from ldm.models.introspect import downsampling, is_inpainting, native_size
+from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, SuperResModel
+from ldm.paths import shipped
+from ldm.request import check_size, list_texts
+
+CLASS_STREAM = 1  # keeps the draw of sample i's class apart from the draws of its noise
+PIXEL_UNIT = "bits per dimension of pictures in 8 bits: of a code that names them exactly, never negative"
+LATENT_UNIT = (
+    "bits per dimension of latents in scaled units, of a density: no bits of pixels, possibly negative, comparable "
+    "only between models of one first stage"
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A network that knows what a batch is told, the process that it denoises by, and further arguments for both."""
+
+    network: Callable[..., Tensor]
+    diffusion: SpacedDiffusion
+    kwargs: dict[str, Tensor]
+
+
+class PixelModel:
+    """A model or upsampler of OpenAI's family.
+
+    Attributes:
+        flags: all of them, those of the file included.
+        shape: of a picture, (3, size, size).
+        upscales: it paints large pictures from small ones.
+        num_classes: of the labels that it takes, or None.
+
+    Args:
+        path, device, given: as load_openai_model takes them; timestep_respacing shortens the chain.
+
+    Raises:
+        As load_openai_model, and MismatchError for a classifier.
+    """
+
+    unit = PIXEL_UNIT
+
+    def __init__(self, path: str | os.PathLike, *, device: str | torch.device = "cpu", **given: Any):
+        self.network, self.flags, self.report = load_openai_model(path, device=device, **given)
+        if isinstance(self.network, EncoderUNetModel):
+            raise MismatchError(
+                f"'{escaped(path)}' is a classifier, which paints nothing; give a model, and this as --classifier_path"
+            )
+        self.diffusion = diffusion_from_flags(self.flags)
+        self.device = torch.device(device)
+        self.upscales = isinstance(self.network, SuperResModel)
+        size = self.flags["large_size" if self.upscales else "image_size"]
+        self.shape = (COLOURS, size, size)
+        self.num_classes = self.network.num_classes
+
+    def ask(self, labels: Tensor | None = None, small: Tensor | None = None) -> Asked:
+        """Tell the network the labels (b,) and the small pictures (b, 3, h, w) of a batch.
+
+        Labels that only a classifier is guided by go past a network that takes none.
+        """
+        kwargs = {"y": labels, "low_res": small}
+        kwargs = {name: value.to(self.device) for name, value in kwargs.items() if value is not None}
+        network = self.network if self.num_classes is not None else _without_labels(self.network)
+        return Asked(network, self.diffusion, kwargs)
+
+    def encode(self, pictures: Tensor, noise: ImageNoise) -> Tensor:
+        """Give what is noised: the pictures."""
+        return pictures.to(self.device)
+
+    def paint(self, x: Tensor) -> np.ndarray:
+        """Turn samples (b, 3, size, size) into (b, size, size, 3) uint8."""
+        return to_uint8(x)
+
+    def optimize(self) -> None:
+        """Compute faster, with the same numbers up to rounding: ldm.kernels.optimize."""
+        optimize(self.network)
+
+    def averages(self) -> AbstractContextManager[None]:
+        """Sample with the moving average: OpenAI's files hold either it or the plain weights."""
+        return nullcontext()
+
+
+def _without_labels(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def ask(x: Tensor, t: Tensor, y: Tensor | None = None, **kwargs: Tensor) -> Tensor:
+        return network(x, t, **kwargs)
+
+    return ask
+
+
+class LatentModel:
+    """A latent diffusion model by OpenAI's chains.
+
+    Attributes:
+        model: the LatentDiffusion.
+        shape: of its latents, (c, h, w).
+        is_conditional: it takes prompts.
+
+    Args:
+        path, config, device: as load_latent_diffusion takes them.
+        respacing: levels to visit, as space_timesteps takes them; "" = all. respace() changes it.
+        image_size: side of the pictures in pixels; None = the model's own.
+
+    Raises:
+        As load_latent_diffusion; UsageError: an impossible size or respacing; MismatchError: an inpainting model.
+    """
+
+    unit = LATENT_UNIT
+    upscales, num_classes = False, None
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        config: str | os.PathLike | None = None,
+        device: str | torch.device = "cpu",
+        respacing: str = "",
+        image_size: int | None = None,
+    ):
+        self.model, self.report = load_latent_diffusion(path, config=config, device=device)
+        if is_inpainting(self.model):
+            raise MismatchError(
+                f"'{escaped(path)}' is an inpainting model, which needs pictures; use inpaint.py"
+            )
+        self.device = self.model.device
+        f = downsampling(self.model)
+        sides = self.report.sampling.size or native_size(self.model)
+        if image_size is not None:
+            sides = (image_size, image_size)
+        height, width = (check_size("image_size", side, f) for side in sides)
+        self.shape = (self.model.channels, height // f, width // f)
+        self.size = height
+        self.is_conditional = self.model.cond_stage_model is not None
+        self.respace(respacing)
+        self._features: dict[str, Tensor] = {}
+
+    def respace(self, respacing: str) -> None:
+        """Visit other levels, as space_timesteps takes them.
+
+        Raises:
+            UsageError: an impossible respacing.
+        """
+        as_gaussian_diffusion(self.model, timestep_respacing=respacing)
+        self.respacing = respacing
+
+    @property
+    def steps(self) -> int:
+        """How many levels are visited."""
+        return as_gaussian_diffusion(self.model, timestep_respacing=self.respacing)[1].num_timesteps
+
+    def ask(self, prompts: Sequence[str] | None = None, guidance_scale: float = 1.0) -> Asked:
+        """Tell the network the prompts of a batch; None for an unconditional model."""
+        context = unconditional = None
+        if prompts is not None:
+            context = encode_prompt(self.model, prompts, self._features)
+            if guidance_scale != 1:
+                unconditional = encode_prompt(self.model, [""] * len(prompts), self._features)
+        network, diffusion = as_gaussian_diffusion(
+            self.model,
+            context,
+            unconditional_conditioning=unconditional,
+            guidance_scale=guidance_scale,
+            timestep_respacing=self.respacing,
+        )
+        return Asked(network, diffusion, {})
+
+    def encode(self, pictures: Tensor, noise: ImageNoise) -> Tensor:
+        """Draw latents of pictures (b, 3, height, width), in scaled units, each with its own generator."""
+        latents = [
+            encode_image(self.model, picture[None], 1, lambda like, g=g: torch.randn(like.shape, generator=g))
+            for picture, g in zip(pictures, noise.generators, strict=True)
+        ]
+        return torch.cat(latents)
+
+    def paint(self, x: Tensor) -> np.ndarray:
+        """Decode latents into (b, height, width, 3) uint8."""
+        return to_uint8(decode(self.model, x))
+
+    def optimize(self) -> None:
+        """Compute faster, with the same numbers up to rounding: ldm.kernels.optimize."""
+        optimize(self.model)
+
+    def averages(self) -> AbstractContextManager[None]:
+        """Sample with the moving average where the model keeps one, as CompVis's scripts do."""
+        return self.model.ema_scope()
+
+
+Model = PixelModel | LatentModel
+
+
+def find_model(path: str | os.PathLike | None) -> tuple[Path, bool]:
+    """Find a model's file, and tell whether it is a latent model; whatever else it may be, OpenAI's loader judges.
+
+    Args:
+        path: the file; for a latent model also a diffusers folder, or CompVis's, with model.ckpt and config.yaml;
+            None takes the model in the box.
+
+    Raises:
+        AbsentError, FormatError, UnsafeFileError: the file cannot be had, read or trusted.
+    """
+    path = Path(shipped("model_data/shapes/shapes.safetensors") if path is None else path)
+    if is_diffusers_folder(path):
+        return path, True
+    path = path / "model.ckpt" if path.is_dir() else path
+    with closing(open_weights(path)) as source:
+        return path, family_of(source.infos).startswith("v1")
+
+
+def open_model(
+    path: str | os.PathLike | None,
+    *,
+    config: str | os.PathLike | None = None,
+    device: str | torch.device = "cpu",
+    flags: Mapping[str, Any] | None = None,
+) -> Model:
+    """Load a pixel checkpoint of OpenAI's family or a latent model of ours, whichever the file is.
+
+    Args:
+        path: as find_model takes it.
+        config: of a latent model; None takes a config.yaml beside the file, or reads it off the weights.
+        flags: the caller's, by OpenAI's names. A latent model takes timestep_respacing and image_size.
+
+    Raises:
+        AbsentError, FormatError, UnsafeFileError: the file cannot be had, read or trusted.
+        MismatchError: another kind of file, or flags that contradict it.
+        UsageError: an impossible flag, or one that this kind of model does not take.
+    """
+    path, is_latent = find_model(path)
+    flags = dict(flags or {})
+    if not is_latent:
+        if config is not None:
+            raise UsageError(
+                f"'{escaped(path)}' is no latent model; leave --config out, flags say how it is built"
+            )
+        return PixelModel(path, device=device, **flags)
+    respacing, image_size = flags.pop("timestep_respacing", ""), flags.pop("image_size", None)
+    if flags:
+        raise UsageError(
+            f"--{next(iter(flags))} is for OpenAI's pixel models; '{escaped(path)}' is a latent model"
+        )
+    return LatentModel(path, config=config, device=device, respacing=respacing, image_size=image_size)
+
+
+class Classifier:
+    """A classifier of noisy pictures, as the guide of a chain (arXiv:2105.05233, section 4).
+
+    Attributes:
+        num_classes: that it tells apart.
+
+    Args:
+        path, device, flags: as load_openai_model takes them.
+        model: that it is to guide.
+        scale: of the gradient.
+
+    Raises:
+        As load_openai_model; MismatchError: no classifier, or one that does not fit the model.
+    """
+
+    def __init__(self, path: str | os.PathLike, model: Model, *, scale: float = 1.0, **flags: Any):
+        if not isinstance(model, PixelModel):
+            raise MismatchError(
+                "a classifier of pixels cannot guide a latent model; leave --classifier_path out"
+            )
+        size = model.shape[1]
+        network, _, self.report = load_openai_model(path, device=model.device, image_size=size, **flags)
+        if not isinstance(network, EncoderUNetModel):
+            raise MismatchError(
+                f"'{escaped(path)}' is no classifier but a {self.report.family}; it has no classes to tell"
+            )
+        if model.num_classes not in (None, network.out_channels):
+            raise MismatchError(
+                f"the classifier tells {network.out_channels} classes apart, the model has {model.num_classes}"
+            )
+        self.network, self.scale = network.requires_grad_(False), scale
+        self.num_classes = network.out_channels
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, **others: Tensor) -> Tensor:
+        """Give scale times the gradient of log p(y | x_t) by x_t, shaped like x."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            chosen = self.network(x, t).float().log_softmax(dim=-1).gather(1, y[:, None])  # (b, 1)
+            return self.scale * torch.autograd.grad(chosen.sum(), x)[0]
+
+
+def choose_labels(num_classes: int | None, given: Sequence[int], seeds: Sequence[int]) -> Tensor | None:
+    """Choose a label for each sample, (n,): those given, over and over, or else one drawn from its seed.
+
+    Labels have generators of their own, so that a label that is given leaves the sample's noise as it was.
+
+    Args:
+        num_classes: of the model or its classifier; None for neither.
+
+    Raises:
+        UsageError: labels for a model without classes, or out of range.
+    """
+    if num_classes is None:
+        if given:
+            raise UsageError(f"--class {given[0]} needs a model with classes or a classifier, got neither")
+        return None
+    if given:
+        check_labels(num_classes, torch.tensor(given))
+        return torch.tensor([given[i % len(given)] for i in range(len(seeds))])
+    # Of a seed as many bits count as for the noise.
+    draws = [
+        np.random.default_rng((CLASS_STREAM, seed % 2**SEED_BITS)).integers(num_classes) for seed in seeds
+    ]
+    return torch.tensor(np.array(draws))
+
+
+def what_to_tell(
+    model: Model,
+    seeds: Sequence[int],
+    *,
+    classes: Sequence[int] = (),
+    guide: Classifier | None = None,
+    base: tuple[np.ndarray, np.ndarray | None] | None = None,
+    prompt: str | None = None,
+    guidance_scale: float | None = None,
+) -> tuple[Callable[[slice], Asked], Tensor | None]:
+    """Prepare what the model is told about each of the samples, and list their labels, (n,) or None.
+
+    Args:
+        classes, guide: see choose_labels.
+        base: small pictures and their labels, as read_samples gives them; used over and over.
+        prompt, guidance_scale: for a latent model; without a prompt it is told the empty one. Without a scale it is
+            guided as its configuration advises, or else not at all.
+
+    Raises:
+        UsageError: something that this kind of model is not told, or not told what it needs.
+    """
+    if isinstance(model, LatentModel):
+        wrong = "--class" if classes else "--base_samples" if base is not None else None
+        if wrong is not None:
+            raise UsageError(f"{wrong} is for OpenAI's pixel models, the model is a latent one; leave it out")
+        if not model.is_conditional and (prompt is not None or guidance_scale not in (None, 1)):
+            raise UsageError("this model is unconditional; leave --prompt and --scale out")
+        prompts = list_texts("prompt", prompt or "") * len(seeds) if model.is_conditional else None
+        if guidance_scale is None:  # the empty prompt against itself is no guidance
+            guidance_scale = (model.report.sampling.guidance_scale or 1.0) if prompt else 1.0
+        return lambda rows: model.ask(None if prompts is None else prompts[rows], guidance_scale), None
+    if prompt is not None or guidance_scale not in (None, 1):
+        raise UsageError(
+            "--prompt and --scale are for latent models, the model is one of pixels; use --class"
+        )
+    if model.upscales and base is None:
+        raise UsageError("this model enlarges pictures; give them as --base_samples samples.npz")
+    if base is not None and not model.upscales:
+        raise UsageError("--base_samples is for models that enlarge pictures, this is none; leave it out")
+    if base is not None and model.num_classes is not None and not classes:
+        if base[1] is None:
+            raise UsageError("--base_samples hold no labels (arr_1), which this model needs; give --class")
+        classes = base[1].tolist()
+    num_classes = guide.num_classes if model.num_classes is None and guide is not None else model.num_classes
+    labels = choose_labels(num_classes, classes, seeds)
+
+    def ask(rows: slice) -> Asked:
+        small = None
+        if base is not None:
+            chosen = base[0][[i % len(base[0]) for i in range(rows.start, rows.stop)]]
+            small = torch.from_numpy(chosen).permute(0, 3, 1, 2) / 127.5 - 1  # (b, 3, h, w)
+        return model.ask(None if labels is None else labels[rows], small)
+
+    return ask, labels
