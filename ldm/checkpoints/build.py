@@ -158,6 +158,7 @@ def pair_file(
     tokenizer: str | Path | None = None,
     vae: str | Path | None = None,
     ignore: tuple[str, ...] = (),
+    source: Weights | None = None,
 ) -> tuple[nn.Module, LoadReport, Weights]:
     """Open a full model's file, build what fits it and account for every tensor; options of load_latent_diffusion.
 
@@ -169,10 +170,11 @@ def pair_file(
         config = find_config(config)
     if is_diffusers_folder(path):
         family, own = folder_settings(path)  # names another family before anything is missed
-        source: Weights = opened.enter_context(contextlib.closing(FolderWeights(path)))
+        source = opened.enter_context(contextlib.closing(FolderWeights(path)))
         tried = candidates(path, source, family, own if config is None else config)
     else:
-        source = opened.enter_context(contextlib.closing(open_file(path)))
+        if source is None:
+            source = opened.enter_context(contextlib.closing(open_file(path)))
         family = families.family_of(without(source.infos, ignore))
         if family in families.REFUSED:
             raise MismatchError(f"'{escaped(path)}' is {families.REFUSED[family]}; {families.ADVICE[family]}")

@@ -58,6 +58,7 @@ def load_latent_diffusion(
     vae: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
     ignore: str | Iterable[str] = (),
+    source: Weights | None = None,
 ) -> tuple[nn.Module, LoadReport]:
     """Load a latent diffusion model of the v1 family from a single file or a diffusers folder.
 
@@ -79,6 +80,7 @@ def load_latent_diffusion(
         vae: a file or folder whose VAE replaces this file's.
         vae_dtype: of the first stage's parameters; None = dtype.
         ignore: names, beginnings of names or shell patterns ("loss.*") of tensors in the file to leave out.
+        source: the file `path`, opened by open_weights; whoever opened it closes it. None opens it here.
 
     What the file says of itself (a `v_pred` or `ztsnr` marker, or the trainers' metadata for them) is heeded where
     the configuration is silent.
@@ -102,7 +104,14 @@ def load_latent_diffusion(
     refuse_elsewhere("tokenizer", tokenizer)
     with memory_named(path), contextlib.ExitStack() as opened:
         model, report, source = pair_file(
-            Path(path), config, opened, use_ema=use_ema, tokenizer=tokenizer, vae=vae, ignore=patterns
+            Path(path),
+            config,
+            opened,
+            use_ema=use_ema,
+            tokenizer=tokenizer,
+            vae=vae,
+            ignore=patterns,
+            source=source,
         )
         state: dict[str, Tensor] = {}
         with memory_named(path, model):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints import families
-from ldm.checkpoints.files import open_weights
+from ldm.checkpoints.files import Weights, open_weights
 from ldm.checkpoints.load import check_dtype, check_finite, fill, finish, memory_named, usable
 from ldm.checkpoints.matching import match
 from ldm.checkpoints.report import LoadReport, TensorInfo
@@ -537,6 +537,7 @@ def load_openai_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    source: Weights | None = None,
     **given: Any,
 ) -> tuple[UNetModel | EncoderUNetModel, dict[str, Any], LoadReport]:
     """Load a pixel diffusion model, upsampler or classifier of improved-diffusion or guided-diffusion.
@@ -545,6 +546,7 @@ def load_openai_model(
         path: .pt (through the restricted reader) or .safetensors with the bare names of the network.
         device: where the model goes.
         dtype: of the weights; None = float32, whatever the file has.
+        source: the file `path`, opened by open_weights; whoever opened it closes it. None opens it here.
         given: flags, by the names of ldm.guided_diffusion.script_util. What shapes show need not be given; the
             heads of the attention, use_new_attention_order and the diffusion process show in none: they are
             those of the published model with this layout, or else the originals' defaults, and the report's
@@ -562,7 +564,8 @@ def load_openai_model(
     """
     check_dtype(dtype)
     device = usable(device)
-    with contextlib.closing(open_weights(path)) as source:
+    opened = contextlib.closing(open_weights(path)) if source is None else contextlib.nullcontext(source)
+    with opened as source:
         kind, flags, notes = settle_flags(source.path, source.infos, given)
         with torch.device("meta"):
             model = kind.create(**script_util.flags_for(kind.create, flags))
