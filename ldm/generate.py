@@ -392,9 +392,9 @@ class StableDiffusion:
 
         Weights that visit a device in turn (low_vram) stay where they are moved to; call `optimize` again.
         """
-        from ldm.kernels import low_vram
+        from ldm.kernels import offload
 
-        low_vram.detach(self.model)
+        offload.detach(self.model)
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         device = self.device if device is None else pick_device(device)

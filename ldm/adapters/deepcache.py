@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UsageError, shown
-from ldm.kernels.stand_ins import StandIn
+from ldm.kernels.fused import StandIn
 from ldm.modules.diffusionmodules.openaimodel import SuperResModel, UNetModel
 
 MAX_INTERVAL = 1000  # levels; no run has more

@@ -34,9 +34,9 @@ def optimize(
 
     Args:
         compile: compile the residual and transformer blocks by torch.compile instead; the first calls take minutes.
-        tiled_vae: let the autoencoder work in strips of rows (strips.py): a fraction of the memory, no seams, slower.
+        tiled_vae: let the autoencoder work in strips of rows: a fraction of the memory, no seams, slower.
         sliced_vae: let the autoencoder take the pictures of a batch one after the other.
-        low_vram: a device that the weights, which stay where they are, visit part by part (low_vram.py): a fraction of
+        low_vram: a device that the weights, which stay where they are, visit part by part (offload.py): a fraction of
             the memory, much slower. The plain code does the work.
         vae_graphs: record the autoencoder's halves, too: on CUDA, where pictures are small and many. For 512 x 512 in
             float32 a recording keeps 2 to 3 GiB.
@@ -48,13 +48,12 @@ def optimize(
         UsageError: tiled_vae, sliced_vae or vae_graphs for a model without an encoder or decoder of ours; low_vram and
             compile; vae_graphs elsewhere than on CUDA, or with low_vram or tiled_vae.
     """
-    from ldm.kernels import graphs, memory, regions, stand_ins, strips
-    from ldm.kernels import low_vram as visits
+    from ldm.kernels import cuda_graphs, fused, malloc, offload, regional_compile, vae_tiling
 
     restore(model)
     ways = {"tiled_vae": tiled_vae, "sliced_vae": sliced_vae, "vae_graphs": vae_graphs}
     for name, is_wanted in ways.items():
-        if is_wanted and not strips.halves(model):
+        if is_wanted and not vae_tiling.halves(model):
             raise UsageError(
                 f"{name} is for a model with an autoencoder, {type(model).__name__} has none; leave it out"
             )
@@ -69,21 +68,21 @@ def optimize(
             f"vae_graphs is for whole autoencoders whose weights are on CUDA, got {instead}; leave it out"
         )
     if tiled_vae:
-        strips.attach(model)
+        vae_tiling.attach(model)
     if device == "cpu":
-        memory.keep(model)
+        malloc.keep(model)
     else:
-        regions.put_channels_last(model)
+        regional_compile.put_channels_last(model)
     if low_vram is not None:
-        visits.attach(model, low_vram)
+        offload.attach(model, low_vram)
     elif compile:
-        regions.compile_blocks(model)
+        regional_compile.compile_blocks(model)
     else:
-        stand_ins.attach(model)
+        fused.attach(model)
     if device == "cuda" and low_vram is None:
-        graphs.attach(model, vae=vae_graphs)
+        cuda_graphs.attach(model, vae=vae_graphs)
     if sliced_vae:
-        strips.attach_one_by_one(model)
+        vae_tiling.attach_one_by_one(model)
     return model
 
 
@@ -93,10 +92,10 @@ def restore(model: nn.Module) -> nn.Module:
     Returns:
         the model.
     """
-    from ldm.kernels import low_vram, memory, regions, stand_ins
+    from ldm.kernels import fused, malloc, offload, regional_compile
 
-    low_vram.detach(model)
-    stand_ins.detach(model)
-    regions.restore(model)
-    memory.give_back(model)
+    offload.detach(model)
+    fused.detach(model)
+    regional_compile.restore(model)
+    malloc.give_back(model)
     return model

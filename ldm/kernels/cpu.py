@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.kernels import native, phases, winograd
+from ldm.kernels import native, upsample_conv, winograd
 from ldm.kernels.native import (
     attention,
     geglu,
@@ -105,4 +105,4 @@ def convolve(conv: nn.Conv2d, x: Tensor, kept: Mapping[str, Any], add: Tensor | 
 
 def spread(y: Tensor) -> Tensor:
     """Lay the four phases (b, 4 c, h + 1, w + 1) of doubled maps out as one (b, c, 2 h, 2 w)."""
-    return phases.spread(y) if native.library() is None else native.spread(y)
+    return upsample_conv.spread(y) if native.library() is None else native.spread(y)

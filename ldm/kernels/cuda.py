@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.kernels.phases import spread
+from ldm.kernels.upsample_conv import spread
 from ldm.modules.attention import attend
 
 __all__ = [

@@ -19,7 +19,7 @@ from ldm.adapters.deepcache import DeepCache
 from ldm.errors import UsageError
 from ldm.generate import StableDiffusion, denoise
 from ldm.kernels import restore
-from ldm.kernels.stand_ins import StandIn
+from ldm.kernels.fused import StandIn
 from ldm.modules.diffusionmodules.openaimodel import SuperResModel, UNetModel
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from tiny import TEXT, tiny_config, tiny_model, write_tiny
 import ldm
 from ldm.diffusers_style import DDIMScheduler, StableDiffusionPipeline, load_image
 from ldm.errors import AbsentError, FormatError, MismatchError, UsageError
-from ldm.kernels.strips import OneByOne, Strips
+from ldm.kernels.vae_tiling import OneByOne, Strips
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.paths import shipped
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.kernels import cpu, cuda, stand_ins
+from ldm.kernels import cpu, cuda, fused
 
 
 @pytest.fixture(params=["cpu", "interpreted"])
@@ -19,5 +19,5 @@ def interpreted(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("test_on_gpu.py has the real thing")
     assert cuda.kernels() is not None
-    monkeypatch.setitem(stand_ins.ENGINES, "cpu", cuda)
+    monkeypatch.setitem(fused.ENGINES, "cpu", cuda)
     return cuda

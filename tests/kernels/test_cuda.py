@@ -9,7 +9,7 @@ import torch
 from keyed import fill, keyed_input
 from tiny_networks import UNET, VAE
 
-from ldm.kernels import cuda, optimize, restore, stand_ins
+from ldm.kernels import cuda, fused, optimize, restore
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, UNetModel
 
@@ -81,7 +81,7 @@ def test_openai_s_attention_gives_the_plain_numbers(calls):
 def test_half_precision_is_served():
     norm = torch.nn.GroupNorm(4, 32).half()
     x = keyed_input("cuda.half", (2, 32, 5, 7)).half().contiguous(memory_format=torch.channels_last)
-    got = stand_ins.Norm(norm).fast(x)
+    got = fused.Norm(norm).fast(x)
     assert got.dtype == torch.float16
     torch.testing.assert_close(
         got.float(), torch.nn.functional.group_norm(x.float(), 4), rtol=2e-3, atol=2e-3

@@ -9,7 +9,7 @@ from tiny import tiny_config
 from ldm.checkpoints import load_latent_diffusion, save_safetensors
 from ldm.config import instantiate_from_config
 from ldm.errors import UsageError
-from ldm.kernels import cuda, graphs, low_vram, optimize, restore
+from ldm.kernels import cuda, cuda_graphs, offload, optimize, restore
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -75,8 +75,11 @@ def test_an_optimized_model_gives_the_plain_numbers(model, vae):
     want = [ask(model, scale) for scale in (1.0, 0.5)]
     optimize(model, vae_graphs=vae)
     unet, decoder = model.model.diffusion_model, model.first_stage_model.decoder
-    assert isinstance(unet.forward, graphs.Graphed) and isinstance(decoder.forward, graphs.Graphed) is vae
-    for _ in range(graphs.SIGHTS):
+    assert (
+        isinstance(unet.forward, cuda_graphs.Graphed)
+        and isinstance(decoder.forward, cuda_graphs.Graphed) is vae
+    )
+    for _ in range(cuda_graphs.SIGHTS):
         for scale, expected in zip((1.0, 0.5), want, strict=True):
             near(ask(model, scale), expected)
     assert recordings(unet) == [True] and (not vae or recordings(decoder) == [True])
@@ -87,7 +90,7 @@ def test_inference_mode_and_no_grad_share_recordings(model):
     want = ask(model.cuda())
     optimize(model)
     with torch.inference_mode():
-        for _ in range(graphs.SIGHTS + 1):
+        for _ in range(cuda_graphs.SIGHTS + 1):
             near(ask(model), want)
     assert recordings(model.model.diffusion_model) == [True]
     for _ in range(2):
@@ -107,7 +110,7 @@ def test_a_recording_that_breaks_off_leaves_no_trace(model, caplog):
     unet.out[1] = Waiting()
     for plays in (False, True):
         optimize(model)
-        for _ in range(graphs.SIGHTS + 1):
+        for _ in range(cuda_graphs.SIGHTS + 1):
             near(ask(model), want)
         assert recordings(unet) == [plays]
         assert ("no recording of UNetModel is used" in caplog.text) is not plays
@@ -132,7 +135,7 @@ def test_the_loop_waits_for_nothing(model):
     optimize(model)
     c = model.get_learned_conditioning(["a red star", "a ring"])
     x, t = torch.zeros(2, 4, 8, 8, device="cuda"), torch.tensor([10, 900], device="cuda")
-    for _ in range(graphs.SIGHTS):
+    for _ in range(cuda_graphs.SIGHTS):
         model.apply_model(x, t, c)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -150,7 +153,7 @@ def test_labels_that_stay_are_waited_for_once():
     x, t = keyed_input("gpu.y", (2, 4, 8, 8)).cuda(), torch.tensor([10, 900], device="cuda")
     y = torch.tensor([4, 0], device="cuda")
     with torch.no_grad():
-        for _ in range(graphs.SIGHTS):
+        for _ in range(cuda_graphs.SIGHTS):
             want = unet(x, t, y=y)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -167,7 +170,7 @@ def test_recordings_after_others_are_gone_have_workspaces_of_their_own(model):
     want = ask(model.cuda())
     for _ in range(3):
         optimize(model)
-        for _ in range(graphs.SIGHTS + 1):
+        for _ in range(cuda_graphs.SIGHTS + 1):
             near(ask(model), want)
         assert recordings(model.model.diffusion_model) == [True]
         restore(model)
@@ -181,7 +184,7 @@ def test_visiting_weights_give_the_plain_numbers_in_less_memory(model):
     model.cpu()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    visits = low_vram.attach(model, torch.device("cuda", torch.cuda.current_device()))
+    visits = offload.attach(model, torch.device("cuda", torch.cuda.current_device()))
     for _ in range(2):
         near(ask(model), want, 1e-5)
     weights = sum(p.nbytes for p in model.parameters())

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.errors import UsageError
-from ldm.kernels import optimize, restore, strips
-from ldm.kernels.strips import decode_in_strips, encode_in_strips
+from ldm.kernels import optimize, restore, vae_tiling
+from ldm.kernels.vae_tiling import decode_in_strips, encode_in_strips
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.diffusionmodules import model as plain
 from ldm.modules.diffusionmodules.model import Decoder, Encoder, ResnetBlock
@@ -355,9 +355,9 @@ def calls(monkeypatch):
     """Names of the halves that went through strips."""
     found = []
     for name in ("decode_in_strips", "encode_in_strips"):
-        own = getattr(strips, name)
+        own = getattr(vae_tiling, name)
         monkeypatch.setattr(
-            strips, name, lambda *given, own=own, name=name: found.append(name) or own(*given)
+            vae_tiling, name, lambda *given, own=own, name=name: found.append(name) or own(*given)
         )
     return found
 

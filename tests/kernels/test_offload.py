@@ -9,7 +9,7 @@ from torch import nn
 import ldm
 from ldm.config import instantiate_from_config
 from ldm.errors import UsageError
-from ldm.kernels import low_vram, optimize, restore
+from ldm.kernels import offload, optimize, restore
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def sizes(visits):
 @pytest.mark.parametrize("ahead", [False, True])
 def test_the_numbers_are_the_plain_ones(model, ahead):
     want = ask(model)
-    visits = low_vram.Visits(model, CPU, ahead)
+    visits = offload.Visits(model, CPU, ahead)
     for _ in range(2):  # the second time it is known who follows
         for got, expected in zip(ask(model), want, strict=True):
             assert torch.equal(got, expected)
@@ -47,7 +47,7 @@ def test_the_numbers_are_the_plain_ones(model, ahead):
 
 
 def test_every_weight_is_in_one_part(model):
-    visits = low_vram.Visits(model, CPU)
+    visits = offload.Visits(model, CPU)
     weights = [p for part in visits.parts for p in part.weights]
     assert len(weights) == len(set(weights)) and set(weights) == set(model.parameters())
     names = {name for name, module in model.named_modules() if module in {p.module for p in visits.parts}}
@@ -59,7 +59,7 @@ def test_every_weight_is_in_one_part(model):
 @pytest.mark.parametrize(("ahead", "parts"), [(False, 1), (True, 2)])
 def test_one_part_is_there_at_a_time_and_two_if_fetched_ahead(model, ahead, parts):
     unet = model.model.diffusion_model
-    visits, found = low_vram.Visits(model, CPU, ahead), []
+    visits, found = offload.Visits(model, CPU, ahead), []
     size = dict(zip(visits.parts, sizes(visits), strict=True))
 
     def look(*_):
@@ -80,7 +80,7 @@ def test_one_part_is_there_at_a_time_and_two_if_fetched_ahead(model, ahead, part
 
 def test_what_follows_is_fetched_before_it_is_called(model):
     unet = model.model.diffusion_model
-    visits = low_vram.Visits(model, CPU, True)
+    visits = offload.Visits(model, CPU, True)
     ask(model)
     found = []
     first = next(part for part in visits.parts if part.module is unet.input_blocks[0])
@@ -94,7 +94,7 @@ def test_what_follows_is_fetched_before_it_is_called(model):
 
 def test_a_wrong_guess_is_let_go(model):
     unet = model.model.diffusion_model
-    visits = low_vram.Visits(model, CPU, True)
+    visits = offload.Visits(model, CPU, True)
     ask(model)
     emb = torch.zeros(1, unet.time_embed[0].out_features)
     unet.input_blocks[0](torch.zeros(1, 4, 8, 8), emb, None)  # and not the block after it
@@ -104,7 +104,7 @@ def test_a_wrong_guess_is_let_go(model):
 
 
 def test_weights_are_at_home_between_calls_and_after_errors(model):
-    visits = low_vram.Visits(model, CPU)
+    visits = offload.Visits(model, CPU)
     home = {name: p.data_ptr() for name, p in model.named_parameters()}
     seen = []
     middle = model.model.diffusion_model.middle_block
@@ -124,7 +124,7 @@ def test_weights_are_at_home_between_calls_and_after_errors(model):
 @pytest.mark.parametrize("ahead", [False, True])
 def test_weights_written_or_replaced_between_calls_are_used(model, ahead):
     """All of them: those, too, that were fetched ahead at the end of the call before."""
-    visits = low_vram.Visits(model, CPU, ahead)
+    visits = offload.Visits(model, CPU, ahead)
     unet = model.model.diffusion_model
     for _ in range(2):
         before = ask(model)[1]
@@ -143,7 +143,7 @@ def test_weights_written_or_replaced_between_calls_are_used(model, ahead):
 def test_all_that_is_used_is_on_the_device(model):
     """Tensors of `meta` have no values, and operations refuse to mix them with others."""
     values = {name: x.clone() for name, x in model.state_dict().items()}
-    low_vram.attach(model, torch.device("meta"))
+    offload.attach(model, torch.device("meta"))
     assert model.device.type == "meta"
     for _ in range(2):
         assert [x.device.type for x in ask(model)] == ["meta"] * 4
@@ -163,7 +163,7 @@ def test_a_weight_of_a_larger_module_s_own_moves_there_and_back():
             return self.layer(x) * self.scale
 
     module = Scaled()
-    visits = low_vram.attach(module, torch.device("meta"))
+    visits = offload.attach(module, torch.device("meta"))
     assert [part.module for part in visits.parts] == [module.layer]
     assert module.scale.device.type == "meta" and module.layer.weight.device.type == "cpu"
 
@@ -175,14 +175,14 @@ def test_restoring_ends_the_visits(model):
     assert any(m._forward_pre_hooks for m in model.modules())
     restore(model)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
-    assert not low_vram.detach(model) and torch.equal(ask(model)[1], want[1])
+    assert not offload.detach(model) and torch.equal(ask(model)[1], want[1])
 
 
 def test_an_average_stays_at_home():
     config = tiny_config()["model"]
     config["params"]["use_ema"] = True
     model = instantiate_from_config(config)
-    low_vram.attach(model, torch.device("meta"))
+    offload.attach(model, torch.device("meta"))
     assert {x.device.type for x in model.model_ema.buffers()} == {"cpu"}
 
 
@@ -207,10 +207,10 @@ def test_a_unet_alone_has_its_blocks_as_parts():
         image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=1,
         attention_resolutions=[2], channel_mult=[1, 2], num_heads=2, num_classes=3,
     )  # fmt: skip
-    visits = low_vram.attach(fill(unet), CPU)
+    visits = offload.attach(fill(unet), CPU)
     kinds = [part.module for part in visits.parts]
     assert unet.label_emb in kinds and len(kinds) == 4 + len(unet.input_blocks) + len(unet.output_blocks)
     x, y = keyed_input("visits.labels", (2, 4, 8, 8)), torch.tensor([2, 0])
     want = restore(unet)(x, torch.tensor([5, 6]), y=y)
-    low_vram.attach(unet, CPU)
+    offload.attach(unet, CPU)
     assert torch.equal(unet(x, torch.tensor([5, 6]), y=y), want)

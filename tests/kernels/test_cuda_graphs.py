@@ -19,8 +19,8 @@ from tiny_networks import VAE, replace_weights_in_place
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ldm.errors import UsageError
-from ldm.kernels import graphs, optimize, restore, stand_ins, strips
-from ldm.kernels.graphs import Graphed
+from ldm.kernels import cuda_graphs, fused, optimize, restore, vae_tiling
+from ldm.kernels.cuda_graphs import Graphed
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
@@ -32,7 +32,7 @@ recorded = []
 @pytest.fixture(autouse=True)
 def without_gradients(monkeypatch):
     recorded.clear()
-    monkeypatch.setattr(graphs, "SIGHTS", 1)  # but where the count of calls is the subject
+    monkeypatch.setattr(cuda_graphs, "SIGHTS", 1)  # but where the count of calls is the subject
     with torch.no_grad():
         yield
 
@@ -65,14 +65,14 @@ def record_answer(run, inputs):
 @pytest.fixture
 def answering():
     made = fill(UNetModel(**UNET), "graphs.")
-    assert graphs.attach(made, record_answer) == 1
+    assert cuda_graphs.attach(made, record_answer) == 1
     return made
 
 
 @pytest.fixture
 def unet():
     made = fill(UNetModel(**UNET), "graphs.")
-    assert graphs.attach(made, record) == 1
+    assert cuda_graphs.attach(made, record) == 1
     return made
 
 
@@ -99,14 +99,14 @@ def test_each_shape_is_recorded_once_and_gives_the_plain_numbers(unet):
         [(2, 4, 4, 10), (2,), (2, 7, 24)],
     ]
     bf16 = copy.deepcopy(restore(unet)).bfloat16()
-    graphs.attach(bf16, record)
+    cuda_graphs.attach(bf16, record)
     inputs = {k: v.bfloat16() if k != "timesteps" else v for k, v in given().items()}
     assert bf16(**inputs).dtype == torch.bfloat16 and len(recorded) == 3
 
 
 def test_a_shape_is_recorded_when_it_comes_for_the_third_time(answering, monkeypatch):
     monkeypatch.undo()
-    assert graphs.SIGHTS == 3
+    assert cuda_graphs.SIGHTS == 3
     one, two = given(), given(size=(4, 10))
     for inputs, so_far in ((one, 0), (two, 0), (one, 0), (one, 1), (two, 1), (one, 1), (two, 2), (two, 2)):
         close(answering(**inputs), plainly(answering, **inputs))
@@ -136,7 +136,7 @@ def test_results_are_the_caller_s_own(unet):
 
 
 def test_the_shapes_seen_last_are_kept(answering, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST", 2)
+    monkeypatch.setattr(cuda_graphs, "MOST", 2)
     one, two, three = given(), given(size=(4, 4)), given(size=(2, 8))
     for inputs in (one, two, one, three, one, two):
         close(answering(**inputs), plainly(answering, **inputs))
@@ -272,9 +272,9 @@ def test_what_cannot_be_recorded_is_said_once_and_called(caplog, error, words):
         raise error
 
     unet = fill(UNetModel(**UNET), "graphs.")
-    graphs.attach(unet, refuse)
+    cuda_graphs.attach(unet, refuse)
     inputs = given()
-    with caplog.at_level(logging.WARNING, "ldm.kernels.graphs"):
+    with caplog.at_level(logging.WARNING, "ldm.kernels.cuda_graphs"):
         for _ in range(3):
             close(unet(**inputs), plainly(unet, **inputs))
     assert len(recorded) == 1
@@ -284,9 +284,9 @@ def test_what_cannot_be_recorded_is_said_once_and_called(caplog, error, words):
 @pytest.mark.parametrize(("factor", "much"), [(1.2, "0.2"), (float("nan"), "inf")])
 def test_a_recording_that_plays_something_else_is_not_used(caplog, factor, much):
     unet = fill(UNetModel(**UNET), "graphs.")
-    graphs.attach(unet, lambda run, inputs: lambda tensors: run(tensors) * factor)
+    cuda_graphs.attach(unet, lambda run, inputs: lambda tensors: run(tensors) * factor)
     inputs = given()
-    with caplog.at_level(logging.WARNING, "ldm.kernels.graphs"):
+    with caplog.at_level(logging.WARNING, "ldm.kernels.cuda_graphs"):
         close(unet(**inputs), plainly(unet, **inputs))
         close(unet(**inputs), plainly(unet, **inputs))
     assert caplog.messages == [f"no recording of UNetModel is used: it differs by {much}"]
@@ -305,10 +305,10 @@ def test_both_halves_of_an_autoencoder_are_recorded_around_their_stand_ins():
     x, z = keyed_input("graphs.pixels", (1, 3, 12, 20)), keyed_input("graphs.z", (1, 4, 6, 10))
     want = encoder(x), decoder(z)
     both = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder})
-    stand_ins.attach(both)
-    assert graphs.attach(both, record) == 0  # they would hold gigabytes and save little
-    assert graphs.attach(both, record, vae=True) == 2
-    assert isinstance(decoder.forward.inner, stand_ins.Decoder)
+    fused.attach(both)
+    assert cuda_graphs.attach(both, record) == 0  # they would hold gigabytes and save little
+    assert cuda_graphs.attach(both, record, vae=True) == 2
+    assert isinstance(decoder.forward.inner, fused.Decoder)
     for _ in range(2):
         close(encoder(x), want[0])
         close(decoder(z), want[1])
@@ -322,14 +322,14 @@ def test_both_halves_of_an_autoencoder_are_recorded_around_their_stand_ins():
 
 def test_strips_are_not_recorded():
     decoder = fill(Decoder(**VAE), "graphs.d.")
-    strips.attach(decoder)
-    assert graphs.attach(decoder, record, vae=True) == 0
+    vae_tiling.attach(decoder)
+    assert cuda_graphs.attach(decoder, record, vae=True) == 0
 
 
 @pytest.mark.slow
 def test_a_recording_made_in_inference_mode_plays_outside_of_it():
     unet = fill(UNetModel(**LARGER), "graphs.")
-    graphs.attach(unet, record_held)
+    cuda_graphs.attach(unet, record_held)
     want = plainly(unet, **given())
     with torch.inference_mode():
         for _ in range(2):
@@ -348,11 +348,11 @@ def tensors_in(value):
 def test_what_a_recording_reads_stays_as_long_as_the_recording(unet):
     """What stand-ins made of weights, too, even if they have made something else since."""
     restore(unet)
-    stand_ins.attach(unet)
-    graphs.attach(unet, lambda run, inputs: run)  # which keeps nothing by itself
+    fused.attach(unet)
+    cuda_graphs.attach(unet, lambda run, inputs: run)  # which keeps nothing by itself
     inputs = given()
     unet(**inputs)
-    read = [weakref.ref(x) for x in tensors_in(graphs.derived_of(unet))]
+    read = [weakref.ref(x) for x in tensors_in(cuda_graphs.derived_of(unet))]
     assert len(read) > 10
     hook = unet.middle_block.register_forward_hook(lambda *_: None)
     for weight in unet.parameters():
@@ -379,7 +379,7 @@ def test_recordings_of_other_weights_go_first(answering):
 
 def test_labels_are_looked_at_in_a_playback_too():
     unet = fill(UNetModel(**{**UNET, "num_classes": 5}), "graphs.")
-    graphs.attach(unet, record)
+    cuda_graphs.attach(unet, record)
     inputs = given() | {"y": torch.tensor([4, 0])}
     for _ in range(2):
         close(unet(**inputs), plainly(unet, **inputs))
@@ -404,7 +404,7 @@ def test_copies_begin_with_nothing(answering):
 
 def test_a_model_that_went_back_to_the_cpu_goes_the_plain_way(caplog):
     unet = fill(UNetModel(**UNET), "graphs.")
-    graphs.attach(unet)  # as optimize() does on a GPU
+    cuda_graphs.attach(unet)  # as optimize() does on a GPU
     inputs = given()
     close(unet(**inputs), plainly(unet, **inputs))
     assert not unet.forward._shapes and not caplog.messages

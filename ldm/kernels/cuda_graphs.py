@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.kernels.stand_ins import STAND_INS, Around, Derived, StandIn, code_of
+from ldm.kernels.fused import STAND_INS, Around, Derived, StandIn, code_of
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel, check_labels
 

@@ -13,7 +13,7 @@ from tiny_networks import UNET, VAE, replace_weights_in_place
 from torch import nn
 
 from ldm.config import instantiate_from_config
-from ldm.kernels import memory, native, optimize, restore, stand_ins
+from ldm.kernels import fused, malloc, native, optimize, restore
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules import attention
 from ldm.modules.attention import CrossAttention
@@ -94,7 +94,7 @@ def watch(monkeypatch):
 
         return fast
 
-    for kind in set(stand_ins.STAND_INS.values()):
+    for kind in set(fused.STAND_INS.values()):
         monkeypatch.setattr(kind, "fast", noting(kind))
     return served
 
@@ -238,7 +238,7 @@ def test_another_weight_where_one_lay_is_noticed():
     before = dict(unet.named_parameters())
     replace_weights_in_place(unet, 1.1)
     for name, weight in unet.named_parameters():
-        assert weight is not before[name] and stand_ins.state_of(weight) == stand_ins.state_of(before[name])
+        assert weight is not before[name] and fused.state_of(weight) == fused.state_of(before[name])
     changed = unet(**given)
     close(changed, restore(unet)(**given))
 
@@ -447,23 +447,23 @@ def test_without_kernels_the_rest_still_serves(monkeypatch):
 def test_memory_is_kept_as_long_as_a_model_wants_it(monkeypatch):
     """glibc's thresholds, as they are asked for."""
     asked = []
-    monkeypatch.setattr(memory, "_set", lambda *given: asked.append(given))
-    monkeypatch.setattr(memory, "_users", type(memory._users)())
-    kept = (memory.KEPT, 2**31 - 1)
+    monkeypatch.setattr(malloc, "_set", lambda *given: asked.append(given))
+    monkeypatch.setattr(malloc, "_users", type(malloc._users)())
+    kept = (malloc.KEPT, 2**31 - 1)
     one, other = (nn.Sequential(nn.Conv2d(3, 8, 3)).eval() for _ in range(2))
     optimize(one), optimize(other)
     restore(one)
     assert asked == [kept, kept]
     restore(other), restore(other)
-    assert asked == [kept, kept, (memory.DEFAULT_MMAP, memory.DEFAULT_TRIM)]
+    assert asked == [kept, kept, (malloc.DEFAULT_MMAP, malloc.DEFAULT_TRIM)]
 
 
 def test_memory_is_given_back_by_a_model_of_which_no_part_is_served(monkeypatch):
     asked = []
-    monkeypatch.setattr(memory, "_set", lambda *given: asked.append(given))
-    monkeypatch.setattr(memory, "_users", type(memory._users)())
+    monkeypatch.setattr(malloc, "_set", lambda *given: asked.append(given))
+    monkeypatch.setattr(malloc, "_users", type(malloc._users)())
     restore(optimize(nn.Embedding(3, 5)))
-    assert asked == [(memory.KEPT, 2**31 - 1), (memory.DEFAULT_MMAP, memory.DEFAULT_TRIM)]
+    assert asked == [(malloc.KEPT, 2**31 - 1), (malloc.DEFAULT_MMAP, malloc.DEFAULT_TRIM)]
 
 
 def test_memory_serves_on_when_it_was_given_back():
