@@ -1,4 +1,4 @@
-"""What is known to go wrong with a wish, said in one line each before the first step; nothing here is refused."""
+"""What is known to go wrong with a request, said in one line each before the first step; nothing here is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm.errors import MismatchError, UsageError
 from ldm.models.diffusion.samplers import resolve_sampler
 
 if TYPE_CHECKING:
-    from ldm.request import Job
+    from ldm.request import Request
 
 NAMED_WORDS = 12  # unseen words spelt out; the rest are counted
 SHOWN_WORDS = 60  # of a vocabulary small enough to be shown
@@ -187,7 +187,7 @@ def by_sampler(least_steps: Mapping[str, int]) -> dict[str, int]:
         raise MismatchError(f"the configuration's 'sampling.least_steps': {error}") from None
 
 
-def advice(jobs: Sequence[Job], defaults: SamplingDefaults, *, on_cpu: bool = True) -> dict[str, str]:
+def advice(requests: Sequence[Request], defaults: SamplingDefaults, *, on_cpu: bool = True) -> dict[str, str]:
     """Say what is known to go wrong with the parts of one run: kind of trouble -> line.
 
     Args:
@@ -195,16 +195,16 @@ def advice(jobs: Sequence[Job], defaults: SamplingDefaults, *, on_cpu: bool = Tr
     """
     texts: dict[str, None] = {}
     lines: dict[str, str | None] = {}
-    for job in jobs:
-        if job.embeds is None:
-            texts |= dict.fromkeys(shot.prompt for shot in job.shots)
-            if job.guidance_scale != 1:
-                texts |= dict.fromkeys(shot.negative for shot in job.shots)
-        seeds = [shot.seed for shot in job.shots] if on_cpu or job.rng == "image" else []
+    for request in requests:
+        if request.embeds is None:
+            texts |= dict.fromkeys(spec.prompt for spec in request.images)
+            if request.guidance_scale != 1:
+                texts |= dict.fromkeys(spec.negative_prompt for spec in request.images)
+        seeds = [spec.seed for spec in request.images] if on_cpu or request.rng == "image" else []
         for kind, line in (
-            ("size", about_size(defaults.known_sizes, job.width, job.height)),
-            ("steps", about_steps(defaults.least_steps, job.sampler, job.steps)),
-            ("strength", about_strength(job.strength, job.steps, job.run_last)),
+            ("size", about_size(defaults.known_sizes, request.width, request.height)),
+            ("steps", about_steps(defaults.least_steps, request.sampler, request.steps)),
+            ("strength", about_strength(request.strength, request.steps, request.run_last)),
             ("seed", about_seeds(seeds)),
         ):
             lines[kind] = lines.get(kind) or line

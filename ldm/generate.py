@@ -13,8 +13,9 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,14 +35,9 @@ from ldm.errors import (
     shown,
 )
 from ldm.helpers import upload
-from ldm.limits import choice, real, whole
 from ldm.models.diffusion.samplers import (
-    SAMPLERS,
-    WHOLE_INTERVAL,
+    Noise,
     Step,
-    check_eta,
-    check_interval,
-    resolve_sampler,
     sample_steps,
     start_level,
 )
@@ -49,7 +45,7 @@ from ldm.models.introspect import downsampling, dtype_of, is_inpainting, native_
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.other_words import PIPELINE, attribute_advice, near, taking_options_of
 from ldm.paths import shipped
-from ldm.request import Job, Shot, check_embeds, check_size, list_prompts, list_seeds, read_pictures
+from ldm.request import ImageSpec, Request, check_request
 from ldm.results import GenerationParameters, GenerationResult, Progress, join, painted, with_bar
 
 if TYPE_CHECKING:
@@ -61,6 +57,21 @@ log = logging.getLogger(__name__)
 
 # What CompVis's txt2img.py has, for models that say nothing of their own.
 V1_GUIDANCE, V1_STEPS = 7.5, 50
+# Fields of a Request that denoise() takes, and further ones that a picture's metadata hold as they are.
+DENOISE_OPTIONS = (
+    "sampler",
+    "steps",
+    "spacing",
+    "eta",
+    "guidance_scale",
+    "guidance_rescale",
+    "guidance_interval",
+    "cache_interval",
+    "cache_depth",
+    "merge_ratio",
+    "merge_seed",
+)
+SHARED_OPTIONS = ("mode", "width", "height", "strength", "rng")
 
 # --- the words of the story -----------------------------------------------------------------------
 
@@ -80,6 +91,32 @@ def encode_prompt(
         if prompt not in known:
             known[prompt] = model.get_learned_conditioning([prompt])
     return torch.cat([known[prompt] for prompt in prompts])
+
+
+def encode_prompts(
+    model: LatentDiffusion, request: Request, batch: Sequence[ImageSpec], known: dict[str, Tensor]
+) -> tuple[Tensor, Tensor | None, list[list[str]]]:
+    """Encode prompts and, if guidance needs them, negative prompts; list the words that did not fit.
+
+    Returns:
+        context and unconditional context, (b, n, d) each (None where nothing is guided), and dropped words.
+    """
+    guided = request.guidance_scale != 1.0
+    if request.embeds is not None:
+        rows = [spec.row for spec in batch]
+        context = request.embeds[rows].to(model.device)
+        unconditional = request.negative_embeds[rows].to(model.device) if guided else None
+        return context, unconditional, [[] for _ in batch]
+    wanted = {text for spec in batch for text in (spec.prompt, spec.negative_prompt)}
+    for text in known.keys() - wanted:  # a list of many prompts must not fill the memory
+        del known[text]
+    context = encode_prompt(model, [spec.prompt for spec in batch], known)
+    unconditional = encode_prompt(model, [spec.negative_prompt for spec in batch], known) if guided else None
+    dropped_words = getattr(model.cond_stage_model, "dropped_words", lambda text: [])
+    dropped = [
+        dropped_words(spec.prompt) + (dropped_words(spec.negative_prompt) if guided else []) for spec in batch
+    ]
+    return context, unconditional, dropped
 
 
 class ImageNoise:
@@ -114,14 +151,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def initial_latents(model: LatentDiffusion, count: int, height: int, width: int, noise) -> Tensor:
+def initial_latents(model: LatentDiffusion, count: int, height: int, width: int, noise: Noise) -> Tensor:
     """Draw x_T, (count, c, height / f, width / f), on the model's device."""
     f = downsampling(model)
     like = torch.empty(count, model.channels, height // f, width // f, device=model.device)
     return noise(like)
 
 
-def encode_image(model: LatentDiffusion, image: Tensor, count: int, noise) -> Tensor:
+def encode_image(model: LatentDiffusion, image: Tensor, count: int, noise: Noise) -> Tensor:
     """Turn one picture (1, 3, height, width) into `count` samples of its latents, scaled units.
 
     The sampling noise is drawn on the CPU, as CompVis's DiagonalGaussianDistribution does on every device.
@@ -137,6 +174,54 @@ def encode_image(model: LatentDiffusion, image: Tensor, count: int, noise) -> Te
     f = downsampling(model)
     draw = noise(torch.empty(count, model.channels, image.shape[2] // f, image.shape[3] // f))
     return model.scale_factor * _in_finite_precision(model, "the VAE's encoder", encode)
+
+
+def encode_source(
+    model: LatentDiffusion,
+    request: Request,
+    image: Tensor,
+    b: int,
+    noise: Noise,
+    shared: dict[str, Any],
+    key: str,
+) -> Tensor:
+    """Encode a picture (1, 3, height, width) for b images; CompVis encodes it once, before its first batch.
+
+    Args:
+        shared, key: where its latents are kept from one batch to the next, and under which name.
+    """
+    if request.rng == "image":
+        return encode_image(model, image, b, noise)
+    if key not in shared:
+        count = min(request.batch_size, len(request.images))
+        shared[key] = encode_image(model, image, count, noise)
+    return shared[key][:b]
+
+
+def masked_picture(
+    model: LatentDiffusion, request: Request, b: int, noise: Noise, shared: dict[str, Any]
+) -> Tensor:
+    """Make what a 9-channel UNet sees beside its latents, (b, 1 + c, h, w): mask, then masked picture.
+
+    Without a mask everything is to be repainted and the picture is grey, as its training had it.
+    """
+    f = downsampling(model)
+    size = (request.height, request.width)
+    mask = torch.ones(1, 1, *size) if request.mask is None else request.mask
+    image = torch.zeros(1, 3, *size) if request.image is None else request.image
+    z = encode_source(model, request, image * (mask < 0.5), b, noise, shared, "masked")
+    return torch.cat([pictures.shrink_mask(mask, f, any_pixel=False).to(z).expand(b, -1, -1, -1), z], dim=1)
+
+
+def starting_noise(
+    model: LatentDiffusion, request: Request, b: int, noise: Noise, shared: dict[str, Any]
+) -> Tensor:
+    """Draw x_T (b, c, h, w) for a batch; fixed_code in CompVis's order of draws takes that of the first batch again."""
+    if not (request.fixed_code and request.rng == "compvis"):
+        return initial_latents(model, b, request.height, request.width, noise)
+    if "x_T" not in shared:
+        shared["x_T"] = initial_latents(model, request.batch_size, request.height, request.width, noise)
+    return shared["x_T"][:b]
 
 
 def denoise(
@@ -244,6 +329,139 @@ class _WithAttachments:
             return self._model.apply_model(x, t, cond, *args, **kwargs)
 
 
+# --- from prompt to picture -----------------------------------------------------------------------
+
+
+def paint_batch(
+    model: LatentDiffusion,
+    request: Request,
+    batch: Sequence[ImageSpec],
+    shared: dict[str, Any],
+    progress: Callable[..., Progress],
+    name: str | None = None,
+    file: Path | None = None,
+    autocast: torch.dtype | None = None,
+) -> Iterator[Progress]:
+    """Paint one batch: encode the prompts, draw noise, denoise step by step, decode.
+
+    Args:
+        batch: those of request.images that are painted at once.
+        shared: what the batches of a request use again; empty at first.
+        progress: makes the Progress of a step.
+        name, file: of the model, for the pictures' metadata.
+        autocast: see denoise.
+    """
+    b = len(batch)
+    noise = ImageNoise([spec.seed for spec in batch]) if request.rng == "image" else CompVisNoise()
+    context, unconditional, dropped = encode_prompts(model, request, batch, shared.setdefault("features", {}))
+    options: dict[str, Any] = {"noise": noise}
+
+    def finished(latents: Tensor | None) -> Progress:
+        result = finish_batch(model, request, batch, latents, dropped, name, file, autocast)
+        x_0 = result.latents
+        return progress(request.steps, request.steps, x_t=x_0, pred_x0=x_0, result=result)
+
+    # Where to start: pure noise, or the picture noised to the level of its strength.
+    level, z = None, None
+    if request.strength is not None:
+        run_last, level = start_level(
+            request.sampler, model, request.steps, request.strength, spacing=request.spacing
+        )
+        if run_last == 0:
+            yield finished(None)
+            return
+        z = encode_source(model, request, request.image, b, noise, shared, "picture")  # (b, c, h, w)
+        options["run_last"] = run_last
+    if is_inpainting(model):
+        concat = masked_picture(model, request, b, noise, shared)
+        context = {"c_concat": [concat], "c_crossattn": [context]}
+        if unconditional is not None:
+            unconditional = {"c_concat": [concat], "c_crossattn": [unconditional]}
+    elif request.mask is not None:
+        keep = 1.0 - pictures.shrink_mask(request.mask, downsampling(model), any_pixel=True)
+        # CompVis's samplers mean the opposite of a user's mask: 1 keeps x0.
+        options |= {"mask": keep.to(z).expand(b, -1, -1, -1), "x0": z}
+    x_T = starting_noise(model, request, b, noise, shared)
+    if level is not None:
+        x_T = math.sqrt(level) * z + math.sqrt(1.0 - level) * x_T
+
+    # From noise to latents.
+    options |= {option: getattr(request, option) for option in DENOISE_OPTIONS}
+    for step in denoise(
+        model, x_T, context, unconditional_conditioning=unconditional, autocast=autocast, **options
+    ):
+        latents = step.x_t
+        yield progress(step.index + 1, step.total, x_t=latents, pred_x0=step.pred_x0)
+
+    # The samplers' last step does not blend again.
+    if "mask" in options:
+        latents = pictures.paste(z, latents, options["mask"])
+    yield finished(latents)
+
+
+def finish_batch(
+    model: LatentDiffusion,
+    request: Request,
+    batch: Sequence[ImageSpec],
+    latents: Tensor | None,
+    dropped: Sequence[list[str]],
+    name: str | None,
+    file: Path | None,
+    autocast: torch.dtype | None,
+) -> GenerationResult:
+    """Turn the latents of a batch into what was asked for; None stands for the picture itself (strength 0)."""
+    b = len(batch)
+    if latents is None:
+        latents = encode_image(model, request.image, b, torch.zeros_like)
+        unit = request.original.repeat(b, 1, 1, 1)
+    elif request.output_type != "latent":
+        unit = pictures.to_unit(decode(model, latents)).cpu()
+        if request.mask is not None:
+            unit = pictures.paste(unit, request.original, request.mask)
+    latents = latents.float().cpu()
+    shared = {
+        **{option: getattr(request, option) for option in (*SHARED_OPTIONS, *DENOISE_OPTIONS)},
+        "guidance_interval": list(request.guidance_interval),
+        "init_image_hash": request.image_hash,
+        "batch_size": b,
+        "model": name,
+        **computed_with(model, autocast),
+    }
+    parameters = [
+        GenerationParameters(
+            prompt=spec.prompt,
+            negative_prompt=spec.negative_prompt,
+            seed=spec.seed,
+            batch_index=i,
+            dropped_words=dropped[i],
+            **shared,
+        )
+        for i, spec in enumerate(batch)
+    ]
+    if request.output_type == "pil":
+        images = painted(pictures.unit_to_pil(unit), parameters, file)
+    elif request.output_type == "latent":
+        images = latents
+    else:
+        images = unit if request.output_type == "pt" else unit.permute(0, 2, 3, 1).numpy()
+    return GenerationResult(images, [spec.seed for spec in batch], parameters, latents, file)
+
+
+def computed_with(model: LatentDiffusion, autocast: torch.dtype | None) -> dict[str, Any]:
+    """Say what a picture was computed with: device, dtypes, threads, torch's version and ours."""
+    from ldm import __version__
+
+    mixed = f", autocast {dtype_name(autocast)}" if autocast else ""
+    return {
+        "device": str(model.device),
+        "dtype": dtype_name(dtype_of(model)) + mixed,
+        "vae_dtype": dtype_name(dtype_of(model.first_stage_model)),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "version": __version__,
+    }
+
+
 # --- the model and its doors ----------------------------------------------------------------------
 
 
@@ -286,7 +504,7 @@ class StableDiffusion:
             least_steps=by_sampler(advised.least_steps),
         )
         self._averaged = False
-        self._told: set[str] = set()  # kinds of foreign prompt syntax that were warned of
+        self._warned_of: set[str] = set()  # kinds of foreign prompt syntax that were warned of
         self._latent_rgb: tuple[Tensor, Tensor] | None = None
         # Half-precision decoders overflow into black pictures; the VAE is a tenth of the work.
         self.vae_dtype = vae_dtype
@@ -576,201 +794,56 @@ class StableDiffusion:
         Raises:
             As plan(). NumericError: NaN. ResourceError: out of memory at batch size 1.
         """
-        job = self.plan(prompt, **options)
-        self.advise([job])
-        return self.paint(job)
+        request = self.plan(prompt, **options)
+        self.advise([request])
+        return self.paint(request)
 
-    def advise(self, jobs: Sequence[Job]) -> None:
-        """Log what is known to go wrong with these wishes, a line for each kind; other programs' syntax once only."""
-        for kind, line in advice(jobs, self.defaults, on_cpu=self.device.type == "cpu").items():
-            if kind not in self._told:
+    def advise(self, requests: Sequence[Request]) -> None:
+        """Log what is known to go wrong with these requests, a line for each kind; other programs' syntax once only."""
+        for kind, line in advice(requests, self.defaults, on_cpu=self.device.type == "cpu").items():
+            if kind not in self._warned_of:
                 log.warning("%s", line)
             if kind in FOREIGN_SYNTAX:
-                self._told.add(kind)
+                self._warned_of.add(kind)
 
-    def plan(
-        self,
-        prompt: str | Sequence[str] | None,
-        *,
-        negative_prompt: str | Sequence[str] = "",
-        image: Any = None,
-        mask: Any = None,
-        strength: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        steps: int | None = None,
-        sampler: str = "ddim",
-        spacing: str | None = None,
-        guidance_scale: float | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_interval: Sequence[float] = WHOLE_INTERVAL,
-        cache_interval: int = 1,
-        cache_depth: int = 1,
-        merge_ratio: float = 0.0,
-        merge_seed: int | None = None,
-        eta: float = 0.0,
-        seed: int | str | Sequence[int] | None = None,
-        num_images: int = 1,
-        batch_size: int = 4,
-        rng: Literal["image", "compvis"] = "image",
-        fixed_code: bool = False,
-        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-    ) -> Job:
-        """Check every part of a wish, without painting; paint() does that.
-
-        Args:
-            prompt: a text, or several; each is painted num_images times, in this order.
-            negative_prompt: one text for all, or one for each prompt; None is the empty one.
-            image: PIL picture, path, or (1, 3, height, width) in [-1, 1]: repaint this one.
-            mask: PIL picture, path, or (1, 1, height, width): white, or 1, is repainted, the rest kept.
-            strength: 0 to 1, how much of the picture is forgotten; default 0.75, with a mask 1.
-            height, width: pixels, multiples of the model's f (8); default the picture's or the model's own.
-            steps: 1 to the model's number of levels; with strength, that share of them is run. None is the model's
-                (`defaults`), or the fewest that it advises for this sampler if those are more.
-            sampler: "ddim", "plms", "ddpm", "dpm_solver", "dpmpp_2m", in any usual spelling.
-            spacing: which levels are visited, a name of ldm.process.spacing; None is the sampler's own.
-            guidance_scale: 0 to 100; 1 ignores the negative prompt and takes half the time; None is the model's.
-            guidance_interval: (low, high): only levels t of T with low <= t / T < high are guided, the others
-                take half the time; 0 is the cleanest.
-            cache_interval: ask the whole UNet at every so many-th step only, and at the steps between its
-                outermost `cache_depth` blocks on either way.
-            merge_ratio: 0 to 0.75, the share of tokens that are merged before the finest self-attentions;
-                merge_seed draws which ones may be merged into. All five: docs/knobs.md.
-            eta: 0 to 1, fresh noise in each DDIM step.
-            seed: image i has seed + i; a list names each; None, -1 and "random" draw one, which the result tells.
-                0 to 2^64 - 1, of which the generator on the CPU keeps 32 bits: 2^32 + 5 paints what 5 paints.
-            batch_size: how many are painted at once; no image depends on it but for rounding (rng="image").
-            rng: "image" draws image i from its own CPU generator; "compvis" seeds the global generators
-                once, at the call, and draws whole batches in the original's order: picture encoding, x_T,
-                then each step. With "compvis" a picture depends on its place in its batch.
-            fixed_code: begin every batch with the same noise, CompVis's --fixed_code.
-            output_type: "pil"; "np" (n, height, width, 3) and "pt" (n, 3, height, width) in [0, 1]; "latent".
-            prompt_embeds, negative_prompt_embeds: (n, tokens, d) text features that replace the prompts'.
+    @taking_options_of(check_request)
+    def plan(self, prompt: str | Sequence[str] | None, **options: Any) -> Request:
+        """Check every part of a request, without painting; paint() does that.
 
         Raises:
             UsageError: a value out of range, or of another kind.
         """
-        f = downsampling(self.model)
-        rng = choice("rng", rng, ("image", "compvis"))
-        num_images = whole("num_images", num_images, 1, 100_000)
-        batch_size = whole("batch_size", batch_size, 1, 1024)
-        prompts, negatives = list_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        check_embeds(self.model, prompt_embeds, negative_prompt_embeds)
-        if not isinstance(fixed_code, bool | np.bool_):
-            raise UsageError(f"fixed_code must be True or False, got {shown(fixed_code)}")
-        count = len(prompts) * num_images
-        seeds = list_seeds(seed, count)
-        if rng == "compvis":
-            seeds = [seeds[0]] * count
-        elif fixed_code:
-            seeds = [seeds[i % batch_size] for i in range(count)]
-        size = (
-            None if width is None else check_size("width", width, f),
-            None if height is None else check_size("height", height, f),
-        )
-        pixels, kept, marks, image_hash = read_pictures(image, mask, size, f)
-        if pixels is not None:
-            height, width = pixels.shape[2:]
-        else:
-            height, width = size[1], size[0]
-            if height is None:
-                height = check_size("height", self.defaults.size[0], f)
-            if width is None:
-                width = check_size("width", self.defaults.size[1], f)
-            if strength is not None:
-                raise UsageError(
-                    f"strength is for a picture to start from, got strength={strength} and image=None"
-                )
-        unet = self.model.model.diffusion_model
-        # Both are made anew for every batch; here they say whether they can be.
-        cache = DeepCache(unet, cache_interval, cache_depth)
-        merging = TokenMerging(unet, merge_ratio, merge_seed)
-        mode = "txt2img" if pixels is None else "img2img" if marks is None else "inpaint"
-        if strength is None and pixels is not None:
-            strength = 0.75 if marks is None else 1.0
-        strength = None if strength is None else real("strength", strength, 0, 1)
-        sampler = resolve_sampler(sampler)
-        if steps is None:
-            fewest = self.defaults.least_steps.get(sampler, 1)
-            steps = min(max(self.defaults.steps, fewest), self.model.num_timesteps)
-        steps = whole("steps", steps, 1, self.model.num_timesteps)
-        if guidance_scale is None:
-            guidance_scale = self.defaults.guidance_scale
-        if spacing is not None and not isinstance(spacing, str):
-            raise UsageError(f"spacing must be a name of ldm.process.spacing, got {shown(spacing)}")
-        # Both refuse what does not fit: spacings without a name, UNets of other kinds.
-        run_last, _ = start_level(sampler, self.model, steps, strength or 0.0, spacing=spacing)
-        is_inpainting(self.model)
-        job = Job(
-            mode=mode,
-            shots=[
-                Shot(
-                    prompts[i],
-                    negatives[i],
-                    seeds[i * num_images + j],
-                    i if prompt_embeds is not None else None,
-                )
-                for i in range(len(prompts))
-                for j in range(num_images)
-            ],
-            batch_size=batch_size,
-            height=height,
-            width=width,
-            image=pixels,
-            kept=kept,
-            image_hash=image_hash,
-            mask=marks,
-            strength=strength,
-            run_last=run_last,
-            steps=steps,
-            sampler=sampler,
-            spacing=spacing,
-            guidance_scale=real("guidance_scale", guidance_scale, 0, 100),
-            guidance_rescale=real("guidance_rescale", guidance_rescale, 0, 1),
-            guidance_interval=check_interval(guidance_interval),
-            cache_interval=cache.interval,
-            cache_depth=cache.depth,
-            merge_ratio=merging.ratio,
-            merge_seed=merging.seed,
-            eta=real("eta", eta, 0, 1),
-            rng=rng,
-            fixed_code=fixed_code,
-            output_type=choice("output_type", output_type, ("pil", "np", "pt", "latent")),
-            embeds=prompt_embeds,
-            negative_embeds=negative_prompt_embeds,
-        )
-        check_eta(SAMPLERS[job.sampler], job.eta)
-        return job
+        return check_request(self.model, self.defaults, prompt, **options)
 
-    # --- the story ---
+    # --- painting ---
 
     @torch.no_grad()
-    def paint(self, job: Job) -> Iterator[Progress]:
+    def paint(self, request: Request) -> Iterator[Progress]:
         """Paint what plan() checked, batch by batch; a batch that does not fit into memory is halved. See stream()."""
         if self._averaged:
             raise UsageError(
                 "this model's moving average paints another stream; finish or close that one first"
             )
-        if job.rng == "compvis":
-            seed_everything(job.shots[0].seed)
+        if request.rng == "compvis":
+            seed_everything(request.images[0].seed)
         shared: dict[str, Any] = {}  # what later batches use again
 
-        def work(batch: Sequence[Shot], index: int, count: int) -> Iterator[Progress]:
-            place = {"batch": index, "batches": count, "preview_of": self._preview}
+        def work(batch: Sequence[ImageSpec], index: int, count: int) -> Iterator[Progress]:
+            progress = partial(Progress, batch=index, batches=count, preview_of=self._preview)
             with self._averages():
-                yield from self._paint_batch(job, batch, shared, place)
+                yield from paint_batch(
+                    self.model, request, batch, shared, progress, self.name, self.file, self.autocast
+                )
 
         def refusal(count: int) -> str:
             return (
-                f"out of memory at {job.width} x {job.height}, {count} at once, in {dtype_name(self.dtype)}; "
+                f"out of memory at {request.width} x {request.height}, {count} at once, in {dtype_name(self.dtype)}; "
                 "use a smaller size or batch, or half precision"
             )
 
         # The one generator of rng="compvis" draws for a whole batch at once.
         yield from in_batches(
-            job.shots, job.batch_size, work, refusal=refusal, may_halve=job.rng != "compvis"
+            request.images, request.batch_size, work, refusal=refusal, may_halve=request.rng != "compvis"
         )
 
     @contextlib.contextmanager
@@ -786,175 +859,8 @@ class StableDiffusion:
         finally:
             self._averaged = False
 
-    def _paint_batch(self, job: Job, batch: list[Shot], shared: dict, place: dict) -> Iterator[Progress]:
-        """Paint one batch: words, noise, steps, pixels."""
-        model, b = self.model, len(batch)
-        noise = ImageNoise([shot.seed for shot in batch]) if job.rng == "image" else CompVisNoise()
-        context, unconditional, dropped = self._contexts(job, batch, shared.setdefault("features", {}))
-        options: dict[str, Any] = {"noise": noise, "eta": job.eta}
 
-        # Where to start: pure noise, or the picture noised to the level of its strength.
-        level, z = None, None
-        if job.strength is not None:
-            run_last, level = start_level(job.sampler, model, job.steps, job.strength, spacing=job.spacing)
-            if run_last == 0:
-                yield self._finish(job, batch, None, dropped, place)
-                return
-            z = self._encoded("picture", job, job.image, b, noise, shared)  # (b, c, h, w)
-            options["run_last"] = run_last
-        if is_inpainting(model):
-            concat = self._masked_picture(job, b, noise, shared)
-            context = {"c_concat": [concat], "c_crossattn": [context]}
-            if unconditional is not None:
-                unconditional = {"c_concat": [concat], "c_crossattn": [unconditional]}
-        elif job.mask is not None:
-            keep = 1.0 - pictures.shrink_mask(job.mask, downsampling(model), any_pixel=True)
-            # CompVis's samplers mean the opposite of a user's mask: 1 keeps x0.
-            options |= {"mask": keep.to(z).expand(b, -1, -1, -1), "x0": z}
-        if job.fixed_code and job.rng == "compvis":
-            if "x_T" not in shared:
-                shared["x_T"] = initial_latents(model, job.batch_size, job.height, job.width, noise)
-            x_T = shared["x_T"][:b]
-        else:
-            x_T = initial_latents(model, b, job.height, job.width, noise)
-        if level is not None:
-            x_T = math.sqrt(level) * z + math.sqrt(1.0 - level) * x_T
-
-        # From noise to latents.
-        for step in denoise(
-            model,
-            x_T,
-            context,
-            sampler=job.sampler,
-            spacing=job.spacing,
-            steps=job.steps,
-            autocast=self.autocast,
-            guidance_scale=job.guidance_scale,
-            guidance_rescale=job.guidance_rescale,
-            guidance_interval=job.guidance_interval,
-            cache_interval=job.cache_interval,
-            cache_depth=job.cache_depth,
-            merge_ratio=job.merge_ratio,
-            merge_seed=job.merge_seed,
-            unconditional_conditioning=unconditional,
-            **options,
-        ):
-            latents = step.x_t
-            yield Progress(step.index + 1, step.total, x_t=latents, pred_x0=step.pred_x0, **place)
-
-        # The samplers' last step does not blend again.
-        if "mask" in options:
-            latents = pictures.paste(z, latents, options["mask"])
-        yield self._finish(job, batch, latents, dropped, place)
-
-    def _contexts(
-        self, job: Job, batch: list[Shot], known: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None, list[list[str]]]:
-        """Encode prompts and, if guidance needs them, negative prompts; list the words that did not fit."""
-        guided = job.guidance_scale != 1.0
-        if job.embeds is not None:
-            rows = [shot.row for shot in batch]
-            where = self.device
-            context = job.embeds[rows].to(where)
-            unconditional = job.negative_embeds[rows].to(where) if guided else None
-            return context, unconditional, [[] for _ in batch]
-        wanted = {text for shot in batch for text in (shot.prompt, shot.negative)}
-        for text in known.keys() - wanted:  # a list of many prompts must not fill the memory
-            del known[text]
-        context = encode_prompt(self.model, [shot.prompt for shot in batch], known)
-        unconditional = (
-            encode_prompt(self.model, [shot.negative for shot in batch], known) if guided else None
-        )
-        dropped_words = getattr(self.model.cond_stage_model, "dropped_words", lambda text: [])
-        dropped = [dropped_words(s.prompt) + (dropped_words(s.negative) if guided else []) for s in batch]
-        return context, unconditional, dropped
-
-    def _encoded(self, key: str, job: Job, image: Tensor, b: int, noise, shared: dict) -> Tensor:
-        """Encode a picture for b images; CompVis encodes it once, before its first batch."""
-        if job.rng == "image":
-            return encode_image(self.model, image, b, noise)
-        if key not in shared:
-            shared[key] = encode_image(self.model, image, min(job.batch_size, len(job.shots)), noise)
-        return shared[key][:b]
-
-    def _masked_picture(self, job: Job, b: int, noise, shared: dict) -> Tensor:
-        """Make what a 9-channel UNet sees beside its latents, (b, 1 + c, h, w): mask, then masked picture.
-
-        Without a mask everything is to be repainted and the picture is grey, as its training had it.
-        """
-        f = downsampling(self.model)
-        mask = torch.ones(1, 1, job.height, job.width) if job.mask is None else job.mask
-        image = torch.zeros(1, 3, job.height, job.width) if job.image is None else job.image
-        z = self._encoded("masked", job, image * (mask < 0.5), b, noise, shared)
-        return torch.cat(
-            [pictures.shrink_mask(mask, f, any_pixel=False).to(z).expand(b, -1, -1, -1), z], dim=1
-        )
-
-    def _finish(
-        self, job: Job, batch: list[Shot], latents: Tensor | None, dropped: list[list[str]], place: dict
-    ) -> Progress:
-        """Turn the latents of a batch into what was asked for; None stands for the picture itself (strength 0)."""
-        b = len(batch)
-        if latents is None:
-            latents = encode_image(self.model, job.image, b, torch.zeros_like)
-            unit = job.kept.repeat(b, 1, 1, 1)
-        elif job.output_type != "latent":
-            unit = pictures.to_unit(decode(self.model, latents)).cpu()
-            if job.mask is not None:
-                unit = pictures.paste(unit, job.kept, job.mask)
-        latents = latents.float().cpu()
-        parameters = [self._parameters(job, shot, i, b, dropped[i]) for i, shot in enumerate(batch)]
-        if job.output_type == "pil":
-            images = painted(pictures.unit_to_pil(unit), parameters, self.file)
-        elif job.output_type == "latent":
-            images = latents
-        else:
-            images = unit if job.output_type == "pt" else unit.permute(0, 2, 3, 1).numpy()
-        result = GenerationResult(images, [shot.seed for shot in batch], parameters, latents, self.file)
-        return Progress(job.steps, job.steps, x_t=latents, pred_x0=latents, result=result, **place)
-
-    def _parameters(
-        self, job: Job, shot: Shot, index: int, batch_size: int, dropped: list[str]
-    ) -> GenerationParameters:
-        from ldm import __version__
-
-        return GenerationParameters(
-            mode=job.mode,
-            prompt=shot.prompt,
-            negative_prompt=shot.negative,
-            seed=shot.seed,
-            steps=job.steps,
-            sampler=job.sampler,
-            spacing=job.spacing,
-            guidance_scale=job.guidance_scale,
-            guidance_rescale=job.guidance_rescale,
-            guidance_interval=list(job.guidance_interval),
-            cache_interval=job.cache_interval,
-            cache_depth=job.cache_depth,
-            merge_ratio=job.merge_ratio,
-            merge_seed=job.merge_seed,
-            eta=job.eta,
-            width=job.width,
-            height=job.height,
-            strength=job.strength,
-            rng=job.rng,
-            batch_size=batch_size,
-            batch_index=index,
-            dropped_words=dropped,
-            model=self.name,
-            init_image_hash=job.image_hash,
-            device=str(self.device),
-            dtype=dtype_name(self.dtype)
-            + (f", autocast {dtype_name(self.autocast)}" if self.autocast else ""),
-            vae_dtype=dtype_name(dtype_of(self.model.first_stage_model)),
-            threads=torch.get_num_threads(),
-            torch=torch.__version__,
-            version=__version__,
-        )
-
-
-# Every door takes plan's options: they are written down once, and help() and completion show them at each.
-StableDiffusion.plan = taking_options_of()(StableDiffusion.plan)
-for _door in ("stream", "txt2img", "img2img", "inpaint"):
-    setattr(StableDiffusion, _door, taking_options_of(StableDiffusion.plan)(getattr(StableDiffusion, _door)))
+# These methods take check_request's options: they are written down once, and help() and completion show them at each.
+for _name in ("stream", "txt2img", "img2img", "inpaint"):
+    setattr(StableDiffusion, _name, taking_options_of(check_request)(getattr(StableDiffusion, _name)))
 StableDiffusion.__call__ = StableDiffusion.txt2img

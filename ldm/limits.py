@@ -1,27 +1,56 @@
-"""How far the numbers of a request may go, and the checks that hold a value against its limits."""
+"""How far the numbers of a request may go, and the checks that hold a value against its limits.
+
+Knows no torch: the scripts' parsers use the same limits, and answer before it is imported.
+"""
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
-
-import numpy as np
 
 from ldm.errors import UsageError, shown
 
-MAX_SEED = 2**64 - 1  # of its bits the generator on the CPU keeps the lowest 32
+MAX_SEED = 2**64 - 1  # what torch.Generator takes; the one on the CPU keeps the lowest 32 bits
+MAX_PROMPT = 100_000  # characters; the tokenizer would read on for seconds and keep 75 tokens
+# (low, high), both included
+STEPS = (1, 1000)  # of a model with fewer levels, up to their number
+BATCH_SIZE = (1, 1024)
+GUIDANCE_SCALE = (0, 100)
+SHARE = (0, 1)  # strength, eta, guidance_rescale, the ends of guidance_interval
+CACHE_INTERVAL = (1, 1000)  # levels; no run has more
+MERGE_RATIO = (0, 0.75)  # all but one token of each cell of 2 x 2
+
+
+def is_whole(value: Any, low: int, high: int) -> bool:
+    """Tell whether a value is a whole number within low and high, both included."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_real(value: Any, low: float, high: float) -> bool:
+    """Tell whether a value is a number within low and high, both included; NaN is in no range."""
+    return isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
+
+
+def about_whole(low: int, high: int) -> str:
+    """Say what is_whole wants."""
+    return f"a whole number from {low} to {high}"
+
+
+def about_real(low: float, high: float) -> str:
+    """Say what is_real wants."""
+    return f"a number from {low:g} to {high:g}"
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
     """Return a whole number within low and high, both included, or raise UsageError."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise UsageError(f"{name} must be a whole number from {low} to {high}, got {shown(value)}")
+    if not is_whole(value, low, high):
+        raise UsageError(f"{name} must be {about_whole(low, high)}, got {shown(value)}")
     return int(value)
 
 
 def real(name: str, value: Any, low: float, high: float) -> float:
     """Return a finite number within low and high, both included, or raise UsageError."""
-    sound = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not sound or not low <= value <= high:  # NaN is in no range
-        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, got {shown(value)}")
+    if not is_real(value, low, high):
+        raise UsageError(f"{name} must be {about_real(low, high)}, got {shown(value)}")
     return float(value)
 
 

@@ -202,10 +202,10 @@ def test_a_seed_of_more_bits_is_told_with_the_smaller_one(sd, caplog, rng):
 
 @pytest.mark.parametrize("seed", [None, -1, "random", np.int64(-1)])
 def test_a_seed_can_be_drawn_by_every_usual_name(sd, seed):
-    drawn = [sd.plan(PROMPT, seed=seed, num_images=2).shots for _ in range(2)]
+    drawn = [sd.plan(PROMPT, seed=seed, num_images=2).images for _ in range(2)]
     assert drawn[0][1].seed == drawn[0][0].seed + 1 and drawn[0][0].seed != drawn[1][0].seed
-    assert all(0 <= shot.seed <= 2**31 for shots in drawn for shot in shots)
-    mixed = sd.plan(PROMPT, seed=[7, seed], num_images=2).shots
+    assert all(0 <= spec.seed <= 2**31 for images in drawn for spec in images)
+    mixed = sd.plan(PROMPT, seed=[7, seed], num_images=2).images
     assert mixed[0].seed == 7 and mixed[1].seed not in (-1, 7, 8)
 
 
@@ -218,9 +218,9 @@ def test_numbers_of_numpy_are_numbers(sd):
         guidance_scale=np.float32(3),
         eta=np.int8(1),
     )
-    assert (job.steps, job.width, job.shots[0].seed, job.guidance_scale, job.eta) == (2, 72, 9, 3.0, 1.0)
-    assert [s.seed for s in sd.plan(PROMPT, seed=np.array([4, 8]), num_images=2).shots] == [4, 8]
-    assert sd.plan(PROMPT, negative_prompt=None).shots[0].negative == ""
+    assert (job.steps, job.width, job.images[0].seed, job.guidance_scale, job.eta) == (2, 72, 9, 3.0, 1.0)
+    assert [s.seed for s in sd.plan(PROMPT, seed=np.array([4, 8]), num_images=2).images] == [4, 8]
+    assert sd.plan(PROMPT, negative_prompt=None).images[0].negative_prompt == ""
 
 
 def test_noise_of_seed_42_is_the_one_on_record():
@@ -522,6 +522,10 @@ def both(embeds):
         (
             {"prompt_embeds": torch.zeros(1, 7, 24)},
             "negative_prompt_embeds must be (n, tokens, d), both alike, got None",
+        ),
+        (
+            {"negative_prompt_embeds": torch.zeros(1, 7, 24)},
+            "negative_prompt_embeds goes with prompt_embeds, got prompt_embeds=None",
         ),
         ({"prompt_embeds": torch.zeros(7, 24)}, "prompt_embeds must be (n, tokens, d)"),
         # Other kinds of values, and numbers that Python itself refuses to print or to turn into a float.
@@ -1114,7 +1118,7 @@ def test_reprs_are_short(sd):
     job = sd.plan([PROMPT] * 3, steps=2, seed=1)
     steps = list(sd.stream(PROMPT, steps=2, seed=1))
     assert repr(sd) == "StableDiffusion(tiny, cpu, float32)"
-    assert repr(job) == "Job(txt2img, 3 of 64 x 64, ddim, 2 steps, guidance_scale 7.5)"
+    assert repr(job) == "Request(txt2img, 3 of 64 x 64, ddim, 2 steps, guidance_scale 7.5)"
     assert repr(steps[0]) == "Progress(step 1 of 2, batch 1 of 1, (1, 4, 8, 8))"
     assert repr(steps[-1]).endswith(", GenerationResult(1 images, seeds=[1]))")
     assert repr(sd.model).startswith("LatentDiffusion(") and "first_stage_model: AutoencoderKL 0." in repr(

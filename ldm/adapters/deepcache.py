@@ -8,17 +8,15 @@ of the last whole answer. The numbers are others: this way is lossy.
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import UsageError, shown
+from ldm.errors import UsageError
 from ldm.kernels.fused import StandIn
+from ldm.limits import CACHE_INTERVAL, whole
 from ldm.modules.diffusionmodules.openaimodel import SuperResModel, UNetModel
-
-MAX_INTERVAL = 1000  # levels; no run has more
 
 
 def check_unet(unet: nn.Module, knob: str) -> None:
@@ -33,6 +31,30 @@ def check_compiled(module: nn.Module, knob: str) -> None:
     if module._compiled_call_impl is not None:
         raise UsageError(
             f"{knob} needs the plain {type(module).__name__}, but this one was compiled; leave one of the two off"
+        )
+
+
+def check_cache(unet: nn.Module, cache_interval: int, cache_depth: int) -> tuple[int, int]:
+    """Return what DeepCache takes for this UNet.
+
+    Raises:
+        UsageError: as DeepCache.
+    """
+    interval = whole("cache_interval", cache_interval, *CACHE_INTERVAL)
+    depth = whole("cache_depth", cache_depth, 1, len(getattr(unet, "output_blocks", [None])))
+    if interval > 1:
+        _check_forward(unet)
+    return interval, depth
+
+
+def _check_forward(unet: nn.Module) -> None:
+    check_unet(unet, "cache_interval > 1")
+    own = type(unet).forward in (UNetModel.forward, SuperResModel.forward)
+    # What `ldm.kernels.optimize` puts there gives the plain code's numbers and calls the blocks as they are.
+    if not own or not isinstance(vars(unet).get("forward"), StandIn | None):
+        raise UsageError(
+            f"cache_interval > 1 needs the UNet's own forward, but this {type(unet).__name__} has another one; "
+            "leave it off"
         )
 
 
@@ -73,28 +95,12 @@ class DeepCache:
     """
 
     def __init__(self, unet: nn.Module, cache_interval: int = 1, cache_depth: int = 1):
-        for name, value, high in (
-            ("cache_interval", cache_interval, MAX_INTERVAL),
-            ("cache_depth", cache_depth, len(getattr(unet, "output_blocks", [None]))),
-        ):
-            if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= high:
-                raise UsageError(f"{name} must be a whole number from 1 to {high}, got {shown(value)}")
-        self.unet, self.interval, self.depth = unet, int(cache_interval), int(cache_depth)
+        self.unet = unet
+        self.interval, self.depth = check_cache(unet, cache_interval, cache_depth)
         self._level, self._asked = 0, 0
         self._kept: dict[int, _Kept] = {}
         if self.interval > 1:
-            self._check_forward()
             self._build_shallow()
-
-    def _check_forward(self) -> None:
-        check_unet(self.unet, "cache_interval > 1")
-        own = type(self.unet).forward in (UNetModel.forward, SuperResModel.forward)
-        # What `ldm.kernels.optimize` puts there gives the plain code's numbers and calls the blocks as they are.
-        if not own or not isinstance(vars(self.unet).get("forward"), StandIn | None):
-            raise UsageError(
-                f"cache_interval > 1 needs the UNet's own forward, but this {type(self.unet).__name__} has "
-                "another one; leave it off"
-            )
 
     def _build_shallow(self) -> None:
         """Make a UNet of the outermost blocks, sharing their weights, whose middle remembers all the others."""
@@ -122,7 +128,7 @@ class DeepCache:
         if self.interval == 1:
             yield
             return
-        self._check_forward()
+        _check_forward(self.unet)
         before, whole = vars(self.unet).get("forward"), self.unet.forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

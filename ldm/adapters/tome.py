@@ -8,7 +8,6 @@ lossy.
 import contextlib
 import math
 from collections.abc import Iterator
-from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from ldm.adapters.deepcache import check_compiled, check_unet
 from ldm.errors import UsageError, shown
 from ldm.helpers import upload
+from ldm.limits import MAX_SEED, MERGE_RATIO, about_whole, is_whole, real
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
-
-MAX_RATIO = 0.75  # all but one token of each cell of 2 x 2
-MAX_SEED = 2**64 - 1
 
 
 def destinations(height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
@@ -101,6 +98,41 @@ def finest_transformers(unet: UNetModel) -> list[SpatialTransformer]:
     return found[min(found)] if found else []
 
 
+def mergeable_blocks(unet: nn.Module) -> list[tuple[SpatialTransformer, list[BasicTransformerBlock]]]:
+    """List the finest transformers that attend to themselves, each with its blocks that do.
+
+    Raises:
+        UsageError: another network or a compiled one, or there are none.
+    """
+    check_unet(unet, "merge_ratio > 0")
+    found = []
+    for transformer in finest_transformers(unet):
+        blocks = [block for block in transformer.transformer_blocks if not block.disable_self_attn]
+        for block in blocks:
+            check_compiled(block, "merge_ratio > 0")
+        found += [(transformer, blocks)] if blocks else []
+    if not found:
+        raise UsageError(
+            "merge_ratio > 0 needs a UNet whose finest spatial transformers attend to themselves, and none of this "
+            "one do; leave it off"
+        )
+    return found
+
+
+def check_merging(unet: nn.Module, merge_ratio: float, merge_seed: int | None) -> tuple[float, int | None]:
+    """Return what TokenMerging takes for this UNet.
+
+    Raises:
+        UsageError: as TokenMerging.
+    """
+    ratio = real("merge_ratio", merge_ratio, *MERGE_RATIO)
+    if merge_seed is not None and not is_whole(merge_seed, 0, MAX_SEED):
+        raise UsageError(f"merge_seed must be {about_whole(0, MAX_SEED)} or None, got {shown(merge_seed)}")
+    if ratio > 0:
+        mergeable_blocks(unet)
+    return ratio, None if merge_seed is None else int(merge_seed)
+
+
 class TokenMerging:
     """Merged tokens in a UNet's finest self-attentions, for one run of a sampler.
 
@@ -122,29 +154,9 @@ class TokenMerging:
     """
 
     def __init__(self, unet: nn.Module, merge_ratio: float = 0.0, merge_seed: int | None = None):
-        real = isinstance(merge_ratio, Real) and not isinstance(merge_ratio, bool)
-        if not real or not 0 <= merge_ratio <= MAX_RATIO:
-            raise UsageError(f"merge_ratio must be a number from 0 to {MAX_RATIO}, got {shown(merge_ratio)}")
-        whole = isinstance(merge_seed, Integral) and not isinstance(merge_seed, bool)
-        if merge_seed is not None and not (whole and 0 <= merge_seed <= MAX_SEED):
-            raise UsageError(
-                f"merge_seed must be a whole number from 0 to {MAX_SEED} or None, got {shown(merge_seed)}"
-            )
-        self.ratio, self.seed = float(merge_ratio), None if merge_seed is None else int(merge_seed)
+        self.ratio, self.seed = check_merging(unet, merge_ratio, merge_seed)
         self._generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
-        self._blocks: list[tuple[SpatialTransformer, list[BasicTransformerBlock]]] = []
-        if self.ratio > 0:
-            check_unet(unet, "merge_ratio > 0")
-            for transformer in finest_transformers(unet):
-                blocks = [block for block in transformer.transformer_blocks if not block.disable_self_attn]
-                for block in blocks:
-                    check_compiled(block, "merge_ratio > 0")
-                self._blocks += [(transformer, blocks)] if blocks else []
-            if not self._blocks:
-                raise UsageError(
-                    f"merge_ratio > 0 needs a UNet whose finest spatial transformers attend to themselves, got "
-                    f"merge_ratio={self.ratio:g} and none; leave it off"
-                )
+        self._blocks = mergeable_blocks(unet) if self.ratio > 0 else []
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.generate import StableDiffusion
-    from ldm.request import Job
+    from ldm.request import Request
     from ldm.results import GenerationResult
 
 # Words for what is computed in; torch's names for them.
@@ -433,7 +433,7 @@ def paint(
     scale = args.scale
     if scale is None and (sd.report is None or sd.report.sampling.guidance_scale is None):
         scale = args.v1_scale
-    jobs: list[tuple[int, Job]] = []
+    jobs: list[tuple[int, Request]] = []
     for i, wish in enumerate(wishes or ({},)):
         for group in _groups(args, lines):
             options = {"steps": args.ddim_steps, "guidance_scale": scale, "sampler": sampler}
