@@ -2,10 +2,7 @@
 
 import contextlib
 import logging
-import re
-import threading
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +11,26 @@ from torch import Tensor, nn
 
 from ldm.checkpoints import key_mapping
 from ldm.checkpoints.build import collector_paused, follow_hub, open_file, pair_file
-from ldm.checkpoints.files import Weights, require_float
+from ldm.checkpoints.files import Weights
 from ldm.checkpoints.folders import FolderWeights
 from ldm.checkpoints.matching import LEFT_OUT, account_vae, check_patterns
-from ldm.checkpoints.report import LoadReport, first_few
+from ldm.checkpoints.report import LoadReport
+from ldm.checkpoints.tensors import check_dtype, fill, finish
 from ldm.errors import (
     MismatchError,
-    NumericError,
     ResourceError,
     UsageError,
     escaped,
     is_out_of_memory,
     refuse_elsewhere,
 )
-from ldm.helpers import count_params, pinned
+from ldm.helpers import count_params
 from ldm.process.schedule import SCHEDULE_BUFFERS
 
 logger = logging.getLogger(__name__)
 
-READERS = 2  # threads on a CPU: copying out of the system's cache is bound by one core's speed
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Relative difference that storing the schedule in these dtypes explains.
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-
-# Smaller ones may be all zeros by chance or by design.
-MANY_VALUES = 1024
-# What CompVis's networks set to zero before training, and what is the zero half of a LoRA or ControlNet.
-STARTS_AT_ZERO = re.compile(
-    r"(^|[./])(out\.2|conv_out|zero_convs\.\d+\.0|middle_block_out\.0|input_hint_block\.14|controlnet_\w+\.\w+)\.weight$"
-    r"|\.(proj_out|out_layers\.3|conv2)\.weight$|lora_?(up|B)\b|\.hada_|\.lokr_|^model_ema\."
-)
 
 
 @collector_paused()
@@ -178,143 +165,6 @@ class _VaeFolder(FolderWeights):
         self._add("vae/", path, "diffusion_pytorch_model")
 
 
-def check_dtype(dtype: torch.dtype | None) -> None:
-    """Raise UsageError unless weights can be loaded as this, or None."""
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype should be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-
-
-def is_finite(values: Tensor) -> bool:
-    """Tell whether all values are finite. A finite sum, which costs half as much, has finite terms."""
-    values = _computable(values.detach())
-    if not values.numel() or torch.isfinite(values.sum()):
-        return True
-    return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
-
-
-def is_empty(name: str, values: Tensor) -> bool:
-    """Tell whether a weight is all zeros where a trained network has none, as a download that stopped leaves it."""
-    if values.dim() < 2 or values.numel() < MANY_VALUES or STARTS_AT_ZERO.search(name):
-        return False
-    values = values.detach().contiguous().view(torch.uint8).reshape(-1)
-    return not values[:MANY_VALUES].any() and not values.any()  # few are looked at more than briefly
-
-
-def all_zeros(empty: list[str], count: int) -> str:
-    """Say which weights are empty, of how many."""
-    return f"{len(empty)} of {count} tensors are all zeros ({first_few(empty)}), as after a download that stopped"
-
-
-def _computable(values: Tensor) -> Tensor:
-    """Widen values in 8 bits, for which torch has no arithmetic."""
-    return values.float() if values.dtype.itemsize == 1 else values
-
-
-def check_finite(path: str, name: str, values: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Raise NumericError if a weight is not finite, or would not be in dtype.
-
-    Where casting may overflow, the extremes decide: casting keeps their order.
-    """
-    if not is_finite(values):
-        raise NumericError(
-            f"'{escaped(path)}' is damaged: '{escaped(name)}' holds values that are not finite (NaN, infinity)"
-        )
-    if dtype is None or not values.numel() or torch.finfo(dtype).max >= torch.finfo(values.dtype).max:
-        return
-    extremes = torch.stack(torch.aminmax(values.detach()))
-    if not torch.isfinite(extremes.to(dtype)).all():
-        raise NumericError(
-            f"'{escaped(path)}': '{escaped(name)}' reaches {extremes.abs().max().item():.3g}, too large for "
-            f"{str(dtype).removeprefix('torch.')}; load it as float32 or bfloat16"
-        )
-
-
-def fill(
-    state: dict[str, Tensor],
-    model: nn.Module,
-    report: LoadReport,
-    source: Weights,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    vae_dtype: torch.dtype | None,
-    prefix: str = "",
-) -> None:
-    """Read, check, cast and move every assigned tensor; on a CPU several at once."""
-    own = model.state_dict()
-    parameters = {name for name, _ in model.named_parameters()}
-
-    def kind(target: str) -> torch.dtype:
-        if target not in parameters:
-            return own[target].dtype
-        return (vae_dtype if target.startswith(key_mapping.VAE) else dtype) or torch.float32
-
-    wanted = {name: kind(prefix + target) for name, target in report.assigned.items()}
-    for name in wanted:
-        held = source.infos[name].dtype
-        if wanted[name].is_floating_point:
-            require_float(source.path, name, held)
-        elif held.is_floating_point:
-            raise MismatchError(
-                f"'{escaped(source.path)}': '{escaped(name)}' should be a whole number, not {held}"
-            )
-    # What is copied once more anyway is read into the same memory over and over: fresh pages cost more than bytes.
-    passing = {name for name in wanted if device.type != "cpu" or source.infos[name].dtype != wanted[name]}
-    scratches = _Scratches(max((source.infos[name].nbytes for name in passing), default=0), device)
-    empty: list[str] = []
-
-    def take(name: str) -> Tensor:
-        values = source.read(name, scratches.own() if name in passing else None).to(device)
-        if wanted[name].is_floating_point:
-            check_finite(source.path, name, values, wanted[name])
-            if is_empty(name, values):
-                empty.append(name)
-        if scale := report.scales.get(report.assigned[name]):
-            values = _scaled(values, source.read(scale).to(device), source.path, name)
-            check_finite(source.path, name, values, wanted[name])
-        # On the device before the cast: fewer bytes travel, and an accelerator casts faster.
-        return values.to(wanted[name])
-
-    with ThreadPoolExecutor(READERS if device.type == "cpu" else 1) as readers:
-        try:
-            for target, values in zip(
-                report.assigned.values(), readers.map(take, report.assigned), strict=True
-            ):
-                state[prefix + target] = values.reshape(own[prefix + target].shape)
-        except BaseException:
-            readers.shutdown(wait=False, cancel_futures=True)
-            raise
-    if empty:
-        empty.sort(key=list(wanted).index)
-        report.notes.append(f"{all_zeros(empty, len(wanted))}; get the file again if it was trained")
-        logger.warning("'%s': %s", report.path, report.notes[-1])
-
-
-class _Scratches(threading.local):
-    """Memory for each thread that its tensors pass through, page-locked on the way to a GPU."""
-
-    def __init__(self, nbytes: int, device: torch.device):
-        self._nbytes, self._device = nbytes, device
-        self._memory: Tensor | None = None
-
-    def own(self) -> Tensor:
-        """Give this thread's memory (nbytes,)."""
-        if self._memory is None:
-            self._memory = torch.empty(self._nbytes, dtype=torch.uint8)
-            if self._device.type == "cuda" and self._nbytes > 0:
-                self._memory = pinned(self._memory)
-        return self._memory
-
-
-def _scaled(values: Tensor, scale: Tensor, path: str, name: str) -> Tensor:
-    """Multiply a weight in 8 bits by its factor, one for all or one for each row."""
-    if scale.numel() not in (1, values.shape[0] if values.dim() else 1):
-        raise MismatchError(
-            f"'{escaped(path)}': the scale of '{escaped(name)}' has the shape {list(scale.shape)}; wanted one value, "
-            f"or one for each of {values.shape[0]} rows"
-        )
-    return values.float() * scale.float().reshape(-1, *(1 for _ in values.shape[1:]))
-
-
 def _check_tables(model: nn.Module, report: LoadReport, source: Weights) -> None:
     """Hold the schedule and scale that a file states against those that the configuration gives."""
     own = model.state_dict()
@@ -342,27 +192,6 @@ def _check_tables(model: nn.Module, report: LoadReport, source: Weights) -> None
                 "differs from the "
                 "configuration's; use the configuration that belongs to it"
             )
-
-
-def finish(model: nn.Module, state: dict[str, Tensor], report: LoadReport, device: torch.device) -> None:
-    """Assign the gathered tensors, strictly; what the report calls initialised is computed or seeded here."""
-    for name, value in model.state_dict().items():
-        if name in state:
-            continue
-        if report.initialised.get(name, "").startswith("seeded"):
-            continue
-        assert not value.is_meta, f"{name} has no value"
-        state[name] = value.to(device)
-    shadows = {key_mapping.ema_name(name): name for name in state if name.startswith("model.")}
-    for name, reason in report.initialised.items():
-        if reason.startswith("seeded"):
-            state[name] = state[shadows[name]].to(torch.float32, copy=True)
-    model.load_state_dict(state, strict=True, assign=True)
-    left = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta]
-    assert not left, f"{left[:3]} have no value"
-    if device.type != "cpu":  # where it was built
-        model.to(device)
-    model.eval()
 
 
 def usable(device: str | torch.device) -> torch.device:

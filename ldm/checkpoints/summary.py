@@ -12,9 +12,9 @@ from ldm.checkpoints import families, key_mapping
 from ldm.checkpoints.build import follow_hub, open_file, pair_file
 from ldm.checkpoints.files import Weights
 from ldm.checkpoints.folders import FolderWeights, is_diffusers_folder
-from ldm.checkpoints.load import all_zeros, is_empty, is_finite
 from ldm.checkpoints.matching import check_patterns, without
 from ldm.checkpoints.report import LoadReport, TensorInfo, first_few
+from ldm.checkpoints.tensors import all_zeros, is_empty, is_finite
 from ldm.errors import FormatError, LdmError, MismatchError, NumericError, escaped, refuse_elsewhere
 
 FOLDER_PARTS = {"UNet": "unet/", "VAE": "vae/"}  # diffusers' names, in a folder or a file

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ldm.checkpoints import families
 from ldm.checkpoints.files import Weights, open_weights
-from ldm.checkpoints.load import check_dtype, check_finite, fill, finish, memory_named, usable
+from ldm.checkpoints.load import memory_named, usable
 from ldm.checkpoints.matching import match
 from ldm.checkpoints.report import LoadReport, TensorInfo
+from ldm.checkpoints.tensors import check_dtype, check_finite, fill, finish
 from ldm.errors import MismatchError, escaped
 from ldm.guided_diffusion import script_util
 from ldm.guided_diffusion.script_util import COLOURS, parse_attention_resolutions, parse_channel_mult
