@@ -15,7 +15,7 @@ from ldm.checkpoints.files import Weights
 from ldm.checkpoints.folders import FolderWeights
 from ldm.checkpoints.matching import LEFT_OUT, account_vae, check_patterns
 from ldm.checkpoints.report import LoadReport
-from ldm.checkpoints.tensors import check_dtype, fill, finish
+from ldm.checkpoints.tensors import assign_state, check_dtype, choose_dtypes, load_tensors
 from ldm.errors import (
     MismatchError,
     ResourceError,
@@ -100,16 +100,17 @@ def load_latent_diffusion(
             ignore=patterns,
             source=source,
         )
+        dtypes = choose_dtypes(model, dtype, vae_dtype)
         state: dict[str, Tensor] = {}
         with memory_named(path, model):
             if vae is not None:
                 replacement = opened.enter_context(contextlib.closing(_open_vae(vae)))
                 inner = account_vae(model.first_stage_model, replacement)
-                fill(state, model, inner, replacement, device, dtype, vae_dtype, prefix=key_mapping.VAE)
+                state |= load_tensors(model, inner, replacement, device, dtypes, prefix=key_mapping.VAE)
                 report.notes.append(inner.summary())
             _check_tables(model, report, source)
-            fill(state, model, report, source, device, dtype, vae_dtype)
-            finish(model, state, report, device)
+            state |= load_tensors(model, report, source, device, dtypes)
+            assign_state(model, state, report, device)
     logger.info("%s", report.summary())
     return model, report
 
@@ -140,8 +141,8 @@ def load_vae(
     refuse_elsewhere("VAE", path)
     with contextlib.closing(_open_vae(path)) as source, memory_named(path, module):
         report = account_vae(module, source, patterns)
-        state: dict[str, Tensor] = {}
-        fill(state, module, report, source, weight.device, weight.dtype, weight.dtype)
+        dtypes = choose_dtypes(module, weight.dtype, weight.dtype)
+        state = load_tensors(module, report, source, weight.device, dtypes)
         own = module.state_dict()
         module.load_state_dict({name: state.get(name, value) for name, value in own.items()})
     logger.info("%s", report.summary())

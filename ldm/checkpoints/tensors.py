@@ -3,6 +3,7 @@
 import logging
 import re
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -79,75 +80,132 @@ def check_finite(path: str, name: str, values: Tensor, dtype: torch.dtype | None
         )
 
 
-def fill(
-    state: dict[str, Tensor],
+def choose_dtypes(
+    model: nn.Module, dtype: torch.dtype | None, vae_dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """Say in which dtype each tensor of a model's state dict is loaded.
+
+    Args:
+        dtype: of parameters; None = float32. Buffers keep the dtype that they were built with.
+        vae_dtype: the same for the parameters of a first stage.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+
+    def choose(name: str, built: Tensor) -> torch.dtype:
+        if name not in parameters:
+            return built.dtype
+        return (vae_dtype if name.startswith(key_mapping.VAE) else dtype) or torch.float32
+
+    return {name: choose(name, value) for name, value in model.state_dict().items()}
+
+
+def load_tensors(
     model: nn.Module,
     report: LoadReport,
     source: Weights,
     device: torch.device,
-    dtype: torch.dtype | None,
-    vae_dtype: torch.dtype | None,
+    dtypes: Mapping[str, torch.dtype],
     prefix: str = "",
-) -> None:
-    """Read, check, cast and move every assigned tensor; on a CPU several at once."""
-    own = model.state_dict()
-    parameters = {name for name, _ in model.named_parameters()}
+) -> dict[str, Tensor]:
+    """Read, check, cast and move every tensor that a report assigns; on a CPU several at once.
 
-    def kind(target: str) -> torch.dtype:
-        if target not in parameters:
-            return own[target].dtype
-        return (vae_dtype if target.startswith(key_mapping.VAE) else dtype) or torch.float32
+    Args:
+        model: whose shapes they get.
+        dtypes: of the model's tensors, from `choose_dtypes`.
+        prefix: of the model's names, where the report has those of one of its parts.
 
-    wanted = {name: kind(prefix + target) for name, target in report.assigned.items()}
-    for name in wanted:
-        held = source.infos[name].dtype
-        if wanted[name].is_floating_point:
-            require_float(source.path, name, held)
-        elif held.is_floating_point:
-            raise MismatchError(
-                f"'{escaped(source.path)}': '{escaped(name)}' should be a whole number, not {held}"
-            )
-    # What is copied once more anyway is read into the same memory over and over: fresh pages cost more than bytes.
-    passing = {name for name in wanted if device.type != "cpu" or source.infos[name].dtype != wanted[name]}
-    scratches = _Scratches(max((source.infos[name].nbytes for name in passing), default=0), device)
-    empty: list[str] = []
+    Returns:
+        tensors by the model's names.
 
-    def take(name: str) -> Tensor:
-        values = source.read(name, scratches.own() if name in passing else None).to(device)
-        if wanted[name].is_floating_point:
-            check_finite(source.path, name, values, wanted[name])
-            if is_empty(name, values):
-                empty.append(name)
-        if scale := report.scales.get(report.assigned[name]):
-            values = _scaled(values, source.read(scale).to(device), source.path, name)
-            check_finite(source.path, name, values, wanted[name])
-        # On the device before the cast: fewer bytes travel, and an accelerator casts faster.
-        return values.to(wanted[name])
-
-    with ThreadPoolExecutor(READERS if device.type == "cpu" else 1) as readers:
+    Raises:
+        MismatchError: a number with a fraction where a whole one belongs, or the other way round.
+        NumericError: values that are not finite, or not any more in their dtype.
+    """
+    targets = {name: prefix + target for name, target in report.assigned.items()}
+    wanted = {name: dtypes[target] for name, target in targets.items()}
+    _check_kinds(source, wanted)
+    scales = {
+        name: report.scales[target] for name, target in report.assigned.items() if target in report.scales
+    }
+    reader = _Reader(source, device, wanted, scales)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    with ThreadPoolExecutor(READERS if device.type == "cpu" else 1) as threads:
         try:
-            for target, values in zip(
-                report.assigned.values(), readers.map(take, report.assigned), strict=True
-            ):
-                state[prefix + target] = values.reshape(own[prefix + target].shape)
+            for target, values in zip(targets.values(), threads.map(reader.read, targets), strict=True):
+                state[target] = values.reshape(shapes[target])
         except BaseException:
-            readers.shutdown(wait=False, cancel_futures=True)
+            threads.shutdown(wait=False, cancel_futures=True)
             raise
-    if empty:
-        empty.sort(key=list(wanted).index)
+    if reader.empty:
+        empty = sorted(reader.empty, key=list(wanted).index)
         report.notes.append(f"{all_zeros(empty, len(wanted))}; get the file again if it was trained")
         logger.warning("'%s': %s", report.path, report.notes[-1])
+    return state
 
 
-class _Scratches(threading.local):
-    """Memory for each thread that its tensors pass through, page-locked on the way to a GPU."""
+def _check_kinds(source: Weights, wanted: Mapping[str, torch.dtype]) -> None:
+    """Refuse whole numbers where the model has floating-point ones, and the other way round."""
+    for name, dtype in wanted.items():
+        in_file = source.infos[name].dtype
+        if dtype.is_floating_point:
+            require_float(source.path, name, in_file)
+        elif in_file.is_floating_point:
+            raise MismatchError(
+                f"'{escaped(source.path)}': '{escaped(name)}' should be a whole number, not {in_file}"
+            )
+
+
+class _Reader:
+    """Reads a file's tensors one by one onto a device, for several threads at once.
+
+    Args:
+        wanted: dtype of each tensor, by its name in the file.
+        scales: names in the file of weights in 8 bits -> of the factors that they are multiplied by.
+
+    Attributes:
+        empty: the tensors read that are all zeros and should not be.
+    """
+
+    def __init__(
+        self,
+        source: Weights,
+        device: torch.device,
+        wanted: Mapping[str, torch.dtype],
+        scales: Mapping[str, str],
+    ):
+        self.source, self.device, self.wanted, self.scales = source, device, wanted, scales
+        # What is copied once more anyway is read into the same memory over and over: fresh pages cost more than bytes.
+        infos = source.infos
+        self.copied = {n for n, dtype in wanted.items() if device.type != "cpu" or infos[n].dtype != dtype}
+        self.buffers = _ThreadBuffers(max((infos[n].nbytes for n in self.copied), default=0), device)
+        self.empty: list[str] = []
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor, check its values, and give it in its dtype."""
+        path, dtype = self.source.path, self.wanted[name]
+        memory = self.buffers.get() if name in self.copied else None
+        values = self.source.read(name, memory).to(self.device)
+        if dtype.is_floating_point:
+            check_finite(path, name, values, dtype)
+            if is_empty(name, values):
+                self.empty.append(name)
+        if scale := self.scales.get(name):
+            values = _scaled(values, self.source.read(scale).to(self.device), path, name)
+            check_finite(path, name, values, dtype)
+        # On the device before the cast: fewer bytes travel, and an accelerator casts faster.
+        return values.to(dtype)
+
+
+class _ThreadBuffers(threading.local):
+    """One buffer for each thread, which its tensors are read into; pinned memory where they go on to a GPU."""
 
     def __init__(self, nbytes: int, device: torch.device):
         self._nbytes, self._device = nbytes, device
         self._memory: Tensor | None = None
 
-    def own(self) -> Tensor:
-        """Give this thread's memory (nbytes,)."""
+    def get(self) -> Tensor:
+        """Return this thread's buffer, (nbytes,) uint8."""
         if self._memory is None:
             self._memory = torch.empty(self._nbytes, dtype=torch.uint8)
             if self._device.type == "cuda" and self._nbytes > 0:
@@ -165,8 +223,14 @@ def _scaled(values: Tensor, scale: Tensor, path: str, name: str) -> Tensor:
     return values.float() * scale.float().reshape(-1, *(1 for _ in values.shape[1:]))
 
 
-def finish(model: nn.Module, state: dict[str, Tensor], report: LoadReport, device: torch.device) -> None:
-    """Assign the gathered tensors, strictly; what the report calls initialised is computed or seeded here."""
+def assign_state(
+    model: nn.Module, state: dict[str, Tensor], report: LoadReport, device: torch.device
+) -> None:
+    """Give a model built on the meta device its tensors, and put it into evaluation mode.
+
+    Args:
+        state: what was loaded, by the model's names; the computed tables and the seeded averages are added.
+    """
     for name, value in model.state_dict().items():
         if name in state:
             continue

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
 from ldm.checkpoints import families
 from ldm.checkpoints.files import Weights, open_weights
 from ldm.checkpoints.load import memory_named, usable
 from ldm.checkpoints.matching import match
 from ldm.checkpoints.report import LoadReport, TensorInfo
-from ldm.checkpoints.tensors import check_dtype, check_finite, fill, finish
+from ldm.checkpoints.tensors import assign_state, check_dtype, check_finite, choose_dtypes, load_tensors
 from ldm.errors import MismatchError, escaped
 from ldm.guided_diffusion import script_util
 from ldm.guided_diffusion.script_util import COLOURS, parse_attention_resolutions, parse_channel_mult
@@ -582,10 +581,9 @@ def load_openai_model(
             ignored=report.ignored,
             initialised={},
         )
-        state: dict[str, Tensor] = {}
         with memory_named(path, model):
-            fill(state, model, report, source, device, dtype, dtype)
-            finish(model, state, report, device)
+            state = load_tensors(model, report, source, device, choose_dtypes(model, dtype, dtype))
+            assign_state(model, state, report, device)
     if flags[kind.flags["use_fp16"]]:
         for name, weight in model.named_parameters():
             if name.startswith(TORSO):
