@@ -13,7 +13,7 @@ from ldm.models.diffusion.gaussian_diffusion import (
     KINDS,
     LossType,
     ModelVarType,
-    check_labels,
+    check_labels_of,
 )
 from ldm.models.diffusion.respace import SpacedDiffusion, space_timesteps
 from ldm.models.diffusion.samplers import alpha_bar_table, ask_both
@@ -164,4 +164,4 @@ def _check_classes(model: Any, condition: Any) -> None:
     labels = first_tensor(condition)
     if route != "adm":
         labels = condition.get("c_adm") if isinstance(condition, Mapping) else None
-    check_labels(getattr(wrapper.diffusion_model, "num_classes", None), labels)
+    check_labels_of(wrapper.diffusion_model, labels)

@@ -103,6 +103,18 @@ def draw(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
     return mean + (0.5 * log_variance).exp() * noise
 
 
+def draw_prev(mean: Tensor, log_variance: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Draw x_{t-1} from the Gaussian of a step back; the step to the clean end adds no noise (Algorithm 2).
+
+    Args:
+        mean, log_variance: of p(x_{t-1} | x_t), (b, ...).
+        noise: unit normal, shaped like mean.
+        t: (b,) levels stepped from; 0 is the cleanest.
+    """
+    is_noisy = (t != 0).reshape(-1, *(1 for _ in mean.shape[1:])).to(mean.dtype)  # (b, 1, 1, 1)
+    return draw(mean, log_variance, is_noisy * noise)
+
+
 def vlb_weights(kind: str, betas: Tensor, alpha_bar: Tensor, posterior_variance: Tensor) -> Tensor:
     """Weight each level's squared error as the variational bound does (Eq. 12 and its forms for x0 and v).
 

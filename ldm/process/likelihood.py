@@ -82,6 +82,15 @@ def bits_per_dim(nats: Tensor) -> Tensor:
     return mean_flat(nats) / math.log(2.0)
 
 
+def prior_bits_per_dim(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Measure the bound's prior term, KL(q(x_T | x_0) || N(0, 1)), in bits per dimension: (b,).
+
+    Args:
+        mean, log_variance: of q(x_T | x_0), (b, ...).
+    """
+    return bits_per_dim(normal_kl(mean, log_variance, 0.0, 0.0))
+
+
 def _check_shapes(x: Tensor, means: Tensor, log_scales: Tensor) -> None:
     if not x.shape == means.shape == log_scales.shape:
         raise MismatchError(

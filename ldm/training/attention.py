@@ -1,7 +1,8 @@
 """Faster attention for training on a CPU in bfloat16.
 
 torch 2.13's fused kernel takes 6 times as long as two matrix products and a softmax there (backward pass; 256 tokens,
-16 features a head), so inside `matmul_attention` it is replaced, wherever it is called from.
+16 features a head), so inside `MatmulAttention` it is replaced, wherever it is called from. Everywhere else
+ldm.modules.attention.attend, which calls it, is faster and holds no scores.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ class MatmulAttention(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and _can_replace(*args, **kwargs):
-            return attend(*args, **kwargs)
+            return matmul_attend(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -30,7 +31,7 @@ def _can_replace(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs
     return not unusual and query.dim() == 4 and query.dtype == torch.bfloat16 and query.device.type == "cpu"
 
 
-def attend(
+def matmul_attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -40,7 +41,7 @@ def attend(
     scale: float | None = None,
     **unused: Any,
 ) -> Tensor:
-    """Compute softmax(scale q k^T + mask) v for (b, k, n, d) queries, as scaled_dot_product_attention defines it."""
+    """Compute softmax(scale q k^T + mask) v for (b, k, n, d) queries, with the scores in memory; torch's signature."""
     b, k, n, d = query.shape
     with torch.autocast("cpu", enabled=False):
         query = query * (d**-0.5 if scale is None else scale)

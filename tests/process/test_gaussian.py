@@ -5,7 +5,15 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.errors import UsageError
-from ldm.process.gaussian import clipped_log, draw, posterior, posterior_mean, q_sample, vlb_weights
+from ldm.process.gaussian import (
+    clipped_log,
+    draw,
+    draw_prev,
+    posterior,
+    posterior_mean,
+    q_sample,
+    vlb_weights,
+)
 from ldm.process.schedule import NoiseSchedule
 
 
@@ -79,6 +87,13 @@ def test_a_draw_has_its_mean_and_spread():
     mean, noise = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 1.0, -2.0])
     got = draw(mean, torch.tensor(0.25).log(), noise)
     torch.testing.assert_close(got, torch.tensor([1.0, 2.5, 2.0]), rtol=0, atol=1e-6)
+
+
+def test_a_step_back_is_noisy_but_from_the_cleanest_level():
+    """Each sample by its own level: only those that leave level 0 are their mean."""
+    mean, noise = torch.zeros(3, 2, 1), torch.tensor([1.0, -2.0]).reshape(1, 2, 1).expand(3, 2, 1)
+    got = draw_prev(mean, torch.full_like(mean, 0.25).log(), noise, torch.tensor([4, 0, 1]))
+    torch.testing.assert_close(got, 0.5 * noise * torch.tensor([1.0, 0.0, 1.0]).reshape(3, 1, 1))
 
 
 def test_weights_of_the_bound():

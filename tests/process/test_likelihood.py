@@ -14,6 +14,7 @@ from ldm.process.likelihood import (
     discretized_gaussian_log_likelihood,
     gaussian_log_likelihood,
     normal_kl,
+    prior_bits_per_dim,
 )
 
 BINS = torch.arange(256, dtype=torch.float64) / 127.5 - 1  # 8-bit pixels in [-1, 1]
@@ -88,6 +89,16 @@ def test_bits_are_nats_over_ln_2_averaged_over_each_image():
     nats = torch.tensor([[[1.0, 2.0, 3.0]], [[0.0, 0.0, 6.0]]], dtype=torch.float64) * math.log(2)
     want = torch.tensor([2.0, 2.0], dtype=torch.float64)
     torch.testing.assert_close(bits_per_dim(nats), want, rtol=0, atol=1e-15)
+
+
+def test_the_prior_term_is_the_divergence_from_unit_noise():
+    """By torch's own divergence of Gaussians; 0 where x_T is unit noise already."""
+    mean, _, log_variance, _ = four(2, 3, 5, seed=2)
+    normal = torch.distributions.Normal
+    nats = torch.distributions.kl_divergence(normal(mean, (0.5 * log_variance).exp()), normal(0.0, 1.0))
+    got = prior_bits_per_dim(mean, log_variance)
+    torch.testing.assert_close(got, nats.mean(dim=(1, 2)) / math.log(2), rtol=0, atol=1e-12)
+    assert prior_bits_per_dim(torch.zeros(1, 2), torch.zeros(1, 2)) == 0
 
 
 @pytest.mark.parametrize("likelihood", [discretized_gaussian_log_likelihood, gaussian_log_likelihood])

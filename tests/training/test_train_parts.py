@@ -18,7 +18,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses import DummyLoss, LPIPSWithDiscriminator
 from ldm.modules.losses.discriminator import NLayerDiscriminator, hinge_d_loss, vanilla_d_loss
 from ldm.modules.losses.lpips import LPIPS
-from ldm.training.attention import MatmulAttention, attend
+from ldm.training.attention import MatmulAttention, matmul_attend
 from ldm.training.merging import merge_configs
 from ldm.training.objectives import Draws
 from ldm.training.optimizers import learning_rate
@@ -228,7 +228,7 @@ def test_attention_step_by_step_is_the_fused_one(options):
         got = nn.functional.scaled_dot_product_attention(q, k, v, **options)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), exact, rtol=0, atol=0.03)  # values of about 1 in 8 bits
-    assert torch.equal(got, attend(q, k, v, **options))
+    assert torch.equal(got, matmul_attend(q, k, v, **options))
 
 
 def test_attention_of_other_kinds_is_left_alone():

@@ -29,11 +29,6 @@ class AncestralSampling:
             x_recon = quantize(x_recon)[0]
         return (*self.q_posterior(x_recon, x, t), x_recon)
 
-    def _draw(self, mean: Tensor, log_variance: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Draw one step back; the step to the cleanest level adds no noise."""
-        is_noisy = (t != 0).reshape(-1, *(1 for _ in mean.shape[1:])).to(mean.dtype)  # (b, 1, 1, 1)
-        return gaussian.draw(mean, log_variance, is_noisy * noise)
-
     def p_mean_variance(
         self, x: Tensor, t: Tensor, clip_denoised: bool, return_x0: bool = False
     ) -> tuple[Tensor, ...]:
@@ -59,7 +54,7 @@ class AncestralSampling:
             x_{t-1}, with return_x0 and the predicted clean sample.
         """
         mean, _, log_variance, *x0 = self.p_mean_variance(x, t, clip_denoised, return_x0=return_x0)
-        x_prev = self._draw(mean, log_variance, t, noise_like(x.shape, x.device, repeat_noise))
+        x_prev = gaussian.draw_prev(mean, log_variance, noise_like(x.shape, x.device, repeat_noise), t)
         return (x_prev, *x0) if return_x0 else x_prev
 
     def _walk(
@@ -204,7 +199,7 @@ class LatentAncestralSampling:
         noise = noise_like(x.shape, x.device, repeat_noise) * temperature
         if noise_dropout > 0.0:
             noise = F.dropout(noise, p=noise_dropout)
-        x_prev = self._draw(mean, log_variance, t, noise)
+        x_prev = gaussian.draw_prev(mean, log_variance, noise, t)
         if return_codebook_ids:
             return x_prev, extra[0].argmax(dim=1)
         return (x_prev, extra[0]) if return_x0 else x_prev

@@ -29,7 +29,7 @@ from ldm.modules.diffusionmodules.util import (
 )
 from ldm.process.schedule import LEAST_SIGNAL
 from ldm.process.spacing import EXACT_METHODS, check_steps, exact_levels
-from ldm.process.steps import ddim_inverse_step
+from ldm.process.steps import ddim_inverse_step, ddim_std
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +137,8 @@ class TableSampler:
         self.register_buffer("ddim_alphas", torch.as_tensor(alphas))
         self.register_buffer("ddim_alphas_prev", alphas_prev)
         self.register_buffer("ddim_sqrt_one_minus_alphas", (1 - torch.as_tensor(alphas)).sqrt())
-        ratio = (1 - alpha_bar_prev.double()) / (1 - alpha_bar.double())
-        variance = ratio * (1 - alpha_bar.double() / alpha_bar_prev.double())
-        self.register_buffer("ddim_sigmas_for_original_num_steps", (ddim_eta * variance.sqrt()).float())
+        std = ddim_std(alpha_bar.double(), alpha_bar_prev.double(), ddim_eta)
+        self.register_buffer("ddim_sigmas_for_original_num_steps", std.float())
 
     def _make_schedule(self, S: int, eta: float, verbose: bool, discretize: str) -> None:
         """Call make_schedule, which may be a subclass's, as the originals call it."""

@@ -8,7 +8,6 @@ is in ldm.process, a trainer in ldm.training.
 import copy
 import inspect
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -27,9 +26,10 @@ from ldm.models.autoencoder import VQModelInterface
 from ldm.models.diffusion.ancestral import AncestralSampling, LatentAncestralSampling, first_of
 from ldm.models.diffusion.image_log import ImageLog, LatentImageLog
 from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.process import gaussian, prediction
+from ldm.process.likelihood import prior_bits_per_dim
 from ldm.process.schedule import LEAST_SIGNAL, NoiseSchedule, zero_terminal_snr
 from ldm.process.tiling import Tiling
 from ldm.values import SHARE, check_value
@@ -995,7 +995,7 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
         """Return the bound's prior term KL(q(x_T | x_0) || N(0, 1)) in bits per dimension, (b,)."""
         t = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device, dtype=torch.long)
         mean, _, log_variance = self.q_mean_variance(x_start, t)
-        return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
+        return prior_bits_per_dim(mean, log_variance)
 
     def _trained(self) -> list[nn.Parameter]:
         parameters = list(self.model.parameters())

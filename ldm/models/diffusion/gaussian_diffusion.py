@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from ldm.errors import MismatchError, UsageError
 from ldm.helpers import mean_flat, upload
 from ldm.models.diffusion.samplers import Level, make_plan, run_levels
-from ldm.modules.diffusionmodules.util import extract_into_tensor
+from ldm.modules.diffusionmodules.util import check_label_range, extract_into_tensor
 from ldm.process import gaussian, guidance, prediction, schedule
 from ldm.process.likelihood import (
     bits_per_dim,
     discretized_gaussian_log_likelihood,
     gaussian_log_likelihood,
     normal_kl,
+    prior_bits_per_dim,
 )
 from ldm.process.steps import ddim_inverse_step, ddim_std, ddim_step
 
@@ -349,7 +350,7 @@ class GaussianDiffusion:
         """Ask the network, and see that the answer has the channels that the variance's type calls for."""
         self._check_levels(t, x)
         kwargs = model_kwargs or {}
-        check_labels(getattr(model, "num_classes", None), kwargs.get("y"))
+        check_labels_of(model, kwargs.get("y"))
         answer = model(x, self._scale_timesteps(t), **kwargs)
         factor = 2 if self.model_var_type in LEARNED else 1
         wanted = (len(x), factor * x.shape[1], *x.shape[2:])
@@ -452,8 +453,7 @@ class GaussianDiffusion:
         mean = out["mean"]
         if cond_fn is not None:
             mean = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
-        is_noisy = (t != 0).reshape(-1, *(1 for _ in x.shape[1:])).to(x.dtype)  # (b, 1, 1, 1)
-        sample = gaussian.draw(mean, out["log_variance"], is_noisy * noise)
+        sample = gaussian.draw_prev(mean, out["log_variance"], noise, t)
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     @_in_either_order
@@ -714,7 +714,7 @@ class GaussianDiffusion:
         """Return the bound's prior term KL(q(x_T | x_0) || N(0, 1)) in bits per dimension, (b,)."""
         t = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
         mean, _, log_variance = self.q_mean_variance(x_start, t)
-        return bits_per_dim(normal_kl(mean, log_variance, 0.0, 0.0))
+        return prior_bits_per_dim(mean, log_variance)
 
     @torch.no_grad()
     def calc_bpd_loop(
@@ -746,20 +746,20 @@ class GaussianDiffusion:
         return {"total_bpd": rows["vb"].sum(dim=1) + prior, "prior_bpd": prior, **rows}
 
 
-def check_labels(num_classes: Any, labels: Any) -> None:
-    """Refuse labels that a network of num_classes has not; those on an accelerator are not looked at.
+def check_labels_of(network: Any, labels: Any) -> None:
+    """Refuse labels that any network, a UNet or another's, does not have, before it is called.
 
     Args:
-        num_classes: what a UNet has under this name; anything but a whole number is no reason to look.
-        labels: (b,) whole numbers, or anything else, which is not looked at.
+        network: with its number of classes as `num_classes`; anything but a whole number there is not checked.
+        labels: numbers of any shape. Those on an accelerator are not checked, which would wait for it, nor is what is
+            no tensor.
 
     Raises:
         UsageError: naming the labels.
     """
-    if not isinstance(num_classes, int) or not isinstance(labels, Tensor) or labels.device.type != "cpu":
-        return
-    if ((labels < 0) | (labels >= num_classes)).any():
-        raise UsageError(f"labels must be from 0 to {num_classes - 1}, got {labels.tolist()}")
+    num_classes = getattr(network, "num_classes", None)
+    if isinstance(num_classes, int) and isinstance(labels, Tensor) and labels.device.type == "cpu":
+        check_label_range(labels, num_classes)
 
 
 def _check_shape(name: str, tensor: Tensor, like: Tensor) -> None:

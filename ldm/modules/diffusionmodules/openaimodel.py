@@ -23,6 +23,7 @@ from ldm.modules.attention import SpatialTransformer, attend
 from ldm.modules.diffusionmodules.util import (
     SiLU,  # noqa: F401  (part of the public interface of improved-diffusion's UNet)
     avg_pool_nd,
+    check_label_range,
     checkpoint,
     conv_nd,
     linear,
@@ -742,16 +743,11 @@ def check_labels(y: Tensor, maps: int, num_classes: int | str) -> None:
     # On a GPU this waits for the labels; a wrong one would otherwise end the whole CUDA context, without its number.
     # So labels that stay, as they do from step to step, are looked at once.
     capturing = y.is_cuda and torch.cuda.is_current_stream_capturing()
-    if y.numel() and not (y.is_meta or capturing or torch.compiler.is_compiling()):
+    if not (y.is_meta or capturing or torch.compiler.is_compiling()):
         state = None if y.is_cpu or y.is_inference() else (y._version, num_classes)
         if state is not None and _looked_at.get(y) == state:
             return
-        lowest, highest = torch.stack(torch.aminmax(y)).tolist()
-        if lowest < 0 or highest >= num_classes:
-            raise UsageError(
-                f"labels y should be from 0 to {num_classes - 1} for {num_classes} classes, "
-                f"got {lowest if lowest < 0 else highest}"
-            )
+        check_label_range(y, num_classes)
         if state is not None:
             _looked_at[y] = state
 

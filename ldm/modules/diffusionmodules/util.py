@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from ldm.config import instantiate_from_config
-from ldm.errors import MismatchError, UsageError
+from ldm.errors import MismatchError, UsageError, shown
 from ldm.helpers import mean_flat, upload
 from ldm.process.schedule import betas_for_alpha_bar, named_betas
 from ldm.process.spacing import compvis_levels
@@ -79,6 +79,8 @@ def make_ddim_sampling_parameters(
     """
     alphas = alphacums[ddim_timesteps]
     alphas_prev = np.asarray([alphacums[0], *alphacums[ddim_timesteps[:-1]].tolist()])
+    # ddim_std's formula, but not its function: a float32 tensor divided by float64 numpy, as the original's is, rounds
+    # elsewhere in the last bits, on which the pictures of its seeds depend.
     sigmas = eta * np.sqrt((1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev))
     return sigmas, alphas, alphas_prev
 
@@ -197,6 +199,18 @@ class HybridConditioner(nn.Module):
             "c_concat": [self.concat_conditioner(c_concat)],
             "c_crossattn": [self.crossattn_conditioner(c_crossattn)],
         }
+
+
+def check_label_range(labels: Tensor, num_classes: int) -> None:
+    """Raise UsageError unless whole-number labels, of any shape, are from 0 to num_classes - 1.
+
+    Reading labels on a GPU waits for all work queued before them.
+    """
+    if not labels.numel():
+        return
+    lowest, highest = torch.stack(torch.aminmax(labels)).tolist()
+    if lowest < 0 or highest >= num_classes:
+        raise UsageError(f"labels must be from 0 to {num_classes - 1}, got {shown(labels.tolist())}")
 
 
 def noise_like(
