@@ -25,10 +25,10 @@ from ldm.guided_diffusion.gaussian_bridge import as_gaussian_diffusion
 from ldm.guided_diffusion.script_util import COLOURS, diffusion_from_flags
 from ldm.images import to_uint8
 from ldm.kernels import optimize
-from ldm.models.diffusion.gaussian_diffusion import check_labels
 from ldm.models.diffusion.respace import SpacedDiffusion
 from ldm.models.introspect import downsampling, is_inpainting, native_size
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, SuperResModel
+from ldm.modules.diffusionmodules.util import check_label_range
 from ldm.paths import shipped
 from ldm.request import check_size, list_texts
 
@@ -324,7 +324,7 @@ def choose_labels(num_classes: int | None, given: Sequence[int], seeds: Sequence
             raise UsageError(f"--class {given[0]} needs a model with classes or a classifier, got neither")
         return None
     if given:
-        check_labels(num_classes, torch.tensor(given))
+        check_label_range(torch.tensor(given), num_classes)
         return torch.tensor([given[i % len(given)] for i in range(len(seeds))])
     # Of a seed as many bits count as for the noise.
     draws = [
