@@ -208,18 +208,8 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         rescale_betas_zero_snr: bool = False,
     ):
         super().__init__()
-        prediction.check_prediction(parameterization)
-        if loss_type not in ("l1", "l2"):
-            raise UsageError(f"loss_type should be 'l1' or 'l2', got {loss_type!r}")
-        if use_positional_encodings:
-            raise UsageError(
-                "use_positional_encodings has no implementation, in the original neither; leave it out"
-            )
+        _check_options(parameterization, loss_type, use_positional_encodings, rescale_betas_zero_snr)
         self.parameterization = parameterization
-        if not isinstance(rescale_betas_zero_snr, bool):
-            raise UsageError(
-                f"rescale_betas_zero_snr should be true or false, got {rescale_betas_zero_snr!r}"
-            )
         self.rescale_betas_zero_snr = rescale_betas_zero_snr
         self.cond_stage_model: nn.Module | None = None
         self.clip_denoised = clip_denoised
@@ -250,18 +240,28 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
             cosine_s=cosine_s,
         )
         self.learn_logvar = learn_logvar
-        # Files of the later generation (ControlNet's among them) hold logvar, CompVis's do not; ours shows it
-        # and `_load_from_state_dict` does without.
-        logvar = torch.from_numpy(np.full(self.num_timesteps, logvar_init, dtype=np.float32))
-        if learn_logvar:
+        self._register_logvar(logvar_init)
+        if ckpt_path is not None:
+            self.init_from_ckpt(ckpt_path, ignore_keys=ignore_keys, only_model=load_only_unet)
+        self._reset_average(reset_ema, reset_num_ema_updates)
+
+    def _register_logvar(self, value: float) -> None:
+        """Register one log variance a level, (num_timesteps,), as a parameter where it is learned, else as a buffer.
+
+        Files of the later generation (ControlNet's among them) hold it, CompVis's do not; the state dict shows it and
+        `_load_from_state_dict` does without.
+        """
+        logvar = torch.from_numpy(np.full(self.num_timesteps, value, dtype=np.float32))
+        if self.learn_logvar:
             self.logvar = nn.Parameter(logvar)
         else:
             self.register_buffer("logvar", logvar)
-        if ckpt_path is not None:
-            self.init_from_ckpt(ckpt_path, ignore_keys=ignore_keys, only_model=load_only_unet)
-        if use_ema and reset_ema:
+
+    def _reset_average(self, weights: bool, count: bool) -> None:
+        """Begin the average anew at the present weights, or only its warm-up, the count of its updates."""
+        if self.use_ema and weights:
             self.model_ema.copy_from(self.model)
-        if use_ema and (reset_ema or reset_num_ema_updates):
+        if self.use_ema and (weights or count):
             self.model_ema.reset_num_updates()
 
     @property
@@ -672,10 +672,7 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys=ignore_keys, only_model=load_only_unet)
             self.restarted_from_ckpt = True
-        if self.use_ema and reset_ema:
-            self.model_ema.copy_from(self.model)
-        if self.use_ema and (reset_ema or reset_num_ema_updates):
-            self.model_ema.reset_num_updates()
+        self._reset_average(reset_ema, reset_num_ema_updates)
 
     def __repr__(self) -> str:
         """Name the parts and their sizes in one line; each part shows its own layers."""
@@ -1147,6 +1144,21 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
         log = super().log_images(batch, N, *args, **kwargs)
         log["masked_image"] = DDPM.get_input(self, batch, self.masked_image_key)[:N]
         return log
+
+
+def _check_options(
+    parameterization: Any, loss_type: Any, use_positional_encodings: Any, rescale_betas_zero_snr: Any
+) -> None:
+    """Raise UsageError unless DDPM has an implementation of these of its options."""
+    prediction.check_prediction(parameterization)
+    if loss_type not in ("l1", "l2"):
+        raise UsageError(f"loss_type should be 'l1' or 'l2', got {loss_type!r}")
+    if use_positional_encodings:
+        raise UsageError(
+            "use_positional_encodings has no implementation, in the original neither; leave it out"
+        )
+    if not isinstance(rescale_betas_zero_snr, bool):
+        raise UsageError(f"rescale_betas_zero_snr should be true or false, got {rescale_betas_zero_snr!r}")
 
 
 def _dropping_rules(rules: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

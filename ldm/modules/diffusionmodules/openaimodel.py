@@ -7,6 +7,7 @@ they are halved or doubled.
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial, wraps
 from numbers import Real
 from typing import Any
@@ -392,46 +393,182 @@ class _UNetBase(nn.Module):
         return head(h.type(last.dtype)).type(dtype)
 
 
-def _path_down(
-    dims: int,
-    in_channels: int,
-    widths: list[int],
-    num_res_blocks: list[int],
-    res_block: Callable[..., ResBlock],
-    attention: Callable[[int, int, int, int], nn.Module | None],
-    conv_resample: bool,
-    resblock_updown: bool,
-) -> tuple[nn.ModuleList, list[int], int]:
-    """Build the blocks from the input to the lowest resolution.
+@dataclass(frozen=True)
+class _Paths:
+    """Makes the blocks of a UNet's way down, and of its way up.
 
     Args:
+        dims, num_res_blocks, conv_resample, resblock_updown: UNetModel's, num_res_blocks as a list.
         widths: channels of each level.
-        attention: gives what follows a residual block, from (channels, level, block, downsampling factor).
+        res_block: makes a ResBlock from its channels and options.
 
-    Returns:
-        The blocks, the channels after each of them, and the downsampling factor reached.
+    The attention of a path gives what follows a residual block, from (channels, level, block, downsampling factor).
     """
-    expect_tensors(8 * sum(num_res_blocks))
-    ch, ds = widths[0], 1
-    blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))])
-    after = [ch]
-    for level, width in enumerate(widths):
-        for block in range(num_res_blocks[level]):
-            layers: list[nn.Module] = [res_block(ch, out_channels=width)]
-            ch = width
-            attending = attention(ch, level, block, ds)
-            if attending is not None:
-                layers.append(attending)
-            blocks.append(TimestepEmbedSequential(*layers))
-            after.append(ch)
-        if level != len(widths) - 1:
-            smaller = (
-                res_block(ch, down=True) if resblock_updown else Downsample(ch, conv_resample, dims=dims)
+
+    dims: int
+    widths: list[int]
+    num_res_blocks: list[int]
+    res_block: Callable[..., ResBlock]
+    conv_resample: bool
+    resblock_updown: bool
+
+    def down(
+        self, in_channels: int, attention: Callable[[int, int, int, int], nn.Module | None]
+    ) -> tuple[nn.ModuleList, list[int], int]:
+        """Make the blocks from the input to the lowest resolution.
+
+        Returns:
+            The blocks, the channels after each of them, and the downsampling factor reached.
+        """
+        expect_tensors(8 * sum(self.num_res_blocks))
+        ch, ds = self.widths[0], 1
+        blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(self.dims, in_channels, ch, 3, padding=1))])
+        after = [ch]
+        for level, width in enumerate(self.widths):
+            for block in range(self.num_res_blocks[level]):
+                layers: list[nn.Module] = [self.res_block(ch, out_channels=width)]
+                ch = width
+                attending = attention(ch, level, block, ds)
+                if attending is not None:
+                    layers.append(attending)
+                blocks.append(TimestepEmbedSequential(*layers))
+                after.append(ch)
+            if level != len(self.widths) - 1:
+                if self.resblock_updown:
+                    smaller: nn.Module = self.res_block(ch, down=True)
+                else:
+                    smaller = Downsample(ch, self.conv_resample, dims=self.dims)
+                blocks.append(TimestepEmbedSequential(smaller))
+                after.append(ch)
+                ds *= 2
+        return blocks, after, ds
+
+    def up(
+        self, skips: list[int], ds: int, attention: Callable[[int, int, int, int], nn.Module | None]
+    ) -> tuple[nn.ModuleList, list[int]]:
+        """Make the blocks from the lowest resolution to the output; each takes one skip, joined on channels.
+
+        Args:
+            skips, ds: channels and downsampling factor from `down`.
+
+        Returns:
+            The blocks, and the channels after each of them.
+        """
+        skips, ch = list(skips), skips[-1]
+        blocks, after = nn.ModuleList([]), []
+        for level, width in reversed(list(enumerate(self.widths))):
+            for block in range(self.num_res_blocks[level] + 1):
+                layers: list[nn.Module] = [self.res_block(ch + skips.pop(), out_channels=width)]
+                ch = width
+                attending = attention(ch, level, block, ds)
+                if attending is not None:
+                    layers.append(attending)
+                if level and block == self.num_res_blocks[level]:
+                    if self.resblock_updown:
+                        layers.append(self.res_block(ch, up=True))
+                    else:
+                        layers.append(Upsample(ch, self.conv_resample, dims=self.dims))
+                    ds //= 2
+                blocks.append(TimestepEmbedSequential(*layers))
+                after.append(ch)
+        return blocks, after
+
+
+def _level_embedder(model_channels: int, embed_dim: int) -> nn.Sequential:
+    """Make what turns the sinusoids of a level, (b, model_channels), into the embedding (b, embed_dim)."""
+    return nn.Sequential(linear(model_channels, embed_dim), nn.SiLU(), linear(embed_dim, embed_dim))
+
+
+def _label_embedder(num_classes: int | str, embed_dim: int) -> nn.Module:
+    """Make what embeds labels (b,), or (b, 1) numbers where num_classes is "continuous", as (b, embed_dim)."""
+    if num_classes == "continuous":
+        return nn.Linear(1, embed_dim)
+    if not isinstance(num_classes, int):
+        raise UsageError(f"num_classes should be a number, 'continuous' or None, got {num_classes!r}")
+    return nn.Embedding(num_classes, embed_dim)
+
+
+def _check_per_level(levels: int, **options: list[Any] | None) -> None:
+    """Raise MismatchError unless each option, where given, has one value for each level."""
+    for name, values in options.items():
+        if exists(values) and len(values) != levels:
+            raise MismatchError(f"{name} lists {len(values)} values for the {levels} levels of channel_mult")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AttentionMaker:
+    """Makes the attention of a UNet's blocks: AttentionBlocks or SpatialTransformers; the fields are UNetModel's.
+
+    Raises:
+        MismatchError: options that do not go together.
+    """
+
+    attention_resolutions: Iterable[int]
+    num_heads: int
+    num_head_channels: int
+    use_checkpoint: bool
+    use_new_attention_order: bool
+    use_spatial_transformer: bool
+    transformer_depth: int
+    context_dim: int | list[int] | None
+    legacy: bool
+    disable_self_attentions: list[bool] | None
+    num_attention_blocks: list[int] | None
+    use_linear_in_transformer: bool
+
+    def __post_init__(self) -> None:
+        if self.use_spatial_transformer != exists(self.context_dim):
+            raise MismatchError(
+                "use_spatial_transformer and context_dim go together, got "
+                f"use_spatial_transformer={self.use_spatial_transformer} and context_dim={self.context_dim}"
             )
-            blocks.append(TimestepEmbedSequential(smaller))
-            after.append(ch)
-            ds *= 2
-    return blocks, after, ds
+        if self.num_heads == -1 and self.num_head_channels == -1:
+            raise MismatchError("one of num_heads and num_head_channels has to be set, both are -1")
+        for name in ("num_heads", "num_head_channels"):
+            value = getattr(self, name)
+            if value < 1 and value != -1:
+                raise MismatchError(
+                    f"{name} should be at least 1, or -1 for the other to decide; got {value}"
+                )
+
+    def after(self, channels: int, level: int, block: int, ds: int, *, heads: int) -> nn.Module | None:
+        """Make what follows a residual block, if anything does; heads count as in `make`."""
+        if ds not in self.attention_resolutions:
+            return None
+        if self.num_attention_blocks is not None and block >= self.num_attention_blocks[level]:
+            return None
+        only_context = exists(self.disable_self_attentions) and bool(self.disable_self_attentions[level])
+        return self.make(channels, heads, only_context)
+
+    def make(self, channels: int, heads: int, context_only: bool) -> nn.Module:
+        """Make the attention of one block.
+
+        Args:
+            heads: counted only where no width decides: in the legacy rule of AttentionBlocks.
+            context_only: a transformer's first attention looks at the context, too.
+        """
+        if self.num_head_channels == -1:
+            count, width = self.num_heads, channels // self.num_heads
+        else:
+            count, width = channels // self.num_head_channels, self.num_head_channels
+        if not self.use_spatial_transformer:
+            return AttentionBlock(
+                channels,
+                use_checkpoint=self.use_checkpoint,
+                num_heads=heads,
+                num_head_channels=self.num_head_channels if self.legacy else width,
+                use_new_attention_order=self.use_new_attention_order,
+            )
+        return SpatialTransformer(
+            channels,
+            count,
+            channels // count if self.legacy else width,
+            depth=self.transformer_depth,
+            context_dim=self.context_dim,
+            disable_self_attn=context_only,
+            use_linear=self.use_linear_in_transformer,
+            use_checkpoint=self.use_checkpoint,
+        )
 
 
 # The arguments of improved-diffusion's UNet in its order, which is the declared one without image_size and two more.
@@ -503,6 +640,7 @@ class UNetModel(_UNetBase):
         use_linear_in_transformer: linear layers instead of 1x1 convolutions around the transformers.
     """
 
+    # long: half of it is CompVis's signature of 27 options and the handing on of each by its name.
     @leaves_others_to_subclasses
     @_takes_improved_diffusions_call
     def __init__(
@@ -537,34 +675,32 @@ class UNetModel(_UNetBase):
         use_linear_in_transformer: bool = False,
     ):
         super().__init__()
-        levels = len(channel_mult)
-        if use_spatial_transformer != exists(context_dim):
-            raise MismatchError(
-                "use_spatial_transformer and context_dim go together, got "
-                f"use_spatial_transformer={use_spatial_transformer} and context_dim={context_dim}"
-            )
-        if num_heads == -1 and num_head_channels == -1:
-            raise MismatchError("one of num_heads and num_head_channels has to be set, both are -1")
-        for name, value in (("num_heads", num_heads), ("num_head_channels", num_head_channels)):
-            if value < 1 and value != -1:
-                raise MismatchError(
-                    f"{name} should be at least 1, or -1 for the other to decide; got {value}"
-                )
         if exists(context_dim) and not isinstance(context_dim, int):
             context_dim = list(context_dim)
+        attention = _AttentionMaker(
+            attention_resolutions=attention_resolutions,
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
+            use_checkpoint=use_checkpoint,
+            use_new_attention_order=use_new_attention_order,
+            use_spatial_transformer=use_spatial_transformer,
+            transformer_depth=transformer_depth,
+            context_dim=context_dim,
+            legacy=legacy,
+            disable_self_attentions=disable_self_attentions,
+            num_attention_blocks=num_attention_blocks,
+            use_linear_in_transformer=use_linear_in_transformer,
+        )
         self.num_res_blocks = num_res_blocks  # as given, for those who build another UNet after this one
         num_res_blocks = (
-            [num_res_blocks] * levels if isinstance(num_res_blocks, int) else list(num_res_blocks)
+            [num_res_blocks] * len(channel_mult) if isinstance(num_res_blocks, int) else list(num_res_blocks)
         )
-        for name, per_level in (
-            ("num_res_blocks", num_res_blocks),
-            ("disable_self_attentions", disable_self_attentions),
-            ("num_attention_blocks", num_attention_blocks),
-        ):
-            if exists(per_level) and len(per_level) != levels:
-                raise MismatchError(
-                    f"{name} lists {len(per_level)} values for the {levels} levels of channel_mult"
-                )
+        _check_per_level(
+            len(channel_mult),
+            num_res_blocks=num_res_blocks,
+            disable_self_attentions=disable_self_attentions,
+            num_attention_blocks=num_attention_blocks,
+        )
 
         attending = [2 * n + 1 for level, n in enumerate(num_res_blocks) if 2**level in attention_resolutions]
         if use_spatial_transformer:  # 20 tensors in each of its blocks; the middle has one transformer, too
@@ -580,15 +716,9 @@ class UNetModel(_UNetBase):
         self.predict_codebook_ids = n_embed is not None
 
         embed_dim = model_channels * 4
-        self.time_embed = nn.Sequential(
-            linear(model_channels, embed_dim), nn.SiLU(), linear(embed_dim, embed_dim)
-        )
-        if num_classes == "continuous":
-            self.label_emb = nn.Linear(1, embed_dim)
-        elif num_classes is not None:
-            if not isinstance(num_classes, int):
-                raise UsageError(f"num_classes should be a number, 'continuous' or None, got {num_classes!r}")
-            self.label_emb = nn.Embedding(num_classes, embed_dim)
+        self.time_embed = _level_embedder(model_channels, embed_dim)
+        if num_classes is not None:
+            self.label_emb = _label_embedder(num_classes, embed_dim)
 
         res_block = partial(
             ResBlock,
@@ -599,75 +729,18 @@ class UNetModel(_UNetBase):
             use_scale_shift_norm=use_scale_shift_norm,
         )
 
-        def attention(channels: int, block_heads: int, context_only: bool) -> nn.Module:
-            # num_heads_upsample counts only where no width decides: in the legacy rule of AttentionBlocks.
-            heads, dim_head = num_heads, num_head_channels
-            if dim_head == -1:
-                dim_head = channels // heads
-            else:
-                heads = channels // dim_head
-            if not use_spatial_transformer:
-                return AttentionBlock(
-                    channels,
-                    use_checkpoint=use_checkpoint,
-                    num_heads=block_heads,
-                    num_head_channels=num_head_channels if legacy else dim_head,
-                    use_new_attention_order=use_new_attention_order,
-                )
-            return SpatialTransformer(
-                channels,
-                heads,
-                channels // heads if legacy else dim_head,
-                depth=transformer_depth,
-                context_dim=context_dim,
-                disable_self_attn=context_only,
-                use_linear=use_linear_in_transformer,
-                use_checkpoint=use_checkpoint,
-            )
-
-        def attends(level: int, block: int, ds: int) -> bool:
-            return ds in attention_resolutions and (
-                num_attention_blocks is None or block < num_attention_blocks[level]
-            )
-
-        def context_only(level: int) -> bool:
-            return bool(disable_self_attentions[level]) if exists(disable_self_attentions) else False
-
-        def attention_down(channels: int, level: int, block: int, ds: int) -> nn.Module | None:
-            return attention(channels, num_heads, context_only(level)) if attends(level, block, ds) else None
-
         widths = [int(mult * model_channels) for mult in channel_mult]
-        self.input_blocks, skips, ds = _path_down(
-            dims,
-            in_channels,
-            widths,
-            num_res_blocks,
-            res_block,
-            attention_down,
-            conv_resample,
-            resblock_updown,
-        )
+        paths = _Paths(dims, widths, num_res_blocks, res_block, conv_resample, resblock_updown)
+        self.input_blocks, skips, ds = paths.down(in_channels, partial(attention.after, heads=num_heads))
         ch = skips[-1]
-        self._feature_size = sum(skips) + ch  # channels of all blocks together
-
         self.middle_block = TimestepEmbedSequential(
-            res_block(ch), attention(ch, num_heads, disable_middle_self_attn), res_block(ch)
+            res_block(ch), attention.make(ch, num_heads, disable_middle_self_attn), res_block(ch)
         )
-
-        self.output_blocks = nn.ModuleList([])
-        for level, out in reversed(list(enumerate(widths))):
-            for block in range(num_res_blocks[level] + 1):
-                layers = [res_block(ch + skips.pop(), out_channels=out)]
-                ch = out
-                if attends(level, block, ds):
-                    layers.append(attention(ch, self.num_heads_upsample, context_only(level)))
-                if level and block == num_res_blocks[level]:
-                    layers.append(
-                        res_block(ch, up=True) if resblock_updown else Upsample(ch, conv_resample, dims=dims)
-                    )
-                    ds //= 2
-                self._feature_size += ch
-                self.output_blocks.append(TimestepEmbedSequential(*layers))
+        self.output_blocks, after = paths.up(
+            skips, ds, partial(attention.after, heads=self.num_heads_upsample)
+        )
+        self._feature_size = sum(skips) + ch + sum(after)  # channels of all blocks together
+        ch = after[-1]
 
         self.out = nn.Sequential(
             normalization(ch), nn.SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
@@ -835,9 +908,7 @@ class EncoderUNetModel(_UNetBase):
         self.pool = pool
 
         embed_dim = model_channels * 4
-        self.time_embed = nn.Sequential(
-            linear(model_channels, embed_dim), nn.SiLU(), linear(embed_dim, embed_dim)
-        )
+        self.time_embed = _level_embedder(model_channels, embed_dim)
 
         res_block = partial(
             ResBlock,
@@ -862,39 +933,43 @@ class EncoderUNetModel(_UNetBase):
 
         blocks = [num_res_blocks] * len(channel_mult)
         level_widths = [int(mult * model_channels) for mult in channel_mult]
-        self.input_blocks, widths, ds = _path_down(
-            dims, in_channels, level_widths, blocks, res_block, attention_down, conv_resample, resblock_updown
-        )
+        paths = _Paths(dims, level_widths, blocks, res_block, conv_resample, resblock_updown)
+        self.input_blocks, widths, ds = paths.down(in_channels, attention_down)
         ch = widths[-1]
         self.middle_block = TimestepEmbedSequential(res_block(ch), attention(ch), res_block(ch))
-        features = self._feature_size = sum(widths) + ch
+        self._feature_size = sum(widths) + ch
 
-        if pool == "adaptive":
-            self.out = nn.Sequential(
+        self.out = self._make_head(ch, image_size // ds, dims)
+
+    def _make_head(self, ch: int, side: int, dims: int) -> nn.Sequential:
+        """Make the last layers, from the lowest maps of ch channels, or from the means of all blocks' maps."""
+        if self.pool == "adaptive":
+            return nn.Sequential(
                 normalization(ch),
                 nn.SiLU(),
                 nn.AdaptiveAvgPool2d((1, 1)),
-                zero_module(conv_nd(dims, ch, out_channels, 1)),
+                zero_module(conv_nd(dims, ch, self.out_channels, 1)),
                 nn.Flatten(),
             )
-        elif pool == "attention":
-            if num_head_channels == -1:
+        if self.pool == "attention":
+            if self.num_head_channels == -1:
                 raise MismatchError("pool='attention' needs num_head_channels, got -1")
-            self.out = nn.Sequential(
-                normalization(ch),
+            pooling = AttentionPool2d(side, ch, self.num_head_channels, self.out_channels)
+            return nn.Sequential(normalization(ch), nn.SiLU(), pooling)
+        if self.pool == "spatial":
+            return nn.Sequential(
+                nn.Linear(self._feature_size, 2048), nn.ReLU(), nn.Linear(2048, self.out_channels)
+            )
+        if self.pool == "spatial_v2":
+            return nn.Sequential(
+                nn.Linear(self._feature_size, 2048),
+                normalization(2048),
                 nn.SiLU(),
-                AttentionPool2d(image_size // ds, ch, num_head_channels, out_channels),
+                nn.Linear(2048, self.out_channels),
             )
-        elif pool == "spatial":
-            self.out = nn.Sequential(nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, out_channels))
-        elif pool == "spatial_v2":
-            self.out = nn.Sequential(
-                nn.Linear(features, 2048), normalization(2048), nn.SiLU(), nn.Linear(2048, out_channels)
-            )
-        else:
-            raise UsageError(
-                f"pool should be 'adaptive', 'attention', 'spatial' or 'spatial_v2', got {pool!r}"
-            )
+        raise UsageError(
+            f"pool should be 'adaptive', 'attention', 'spatial' or 'spatial_v2', got {self.pool!r}"
+        )
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """Classify maps (b, in_channels, *space) at levels (b,): (b, out_channels) logits."""
