@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from ldm.generate import StableDiffusion
+    from ldm.pipeline import StableDiffusion
     from ldm.shapes.scenes import Scene
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
@@ -497,7 +497,7 @@ def load_pipeline(
     """Load the model in float32, so that devices compare; the UNet alone may compute in less, and compiled."""
     import torch
 
-    from ldm.generate import StableDiffusion
+    from ldm.pipeline import StableDiffusion
 
     options = {"device": device, "dtype": torch.float32}
     if precision != "float32":

@@ -14,9 +14,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "GenerationResult": "ldm.generate",
+    "GenerationResult": "ldm.results",
     "LdmError": "ldm.errors",
-    "StableDiffusion": "ldm.generate",
+    "StableDiffusion": "ldm.pipeline",
     "instantiate_from_config": "ldm.util",
     "load_latent_diffusion": "ldm.checkpoints",
     "read_metadata": "ldm.metadata",

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ldm.containers import MAX_BYTES
 from ldm.errors import FormatError, UsageError
-from ldm.generate import StableDiffusion, decode, encode_prompt
+from ldm.generate import decode, encode_prompt
 from ldm.images import MAX_SIDE, open_image, to_rgb
 from ldm.limits import real, whole
 from ldm.models.diffusion.samplers import Denoiser
 from ldm.models.diffusion.scheduler import DDIMScheduler
 from ldm.models.introspect import downsampling
+from ldm.pipeline import StableDiffusion
 from ldm.request import check_size, list_texts
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from tiny_pixels import SMALL
 from ldm import helpers
 from ldm.config import instantiate_from_config
 from ldm.errors import UsageError
-from ldm.generate import StableDiffusion, decode
+from ldm.generate import decode
 from ldm.guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from ldm.kernels import cuda_graphs
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -23,6 +23,7 @@ from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.resample import create_named_schedule_sampler
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.pipeline import StableDiffusion
 
 PICTURE = Image.fromarray((np.random.RandomState(0).rand(64, 64, 3) * 255).astype(np.uint8))
 MASK = Image.fromarray((np.arange(64)[None] > 20).repeat(64, 0).astype(np.uint8) * 255)

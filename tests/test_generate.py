@@ -28,10 +28,11 @@ from ldm.checkpoints.report import LoadReport
 from ldm.checkpoints.sampling import read_sampling
 from ldm.devices import pick_device, pick_dtype
 from ldm.errors import AbsentError, MismatchError, NumericError, ResourceError, UsageError
-from ldm.generate import ImageNoise, StableDiffusion
+from ldm.generate import ImageNoise
 from ldm.images import to_tensor
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.introspect import downsampling, dtype_of, native_size
+from ldm.pipeline import StableDiffusion
 from ldm.results import file_hash
 
 ALL = ("ddim", "plms", "ddpm", "dpm_solver", "dpmpp_2m")

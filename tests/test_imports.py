@@ -45,6 +45,7 @@ STORIES = (
     "generate",
     "guided_diffusion",
     "metadata",
+    "pipeline",
     "request",
     "results",
     "saving",

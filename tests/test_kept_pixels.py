@@ -8,8 +8,8 @@ from tiny import tiny_model
 
 from ldm import images
 from ldm.errors import FormatError, UsageError
-from ldm.generate import StableDiffusion
 from ldm.images import to_tensor
+from ldm.pipeline import StableDiffusion
 
 PROMPT = "a large red circle"
 

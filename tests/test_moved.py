@@ -35,3 +35,24 @@ def test_the_ways_in_which_a_former_name_is_written():
 def test_a_name_that_never_was_is_not_found():
     with pytest.raises(ModuleNotFoundError, match="ldm.training.shape"):
         importlib.import_module("ldm.training.shape")
+
+
+@pytest.mark.parametrize(
+    ("former", "home"),
+    [
+        ("ldm.generate.StableDiffusion", "ldm.pipeline.StableDiffusion"),
+        ("ldm.generate.GenerationResult", "ldm.results.GenerationResult"),
+        ("ldm.wish.Job", "ldm.request.Request"),
+        ("ldm.wish.Shot", "ldm.request.ImageSpec"),
+        ("ldm.wish.check_size", "ldm.request.check_size"),
+        ("ldm.wish.pick_device", "ldm.devices.pick_device"),
+        ("ldm.wish.dtype_name", "ldm.devices.dtype_name"),
+        ("ldm.wish.downsampling", "ldm.models.introspect.downsampling"),
+        ("ldm.wish.dtype_of", "ldm.models.introspect.dtype_of"),
+        ("ldm.wish.whole", "ldm.limits.whole"),
+        ("ldm.wish.MAX_SEED", "ldm.limits.MAX_SEED"),
+    ],
+)
+def test_a_name_that_moved_to_another_module_is_found_where_it_was(former, home):
+    found = [getattr(importlib.import_module(m), n) for m, n in (x.rsplit(".", 1) for x in (former, home))]
+    assert found[0] is found[1]

@@ -10,8 +10,8 @@ from PIL import Image
 from tiny import tiny_model
 
 import ldm
-from ldm.generate import StableDiffusion
 from ldm.metadata import Painted, png_info, read_metadata
+from ldm.pipeline import StableDiffusion
 from ldm.results import file_hash
 
 PROMPT = "a large red circle"

@@ -79,7 +79,7 @@ def test_the_own_sampler_of_the_docs_runs_and_is_nearer_than_ddim(newcomer, monk
     monkeypatch.setattr(
         "ldm.models.diffusion.samplers.SAMPLERS", dict(SAMPLERS)
     )  # the block registers its own
-    monkeypatch.setattr("ldm.generate.SAMPLERS", sys.modules["ldm.models.diffusion.samplers"].SAMPLERS)
+    monkeypatch.setattr("ldm.request.SAMPLERS", sys.modules["ldm.models.diffusion.samplers"].SAMPLERS)
     page = (ROOT / "docs" / "own-sampler.md").read_text(encoding="utf-8")
     names: dict = {}
     for code in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):

@@ -16,9 +16,9 @@ from ldm.checkpoints.build import build_empty
 from ldm.checkpoints.configs import read_settings
 from ldm.checkpoints.sampling import SamplingDefaults
 from ldm.errors import OutputError, UsageError
-from ldm.generate import StableDiffusion
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.paths import shipped
+from ldm.pipeline import StableDiffusion
 
 PROMPT = "a red circle"
 

@@ -120,8 +120,8 @@ def inductor_switches(device: "torch.device") -> Iterator[None]:
 def painter_of(model: Any) -> Any:
     """Make of a LatentDiffusion, or of diffusers' pipeline, what `paint` takes."""
     if hasattr(model, "apply_model"):
-        from ldm.generate import StableDiffusion
         from ldm.models.introspect import dtype_of
+        from ldm.pipeline import StableDiffusion
 
         # The decoder computes in what the rest does, as in the rival's pipeline.
         return StableDiffusion(model, vae_dtype=dtype_of(model))

@@ -29,7 +29,7 @@ from ldm.errors import (
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ldm.generate import StableDiffusion
+    from ldm.pipeline import StableDiffusion
     from ldm.request import Request
     from ldm.results import GenerationResult
 
@@ -318,8 +318,8 @@ def load_model(args: argparse.Namespace) -> StableDiffusion:
     import torch
 
     from ldm.devices import pick_device
-    from ldm.generate import StableDiffusion
     from ldm.models.introspect import downsampling
+    from ldm.pipeline import StableDiffusion
 
     device = pick_device(args.device)
     options: dict[str, Any] = {"device": device, "dtype": torch.float32}

@@ -19,12 +19,13 @@ from ldm.checkpoints import folders
 from ldm.diffusers_style.parts import VAE, TextEncoder, UNet
 from ldm.diffusers_style.scheduler import Config, DDIMScheduler, draw_noise, refuse_unknown, schedule_config
 from ldm.errors import AbsentError, MismatchError, UsageError
-from ldm.generate import StableDiffusion, decode, encode_prompt
+from ldm.generate import decode, encode_prompt
 from ldm.kernels import restore
 from ldm.limits import choice, real, whole
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.introspect import downsampling, is_inpainting, native_size
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.pipeline import StableDiffusion
 from ldm.process.guidance import guide, rescale
 from ldm.request import check_size, list_texts
 

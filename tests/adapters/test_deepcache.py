@@ -17,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import ldm
 from ldm.adapters.deepcache import DeepCache
 from ldm.errors import UsageError
-from ldm.generate import StableDiffusion, denoise
+from ldm.generate import denoise
 from ldm.kernels import restore
 from ldm.kernels.fused import StandIn
 from ldm.modules.diffusionmodules.openaimodel import SuperResModel, UNetModel
+from ldm.pipeline import StableDiffusion
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"

@@ -14,9 +14,9 @@ from torch import nn
 
 from ldm.adapters.tome import TokenMerging, destinations, finest_transformers, match, merge, unmerge
 from ldm.errors import UsageError
-from ldm.generate import StableDiffusion
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.pipeline import StableDiffusion
 
 CONFIGS = {
     name: entry["config"]

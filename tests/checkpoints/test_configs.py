@@ -22,8 +22,8 @@ from ldm.checkpoints.configs import (
 )
 from ldm.checkpoints.key_mapping import UNET, VAE
 from ldm.errors import AbsentError, FormatError, LdmError, MismatchError
-from ldm.generate import StableDiffusion
 from ldm.paths import shipped
+from ldm.pipeline import StableDiffusion
 
 FIRST = f"{UNET}input_blocks.0.0.weight"
 

@@ -8,8 +8,8 @@ from ldm import load_latent_diffusion
 from ldm.checkpoints.configs import read_settings
 from ldm.checkpoints.sampling import SamplingDefaults, read_sampling
 from ldm.errors import MismatchError
-from ldm.generate import StableDiffusion
 from ldm.paths import shipped
+from ldm.pipeline import StableDiffusion
 from ldm.shapes.scenes import shapes_prompts
 
 

@@ -1,0 +1,442 @@
+"""StableDiffusion: a model file loaded, moved, made faster, and asked for pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm import images as pictures
+from ldm.advice import FOREIGN_SYNTAX, advice, by_sampler
+from ldm.batches import in_batches
+from ldm.checkpoints.sampling import SamplingDefaults
+from ldm.devices import check_low_vram, dtype_name, pick_device, pick_dtype
+from ldm.errors import (
+    UsageError,
+    refuse_elsewhere,
+    shown,
+)
+from ldm.generate import decode, paint_batch, seed_everything
+from ldm.models.introspect import dtype_of, native_size
+from ldm.other_words import PIPELINE, attribute_advice, near, taking_options_of
+from ldm.paths import shipped
+from ldm.request import ImageSpec, Request, check_request
+from ldm.results import GenerationResult, Progress, join, with_bar
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+log = logging.getLogger(__name__)
+
+# What CompVis's txt2img.py has, for models that say nothing of their own.
+V1_GUIDANCE, V1_STEPS = 7.5, 50
+
+
+class StableDiffusion:
+    """A model that paints: txt2img, img2img, inpaint.
+
+    Attributes:
+        model: the LatentDiffusion; everything that is written for CompVis works on it.
+        report: what the loader did with every tensor, or None.
+        name, file: what pictures say about the model; the file's hash goes into their metadata.
+        autocast: dtype of torch.autocast around the UNet, CompVis's --precision autocast, or None.
+        vae_dtype: what the VAE computes in.
+        defaults: what is done where the caller says nothing: the model's own advice, which its configuration may
+            hold under `sampling:`, filled up with Stable Diffusion v1's guidance 7.5, 50 steps and the model's size.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        *,
+        name: str | None = None,
+        file: str | os.PathLike | None = None,
+        report: Any = None,
+        autocast: torch.dtype | None = None,
+        vae_dtype: torch.dtype = torch.float32,
+    ):
+        self.model = model.eval()
+        self.file = None if file is None else Path(file)
+        if name is None and self.file is not None:
+            name = self.file.name if self.file.is_dir() else self.file.stem
+        self.name = name
+        self.report = report
+        self.autocast = autocast
+        self._advised = advised = getattr(report, "sampling", None) or SamplingDefaults()
+        self.defaults = replace(
+            advised,
+            guidance_scale=V1_GUIDANCE if advised.guidance_scale is None else advised.guidance_scale,
+            steps=min(advised.steps or V1_STEPS, model.num_timesteps),
+            size=advised.size or native_size(model),
+            least_steps=by_sampler(advised.least_steps),
+        )
+        self._averaged = False
+        self._warned_of: set[str] = set()  # kinds of foreign prompt syntax that were warned of
+        self._latent_rgb: tuple[Tensor, Tensor] | None = None
+        # Half-precision decoders overflow into black pictures; the VAE is a tenth of the work.
+        self.vae_dtype = vae_dtype
+        model.first_stage_model.to(vae_dtype)
+
+    @classmethod
+    @taking_options_of()
+    def from_single_file(
+        cls,
+        path: str | os.PathLike,
+        *,
+        config: Any = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        autocast: torch.dtype | None = None,
+        vae: str | os.PathLike | None = None,
+        use_ema: bool | None = None,
+        tokenizer: str | os.PathLike | None = None,
+        vae_dtype: torch.dtype = torch.float32,
+        low_vram: bool = False,
+        ignore: str | Sequence[str] = (),
+    ) -> StableDiffusion:
+        """Load a `.safetensors` or `.ckpt` file with CompVis's or diffusers' names inside.
+
+        Args:
+            config: a CompVis YAML file (path, dict, OmegaConf); None takes the one beside the file, of its name or
+                called config.yaml, or else reads the family off the weights.
+            device: "cuda", "mps", "cpu"; None takes the best there is.
+            dtype: what UNet and text encoder compute in; None is float16 on CUDA, else float32.
+            autocast: compute the UNet under torch.autocast with this dtype, weights staying in `dtype`.
+            vae: a VAE-only file that replaces the one in `path`.
+            use_ema: True gives the UNet the file's moving average, False its plain weights; None does as CompVis:
+                plain ones, and the average beside them if the configuration keeps one, which then paints.
+            tokenizer: a folder or vocabulary file; None takes the one that ships with ldm.
+            vae_dtype: what the VAE computes in. A half-precision decoder that overflows is put into float32.
+            low_vram: leave the weights in the machine's memory and let them visit the device part by part.
+            ignore: names, beginnings of names or shell patterns of tensors in the file to leave out.
+
+        Raises:
+            AbsentError, FormatError, UnsafeFileError, MismatchError: see ldm.checkpoints.
+            UsageError: low_vram without a GPU.
+        """
+        from ldm.checkpoints import load_latent_diffusion
+
+        device = pick_device(device)
+        if low_vram:
+            check_low_vram(device)
+        dtype, vae_dtype = pick_dtype(device, dtype), pick_dtype(device, vae_dtype)
+        model, report = load_latent_diffusion(
+            path,
+            config=config,
+            device="cpu" if low_vram else device,
+            dtype=dtype,
+            use_ema=use_ema,
+            tokenizer=tokenizer,
+            vae=vae,
+            vae_dtype=vae_dtype,
+            ignore=ignore,
+        )
+        sd = cls(model, file=path, report=report, autocast=autocast, vae_dtype=vae_dtype)
+        return sd.optimize(low_vram=device) if low_vram else sd.to(dtype=dtype, device=device)
+
+    @classmethod
+    @taking_options_of(from_single_file.__func__)
+    def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> StableDiffusion:
+        """Load a folder in diffusers' layout (unet/, vae/, text_encoder/, ...); options of from_single_file."""
+        if not Path(folder).is_dir():
+            refuse_elsewhere("folder", folder)
+            raise UsageError(
+                f"from_pretrained wants a folder in diffusers' layout, got '{folder}'; download it first"
+            )
+        return cls.from_single_file(folder, **options)
+
+    @classmethod
+    @taking_options_of(from_single_file.__func__, without=("config",))
+    def default(cls, device: str | torch.device | None = "cpu", **options: Any) -> StableDiffusion:
+        """Load the model in the box: coloured shapes, 128 x 128 pixels.
+
+        Raises:
+            AbsentError: the file did not come with this installation.
+        """
+        return cls.from_single_file(
+            shipped("model_data/shapes/shapes.safetensors"),
+            config=shipped("model_data/shapes/config.yaml"),
+            device=device,
+            **options,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the UNet computes in."""
+        return dtype_of(self.model)
+
+    def to(
+        self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> StableDiffusion:
+        """Move the model, or change what UNet and text encoder compute in; the VAE keeps its own precision.
+
+        Weights that visit a device in turn (low_vram) stay where they are moved to; call `optimize` again.
+        """
+        from ldm.kernels import offload
+
+        offload.detach(self.model)
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        device = self.device if device is None else pick_device(device)
+        if dtype is not None:
+            dtype = pick_dtype(device, dtype)
+            self.model.model.to(dtype)
+            self.model.cond_stage_model.to(dtype)
+            self.model.first_stage_model.to(self.vae_dtype)
+        self.model.to(device)  # after the cast: half as much to move
+        return self
+
+    @taking_options_of()
+    def optimize(
+        self,
+        *,
+        compile: bool = False,
+        tiled_vae: bool = False,
+        sliced_vae: bool = False,
+        low_vram: str | torch.device | None = None,
+        vae_graphs: bool = False,
+    ) -> StableDiffusion:
+        """Compute faster on this machine, or in less memory, with the same numbers up to rounding.
+
+        See ldm.kernels.optimize. ldm.kernels.restore(sd.model) undoes it. Call it again after moving the model to
+        another device.
+
+        Args:
+            compile: by torch.compile; the first calls take minutes.
+            tiled_vae: encode and decode large pictures in strips, in a fraction of the memory and without seams.
+            sliced_vae: encode and decode the pictures of a batch one after the other.
+            low_vram: a device that the weights, which stay where they are, visit part by part.
+            vae_graphs: record the VAE as CUDA graphs, too; each keeps gigabytes.
+
+        Raises:
+            UsageError: low_vram is no GPU, or not there; ways that do not go together.
+        """
+        from ldm.kernels import optimize
+
+        if low_vram is not None:
+            low_vram = check_low_vram(pick_device(low_vram))
+        vae = {"tiled_vae": tiled_vae, "sliced_vae": sliced_vae, "vae_graphs": vae_graphs}
+        optimize(self.model, compile=compile, low_vram=low_vram, **vae)
+        return self
+
+    def save(self, path: str | os.PathLike) -> list[Path]:
+        """Write the model for use: `name.safetensors` as one v1 file, or a name without an ending as a folder.
+
+        A file has CompVis's keys and, unless it is plain Stable Diffusion v1, a `name.yaml` beside it, which the
+        loader finds there. A folder has diffusers' layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/). Weights
+        keep their dtypes; a moving average that paints is written in the network's place. Nothing half-written is left
+        under the name, and a folder that holds something is not written into.
+
+        Returns:
+            the paths that were written.
+
+        Raises:
+            UsageError: another ending, or a model that a folder cannot describe. OutputError: it cannot be written.
+        """
+        from ldm.saving import save
+
+        return save(self.model, path, self._advised)
+
+    def _preview(self, latents: Tensor) -> list[Image.Image]:
+        return pictures.preview(latents, *self.latent_rgb)
+
+    @property
+    def latent_rgb(self) -> tuple[Tensor, Tensor]:
+        """Factors (c, 3) and bias (3,) that turn latents into rough colours; fitted to the decoder once."""
+        if self._latent_rgb is None:
+            self._latent_rgb = pictures.fit_latent_rgb(
+                lambda z: decode(self.model, z.to(self.device)), self.model.channels
+            )
+        return self._latent_rgb
+
+    def __repr__(self) -> str:
+        return f"StableDiffusion({self.name or 'unnamed'}, {self.device}, {dtype_name(self.dtype)})"
+
+    def __getattr__(self, name: str) -> Any:
+        # Asked only for what is not here.
+        if advice := attribute_advice(name):
+            hint = f": {advice}; {PIPELINE}"
+        else:
+            found = None if name.startswith("_") else near(name, [*dir(type(self)), *vars(self)], 0.75)
+            hint = f"; did you mean {found}?" if found else ""
+        raise AttributeError(f"StableDiffusion has no attribute {shown(name)}{hint}", name=name, obj=self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `sd.scheduler = x` would else be kept and change nothing; a subclass may have one of its own.
+        if not hasattr(type(self), name) and (advice := attribute_advice(name)):
+            raise AttributeError(
+                f"StableDiffusion has no attribute {shown(name)} to set: {advice}; {PIPELINE}",
+                name=name,
+                obj=self,
+            )
+        super().__setattr__(name, value)
+
+    # --- painting ---
+
+    def txt2img(
+        self,
+        prompt: str | Sequence[str] | None,
+        *,
+        callback: Callable[[Progress], Any] | None = None,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> GenerationResult:
+        """Paint from a prompt.
+
+        Args:
+            callback: is called with each Progress. One that returns False ends the run; pictures finished by then are
+                returned. What it raises comes out as it is.
+            progress: show a bar; None does so in a notebook and in a terminal.
+        """
+        return self._collect(prompt, options, "txt2img", callback, progress)
+
+    def img2img(
+        self,
+        prompt: str | Sequence[str] | None,
+        image: Any,
+        strength: float = 0.75,
+        *,
+        callback: Callable[[Progress], Any] | None = None,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> GenerationResult:
+        """Repaint a picture: strength 0 returns it, 1 forgets it. The rest as in txt2img."""
+        return self._collect(
+            prompt, {**options, "image": image, "strength": strength}, "img2img", callback, progress
+        )
+
+    def inpaint(
+        self,
+        prompt: str | Sequence[str] | None,
+        image: Any,
+        mask: Any,
+        *,
+        callback: Callable[[Progress], Any] | None = None,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> GenerationResult:
+        """Repaint a picture where the mask is white and keep it, pixel by pixel, where it is black.
+
+        The rest as in txt2img. 4-channel models blend latents at each step; 9-channel models see mask and
+        masked picture. Which one it is, the model says.
+        """
+        return self._collect(prompt, {**options, "image": image, "mask": mask}, "inpaint", callback, progress)
+
+    def _collect(
+        self, prompt: Any, options: dict[str, Any], mode: str, callback: Any, show: Any
+    ) -> GenerationResult:
+        if callback is not None and not callable(callback):
+            raise UsageError(f"callback must be a function of one Progress, got {shown(callback)}")
+        if show is not None and not isinstance(show, bool | np.bool_):
+            raise UsageError(f"progress must be True, False or None, got {shown(show)}")
+        for name, thing in (("image", "a picture"), ("mask", "a mask")):
+            if name in options and options[name] is None:
+                raise UsageError(f"{mode} needs {thing}, got {name}=None")
+        results, interrupted = [], False
+        stream = self.stream(prompt, **options)  # checked before a bar is begun
+        with contextlib.closing(with_bar(stream, show)) as steps:
+            for step in steps:
+                if step.result is not None:
+                    results.append(step.result)
+                if callback is not None and callback(step) is False:
+                    interrupted = True
+                    break
+        empty = [] if options.get("output_type", "pil") == "pil" else torch.empty(0)
+        return replace(join(results, empty), interrupted=interrupted)
+
+    def stream(self, prompt: str | Sequence[str] | None, **options: Any) -> Iterator[Progress]:
+        """Paint step by step: yields a Progress for each step, and one with the pictures for each batch.
+
+        Stop iterating to stop painting. Everything is checked before the first step, at the call; what is known to
+        go wrong with this model (words it has never seen, other sizes, too few steps) is logged as warnings.
+
+        Args:
+            options: those of plan().
+
+        Raises:
+            As plan(). NumericError: NaN. ResourceError: out of memory at batch size 1.
+        """
+        request = self.plan(prompt, **options)
+        self.advise([request])
+        return self.paint(request)
+
+    def advise(self, requests: Sequence[Request]) -> None:
+        """Log what is known to go wrong with these requests, a line for each kind; other programs' syntax once only."""
+        for kind, line in advice(requests, self.defaults, on_cpu=self.device.type == "cpu").items():
+            if kind not in self._warned_of:
+                log.warning("%s", line)
+            if kind in FOREIGN_SYNTAX:
+                self._warned_of.add(kind)
+
+    @taking_options_of(check_request)
+    def plan(self, prompt: str | Sequence[str] | None, **options: Any) -> Request:
+        """Check every part of a request, without painting; paint() does that.
+
+        Raises:
+            UsageError: a value out of range, or of another kind.
+        """
+        return check_request(self.model, self.defaults, prompt, **options)
+
+    @torch.no_grad()
+    def paint(self, request: Request) -> Iterator[Progress]:
+        """Paint what plan() checked, batch by batch; a batch that does not fit into memory is halved. See stream()."""
+        if self._averaged:
+            raise UsageError(
+                "this model's moving average paints another stream; finish or close that one first"
+            )
+        if request.rng == "compvis":
+            seed_everything(request.images[0].seed)
+        shared: dict[str, Any] = {}  # what later batches use again
+
+        def work(batch: Sequence[ImageSpec], index: int, count: int) -> Iterator[Progress]:
+            progress = partial(Progress, batch=index, batches=count, preview_of=self._preview)
+            with self._averages():
+                yield from paint_batch(
+                    self.model, request, batch, shared, progress, self.name, self.file, self.autocast
+                )
+
+        def refusal(count: int) -> str:
+            return (
+                f"out of memory at {request.width} x {request.height}, {count} at once, in {dtype_name(self.dtype)}; "
+                "use a smaller size or batch, or half precision"
+            )
+
+        # The one generator of rng="compvis" draws for a whole batch at once.
+        yield from in_batches(
+            request.images, request.batch_size, work, refusal=refusal, may_halve=request.rng != "compvis"
+        )
+
+    @contextlib.contextmanager
+    def _averages(self) -> Iterator[None]:
+        """Paint with the moving average where a model keeps one, as CompVis's scripts do.
+
+        The scope has one place for the present weights, so that a second stream within it would lose them.
+        """
+        self._averaged = self.model.use_ema
+        try:
+            with self.model.ema_scope():
+                yield
+        finally:
+            self._averaged = False
+
+
+# These methods take check_request's options: they are written down once, and help() and completion show them at each.
+for _name in ("stream", "txt2img", "img2img", "inpaint"):
+    setattr(StableDiffusion, _name, taking_options_of(check_request)(getattr(StableDiffusion, _name)))
+StableDiffusion.__call__ = StableDiffusion.txt2img
