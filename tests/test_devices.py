@@ -256,7 +256,7 @@ def test_an_autoencoder_takes_a_batch_from_where_it_lies(device):
 def cleared(monkeypatch):
     """How often cuBLAS was told to forget its workspaces."""
     found = []
-    monkeypatch.setattr(cuda_graphs, "_cards", {})
+    monkeypatch.setattr(cuda_graphs, "_devices", {})
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: found.append(1), raising=False)
     return found
 
@@ -278,7 +278,7 @@ def questions(seed):
 
 def test_a_recording_answers_other_questions_each_with_a_tensor_of_its_own(cleared):
     run = network(2.0)
-    play = cuda_graphs.record_cuda(run, questions(0))
+    play = cuda_graphs.capture_cuda(run, questions(0))
     first = play(questions(1))
     torch.testing.assert_close(play(questions(2)).cpu(), run(questions(2)).cpu())
     torch.testing.assert_close(first.cpu(), run(questions(1)).cpu())
@@ -287,20 +287,20 @@ def test_a_recording_answers_other_questions_each_with_a_tensor_of_its_own(clear
 
 def test_workspaces_are_those_of_recordings_that_live(cleared):
     """Those of others lie in memory that may be gone."""
-    one = cuda_graphs.record_cuda(network(1.0), questions(0))
-    two = cuda_graphs.record_cuda(network(2.0), questions(0))
-    assert len(cleared) == 1 and len(cuda_graphs._cards[GPU].graphs) == 2
+    one = cuda_graphs.capture_cuda(network(1.0), questions(0))
+    two = cuda_graphs.capture_cuda(network(2.0), questions(0))
+    assert len(cleared) == 1 and len(cuda_graphs._devices[GPU].graphs) == 2
     del one
-    three = cuda_graphs.record_cuda(network(3.0), questions(0))
+    three = cuda_graphs.capture_cuda(network(3.0), questions(0))
     assert len(cleared) == 1
     del two, three
     gc.collect()
-    four = cuda_graphs.record_cuda(network(4.0), questions(0))
-    assert len(cleared) == 2 and len(cuda_graphs._cards[GPU].graphs) == 1
+    four = cuda_graphs.capture_cuda(network(4.0), questions(0))
+    assert len(cleared) == 2 and len(cuda_graphs._devices[GPU].graphs) == 1
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        cuda_graphs.record_cuda(lambda tensors: tensors[0] * float(tensors[1].sum()), questions(0))
-    five = cuda_graphs.record_cuda(network(5.0), questions(0))
-    assert len(cleared) == 3 and len(cuda_graphs._cards[GPU].graphs) == 1
+        cuda_graphs.capture_cuda(lambda tensors: tensors[0] * float(tensors[1].sum()), questions(0))
+    five = cuda_graphs.capture_cuda(network(5.0), questions(0))
+    assert len(cleared) == 3 and len(cuda_graphs._devices[GPU].graphs) == 1
     assert torch.isfinite(four(questions(1)).cpu()).all() and torch.isfinite(five(questions(1)).cpu()).all()
 
 

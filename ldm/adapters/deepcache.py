@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UsageError
-from ldm.kernels.fused import StandIn
+from ldm.kernels.fused import FusedModule
 from ldm.limits import CACHE_INTERVAL, whole
 from ldm.modules.diffusionmodules.openaimodel import SuperResModel, UNetModel
 
@@ -51,7 +51,7 @@ def _check_forward(unet: nn.Module) -> None:
     check_unet(unet, "cache_interval > 1")
     own = type(unet).forward in (UNetModel.forward, SuperResModel.forward)
     # What `ldm.kernels.optimize` puts there gives the plain code's numbers and calls the blocks as they are.
-    if not own or not isinstance(vars(unet).get("forward"), StandIn | None):
+    if not own or not isinstance(vars(unet).get("forward"), FusedModule | None):
         raise UsageError(
             f"cache_interval > 1 needs the UNet's own forward, but this {type(unet).__name__} has another one; "
             "leave it off"

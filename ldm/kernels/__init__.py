@@ -82,7 +82,7 @@ def optimize(
     if device == "cuda" and low_vram is None:
         cuda_graphs.attach(model, vae=vae_graphs)
     if sliced_vae:
-        vae_tiling.attach_one_by_one(model)
+        vae_tiling.attach_slicing(model)
     return model
 
 

@@ -15,15 +15,15 @@ from ldm.kernels.native import (
     attention,
     geglu,
     group_norm,
-    serves_attention,
-    serves_geglu,
-    serves_norm,
+    supports_attention,
+    supports_geglu,
+    supports_norm,
 )
 
 __all__ = [
     "DTYPES",
-    "FEED_ROWS",
-    "KEEPS_CONTEXT",
+    "FEED_FORWARD_ROWS",
+    "CACHES_CONTEXT",
     "attention",
     "convolve",
     "geglu",
@@ -32,16 +32,16 @@ __all__ = [
     "pack_conv",
     "pack_linear",
     "run_conv",
-    "serves_attention",
-    "serves_geglu",
-    "serves_norm",
-    "spread",
+    "supports_attention",
+    "supports_geglu",
+    "supports_norm",
+    "interleave_phases",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16)
-KEEPS_CONTEXT = True  # to compare values costs next to nothing here
+CACHES_CONTEXT = True  # to compare values costs next to nothing here
 # Tokens that go through a feed-forward at a time, so that what lies between stays in the cache.
-FEED_ROWS = 1024
+FEED_FORWARD_ROWS = 1024
 # Overloads are named below: to find one by trial, torch prints the tensors into an error that nobody sees.
 mkldnn = torch.ops.mkldnn
 
@@ -94,7 +94,7 @@ def convolve(conv: nn.Conv2d, x: Tensor, kept: Mapping[str, Any], add: Tensor | 
         kept: by way of convolving (maps of other sizes may go another), what keeps the laid-out weight until the
             layer's weight changes: kept[way].get(make, weight).
     """
-    if winograd.serves(conv, x):
+    if winograd.supports(conv, x):
         tiles = x.shape[0] * x.shape[2] * x.shape[3] // 4
         packed = kept["winograd"].get(lambda: winograd.pack(conv.weight.detach(), tiles), conv.weight)
         return winograd.convolve(x, packed, conv.bias, conv.out_channels, add)
@@ -103,6 +103,6 @@ def convolve(conv: nn.Conv2d, x: Tensor, kept: Mapping[str, Any], add: Tensor | 
     return run_conv(x, packed, conv.bias, *how, add=add)
 
 
-def spread(y: Tensor) -> Tensor:
+def interleave_phases(y: Tensor) -> Tensor:
     """Lay the four phases (b, 4 c, h + 1, w + 1) of doubled maps out as one (b, c, 2 h, 2 w)."""
-    return upsample_conv.spread(y) if native.library() is None else native.spread(y)
+    return upsample_conv.interleave_phases(y) if native.library() is None else native.interleave_phases(y)

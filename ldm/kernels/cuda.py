@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.kernels.upsample_conv import spread
+from ldm.kernels.upsample_conv import interleave_phases
 from ldm.modules.attention import attend
 
 __all__ = [
     "DTYPES",
-    "FEED_ROWS",
-    "KEEPS_CONTEXT",
+    "FEED_FORWARD_ROWS",
+    "CACHES_CONTEXT",
     "attention",
     "convolve",
     "geglu",
@@ -27,20 +27,20 @@ __all__ = [
     "pack_conv",
     "pack_linear",
     "run_conv",
-    "serves_attention",
-    "serves_geglu",
-    "serves_norm",
-    "spread",
+    "supports_attention",
+    "supports_geglu",
+    "supports_norm",
+    "interleave_phases",
 ]
 
 log = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-KEEPS_CONTEXT = False  # to compare values would be to wait for the GPU
-FEED_ROWS = 1 << 62  # all at once
+CACHES_CONTEXT = False  # to compare values would be to wait for the GPU
+FEED_FORWARD_ROWS = 1 << 62  # all at once
 # Of kernels that are used, relative to the largest number: some last bits of what is written.
-MOST_WRONG = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-MOST_CELLS = 1 << 13  # of a map at a trial: a larger one is portioned in no other way
+MAX_ERROR = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+MAX_CELLS = 1 << 13  # of a map at a trial: a larger one is portioned in no other way
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def is_right(name: str, error: Callable[[], Tensor], like: Tensor, *width: int) 
         try:
             wrong = float(error())
             why = (
-                "" if wrong < MOST_WRONG[like.dtype] else f"its numbers are off by {wrong:.2g}"
+                "" if wrong < MAX_ERROR[like.dtype] else f"its numbers are off by {wrong:.2g}"
             )  # NaN is not less
         except Exception as failure:  # a compiler that is missing or fails says so in many ways
             why = "it cannot be used: " + (str(failure).strip() or type(failure).__name__).splitlines()[0]
@@ -99,7 +99,7 @@ def _off(got: Tensor, want: Tensor) -> Tensor:
 def norm_error(x: Tensor, groups: int) -> Tensor:
     """Say how far `group_norm` is from the formula for maps of a map's channels and dtype, in each of its ways."""
     module, c = kernels(), x.shape[1]
-    cells = min(x.shape[2] * x.shape[3], MOST_CELLS)
+    cells = min(x.shape[2] * x.shape[3], MAX_CELLS)
     maps = _wave(cells * c, x.dtype, x.device).view(1, 1, cells, c).permute(0, 3, 1, 2)
     weight, bias, shift = (_wave(k * c, torch.float32, x.device)[-c:] for k in (2, 3, 4))
     found = []
@@ -162,7 +162,7 @@ def convolve(conv: nn.Conv2d, x: Tensor, kept: Any, add: Tensor | None) -> Tenso
     return run_conv(x, conv.weight, conv.bias, *how, add=add)
 
 
-def serves_norm(x: Tensor, groups: int) -> bool:
+def supports_norm(x: Tensor, groups: int) -> bool:
     """Whether `group_norm` takes this (b, c, h, w) map: channels last, groups dividing them."""
     return (
         x.numel() > 0
@@ -176,7 +176,7 @@ def serves_norm(x: Tensor, groups: int) -> bool:
             x,
             x.shape[1],
             groups,
-            min(x.shape[2] * x.shape[3], MOST_CELLS),
+            min(x.shape[2] * x.shape[3], MAX_CELLS),
         )
     )
 
@@ -186,7 +186,7 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
     return kernels().group_norm(x, groups, weight, bias, eps, **options)
 
 
-def serves_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> bool:
+def supports_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> bool:
     """Whether `attention` takes these (b, tokens, heads * features) tensors."""
     return k.shape == v.shape and q.shape[2] == k.shape[2] and q.dtype == k.dtype == v.dtype
 
@@ -197,7 +197,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tens
     return attend(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
-def serves_geglu(tokens: Tensor, doubled: int) -> bool:
+def supports_geglu(tokens: Tensor, doubled: int) -> bool:
     """Whether `geglu` takes (rows, doubled) of the tokens' dtype."""
     return (
         doubled % 2 == 0

@@ -1,8 +1,8 @@
-"""CUDA graphs of whole networks: what a call launches is recorded once for each shape and played back afterwards.
+"""CUDA graphs of whole networks: the launches of a call are captured once for each input shape, and replayed.
 
-One step of a UNet is some 700 launches, and a fast GPU is done with each before Python has prepared the next. A
-recording knows nothing of Python: it reads weights and inputs where they lay when it was made. So it is used only while
-everything that it was made of is as it was, and nobody wants to be called on the way.
+One step of a UNet is some 700 kernel launches, and a fast GPU finishes each before Python has prepared the next. A
+captured graph runs no Python: it reads weights and inputs at the addresses of the capture. So it is replayed only while
+every weight, module and class is as it was, and no part of the network is hooked.
 """
 
 import itertools
@@ -17,95 +17,95 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.kernels.fused import STAND_INS, Around, Derived, StandIn, code_of
+from ldm.kernels.fused import FUSED, ForwardWrapper, FusedModule, WeightCache, code_of
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel, check_labels
 
 log = logging.getLogger(__name__)
 
 VAE = (Encoder, Decoder)
-MOST = 8  # shapes that a network remembers, those seen last
-# A recording costs three calls and memory, so a shape is recorded when it comes for the third time. The calls before
-# let libraries choose their algorithms and Triton compile.
-SIGHTS = 3
+MAX_SHAPES = 8  # graphs kept for a network; the least recently used goes first
+# A capture costs three calls and memory, so a shape is captured at its third call. The calls before let libraries
+# choose their algorithms and Triton compile.
+CALLS_TO_CAPTURE = 3
 WARM_UP = 1  # a call outside inference mode: torch.compile makes other code for that
-# A recording that differs more from the call that it recorded, relative to the largest number, is not used.
-MOST_DIFFERENT = 0.05
+# A graph whose replay differs more from the eager call, relative to the largest number, is not used.
+MAX_DIFFERENCE = 0.05
 
 Run = Callable[[list[Tensor]], Tensor]
 
 _lock = threading.RLock()
 
 
-class _Card:
-    """What the recordings of one GPU share.
+class _DeviceState:
+    """What the captured graphs of one GPU share: streams, the memory pool, and the order of replays.
 
-    That is the memory for what lies between, too: nothing in it is wanted after a playback, for results are copied out.
-    So there is one playback at a time, and one begins on its stream when the one before it has ended.
+    They may share a pool because results are copied out of it: one replay at a time, each beginning on its stream when
+    the one before it has ended.
     """
 
     def __init__(self, device: torch.device):
-        # Libraries keep a workspace for each stream, so there are not two streams for each recording; and it is not one
-        # for both, for what is recorded has to take its workspace from the recordings' memory.
-        self.warming, self.recording = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        # Libraries keep a workspace for each stream, so all graphs share these two. Warm-up has its own, as a captured
+        # workspace has to come from the graphs' pool.
+        self.warmup_stream, self.capture_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
-        self.turn: torch.cuda.Event | None = None
+        self.last_replay: torch.cuda.Event | None = None
 
 
-_cards: dict[torch.device, _Card] = {}
+_devices: dict[torch.device, _DeviceState] = {}
 
 
-def record_cuda(run: Run, inputs: list[Tensor]) -> Run:
-    """Record a function of tensors; return one that plays it back on others of the same shapes.
+def capture_cuda(run: Run, inputs: list[Tensor]) -> Run:
+    """Capture a function of tensors as a CUDA graph; return one that replays it on other tensors of the same shapes.
 
     Raises:
-        RuntimeError: something in it cannot be recorded, or there is no memory for it.
+        RuntimeError: something in it cannot be captured, or there is no memory for it.
     """
     device = inputs[0].device
     with _lock, torch.cuda.device(device):
-        if device not in _cards:
-            _cards[device] = _Card(device)
-        card = _cards[device]
-        held = [x.clone() for x in inputs]
-        card.warming.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(card.warming):
+        if device not in _devices:
+            _devices[device] = _DeviceState(device)
+        state = _devices[device]
+        static_inputs = [x.clone() for x in inputs]
+        state.warmup_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(state.warmup_stream):
             for _ in range(WARM_UP):
-                run(held)
-        torch.cuda.current_stream().wait_stream(card.warming)
+                run(static_inputs)
+        torch.cuda.current_stream().wait_stream(state.warmup_stream)
         graph = torch.cuda.CUDAGraph()
-        pool = next((other.pool() for other in card.graphs), None)
+        pool = next((other.pool() for other in state.graphs), None)
         if pool is None:
-            # cuBLAS keeps the workspace that it got on this stream. It came from the memory of recordings that are
-            # gone or broke off; this one has to get one from its own.
+            # cuBLAS keeps the workspace that it got on this stream. It came from the pool of graphs that are gone or
+            # whose capture failed; this one has to get one from its own pool.
             torch._C._cuda_clearCublasWorkspaces()
-        stream = card.recording
-        # Only what this thread does has to be fit for recording; others may copy pictures meanwhile.
-        recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        stream = state.capture_stream
+        # Only this thread's calls have to be capturable; other threads may copy images meanwhile.
+        capturing = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
         try:
             with (
                 torch.cuda.stream(stream),
-                recording,
-            ):  # a recording that fails does not leave the stream by itself
-                out = run(held)
+                capturing,
+            ):  # a capture that fails does not leave the stream by itself
+                out = run(static_inputs)
         except BaseException:
-            card.graphs.clear()  # their memory may still be taken for being recorded into
+            state.graphs.clear()  # their pool may still count as being captured into
             raise
-        card.graphs.add(graph)
-        out.fill_(float("nan"))  # so that a playback that writes nothing is seen
+        state.graphs.add(graph)
+        out.fill_(float("nan"))  # so that a replay that writes nothing is seen
 
-    def play(inputs: list[Tensor]) -> Tensor:
+    def replay(inputs: list[Tensor]) -> Tensor:
         with _lock, torch.cuda.device(device):
             stream = torch.cuda.current_stream()
-            if card.turn is not None:
-                stream.wait_event(card.turn)
-            for mine, given in zip(held, inputs, strict=True):
+            if state.last_replay is not None:
+                stream.wait_event(state.last_replay)
+            for mine, given in zip(static_inputs, inputs, strict=True):
                 mine.copy_(given)
             graph.replay()
             copied = out.clone()
-            card.turn = stream.record_event()
+            state.last_replay = stream.record_event()
         return copied
 
-    return play
+    return replay
 
 
 _chained = itertools.chain.from_iterable
@@ -117,10 +117,10 @@ _version_of = operator.attrgetter("_version")
 
 
 class Fingerprint:
-    """All that a recording of a module depends on.
+    """Everything that a captured graph of a module depends on.
 
-    A playback is preceded by a look at each of a UNet's 865 modules and 686 weights, while a fast GPU is done in a few
-    milliseconds. So they are found once, and a look is a few loops over flat lists that run in C.
+    Each replay is preceded by a comparison of a UNet's 865 modules and 686 weights, while a fast GPU needs a few
+    milliseconds for the replay itself. So they are collected once into flat lists, which are compared by loops in C.
 
     Args:
         root: the module.
@@ -135,25 +135,25 @@ class Fingerprint:
         ]  # the dictionaries in which a module keeps its parts
         self._full = list(filter(None, self._tables))
         weights = (x for own in self._own for x in (*own["_parameters"].values(), *own["_buffers"].values()))
-        # While they are kept, no others can come to lie there or have their ids.
+        # Holding them keeps their addresses and ids from being given to others.
         self._tensors = [x for x in weights if x is not None]
         self._counting = [x for x in self._tensors if not x.is_inference()]  # others have no version
-        self._then = self._look()
+        self._state = self._current()
 
-    def is_watched(self) -> bool:
-        """Whether somebody hooked a part of the module or replaced its code: then it has to be called."""
+    def is_hooked(self) -> bool:
+        """Whether a part of the module has a hook or a forward that is not of this room, which a replay would skip."""
         if any(map(_hooks_of, self._own)) or any(map(_pre_hooks_of, self._own)):
             return True
-        return not all(issubclass(kind, StandIn | None) for kind in set(map(type, self._forwards())))
+        return not all(issubclass(kind, FusedModule | None) for kind in set(map(type, self._forwards())))
 
-    def is_past(self) -> bool:
-        """Whether a part, class, stand-in or weight is not what or where it was, or was written to."""
-        return self._look() != self._then
+    def is_stale(self) -> bool:
+        """Whether a part, class, fused module or weight was replaced, moved or written to."""
+        return self._current() != self._state
 
     def _forwards(self) -> list[Any]:
         return [own.get("forward") for own in self._own]
 
-    def _look(self) -> tuple[list[Any], ...]:
+    def _current(self) -> tuple[list[Any], ...]:
         return (
             list(map(type, self._modules)),
             list(map(code_of, self._kinds)),
@@ -167,160 +167,160 @@ class Fingerprint:
         )
 
 
-def derived_of(root: nn.Module) -> list[Any]:
-    """What the stand-ins of a tree have made of its weights; a recording reads it where it lies."""
-    made: list[Any] = []
+def cached_values(root: nn.Module) -> list[Any]:
+    """List what the fused modules of a tree computed from its weights; a graph reads it at its address."""
+    values: list[Any] = []
     for module in root.modules():
         own = vars(module).get("forward")
-        while isinstance(own, StandIn):
-            made += (value.kept for value in vars(own).values() if isinstance(value, Derived))
+        while isinstance(own, FusedModule):
+            values += (cache.value for cache in vars(own).values() if isinstance(cache, WeightCache))
             own = getattr(own, "inner", None)
-    return made
+    return values
 
 
-def _form(value: Any) -> Any:
-    """What tells one recording from another in an argument; an unhashable thing where that cannot be said."""
+def _signature(value: Any) -> Any:
+    """What an argument contributes to the key of a graph; something unhashable where it cannot be a key."""
     if type(value) is Tensor:
         return (value.shape, value.stride(), value.dtype, value.device)
     return [] if isinstance(value, Tensor) else value
 
 
-class _Shape:
-    """What is known of one form of arguments: how often it came, and from the third time on its recording."""
+class _Entry:
+    """One signature of arguments: how often it was called, and from the third call on its captured graph."""
 
     def __init__(self) -> None:
-        self.sights = 0
-        self.read: list[Any] = []  # by the recording, so it has to stay in memory
-        self.play: Run | None = None
+        self.calls = 0
+        self.read: list[Any] = []  # by the graph, so it has to stay in memory
+        self.replay: Run | None = None
 
 
-class Graphed(Around):
-    """Calls a network twice and plays a recording from then on, for each form of its arguments.
+class GraphedModule(ForwardWrapper):
+    """Calls a network twice, captures it at the third call and replays from then on, for each signature of arguments.
 
     Args:
         module: the network.
-        inner: as for Around; its work is what is recorded.
-        record: makes a recording, as `record_cuda` does.
+        inner: as for ForwardWrapper; its work is what is captured.
+        capture: captures a function of tensors, as `capture_cuda` does.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        inner: StandIn | None = None,
-        record: Callable[[Run, list[Tensor]], Run] = record_cuda,
+        inner: FusedModule | None = None,
+        capture: Callable[[Run, list[Tensor]], Run] = capture_cuda,
     ):
         super().__init__(module, inner)
-        self.record = record
-        self._forget()
+        self.capture = capture
+        self._reset()
 
-    def _forget(self) -> None:
-        self._made_of: Fingerprint | None = None
-        self._shapes: OrderedDict[Any, _Shape] = OrderedDict()
+    def _reset(self) -> None:
+        self._fingerprint: Fingerprint | None = None
+        self._shapes: OrderedDict[Any, _Entry] = OrderedDict()
 
-    def __getstate__(self) -> dict[str, Any]:  # copies begin with nothing
-        return {"module": self.module, "inner": self.inner, "record": self.record}
+    def __getstate__(self) -> dict[str, Any]:  # copies begin without graphs
+        return {"module": self.module, "inner": self.inner, "capture": self.capture}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._forget()
+        self._reset()
 
-    def fast(self, *args: Any, **kwargs: Any) -> Tensor:
+    def try_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         names = (*range(len(args)), *kwargs)
         values = (*args, *kwargs.values())
         given = [value for value in values if type(value) is Tensor]
-        key = tuple(zip(names, map(_form, values), strict=True))
+        key = tuple(zip(names, map(_signature, values), strict=True))
 
         def run(tensors: list[Tensor]) -> Tensor:
-            left = iter(tensors)
-            new = [next(left) if type(value) is Tensor else value for value in values]
-            return self.plainly(*new[: len(args)], **dict(zip(kwargs, new[len(args) :], strict=True)))
+            rest = iter(tensors)
+            new = [next(rest) if type(value) is Tensor else value for value in values]
+            return self.fallback(*new[: len(args)], **dict(zip(kwargs, new[len(args) :], strict=True)))
 
         with _lock:
-            shape = self._shape_of(key) if given and self._can_record(given[0].device) else None
-            if shape is None:
-                return self.plainly(*args, **kwargs)
-            shape.sights += 1
-            if shape.sights == SIGHTS:
+            entry = self._entry_of(key) if given and self._can_capture(given[0].device) else None
+            if entry is None:
+                return self.fallback(*args, **kwargs)
+            entry.calls += 1
+            if entry.calls == CALLS_TO_CAPTURE:
                 called = run(given)
-                shape.play = self._recorded(run, given, called)
-                shape.read = derived_of(self.module)
+                entry.replay = self._capture(run, given, called)
+                entry.read = cached_values(self.module)
                 return called
-            if shape.play is None:
+            if entry.replay is None:
                 return run(given)
-            # What its code does besides, for a playback does not.
+            # The side effects of its code, which a replay does not have.
             if isinstance(self.module, Decoder):
                 self.module.last_z_shape = given[0].shape
             y = kwargs.get("y", args[3] if len(args) > 3 else None)
             if y is not None:
                 check_labels(y, len(y), self.module.num_classes)
-            return shape.play(given)
+            return entry.replay(given)
 
-    def _shape_of(self, key: Any) -> _Shape | None:
-        """Find what is known of a form of arguments; None where no recording may be made or played."""
-        made_of = self._made_of or Fingerprint(self.module)
-        if made_of.is_watched():
+    def _entry_of(self, key: Any) -> _Entry | None:
+        """Find the entry of a signature; None where nothing may be captured or replayed."""
+        fingerprint = self._fingerprint or Fingerprint(self.module)
+        if fingerprint.is_hooked():
             return None
-        if made_of.is_past():
-            made_of = Fingerprint(self.module)
-            if made_of.is_watched():
+        if fingerprint.is_stale():
+            fingerprint = Fingerprint(self.module)
+            if fingerprint.is_hooked():
                 return None
-            self._forget()  # what was made of other weights, and its memory with it
+            self._reset()  # graphs of other weights, and their memory
         try:
-            shape = self._shapes.setdefault(key, _Shape())
-        except TypeError:  # an argument without a form
+            entry = self._shapes.setdefault(key, _Entry())
+        except TypeError:  # an argument that cannot be a key
             return None
-        self._made_of = made_of
+        self._fingerprint = fingerprint
         self._shapes.move_to_end(key)
-        while len(self._shapes) > MOST:
+        while len(self._shapes) > MAX_SHAPES:
             self._shapes.popitem(last=False)
-        return shape
+        return entry
 
-    def _can_record(self, device: torch.device) -> bool:
-        if self.record is not record_cuda:
+    def _can_capture(self, device: torch.device) -> bool:
+        if self.capture is not capture_cuda:
             return True
         if device.type != "cuda":
-            self._forget()  # the model has left the GPU; so should they
+            self._reset()  # the model has left the GPU; so should its graphs
             return False
-        return not torch.cuda.is_current_stream_capturing()  # by somebody who records us
+        return not torch.cuda.is_current_stream_capturing()  # a capture of ours within another one
 
-    def _recorded(self, run: Run, given: list[Tensor], called: Tensor) -> Run | None:
-        """Record and check; None, with a warning in the log, if that fails: then calls of this shape go on without."""
+    def _capture(self, run: Run, given: list[Tensor], called: Tensor) -> Run | None:
+        """Capture and check; None, with a warning in the log, if that fails: then calls of this shape stay eager."""
         name = type(self.module).__name__
         try:
-            # Tensors of inference mode, which a recording might hold, could not be written to outside of it.
+            # Tensors made in inference mode, which a graph might hold, could not be written to outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                play = self.record(run, given)
-            played = play(given)
+                replay = self.capture(run, given)
+            replayed = replay(given)
         except Exception as error:  # Triton's are of no common kind
-            # What broke a recording off says more than its end does.
+            # The error within the capture says more than the one that ends it.
             reason = error.__context__ or error
             words = str(reason).strip() or type(reason).__name__
-            log.warning("no recording of %s is used: %s", name, words.splitlines()[0])
+            log.warning("no CUDA graph of %s is used: %s", name, words.splitlines()[0])
             return None
-        difference = (played - called).abs().nan_to_num(0.0).max() / called.abs().nan_to_num(0.0).max()
-        if not torch.equal(played.isnan(), called.isnan()):
+        difference = (replayed - called).abs().nan_to_num(0.0).max() / called.abs().nan_to_num(0.0).max()
+        if not torch.equal(replayed.isnan(), called.isnan()):
             difference = torch.inf
-        if difference > MOST_DIFFERENT:
-            log.warning("no recording of %s is used: it differs by %.2g", name, float(difference))
+        if difference > MAX_DIFFERENCE:
+            log.warning("no CUDA graph of %s is used: its replay differs by %.2g", name, float(difference))
             return None
-        return play
+        return replay
 
 
 def attach(
     root: nn.Module,
-    record: Callable[[Run, list[Tensor]], Run] = record_cuda,
+    capture: Callable[[Run, list[Tensor]], Run] = capture_cuda,
     *,
     vae: bool = False,
 ) -> int:
-    """Let every UNet of a tree be recorded, with `vae` every encoder and decoder too; return how many.
+    """Let every UNet of a tree be captured, with `vae` every encoder and decoder too; return how many.
 
-    Not those that work in strips.
+    Not those with VAE tiling.
     """
     kinds = (UNetModel, *VAE) if vae else (UNetModel,)
     count = 0
     for module in root.modules():
         own = vars(module).get("forward")
-        if type(module) in kinds and (own is None or type(own) is STAND_INS.get(type(module))):
-            module.forward = Graphed(module, own, record)
+        if type(module) in kinds and (own is None or type(own) is FUSED.get(type(module))):
+            module.forward = GraphedModule(module, own, capture)
             count += 1
     return count

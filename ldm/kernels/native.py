@@ -22,7 +22,7 @@ SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fopenmp")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 LANES = 16  # channels and widths of what is not attention have to be a multiple
-MOST_FEATURES = 512  # of a head
+MAX_FEATURES = 512  # of a head
 LEVELS = ("none", "plain", "AVX512-BF16", "AMX")
 
 _pointer, _size, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -36,7 +36,7 @@ _SIGNATURES = {
         [_int, *[_size] * 4, *[_pointer] * 4, _size, _float, _int, _pointer, _pointer, _int],
     ),
     "ldm_geglu": (None, [_int, _size, _size, _pointer, _pointer, _pointer, _int]),
-    "ldm_spread": (None, [_int, *[_size] * 4, *[_pointer] * 2, _int]),
+    "ldm_interleave_phases": (None, [_int, *[_size] * 4, *[_pointer] * 2, _int]),
     "ldm_winograd_input": (None, [*[_size] * 5, _pointer, _pointer, _int]),
     "ldm_winograd_output": (None, [*[_size] * 5, *[_pointer] * 4, _int]),
 }
@@ -93,14 +93,14 @@ def _plain(*tensors: Tensor) -> bool:
     return fine and dtype in DTYPES and library() is not None
 
 
-def serves_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> bool:
+def supports_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> bool:
     """Whether `attention` takes these (b, tokens, heads * features) tensors."""
     return (
         _plain(q, k, v)
         and q.dim() == 3
         and k.shape == v.shape
         and q.shape[2] == k.shape[2]
-        and q.shape[2] // heads <= MOST_FEATURES
+        and q.shape[2] // heads <= MAX_FEATURES
         and min(q.numel(), k.numel()) > 0
         and all(x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1) for x in (q, k, v))
     )
@@ -126,7 +126,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tens
     return out
 
 
-def serves_norm(x: Tensor, groups: int) -> bool:
+def supports_norm(x: Tensor, groups: int) -> bool:
     """Whether `group_norm` takes this (b, c, h, w) map: channels last, groups and vectors dividing them."""
     return (
         _plain(x)
@@ -181,7 +181,7 @@ def group_norm(
     return out
 
 
-def spread(y: Tensor) -> Tensor:
+def interleave_phases(y: Tensor) -> Tensor:
     """Lay the four phases of doubled maps out as one.
 
     Args:
@@ -193,11 +193,13 @@ def spread(y: Tensor) -> Tensor:
     """
     b, c, h, w = y.shape[0], y.shape[1] // 4, y.shape[2] - 1, y.shape[3] - 1
     out = torch.empty((b, c, 2 * h, 2 * w), dtype=y.dtype, memory_format=torch.channels_last)
-    library().ldm_spread(DTYPES[y.dtype], b, h, w, c, y.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    library().ldm_interleave_phases(
+        DTYPES[y.dtype], b, h, w, c, y.data_ptr(), out.data_ptr(), torch.get_num_threads()
+    )
     return out
 
 
-def serves_geglu(tokens: Tensor, doubled: int) -> bool:
+def supports_geglu(tokens: Tensor, doubled: int) -> bool:
     """Whether `geglu` takes (rows, doubled) of the tokens' dtype, which is one of those that are known."""
     return doubled % (2 * LANES) == 0 and library() is not None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.helpers import pinned
-from ldm.kernels.fused import Derived
+from ldm.kernels.fused import WeightCache
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.modules import AbstractEncoder
@@ -22,14 +22,14 @@ from ldm.modules.encoders.modules import AbstractEncoder
 WHOLE = (Decoder, Encoder, AbstractEncoder, nn.Sequential)  # called as a whole; others are taken apart
 
 
-def parts_of(root: nn.Module) -> Iterator[nn.Module]:
+def offloaded_parts(root: nn.Module) -> Iterator[nn.Module]:
     """Take a tree apart into modules that are called; what weights it has besides are its larger modules' own."""
     if isinstance(root, WHOLE) or not any(True for _ in root.children()):
         if any(True for _ in root.parameters()):
             yield root
         return
     for child in root.children():
-        yield from parts_of(child)
+        yield from offloaded_parts(child)
 
 
 class _Part:
@@ -37,7 +37,7 @@ class _Part:
 
     def __init__(self, module: nn.Module, device: torch.device):
         self.module, self.device = module, device
-        self._copies = Derived()
+        self._copies = WeightCache()
         self.ready: torch.cuda.Event | None = None
         self._home: list[tuple[dict[str, Any], str, Tensor]] = []
         if device.type == "cuda":  # from such memory copies are made beside all else
@@ -50,11 +50,11 @@ class _Part:
         return list(dict.fromkeys(self.module.parameters()))
 
     @property
-    def fetched(self) -> dict[Tensor, Tensor] | None:
+    def copies(self) -> dict[Tensor, Tensor] | None:
         """Copies by weight; None if there are none."""
-        return self._copies.kept
+        return self._copies.value
 
-    def fetch(self, stream: torch.cuda.Stream | None = None) -> None:
+    def copy(self, stream: torch.cuda.Stream | None = None) -> None:
         """Begin to copy the weights, beside what the device does if there is a stream for that.
 
         Copies that are there are enough while they are of these weights as they are.
@@ -69,33 +69,33 @@ class _Part:
 
         self._copies.get(copy, *weights)
 
-    def arrive(self) -> None:
+    def onload(self) -> None:
         """Put the copies where the weights were."""
         if self.ready is not None:
             here = torch.cuda.current_stream(self.device)
             here.wait_event(self.ready)
-            for x in self.fetched.values():
+            for x in self.copies.values():
                 x.record_stream(here)
         for module in self.module.modules():
             for name, p in module._parameters.items():
                 if p is not None:
                     self._home.append((module._parameters, name, p))
         for place, name, p in self._home:
-            place[name] = self.fetched[p]
+            place[name] = self.copies[p]
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         """Put the weights back and let the copies go."""
         for place, name, p in self._home:
             place[name] = p
         self._home = []
-        self.forget()
+        self.drop_copies()
 
-    def forget(self) -> None:
+    def drop_copies(self) -> None:
         """Let copies go that nobody works with."""
-        self._copies, self.ready = Derived(), None
+        self._copies, self.ready = WeightCache(), None
 
 
-class Visits:
+class SequentialOffload:
     """Hooks that let the parts of a model visit a device in turn.
 
     Attributes:
@@ -110,7 +110,7 @@ class Visits:
 
     def __init__(self, root: nn.Module, device: torch.device, ahead: bool | None = None):
         self.device = device
-        self.parts = [_Part(module, device) for module in parts_of(root)]
+        self.parts = [_Part(module, device) for module in offloaded_parts(root)]
         self._ahead = device.type == "cuda" if ahead is None else ahead
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._followers: dict[_Part, _Part] = {}
@@ -151,15 +151,15 @@ class Visits:
             self._last = part
             for other in self.parts:  # a guess that was wrong
                 if other not in self._inside:
-                    other.forget()
+                    other.drop_copies()
             # A part's memory is free when the GPU has done with it; it would fall behind, and parts would pile up.
             if self._left is not None:
                 self._left.synchronize()
-            part.fetch()
-            part.arrive()
+            part.copy()
+            part.onload()
             follower = self._followers.get(part)
             if self._ahead and follower is not None and follower not in self._inside:
-                follower.fetch(self._stream)
+                follower.copy(self._stream)
 
         return enter
 
@@ -168,7 +168,7 @@ class Visits:
             if part in self._inside:
                 self._inside.remove(part)
                 if part not in self._inside:
-                    part.leave()
+                    part.offload()
                     if self._stream is not None:
                         self._left = torch.cuda.current_stream(self.device).record_event()
 
@@ -179,24 +179,24 @@ class Visits:
         for handle in self._handles:
             handle.remove()
         for part in self.parts:
-            part.leave()
+            part.offload()
         for place, name, x in self._moved:
             place[name] = x
 
 
-_visits: weakref.WeakKeyDictionary[nn.Module, Visits] = weakref.WeakKeyDictionary()
+_offloads: weakref.WeakKeyDictionary[nn.Module, SequentialOffload] = weakref.WeakKeyDictionary()
 
 
-def attach(root: nn.Module, device: torch.device) -> Visits:
+def attach(root: nn.Module, device: torch.device) -> SequentialOffload:
     """Let the parts of a model visit a device; what is in no part moves there."""
     detach(root)
-    _visits[root] = Visits(root, device)
-    return _visits[root]
+    _offloads[root] = SequentialOffload(root, device)
+    return _offloads[root]
 
 
 def detach(root: nn.Module) -> bool:
     """End the visits; return whether there were any."""
-    visits = _visits.pop(root, None)
-    if visits is not None:
-        visits.end()
-    return visits is not None
+    offload_ = _offloads.pop(root, None)
+    if offload_ is not None:
+        offload_.end()
+    return offload_ is not None

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_CELLS, BLOCK_CHANNELS = 32, 128  # of a map, that one step of a program looks at
-FEWEST_CELLS, MOST_CHUNKS = 64, 128  # as in cpp/norm.cpp: how a map is portioned for its sums
+MIN_CELLS, MAX_CHUNKS = 64, 128  # as in cpp/norm.cpp: how a map is portioned for its sums
 BLOCK_ROWS, BLOCK_WIDTH = 8, 256  # of gated tokens
 
 
@@ -147,7 +147,7 @@ def group_norm(
     b, c, h, w = x.shape
     cells, share = h * w, c // groups
     out = torch.empty_like(x, memory_format=torch.channels_last) if out is None else out
-    size = max(FEWEST_CELLS, -(-cells // MOST_CHUNKS))
+    size = max(MIN_CELLS, -(-cells // MAX_CHUNKS))
     chunks = -(-cells // size)
     partial = torch.empty((b, chunks, 2, c), dtype=torch.float32, device=x.device)
     affine = torch.empty((b, 2, c), dtype=torch.float32, device=x.device)

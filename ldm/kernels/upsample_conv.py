@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 
-def spread(y: Tensor) -> Tensor:
-    """Lay the four phases of doubled maps out as one; as native.spread.
+def interleave_phases(y: Tensor) -> Tensor:
+    """Lay the four phases of doubled maps out as one; as native.interleave_phases.
 
     Args:
         y: (b, 4 c, h + 1, w + 1); channels (2 i + j) c and on are the cells of rows i, i + 2, ... and columns j,

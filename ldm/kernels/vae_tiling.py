@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import UsageError
-from ldm.kernels.fused import Around, StandIn
+from ldm.kernels.fused import ForwardWrapper, FusedModule
 from ldm.modules.diffusionmodules import model as plain
 from ldm.modules.diffusionmodules.model import (
     AttnBlock,
@@ -31,12 +31,12 @@ from ldm.modules.diffusionmodules.model import (
     Upsample,
 )
 
-STRIP_BYTES = (
+TILE_BYTES = (
     16 << 20
 )  # four strips or so live at once: a tenth of what the maps of a picture of 1024 x 1024 take
 
 # What is rebuilt here in strips. Whoever changes one of these, by a subclass, a hook or a patch, means something else.
-_SERVED = {
+_SUPPORTED = {
     kind: kind.forward
     for kind in (
         Encoder,
@@ -58,15 +58,15 @@ _SERVED = {
 _NONLINEARITY = plain.nonlinearity
 
 
-def decode_in_strips(
-    decoder: Decoder, z: Tensor, *, rows: int | None = None, strip_bytes: int = STRIP_BYTES
+def decode_tiled(
+    decoder: Decoder, z: Tensor, *, rows: int | None = None, tile_bytes: int = TILE_BYTES
 ) -> Tensor:
     """Compute decoder(z), one picture after the other and each in strips of rows; without gradients.
 
     Args:
         z: (b, z_channels, h, w), behind post_quant_conv.
-        rows: how many rows a layer makes at once, at every resolution; None lets strip_bytes decide.
-        strip_bytes: of the strips that are cut where rows is None. About four of them live at once.
+        rows: how many rows a layer makes at once, at every resolution; None lets tile_bytes decide.
+        tile_bytes: of the strips that are cut where rows is None. About four of them live at once.
 
     Returns:
         (b, out_ch, f h, f w), or the last features with give_pre_end, equal to decoder(z) up to rounding.
@@ -75,27 +75,27 @@ def decode_in_strips(
         UsageError: z that asks for gradients or is no batch of maps; a decoder that is not the plain one (subclassed,
             patched or hooked parts, other padding, active dropout).
     """
-    cut = _cut(decoder, Decoder, z, rows, strip_bytes)
+    cut = _checked(decoder, Decoder, z, rows, tile_bytes)
     decoder.last_z_shape = z.shape
     return torch.cat([_decode(decoder, one, cut) for one in z.split(1)])
 
 
-def encode_in_strips(
-    encoder: Encoder, x: Tensor, *, rows: int | None = None, strip_bytes: int = STRIP_BYTES
+def encode_tiled(
+    encoder: Encoder, x: Tensor, *, rows: int | None = None, tile_bytes: int = TILE_BYTES
 ) -> Tensor:
     """Compute encoder(x), one picture after the other and each in strips of rows; without gradients.
 
     Args:
         x: (b, in_channels, height, width).
-        rows, strip_bytes: as for decode_in_strips.
+        rows, tile_bytes: as for decode_tiled.
 
     Returns:
         (b, 2 z_channels, height / f, width / f), z_channels without double_z; quant_conv comes behind it.
 
     Raises:
-        UsageError: as decode_in_strips, and pictures too small to be halved at every level.
+        UsageError: as decode_tiled, and pictures too small to be halved at every level.
     """
-    cut = _cut(encoder, Encoder, x, rows, strip_bytes)
+    cut = _checked(encoder, Encoder, x, rows, tile_bytes)
     smallest = 2 ** sum(hasattr(level, "downsample") for level in encoder.down)
     if min(x.shape[2:]) < smallest:
         raise UsageError(
@@ -104,13 +104,13 @@ def encode_in_strips(
     return torch.cat([_encode(encoder, one, cut) for one in x.split(1)])
 
 
-class Strips(StandIn):
+class TiledForward(FusedModule):
     """An encoder's or decoder's forward in strips, on any device; what strips refuse goes the plain way."""
 
-    def fast(self, x: Tensor) -> Tensor | None:
+    def try_forward(self, x: Tensor) -> Tensor | None:
         if torch.is_autocast_enabled(x.device.type):
             return None
-        in_strips = decode_in_strips if isinstance(self.module, Decoder) else encode_in_strips
+        in_strips = decode_tiled if isinstance(self.module, Decoder) else encode_tiled
         try:
             return in_strips(self.module, x)
         except UsageError:
@@ -122,47 +122,47 @@ def halves(root: nn.Module) -> list[nn.Module]:
     return [part for part in root.modules() if type(part) in (Encoder, Decoder)]
 
 
-class OneByOne(Around):
+class SlicedForward(ForwardWrapper):
     """An encoder's or decoder's forward for one picture of a batch after the other."""
 
-    def fast(self, x: Tensor) -> Tensor:
-        return torch.cat([self.plainly(one) for one in x.split(1)]) if len(x) else self.plainly(x)
+    def try_forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.fallback(one) for one in x.split(1)]) if len(x) else self.fallback(x)
 
 
-def attach_one_by_one(root: nn.Module) -> None:
+def attach_slicing(root: nn.Module) -> None:
     """Let every encoder and decoder of a tree, whatever stands in for it, take one picture at a time."""
     for half in halves(root):
-        half.forward = OneByOne(half, vars(half).get("forward"))
+        half.forward = SlicedForward(half, vars(half).get("forward"))
 
 
 def attach(root: nn.Module) -> None:
     """Let every encoder and decoder of a tree work in strips."""
     for half in halves(root):
-        half.forward = Strips(half)
+        half.forward = TiledForward(half)
 
 
 # --- what is served -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Cut:
+class _Rows:
     """How maps are cut."""
 
     rows: int | None
-    strip_bytes: int
+    tile_bytes: int
 
     def spans(self, height: int, row_bytes: int, most: int | None = None) -> list[tuple[int, int]]:
         """Cut rows 0 to height into strips [a, b), none of more than `most` rows."""
-        rows = max(1, self.strip_bytes // row_bytes) if self.rows is None else self.rows
+        rows = max(1, self.tile_bytes // row_bytes) if self.rows is None else self.rows
         rows = min(rows, height if most is None else most)
         return [(a, min(a + rows, height)) for a in range(0, height, rows)]
 
 
-def _cut(network: nn.Module, kind: type, x: Tensor, rows: int | None, strip_bytes: int) -> _Cut:
+def _checked(network: nn.Module, kind: type, x: Tensor, rows: int | None, tile_bytes: int) -> _Rows:
     """Refuse what strips would answer otherwise than the plain modules; say how to cut."""
     if type(network) is not kind:
         raise UsageError(f"strips are for a plain {kind.__name__}, got {type(network).__name__}")
-    for name, value in (("rows", rows), ("strip_bytes", strip_bytes)):
+    for name, value in (("rows", rows), ("tile_bytes", tile_bytes)):
         if value is not None and (type(value) is not int or value < 1):
             raise UsageError(f"{name} should be a whole number from 1 on, got {value!r}")
     if x.dim() != 4 or 0 in x.shape:
@@ -170,21 +170,21 @@ def _cut(network: nn.Module, kind: type, x: Tensor, rows: int | None, strip_byte
     if x.requires_grad and torch.is_grad_enabled():
         raise UsageError(f"strips give no gradients; detach their input, or call the {kind.__name__} itself")
     for name, part in network.named_modules():
-        changed = _change(part)
+        changed = _modification(part)
         if changed is not None:
             raise UsageError(
                 f"strips are for a {kind.__name__} of plain parts, got {changed} at {name or 'its top'!r}; "
                 f"call the {kind.__name__} itself"
             )
-    return _Cut(rows, strip_bytes)
+    return _Rows(rows, tile_bytes)
 
 
-def _change(part: nn.Module) -> str | None:
+def _modification(part: nn.Module) -> str | None:
     """Name what makes a module of the network answer otherwise than the code below supposes, if anything does."""
     own = vars(part).get("forward")
-    is_patched = own is not None and not isinstance(own, Strips)
+    is_patched = own is not None and not isinstance(own, TiledForward)
     is_hooked = part._forward_hooks or part._forward_pre_hooks
-    if is_patched or is_hooked or _SERVED.get(type(part)) is not type(part).forward:
+    if is_patched or is_hooked or _SUPPORTED.get(type(part)) is not type(part).forward:
         return f"a changed {type(part).__name__}"
     if isinstance(part, ResnetBlock) and plain.nonlinearity is not _NONLINEARITY:
         return "a changed nonlinearity"
@@ -199,7 +199,7 @@ def _change(part: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def _decode(decoder: Decoder, z: Tensor, cut: _Cut) -> Tensor:
+def _decode(decoder: Decoder, z: Tensor, cut: _Rows) -> Tensor:
     layers = [decoder.mid.block_1, decoder.mid.attn_1, decoder.mid.block_2]
     for level in reversed(decoder.up):
         layers += _layers(level)
@@ -213,7 +213,7 @@ def _decode(decoder: Decoder, z: Tensor, cut: _Cut) -> Tensor:
 
 
 @torch.no_grad()
-def _encode(encoder: Encoder, x: Tensor, cut: _Cut) -> Tensor:
+def _encode(encoder: Encoder, x: Tensor, cut: _Rows) -> Tensor:
     layers = []
     for level in encoder.down:
         layers += _layers(level)
@@ -230,7 +230,7 @@ def _layers(level: nn.Module) -> list[nn.Module]:
     return [layer for pair in zip(level.block, attns, strict=True) for layer in pair]
 
 
-def _through(layers: list[nn.Module], h: Tensor, cut: _Cut) -> Tensor:
+def _through(layers: list[nn.Module], h: Tensor, cut: _Rows) -> Tensor:
     """Run one layer after the other. No caller may keep h, so that each map goes when the next one stands."""
     spare = None
     for layer in layers:
@@ -256,7 +256,7 @@ def _through(layers: list[nn.Module], h: Tensor, cut: _Cut) -> Tensor:
 # --- the layers ----------------------------------------------------------------------------------
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor, cut: _Cut, norm: nn.GroupNorm | None = None) -> Tensor:
+def _convolve(conv: nn.Conv2d, x: Tensor, cut: _Rows, norm: nn.GroupNorm | None = None) -> Tensor:
     """Convolve x (1, c, h, w), normalised and bent first if a norm is given, into a map of its own."""
     out = None
     for a, b, strip in _convolved(conv, x, cut, norm):
@@ -266,7 +266,7 @@ def _convolve(conv: nn.Conv2d, x: Tensor, cut: _Cut, norm: nn.GroupNorm | None =
     return out
 
 
-def _resnet(block: ResnetBlock, x: Tensor, spare: Tensor | None, cut: _Cut) -> tuple[Tensor, Tensor | None]:
+def _resnet(block: ResnetBlock, x: Tensor, spare: Tensor | None, cut: _Rows) -> tuple[Tensor, Tensor | None]:
     """Run a block over x; return its output and a map of that size that is free for the next one, if there is one.
 
     The map between the convolutions, h, lies in `spare`, and the output in x. Where the block has at most half as many
@@ -302,7 +302,7 @@ def _shortcut(block: ResnetBlock, x: Tensor, a: int, b: int) -> Tensor:
     return _convolve_window(block.conv_shortcut, window)
 
 
-def _upsample(layer: Upsample, x: Tensor, cut: _Cut) -> Tensor:
+def _upsample(layer: Upsample, x: Tensor, cut: _Rows) -> Tensor:
     c, h, w = x.shape[1:]
     out = _map_like(x, c, 2 * h, 2 * w)
     for a, b in cut.spans(2 * h, _row_bytes(out)):
@@ -314,7 +314,7 @@ def _upsample(layer: Upsample, x: Tensor, cut: _Cut) -> Tensor:
     return out
 
 
-def _downsample(layer: Downsample, x: Tensor, cut: _Cut) -> Tensor:
+def _downsample(layer: Downsample, x: Tensor, cut: _Rows) -> Tensor:
     out = _map_like(x, x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
     for a, b in cut.spans(out.shape[2], 4 * _row_bytes(out)):
         # The layer puts its row of zeros below every strip, but looks at it only below the last.
@@ -322,7 +322,7 @@ def _downsample(layer: Downsample, x: Tensor, cut: _Cut) -> Tensor:
     return out
 
 
-def _attend_(layer: AttnBlock, x: Tensor, cut: _Cut) -> None:
+def _attend_(layer: AttnBlock, x: Tensor, cut: _Rows) -> None:
     """Add attention to x in place: keys and values of all cells first, then the queries in portions."""
     c, h, w = x.shape[1:]
     affine = _affine(layer.norm, x, cut)
@@ -338,7 +338,7 @@ def _attend_(layer: AttnBlock, x: Tensor, cut: _Cut) -> None:
         x[:, :, a:b].add_(layer.proj_out(mixed.transpose(2, 3).reshape(1, c, b - a, w)))
 
 
-def _attend_linearly_(layer: LinAttnBlock, x: Tensor, cut: _Cut) -> None:
+def _attend_linearly_(layer: LinAttnBlock, x: Tensor, cut: _Rows) -> None:
     """Replace x by its linear attention. The softmax over all cells is summed up strip by strip."""
     h, w = x.shape[2:]
     spans = cut.spans(h, 3 * _row_bytes(x))
@@ -365,7 +365,7 @@ def _attend_linearly_(layer: LinAttnBlock, x: Tensor, cut: _Cut) -> None:
 
 
 def _convolved(
-    conv: nn.Conv2d, x: Tensor, cut: _Cut, norm: nn.GroupNorm | None = None, is_overwritten: bool = False
+    conv: nn.Conv2d, x: Tensor, cut: _Rows, norm: nn.GroupNorm | None = None, is_overwritten: bool = False
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (a, b, rows a to b of a 3x3 convolution of x), of act(norm(x)) if a norm is given, from top to bottom.
 
@@ -396,7 +396,7 @@ def _convolve_window(conv: nn.Conv2d, window: Tensor) -> Tensor:
     return F.conv2d(window, conv.weight, conv.bias, padding=(0, 1))
 
 
-def _affine(norm: nn.GroupNorm, x: Tensor, cut: _Cut) -> tuple[Tensor, Tensor]:
+def _affine(norm: nn.GroupNorm, x: Tensor, cut: _Rows) -> tuple[Tensor, Tensor]:
     """Boil a group norm of the whole of x (1, c, h, w) down to a scale and a shift, (c, 1, 1) each.
 
     Statistics are in float32 at least, and joined by Chan, Golub and LeVeque's update, which cancels nothing.

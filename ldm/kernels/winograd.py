@@ -15,11 +15,11 @@ from ldm.kernels import native
 FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 # Bytes of turned patches at a time: they stay in a cache, and one matrix product has enough rows.
 PORTION = 32 << 20
-FEWEST_TILES = 64  # fewer, and reading 16/9 of the weights costs more than the products saved
+MIN_TILES = 64  # fewer, and reading 16/9 of the weights costs more than the products saved
 mkldnn = torch.ops.mkldnn
 
 
-def serves(conv: nn.Conv2d, x: Tensor) -> bool:
+def supports(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether `convolve` takes this layer and map (b, c, h, w), and gains by it."""
     tiles = x.shape[0] * -(-x.shape[2] // 2) * -(-x.shape[3] // 2)
     return (
@@ -29,7 +29,7 @@ def serves(conv: nn.Conv2d, x: Tensor) -> bool:
         and conv.groups == 1
         and conv.in_channels % native.LANES == 0
         and conv.out_channels % native.LANES == 0
-        and tiles >= FEWEST_TILES
+        and tiles >= MIN_TILES
         and native.library() is not None
     )
 

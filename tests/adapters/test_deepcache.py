@@ -19,7 +19,7 @@ from ldm.adapters.deepcache import DeepCache
 from ldm.errors import UsageError
 from ldm.generate import denoise
 from ldm.kernels import restore
-from ldm.kernels.fused import StandIn
+from ldm.kernels.fused import FusedModule
 from ldm.modules.diffusionmodules.openaimodel import SuperResModel, UNetModel
 from ldm.pipeline import StableDiffusion
 
@@ -358,7 +358,7 @@ def test_an_optimized_model_takes_the_knobs_as_the_plain_one(sd, knobs):
     try:
         sd.optimize()
         before = unet.forward
-        assert isinstance(before, StandIn)
+        assert isinstance(before, FusedModule)
         with Count(unet.middle_block) as middle:
             fast = paint(sd, **knobs)
         assert unet.forward is before and len(middle.rows) == (3 if "cache_interval" in knobs else 5)

@@ -16,7 +16,7 @@ from tiny import TEXT, tiny_config, tiny_model, write_tiny
 import ldm
 from ldm.diffusers_style import DDIMScheduler, StableDiffusionPipeline, load_image
 from ldm.errors import AbsentError, FormatError, MismatchError, UsageError
-from ldm.kernels.vae_tiling import OneByOne, Strips
+from ldm.kernels.vae_tiling import SlicedForward, TiledForward
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.paths import shipped
 
@@ -399,15 +399,15 @@ def test_memory_switches_add_up_and_come_off():
     latents = keyed_input("latents", (2, 4, 6, 8))
     plain = pipe.vae.decode(latents).sample
     pipe.enable_vae_slicing()
-    assert isinstance(own["forward"], OneByOne) and not isinstance(own["forward"].inner, Strips)
+    assert isinstance(own["forward"], SlicedForward) and not isinstance(own["forward"].inner, TiledForward)
     pipe.enable_vae_tiling()
-    assert isinstance(own["forward"], OneByOne) and isinstance(own["forward"].inner, Strips)
+    assert isinstance(own["forward"], SlicedForward) and isinstance(own["forward"].inner, TiledForward)
     close(pipe.vae.decode(latents).sample, plain)
     with pytest.raises(UsageError, match="low_vram is for a GPU"):
         pipe.enable_model_cpu_offload(device="cpu")
-    assert isinstance(own["forward"], OneByOne)
+    assert isinstance(own["forward"], SlicedForward)
     pipe.disable_vae_slicing()
-    assert isinstance(own["forward"], Strips)
+    assert isinstance(own["forward"], TiledForward)
     pipe.disable_vae_tiling()
     pipe.disable_vae_tiling()
     assert "forward" not in own

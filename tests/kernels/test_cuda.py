@@ -1,4 +1,4 @@
-"""The GPU's engine on a CPU, with Triton's kernels interpreted: the stand-ins give the plain numbers by it, too."""
+"""The GPU's backend on a CPU, with Triton's kernels interpreted: the stand-ins give the plain numbers by it, too."""
 
 import logging
 import re
@@ -22,13 +22,13 @@ def without_gradients(interpreted):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Names of the engine's functions, in the order of their calls."""
+    """Names of the backend's functions, in the order of their calls."""
     found = []
 
     def noting(name, own):
         return lambda *args, **kwargs: found.append(name) or own(*args, **kwargs)
 
-    for name in ("group_norm", "geglu", "attention", "spread", "convolve", "multiply"):
+    for name in ("group_norm", "geglu", "attention", "interleave_phases", "convolve", "multiply"):
         monkeypatch.setattr(cuda, name, noting(name, getattr(cuda, name)))
     return found
 
@@ -48,7 +48,7 @@ def test_a_unet_gives_the_plain_numbers(calls, options):
     close(optimize(unet)(*given), want)
     # Halves that are alike are no shorter way here, and each attention to itself is one product, not three.
     assert calls.count("group_norm") == sum(isinstance(m, torch.nn.GroupNorm) for m in unet.modules())
-    assert {"geglu", "attention", "spread", "convolve", "multiply"} <= set(calls)
+    assert {"geglu", "attention", "interleave_phases", "convolve", "multiply"} <= set(calls)
     if options:
         return
     for value in (given[2], *unet.parameters()):  # in place: what is told, and by what
@@ -81,7 +81,7 @@ def test_openai_s_attention_gives_the_plain_numbers(calls):
 def test_half_precision_is_served():
     norm = torch.nn.GroupNorm(4, 32).half()
     x = keyed_input("cuda.half", (2, 32, 5, 7)).half().contiguous(memory_format=torch.channels_last)
-    got = fused.Norm(norm).fast(x)
+    got = fused.FusedGroupNorm(norm).try_forward(x)
     assert got.dtype == torch.float16
     torch.testing.assert_close(
         got.float(), torch.nn.functional.group_norm(x.float(), 4), rtol=2e-3, atol=2e-3
@@ -100,11 +100,11 @@ def last(*size, dtype):
 def test_a_kernel_is_tried_once_at_each_width_and_dtype_that_is_used(monkeypatch, trials, dtype):
     maps, fewer, tokens = (last(*s, dtype=dtype) for s in ((2, 24, 3, 5), (2, 24, 2, 5), (1, 8, 1, 1)))
     for _ in range(2):
-        assert cuda.serves_norm(maps, 6) and cuda.serves_norm(fewer, 6)
-        assert cuda.serves_norm(maps, 4) and cuda.serves_geglu(tokens, 34)
+        assert cuda.supports_norm(maps, 6) and cuda.supports_norm(fewer, 6)
+        assert cuda.supports_norm(maps, 4) and cuda.supports_geglu(tokens, 34)
     assert trials == [(24, 6, 15), (24, 6, 10), (24, 4, 15), (34,)]
-    assert float(cuda.norm_error(maps, 6)) < cuda.MOST_WRONG[dtype] / 2
-    assert float(cuda.gate_error(tokens, 34)) < cuda.MOST_WRONG[dtype] / 2
+    assert float(cuda.norm_error(maps, 6)) < cuda.MAX_ERROR[dtype] / 2
+    assert float(cuda.gate_error(tokens, 34)) < cuda.MAX_ERROR[dtype] / 2
 
 
 @pytest.fixture
@@ -149,9 +149,9 @@ def test_what_is_wrong_or_refuses_at_one_width_is_left_out_there(monkeypatch, ca
     tokens = last(1, 8, 1, 1, dtype=dtype)
     with caplog.at_level(logging.WARNING, "ldm.kernels.cuda"):
         for _ in range(2):
-            assert not cuda.serves_norm(last(2, 24, 3, 5, dtype=dtype), 6)
-            assert cuda.serves_norm(last(2, 32, 3, 5, dtype=dtype), 8)
-            assert not cuda.serves_geglu(tokens, 34) and cuda.serves_geglu(tokens, 36)
+            assert not cuda.supports_norm(last(2, 24, 3, 5, dtype=dtype), 6)
+            assert cuda.supports_norm(last(2, 32, 3, 5, dtype=dtype), 8)
+            assert not cuda.supports_geglu(tokens, 34) and cuda.supports_geglu(tokens, 36)
     assert len(caplog.messages) == 2
     begin = f"the GPU's kernel group_norm is left out for {dtype} of width (24, 6, 15): "
     assert caplog.messages[0].startswith(begin) and re.search(words, caplog.messages[0])

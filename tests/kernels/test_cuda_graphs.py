@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ldm.errors import UsageError
 from ldm.kernels import cuda_graphs, fused, optimize, restore, vae_tiling
-from ldm.kernels.cuda_graphs import Graphed
+from ldm.kernels.cuda_graphs import GraphedModule
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
@@ -32,7 +32,7 @@ recorded = []
 @pytest.fixture(autouse=True)
 def without_gradients(monkeypatch):
     recorded.clear()
-    monkeypatch.setattr(cuda_graphs, "SIGHTS", 1)  # but where the count of calls is the subject
+    monkeypatch.setattr(cuda_graphs, "CALLS_TO_CAPTURE", 1)  # but where the count of calls is the subject
     with torch.no_grad():
         yield
 
@@ -81,7 +81,7 @@ def given(batch=2, size=(6, 4), scale=1.0):
     return {"x": x * scale, "timesteps": torch.arange(batch) * 100, "context": context * scale}
 
 
-def plainly(unet, **inputs):
+def fallback(unet, **inputs):
     return UNetModel.forward(unet, **inputs)
 
 
@@ -93,7 +93,7 @@ def test_each_shape_is_recorded_once_and_gives_the_plain_numbers(unet):
     for scale in (1.0, 0.5, 2.0):
         for size in ((6, 4), (4, 10)):
             inputs = given(size=size, scale=scale)
-            close(unet(**inputs), plainly(unet, **inputs))
+            close(unet(**inputs), fallback(unet, **inputs))
     assert recorded == [
         [(2, 4, 6, 4), (2,), (2, 7, 24)],
         [(2, 4, 4, 10), (2,), (2, 7, 24)],
@@ -106,20 +106,20 @@ def test_each_shape_is_recorded_once_and_gives_the_plain_numbers(unet):
 
 def test_a_shape_is_recorded_when_it_comes_for_the_third_time(answering, monkeypatch):
     monkeypatch.undo()
-    assert cuda_graphs.SIGHTS == 3
+    assert cuda_graphs.CALLS_TO_CAPTURE == 3
     one, two = given(), given(size=(4, 10))
     for inputs, so_far in ((one, 0), (two, 0), (one, 0), (one, 1), (two, 1), (one, 1), (two, 2), (two, 2)):
-        close(answering(**inputs), plainly(answering, **inputs))
+        close(answering(**inputs), fallback(answering, **inputs))
         assert len(recorded) == so_far
     write_weight(answering)
     for so_far in (2, 2, 3, 3):  # other weights: the count begins again
-        close(answering(**one), plainly(answering, **one))
+        close(answering(**one), fallback(answering, **one))
         assert len(recorded) == so_far
 
 
 def test_arguments_are_told_apart_by_name_and_layout(answering):
     inputs = given()
-    want = plainly(answering, **inputs)
+    want = fallback(answering, **inputs)
     close(answering(inputs["x"], inputs["timesteps"], inputs["context"]), want)
     close(answering(inputs["x"], inputs["timesteps"], context=inputs["context"], y=None), want)
     last = inputs["x"].contiguous(memory_format=torch.channels_last)
@@ -136,10 +136,10 @@ def test_results_are_the_caller_s_own(unet):
 
 
 def test_the_shapes_seen_last_are_kept(answering, monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "MOST", 2)
+    monkeypatch.setattr(cuda_graphs, "MAX_SHAPES", 2)
     one, two, three = given(), given(size=(4, 4)), given(size=(2, 8))
     for inputs in (one, two, one, three, one, two):
-        close(answering(**inputs), plainly(answering, **inputs))
+        close(answering(**inputs), fallback(answering, **inputs))
     sizes = [shapes[0][2:] for shapes in recorded]
     assert sizes == [(6, 4), (4, 4), (2, 8), (4, 4)]  # two had gone when three came
 
@@ -194,7 +194,7 @@ def test_what_changes_is_recorded_anew(answering, change):
     before = answering(**inputs)
     change(answering)
     after = answering(**inputs)
-    close(after, plainly(answering, **inputs))
+    close(after, fallback(answering, **inputs))
     assert not torch.allclose(after, before, atol=1e-3) and len(recorded) == 2
 
 
@@ -204,7 +204,7 @@ def test_patched_classes_are_recorded_anew(answering, monkeypatch):
     kind = type(answering.middle_block[1].transformer_blocks[0])
     own = kind._forward
     monkeypatch.setattr(kind, "_forward", lambda self, *args: own(self, *args) * 1.5)
-    close(answering(**inputs), plainly(answering, **inputs))
+    close(answering(**inputs), fallback(answering, **inputs))
     assert len(recorded) == 2
     monkeypatch.undo()
     close(answering(**inputs), before)
@@ -247,7 +247,7 @@ def test_arguments_without_a_form_go_the_plain_way(unet):
     block = unet.middle_block[1]
     inputs = given()
     inputs["context"] = [inputs["context"]] * len(block.transformer_blocks)  # a list, one for each block
-    close(unet(**inputs), plainly(unet, **inputs))
+    close(unet(**inputs), fallback(unet, **inputs))
     assert recorded == []
 
 
@@ -276,9 +276,9 @@ def test_what_cannot_be_recorded_is_said_once_and_called(caplog, error, words):
     inputs = given()
     with caplog.at_level(logging.WARNING, "ldm.kernels.cuda_graphs"):
         for _ in range(3):
-            close(unet(**inputs), plainly(unet, **inputs))
+            close(unet(**inputs), fallback(unet, **inputs))
     assert len(recorded) == 1
-    assert caplog.messages == [f"no recording of UNetModel is used: {words}"]
+    assert caplog.messages == [f"no CUDA graph of UNetModel is used: {words}"]
 
 
 @pytest.mark.parametrize(("factor", "much"), [(1.2, "0.2"), (float("nan"), "inf")])
@@ -287,9 +287,9 @@ def test_a_recording_that_plays_something_else_is_not_used(caplog, factor, much)
     cuda_graphs.attach(unet, lambda run, inputs: lambda tensors: run(tensors) * factor)
     inputs = given()
     with caplog.at_level(logging.WARNING, "ldm.kernels.cuda_graphs"):
-        close(unet(**inputs), plainly(unet, **inputs))
-        close(unet(**inputs), plainly(unet, **inputs))
-    assert caplog.messages == [f"no recording of UNetModel is used: it differs by {much}"]
+        close(unet(**inputs), fallback(unet, **inputs))
+        close(unet(**inputs), fallback(unet, **inputs))
+    assert caplog.messages == [f"no CUDA graph of UNetModel is used: its replay differs by {much}"]
 
 
 def test_broken_numbers_are_played_as_they_are(unet):
@@ -308,7 +308,7 @@ def test_both_halves_of_an_autoencoder_are_recorded_around_their_stand_ins():
     fused.attach(both)
     assert cuda_graphs.attach(both, record) == 0  # they would hold gigabytes and save little
     assert cuda_graphs.attach(both, record, vae=True) == 2
-    assert isinstance(decoder.forward.inner, fused.Decoder)
+    assert isinstance(decoder.forward.inner, fused.FusedDecoder)
     for _ in range(2):
         close(encoder(x), want[0])
         close(decoder(z), want[1])
@@ -330,7 +330,7 @@ def test_strips_are_not_recorded():
 def test_a_recording_made_in_inference_mode_plays_outside_of_it():
     unet = fill(UNetModel(**LARGER), "graphs.")
     cuda_graphs.attach(unet, record_held)
-    want = plainly(unet, **given())
+    want = fallback(unet, **given())
     with torch.inference_mode():
         for _ in range(2):
             close(unet(**given()), want)
@@ -352,12 +352,12 @@ def test_what_a_recording_reads_stays_as_long_as_the_recording(unet):
     cuda_graphs.attach(unet, lambda run, inputs: run)  # which keeps nothing by itself
     inputs = given()
     unet(**inputs)
-    read = [weakref.ref(x) for x in tensors_in(cuda_graphs.derived_of(unet))]
+    read = [weakref.ref(x) for x in tensors_in(cuda_graphs.cached_values(unet))]
     assert len(read) > 10
     hook = unet.middle_block.register_forward_hook(lambda *_: None)
     for weight in unet.parameters():
         weight.mul_(1.1)
-    close(unet(**inputs), plainly(unet, **inputs))
+    close(unet(**inputs), fallback(unet, **inputs))
     gc.collect()
     assert all(ref() is not None for ref in read)
     hook.remove()
@@ -371,9 +371,9 @@ def test_recordings_of_other_weights_go_first(answering):
     answering(**one)
     answering(**two)
     answering.out[2].weight.mul_(2)
-    close(answering(**two), plainly(answering, **two))
+    close(answering(**two), fallback(answering, **two))
     assert len(answering.forward._shapes) == 1
-    close(answering(**one), plainly(answering, **one))
+    close(answering(**one), fallback(answering, **one))
     assert len(recorded) == 4
 
 
@@ -382,7 +382,7 @@ def test_labels_are_looked_at_in_a_playback_too():
     cuda_graphs.attach(unet, record)
     inputs = given() | {"y": torch.tensor([4, 0])}
     for _ in range(2):
-        close(unet(**inputs), plainly(unet, **inputs))
+        close(unet(**inputs), fallback(unet, **inputs))
     with pytest.raises(UsageError, match=r"labels must be from 0 to 4, got \[5, 0\]"):
         unet(inputs["x"], inputs["timesteps"], inputs["context"], torch.tensor([5, 0]))
     with pytest.raises(UsageError, match=r"got \[0, -1\]"):
@@ -394,7 +394,7 @@ def test_copies_begin_with_nothing(answering):
     inputs = given()
     want = answering(**inputs)
     for copied in (copy.deepcopy(answering), pickle.loads(pickle.dumps(answering))):
-        assert isinstance(copied.forward, Graphed) and copied.forward.module is copied
+        assert isinstance(copied.forward, GraphedModule) and copied.forward.module is copied
         for weight in copied.parameters():
             weight.mul_(1.1)
         assert not torch.allclose(copied(**inputs), want, atol=1e-3)
@@ -406,7 +406,7 @@ def test_a_model_that_went_back_to_the_cpu_goes_the_plain_way(caplog):
     unet = fill(UNetModel(**UNET), "graphs.")
     cuda_graphs.attach(unet)  # as optimize() does on a GPU
     inputs = given()
-    close(unet(**inputs), plainly(unet, **inputs))
+    close(unet(**inputs), fallback(unet, **inputs))
     assert not unet.forward._shapes and not caplog.messages
 
 
@@ -427,4 +427,4 @@ def test_recordings_of_the_vae_where_there_can_be_none_are_refused(parts, option
 
 def test_a_cpu_gets_no_recordings():
     unet = optimize(fill(UNetModel(**UNET), "graphs."))
-    assert not any(isinstance(vars(m).get("forward"), Graphed) for m in unet.modules())
+    assert not any(isinstance(vars(m).get("forward"), GraphedModule) for m in unet.modules())

@@ -84,18 +84,18 @@ def watch(monkeypatch):
     served = []
 
     def noting(kind):
-        plain = kind.fast
+        plain = kind.try_forward
 
-        def fast(self, *args, **kwargs):
+        def try_forward(self, *args, **kwargs):
             out = plain(self, *args, **kwargs)
             if out is not None:
                 served.append(kind.__name__)
             return out
 
-        return fast
+        return try_forward
 
-    for kind in set(fused.STAND_INS.values()):
-        monkeypatch.setattr(kind, "fast", noting(kind))
+    for kind in set(fused.FUSED.values()):
+        monkeypatch.setattr(kind, "try_forward", noting(kind))
     return served
 
 
@@ -122,15 +122,15 @@ def test_halves_that_are_alike_are_done_once(name, size, watch):
     got = optimize(unet)(**given)
     close(got, want)
     # A hook on what is shared means that somebody looks: all rows are done then.
-    assert rows == [4] and "UNet" not in watch
+    assert rows == [4] and "FusedUNet" not in watch
     unet.input_blocks[0]._forward_hooks.clear()
     close(unet(**given), want)
     shares = name in ("v1", "deeper", "scale and shift", "pooled", "late attention", "resampling blocks")
-    assert ("UNet" in watch) == shares
+    assert ("FusedUNet" in watch) == shares
     given["x"][3] += 1
     watch.clear()
     close(unet(**given), restore(unet)(**given))
-    assert "UNet" not in watch
+    assert "FusedUNet" not in watch
 
 
 @pytest.mark.skipif(native.library() is None, reason="the kernels cannot be built here")
@@ -140,15 +140,15 @@ def test_every_kind_of_part_is_served(watch):
     unet(**inputs(unet))
     unet(**inputs(unet, alike=True))
     assert set(watch) == {
-        "Attention",
-        "Conv",
-        "Feed",
-        "Linear",
-        "Norm",
-        "ResBlock",
-        "Transformer",
-        "UNet",
-        "Upsample",
+        "FusedCrossAttention",
+        "FusedConv",
+        "FusedFeedForward",
+        "FusedLinear",
+        "FusedGroupNorm",
+        "FusedResBlock",
+        "FusedSpatialTransformer",
+        "FusedUNet",
+        "FusedUpsample",
     }
 
 
@@ -181,12 +181,12 @@ def test_a_decoder_ends_in_one_pass_unless_its_end_was_changed(watch):
     decoder = optimize(fill(Decoder(**VAE), "fast.vae."))
     z = keyed_input("fast.z", (1, 4, 5, 7))
     expected = decoder(z)
-    assert "Decoder" in watch
+    assert "FusedDecoder" in watch
     seen = []
     decoder.norm_out.register_forward_hook(lambda module, given, out: seen.append(out.shape[1]))
     watch.clear()
     close(decoder(z), expected)
-    assert seen == [VAE["ch"]] and "Decoder" not in watch
+    assert seen == [VAE["ch"]] and "FusedDecoder" not in watch
 
 
 @torch.no_grad()
@@ -238,7 +238,7 @@ def test_another_weight_where_one_lay_is_noticed():
     before = dict(unet.named_parameters())
     replace_weights_in_place(unet, 1.1)
     for name, weight in unet.named_parameters():
-        assert weight is not before[name] and fused.state_of(weight) == fused.state_of(before[name])
+        assert weight is not before[name] and fused.cache_key(weight) == fused.cache_key(before[name])
     changed = unet(**given)
     close(changed, restore(unet)(**given))
 
@@ -325,7 +325,7 @@ def test_attention_of_openai_s_blocks_gives_the_plain_numbers(options, dtype, wa
     block = fill(AttentionBlock(96, **{"num_heads": 2, **options}), "fast.block.").to(dtype).eval()
     x = keyed_input("fast.block", (3, 96, 5, 7)).to(dtype)
     compare(block, x)
-    assert watch == ([] if native.library() is None else ["BlockAttention"])
+    assert watch == ([] if native.library() is None else ["FusedAttentionBlock"])
     for weight in (block.qkv.weight, block.proj_out.weight):  # new ones are noticed
         weight.mul_(1.5)
         want = restore(copy.deepcopy(block))(x)

@@ -48,7 +48,7 @@ def test_attention_is_the_softmax_of_products(dtype, b, n, m, heads, features):
     q, scale = q * 3, features**-0.5  # peaked rows
     weights = (scale * heads_apart(q, heads) @ heads_apart(k, heads).transpose(2, 3)).softmax(-1)
     want = (weights @ heads_apart(v, heads)).transpose(1, 2).flatten(2)
-    assert native.serves_attention(q, k, v, heads)
+    assert native.supports_attention(q, k, v, heads)
     close(native.attention(q, k, v, heads, scale), want, dtype)
 
 
@@ -125,7 +125,7 @@ def test_attention_does_not_depend_on_the_number_of_threads():
 )
 def test_what_the_kernel_does_not_take_is_left_to_others(make):
     q = make(keyed_input("attention.left", (2, 6, 64)))
-    assert not native.serves_attention(q, q, q, 2)
+    assert not native.supports_attention(q, q, q, 2)
 
 
 def halved(*axes):
@@ -147,7 +147,7 @@ def halved(*axes):
     ids=str,
 )
 @pytest.mark.thinned(4)
-def test_group_norm_is_the_formula(engine, dtype, silu, per_picture, shifted):
+def test_group_norm_is_the_formula(backend, dtype, silu, per_picture, shifted):
     b, c, h, w, groups = 3, 48, 5, 29, 4  # more cells than enter a float sum at a time
     x = (keyed_input("norm.x", (b, c, h, w)) * 2 + 1).to(dtype).contiguous(memory_format=torch.channels_last)
     weight, bias = (keyed_input(f"norm.{s}", (b, c) if per_picture else (c,)) + 1 for s in ("weight", "bias"))
@@ -156,19 +156,19 @@ def test_group_norm_is_the_formula(engine, dtype, silu, per_picture, shifted):
     want = F.group_norm(moved, groups, eps=1e-3)
     want = want * weight.reshape(-1, c, 1, 1) + bias.reshape(-1, c, 1, 1)
     want = F.silu(want) if silu else want
-    assert engine.serves_norm(x, groups)
-    got = engine.group_norm(x, groups, weight, bias, 1e-3, shift=shift, silu=silu)
+    assert backend.supports_norm(x, groups)
+    got = backend.group_norm(x, groups, weight, bias, 1e-3, shift=shift, silu=silu)
     close(got, want, dtype)
     assert got.is_contiguous(memory_format=torch.channels_last)
-    engine.group_norm(x, groups, weight, bias, 1e-3, shift=shift, silu=silu, out=x)
+    backend.group_norm(x, groups, weight, bias, 1e-3, shift=shift, silu=silu, out=x)
     assert torch.equal(x, got)
 
 
-def test_group_norm_far_from_zero_keeps_its_digits(engine):
+def test_group_norm_far_from_zero_keeps_its_digits(backend):
     """A mean of 1,000 times the spread: sums of squares in float32 would leave a digit (torch's way, channels last)."""
     x = (keyed_input("norm.far", (2, 32, 9, 11)) + 1000).contiguous(memory_format=torch.channels_last)
     one, zero = torch.ones(32), torch.zeros(32)
-    got = engine.group_norm(x, 8, one, zero, 1e-5)
+    got = backend.group_norm(x, 8, one, zero, 1e-5)
     want = F.group_norm(x.double(), 8, eps=1e-5)
     assert (got - want).norm() < 1e-4 * want.norm()  # a thousandth of x has that many digits
 
@@ -176,35 +176,35 @@ def test_group_norm_far_from_zero_keeps_its_digits(engine):
 @pytest.mark.parametrize(
     "cells", [(1, 64), (1, 65), pytest.param((131, 130), marks=pytest.mark.slow)], ids=str
 )
-def test_group_norm_of_any_number_of_cells_is_the_formula(engine, cells):
+def test_group_norm_of_any_number_of_cells_is_the_formula(backend, cells):
     """Sums of one portion, of two, and of portions larger than the smallest (17,030 cells)."""
     x = (keyed_input("norm.cells", (2, 16, *cells)) * 2 + 1).contiguous(memory_format=torch.channels_last)
-    got = engine.group_norm(x, 4, torch.ones(16), torch.zeros(16), 1e-6)
+    got = backend.group_norm(x, 4, torch.ones(16), torch.zeros(16), 1e-6)
     close(got, F.group_norm(x.double(), 4, eps=1e-6), torch.float32)
 
 
 @pytest.mark.parametrize("c, groups", [(128, 4), (144, 9), (320, 32), (400, 5)])
 @pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
 @pytest.mark.thinned(4)
-def test_group_norm_of_many_channels_is_the_formula(engine, dtype, c, groups):
+def test_group_norm_of_many_channels_is_the_formula(backend, dtype, c, groups):
     """Blocks of 128 channels, and what is left beside them; groups of no power of two, across blocks."""
     x = (keyed_input("norm.wide", (2, c, 7, 11)) * 2 + 1).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    got = engine.group_norm(x, groups, torch.ones(c), torch.zeros(c), 1e-6)
+    got = backend.group_norm(x, groups, torch.ones(c), torch.zeros(c), 1e-6)
     close(got, F.group_norm(x.double(), groups, eps=1e-6), dtype)
 
 
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
-def test_group_norm_hides_no_broken_number(engine, dtype, silu):
+def test_group_norm_hides_no_broken_number(backend, dtype, silu):
     x = keyed_input("norm.nan", (2, 32, 3, 5)).to(dtype).contiguous(memory_format=torch.channels_last)
     x[0, 5, 1, 2] = float("nan")
-    got = engine.group_norm(x, 2, torch.ones(32), torch.zeros(32), 1e-6, silu=silu)
+    got = backend.group_norm(x, 2, torch.ones(32), torch.zeros(32), 1e-6, silu=silu)
     assert got[0, :16].isnan().all() and got[0, 16:].isfinite().all() and got[1].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
-def test_phases_are_spread_over_a_doubled_map(engine, dtype):
+def test_phases_are_spread_over_a_doubled_map(backend, dtype):
     b, c, h, w = 2, 3, 4, 5
     y = (
         keyed_input("spread", (b, 4 * c, h + 1, w + 1))
@@ -216,31 +216,31 @@ def test_phases_are_spread_over_a_doubled_map(engine, dtype):
         for j in range(2):
             phase = y[:, (2 * i + j) * c : (2 * i + j + 1) * c]
             want[:, :, i::2, j::2] = phase[:, :, i : i + h, j : j + w]
-    got = engine.spread(y)
+    got = backend.interleave_phases(y)
     assert torch.equal(got, want) and got.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_maps_that_the_norm_does_not_take_are_left_to_others():
     x = keyed_input("norm.left", (2, 48, 6, 7))
-    assert not native.serves_norm(x, 4)  # channels first
+    assert not native.supports_norm(x, 4)  # channels first
     x = x.contiguous(memory_format=torch.channels_last)
-    assert native.serves_norm(x, 4) and not native.serves_norm(x, 5)
-    assert not native.serves_norm(x[:, :24].contiguous(memory_format=torch.channels_last), 4)
+    assert native.supports_norm(x, 4) and not native.supports_norm(x, 5)
+    assert not native.supports_norm(x[:, :24].contiguous(memory_format=torch.channels_last), 4)
 
 
 @pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
-def test_the_gate_is_the_exact_gelu(engine, dtype):
+def test_the_gate_is_the_exact_gelu(backend, dtype):
     x, bias = keyed_input("gate.x", (19, 544)).to(dtype) * 3, keyed_input("gate.bias", (544,))
     value, gate = (x.double() + bias).chunk(2, dim=1)
-    assert engine.serves_geglu(x, 544)
-    out = engine.geglu(x, bias, torch.empty(19, 272, dtype=dtype))
+    assert backend.supports_geglu(x, 544)
+    out = backend.geglu(x, bias, torch.empty(19, 272, dtype=dtype))
     close(out, value * F.gelu(gate), dtype)
 
 
-def test_the_gate_keeps_broken_numbers_and_ends(engine):
+def test_the_gate_keeps_broken_numbers_and_ends(backend):
     x = torch.ones(2, 64)
     x[0, 32], x[1, 32], x[1, 33] = float("nan"), 50.0, -50.0
-    out = engine.geglu(x, torch.zeros(64), torch.empty(2, 32))
+    out = backend.geglu(x, torch.zeros(64), torch.empty(2, 32))
     assert out[0, 0].isnan() and out[0, 1:].isfinite().all()
     assert out[1, 0] == 50 and abs(out[1, 1]) < 1e-30
 
@@ -252,7 +252,7 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch, caplog):
         assert native.library() is None
         assert "there is no C++ compiler; install g++, or name one in CXX" in caplog.text
         x = torch.ones(1, 2, 16)
-        assert not native.serves_attention(x, x, x, 1)
+        assert not native.supports_attention(x, x, x, 1)
     finally:
         monkeypatch.undo()
         native.library.cache_clear()

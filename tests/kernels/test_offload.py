@@ -31,26 +31,26 @@ def ask(model):
     return [c, model.apply_model(x, t, c), model.decode_first_stage(x[:1]), first.encode(pixels).mean]
 
 
-def sizes(visits):
-    return [sum(p.numel() * p.element_size() for p in part.weights) for part in visits.parts]
+def sizes(sequential):
+    return [sum(p.numel() * p.element_size() for p in part.weights) for part in sequential.parts]
 
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_the_numbers_are_the_plain_ones(model, ahead):
     want = ask(model)
-    visits = offload.Visits(model, CPU, ahead)
+    sequential = offload.SequentialOffload(model, CPU, ahead)
     for _ in range(2):  # the second time it is known who follows
         for got, expected in zip(ask(model), want, strict=True):
             assert torch.equal(got, expected)
-    visits.end()
+    sequential.end()
     assert torch.equal(ask(model)[1], want[1])
 
 
 def test_every_weight_is_in_one_part(model):
-    visits = offload.Visits(model, CPU)
-    weights = [p for part in visits.parts for p in part.weights]
+    sequential = offload.SequentialOffload(model, CPU)
+    weights = [p for part in sequential.parts for p in part.weights]
     assert len(weights) == len(set(weights)) and set(weights) == set(model.parameters())
-    names = {name for name, module in model.named_modules() if module in {p.module for p in visits.parts}}
+    names = {name for name, module in model.named_modules() if module in {p.module for p in sequential.parts}}
     assert {"cond_stage_model", "first_stage_model.decoder", "first_stage_model.encoder"} <= names
     unet = "model.diffusion_model."
     assert {unet + "time_embed", unet + "input_blocks.0", unet + "middle_block", unet + "out"} <= names
@@ -59,11 +59,11 @@ def test_every_weight_is_in_one_part(model):
 @pytest.mark.parametrize(("ahead", "parts"), [(False, 1), (True, 2)])
 def test_one_part_is_there_at_a_time_and_two_if_fetched_ahead(model, ahead, parts):
     unet = model.model.diffusion_model
-    visits, found = offload.Visits(model, CPU, ahead), []
-    size = dict(zip(visits.parts, sizes(visits), strict=True))
+    sequential, found = offload.SequentialOffload(model, CPU, ahead), []
+    size = dict(zip(sequential.parts, sizes(sequential), strict=True))
 
     def look(*_):
-        found.append([part for part in visits.parts if part.fetched is not None])
+        found.append([part for part in sequential.parts if part.copies is not None])
 
     for module in unet.modules():
         if not list(module.children()):
@@ -75,18 +75,18 @@ def test_one_part_is_there_at_a_time_and_two_if_fetched_ahead(model, ahead, part
     assert {len(there) for there in found} == {parts}
     there = max(sum(size[part] for part in parts) for parts in found)
     assert there < sum(p.nbytes for p in unet.parameters()) / 2
-    assert all(part.fetched is None for part in visits.parts) or ahead
+    assert all(part.copies is None for part in sequential.parts) or ahead
 
 
 def test_what_follows_is_fetched_before_it_is_called(model):
     unet = model.model.diffusion_model
-    visits = offload.Visits(model, CPU, True)
+    sequential = offload.SequentialOffload(model, CPU, True)
     ask(model)
     found = []
-    first = next(part for part in visits.parts if part.module is unet.input_blocks[0])
-    second = next(part for part in visits.parts if part.module is unet.input_blocks[1])
+    first = next(part for part in sequential.parts if part.module is unet.input_blocks[0])
+    second = next(part for part in sequential.parts if part.module is unet.input_blocks[1])
     unet.input_blocks[0][0].register_forward_hook(
-        lambda *_: found.append((first.fetched is not None, second.fetched is not None))
+        lambda *_: found.append((first.copies is not None, second.copies is not None))
     )
     ask(model)
     assert found == [(True, True)]
@@ -94,17 +94,17 @@ def test_what_follows_is_fetched_before_it_is_called(model):
 
 def test_a_wrong_guess_is_let_go(model):
     unet = model.model.diffusion_model
-    visits = offload.Visits(model, CPU, True)
+    sequential = offload.SequentialOffload(model, CPU, True)
     ask(model)
     emb = torch.zeros(1, unet.time_embed[0].out_features)
     unet.input_blocks[0](torch.zeros(1, 4, 8, 8), emb, None)  # and not the block after it
     model.first_stage_model.post_quant_conv(torch.zeros(1, 4, 8, 8))
-    there = [part.module for part in visits.parts if part.fetched is not None]
+    there = [part.module for part in sequential.parts if part.copies is not None]
     assert unet.input_blocks[1] not in there and len(there) <= 1
 
 
 def test_weights_are_at_home_between_calls_and_after_errors(model):
-    visits = offload.Visits(model, CPU)
+    sequential = offload.SequentialOffload(model, CPU)
     home = {name: p.data_ptr() for name, p in model.named_parameters()}
     seen = []
     middle = model.model.diffusion_model.middle_block
@@ -118,24 +118,24 @@ def test_weights_are_at_home_between_calls_and_after_errors(model):
     assert home == {name: p.data_ptr() for name, p in model.named_parameters()}
     handle.remove()
     assert len(ask(model)) == 4
-    assert not visits._inside
+    assert not sequential._inside
 
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_weights_written_or_replaced_between_calls_are_used(model, ahead):
     """All of them: those, too, that were fetched ahead at the end of the call before."""
-    visits = offload.Visits(model, CPU, ahead)
+    sequential = offload.SequentialOffload(model, CPU, ahead)
     unet = model.model.diffusion_model
     for _ in range(2):
         before = ask(model)[1]
-    assert any(part.fetched is not None for part in visits.parts) is ahead
+    assert any(part.copies is not None for part in sequential.parts) is ahead
     unet.out[2].weight.mul_(2)
     unet.out[2].bias = nn.Parameter(unet.out[2].bias * 2)
     torch.testing.assert_close(ask(model)[1], 2 * before)
     for weight in model.parameters():
         weight.mul_(0.9)
     after = ask(model)
-    visits.end()
+    sequential.end()
     for got, want in zip(after, ask(model), strict=True):
         torch.testing.assert_close(got, want)
 
@@ -163,12 +163,12 @@ def test_a_weight_of_a_larger_module_s_own_moves_there_and_back():
             return self.layer(x) * self.scale
 
     module = Scaled()
-    visits = offload.attach(module, torch.device("meta"))
-    assert [part.module for part in visits.parts] == [module.layer]
+    sequential = offload.attach(module, torch.device("meta"))
+    assert [part.module for part in sequential.parts] == [module.layer]
     assert module.scale.device.type == "meta" and module.layer.weight.device.type == "cpu"
 
 
-def test_restoring_ends_the_visits(model):
+def test_restoring_ends_the_offload(model):
     want = ask(model)
     optimize(model, low_vram=CPU)
     assert torch.equal(ask(model)[1], want[1])
@@ -186,7 +186,7 @@ def test_an_average_stays_at_home():
     assert {x.device.type for x in model.model_ema.buffers()} == {"cpu"}
 
 
-def test_visits_and_compiled_code_exclude_each_other():
+def test_offload_and_compiled_code_exclude_each_other():
     with pytest.raises(UsageError, match="low_vram moves weights that compiled code expects to stay"):
         optimize(nn.Sequential(nn.Linear(3, 5)), compile=True, low_vram=CPU)
 
@@ -207,8 +207,8 @@ def test_a_unet_alone_has_its_blocks_as_parts():
         image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=1,
         attention_resolutions=[2], channel_mult=[1, 2], num_heads=2, num_classes=3,
     )  # fmt: skip
-    visits = offload.attach(fill(unet), CPU)
-    kinds = [part.module for part in visits.parts]
+    sequential = offload.attach(fill(unet), CPU)
+    kinds = [part.module for part in sequential.parts]
     assert unet.label_emb in kinds and len(kinds) == 4 + len(unet.input_blocks) + len(unet.output_blocks)
     x, y = keyed_input("visits.labels", (2, 4, 8, 8)), torch.tensor([2, 0])
     want = restore(unet)(x, torch.tensor([5, 6]), y=y)

@@ -63,9 +63,9 @@ MAPS = [(320, 4096), (960, 4096), (640, 1024), (1920, 256), (2560, 64), (128, 1 
 def test_no_kernel_is_left_out_for_stable_diffusion(dtype, caplog):
     for channels, cells in MAPS:
         x = torch.empty((1, channels, cells // 8, 8), device="cuda", dtype=dtype)
-        assert cuda.serves_norm(x.contiguous(memory_format=torch.channels_last), 32)
+        assert cuda.supports_norm(x.contiguous(memory_format=torch.channels_last), 32)
     for width in (320, 640, 1280):
-        assert cuda.serves_geglu(x, 8 * width)
+        assert cuda.supports_geglu(x, 8 * width)
     assert not caplog.messages
 
 
@@ -76,10 +76,10 @@ def test_an_optimized_model_gives_the_plain_numbers(model, vae):
     optimize(model, vae_graphs=vae)
     unet, decoder = model.model.diffusion_model, model.first_stage_model.decoder
     assert (
-        isinstance(unet.forward, cuda_graphs.Graphed)
-        and isinstance(decoder.forward, cuda_graphs.Graphed) is vae
+        isinstance(unet.forward, cuda_graphs.GraphedModule)
+        and isinstance(decoder.forward, cuda_graphs.GraphedModule) is vae
     )
-    for _ in range(cuda_graphs.SIGHTS):
+    for _ in range(cuda_graphs.CALLS_TO_CAPTURE):
         for scale, expected in zip((1.0, 0.5), want, strict=True):
             near(ask(model, scale), expected)
     assert recordings(unet) == [True] and (not vae or recordings(decoder) == [True])
@@ -90,7 +90,7 @@ def test_inference_mode_and_no_grad_share_recordings(model):
     want = ask(model.cuda())
     optimize(model)
     with torch.inference_mode():
-        for _ in range(cuda_graphs.SIGHTS + 1):
+        for _ in range(cuda_graphs.CALLS_TO_CAPTURE + 1):
             near(ask(model), want)
     assert recordings(model.model.diffusion_model) == [True]
     for _ in range(2):
@@ -110,10 +110,10 @@ def test_a_recording_that_breaks_off_leaves_no_trace(model, caplog):
     unet.out[1] = Waiting()
     for plays in (False, True):
         optimize(model)
-        for _ in range(cuda_graphs.SIGHTS + 1):
+        for _ in range(cuda_graphs.CALLS_TO_CAPTURE + 1):
             near(ask(model), want)
         assert recordings(unet) == [plays]
-        assert ("no recording of UNetModel is used" in caplog.text) is not plays
+        assert ("no CUDA graph of UNetModel is used" in caplog.text) is not plays
         assert torch.randn(5, device="cuda").isfinite().all()
         restore(model)
         unet.out[1] = torch.nn.SiLU()
@@ -135,7 +135,7 @@ def test_the_loop_waits_for_nothing(model):
     optimize(model)
     c = model.get_learned_conditioning(["a red star", "a ring"])
     x, t = torch.zeros(2, 4, 8, 8, device="cuda"), torch.tensor([10, 900], device="cuda")
-    for _ in range(cuda_graphs.SIGHTS):
+    for _ in range(cuda_graphs.CALLS_TO_CAPTURE):
         model.apply_model(x, t, c)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -153,7 +153,7 @@ def test_labels_that_stay_are_waited_for_once():
     x, t = keyed_input("gpu.y", (2, 4, 8, 8)).cuda(), torch.tensor([10, 900], device="cuda")
     y = torch.tensor([4, 0], device="cuda")
     with torch.no_grad():
-        for _ in range(cuda_graphs.SIGHTS):
+        for _ in range(cuda_graphs.CALLS_TO_CAPTURE):
             want = unet(x, t, y=y)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -170,7 +170,7 @@ def test_recordings_after_others_are_gone_have_workspaces_of_their_own(model):
     want = ask(model.cuda())
     for _ in range(3):
         optimize(model)
-        for _ in range(cuda_graphs.SIGHTS + 1):
+        for _ in range(cuda_graphs.CALLS_TO_CAPTURE + 1):
             near(ask(model), want)
         assert recordings(model.model.diffusion_model) == [True]
         restore(model)
@@ -184,10 +184,10 @@ def test_visiting_weights_give_the_plain_numbers_in_less_memory(model):
     model.cpu()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    visits = offload.attach(model, torch.device("cuda", torch.cuda.current_device()))
+    sequential = offload.attach(model, torch.device("cuda", torch.cuda.current_device()))
     for _ in range(2):
         near(ask(model), want, 1e-5)
     weights = sum(p.nbytes for p in model.parameters())
     assert all(p.device.type == "cpu" for p in model.parameters())
     assert torch.cuda.memory_allocated() - before < weights / 2
-    visits.end()
+    sequential.end()

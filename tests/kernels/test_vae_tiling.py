@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.errors import UsageError
 from ldm.kernels import optimize, restore, vae_tiling
-from ldm.kernels.vae_tiling import decode_in_strips, encode_in_strips
+from ldm.kernels.vae_tiling import decode_tiled, encode_tiled
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.diffusionmodules import model as plain
 from ldm.modules.diffusionmodules.model import Decoder, Encoder, ResnetBlock
@@ -43,10 +43,10 @@ OPTIONS = {
     "sleeping dropout": {"dropout": 0.7, "ch_mult": (1, 2)},
 }
 # Heights of the maps go from 5 to 23, so these are below and above them, and divide few of them.
-CUTS = [{"rows": 1}, {"rows": 2}, {"rows": 3}, {"rows": 7}, {"strip_bytes": 3000}, {}]
+CUTS = [{"rows": 1}, {"rows": 2}, {"rows": 3}, {"rows": 7}, {"tile_bytes": 3000}, {}]
 SIDES = [
-    (Decoder, decode_in_strips, "z", (2, 4, 5, 3)),
-    (Encoder, encode_in_strips, "x", (2, 3, 23, 26)),  # odd heights on the way down: 23, 11, 5
+    (Decoder, decode_tiled, "z", (2, 4, 5, 3)),
+    (Encoder, encode_tiled, "x", (2, 3, 23, 26)),  # odd heights on the way down: 23, 11, 5
 ]
 SIDE_NAMES = ["decoder", "encoder"]
 sides = pytest.mark.parametrize(("kind", "in_strips", "name", "shape"), SIDES, ids=SIDE_NAMES)
@@ -137,7 +137,7 @@ def test_channels_last_weights_keep_the_maps_in_their_layout(kind, in_strips, na
         torch.testing.assert_close(in_strips(network, x, rows=rows), want, rtol=0, atol=1e-12)
     maps = build(Decoder, give_pre_end=True).to(memory_format=torch.channels_last)
     z = keyed_input("z", (1, 4, 5, 3)).double()
-    assert decode_in_strips(maps, z, rows=2).is_contiguous(memory_format=torch.channels_last)
+    assert decode_tiled(maps, z, rows=2).is_contiguous(memory_format=torch.channels_last)
 
 
 @sides
@@ -154,7 +154,7 @@ def test_autocast_gives_what_it_gives_the_plain_modules(kind, in_strips, name, s
 def test_nothing_is_left_behind_but_the_shape_that_the_decoder_remembers():
     decoder, z = build(Decoder), keyed_input("z", (1, 4, 5, 3)).double()
     before = {key: value.clone() for key, value in decoder.state_dict().items()}
-    picture = decode_in_strips(decoder, z, rows=2)
+    picture = decode_tiled(decoder, z, rows=2)
     assert picture.requires_grad is False
     assert decoder.last_z_shape == z.shape
     assert all(torch.equal(value, before[key]) for key, value in decoder.state_dict().items())
@@ -180,8 +180,8 @@ WIDE = {**BASE, "ch": 8, "ch_mult": (1, 2, 4, 4), "num_groups": 4}  # the widths
 @pytest.mark.parametrize(
     ("kind", "in_strips", "shape", "maps", "usual"),
     [
-        (Decoder, decode_in_strips, (1, 4, 18, 9), 2.5, 6),
-        (Encoder, encode_in_strips, (1, 3, 144, 72), 2.0, 4),
+        (Decoder, decode_tiled, (1, 4, 18, 9), 2.5, 6),
+        (Encoder, encode_tiled, (1, 3, 144, 72), 2.0, 4),
     ],
     ids=SIDE_NAMES,
 )
@@ -198,8 +198,8 @@ def test_so_many_maps_of_the_first_level_are_alive_at_most(kind, in_strips, shap
 
 def test_the_batch_does_not_raise_the_peak():
     decoder, z = build(Decoder, torch.float32), keyed_input("z", (3, 4, 10, 8))
-    alone, _ = peak_of(lambda: decode_in_strips(decoder, z[:1], rows=2))
-    together, _ = peak_of(lambda: decode_in_strips(decoder, z, rows=2))
+    alone, _ = peak_of(lambda: decode_tiled(decoder, z[:1], rows=2))
+    together, _ = peak_of(lambda: decode_tiled(decoder, z, rows=2))
     pictures = 3 * 3 * 40 * 32 * 4
     assert alone < together <= alone + 2 * pictures
 
@@ -210,7 +210,7 @@ def test_the_attention_matrix_never_exists_as_a_whole():
     z = keyed_input("z", (1, 4, 40, 32))
     n, queries = 40 * 32, 4 * 6 // 32 or 1
     with sdpa_kernel(SDPBackend.MATH):
-        _, largest = peak_of(lambda: decode_in_strips(decoder, z))
+        _, largest = peak_of(lambda: decode_tiled(decoder, z))
         _, whole = peak_of(lambda: decoder(z))
         one_map = 6 * 80 * 64 * 4
         assert largest == max(one_map, queries * 32 * n * 4)
@@ -220,8 +220,8 @@ def test_the_attention_matrix_never_exists_as_a_whole():
 @pytest.mark.parametrize(
     ("kind", "in_strips", "shape", "mebibytes"),
     [
-        (Decoder, decode_in_strips, (1, 4, 128, 128), 680),
-        (Encoder, encode_in_strips, (1, 3, 1024, 1024), 588),
+        (Decoder, decode_tiled, (1, 4, 128, 128), 680),
+        (Encoder, encode_tiled, (1, 3, 1024, 1024), 588),
     ],
     ids=SIDE_NAMES,
 )
@@ -246,8 +246,8 @@ def test_strips_need_a_row(kind, in_strips, name, shape, rows):
 
 
 def test_strip_bytes_of_nothing_are_refused():
-    with pytest.raises(UsageError, match=r"^strip_bytes should be a whole number from 1 on, got 0$"):
-        decode_in_strips(build(Decoder), keyed_input("z", (1, 4, 5, 3)), strip_bytes=0)
+    with pytest.raises(UsageError, match=r"^tile_bytes should be a whole number from 1 on, got 0$"):
+        decode_tiled(build(Decoder), keyed_input("z", (1, 4, 5, 3)), tile_bytes=0)
 
 
 @sides
@@ -261,9 +261,9 @@ def test_what_is_no_batch_of_maps_is_refused(kind, in_strips, name, shape, wrong
 
 def test_pictures_that_vanish_on_the_way_down_are_refused():
     encoder = build(Encoder)
-    assert encode_in_strips(encoder, torch.ones(1, 3, 4, 5).double()).shape == (1, 8, 1, 1)
+    assert encode_tiled(encoder, torch.ones(1, 3, 4, 5).double()).shape == (1, 8, 1, 1)
     with pytest.raises(UsageError, match=r"sides of 4 or more, got 3 x 5"):
-        encode_in_strips(encoder, torch.ones(1, 3, 3, 5).double())
+        encode_tiled(encoder, torch.ones(1, 3, 3, 5).double())
 
 
 @sides
@@ -354,7 +354,7 @@ def autoencoder():
 def calls(monkeypatch):
     """Names of the halves that went through strips."""
     found = []
-    for name in ("decode_in_strips", "encode_in_strips"):
+    for name in ("decode_tiled", "encode_tiled"):
         own = getattr(vae_tiling, name)
         monkeypatch.setattr(
             vae_tiling, name, lambda *given, own=own, name=name: found.append(name) or own(*given)
@@ -370,7 +370,7 @@ def test_an_optimized_autoencoder_works_in_strips(autoencoder, calls, compile):
     want = autoencoder.encode(x).mean, autoencoder.decode(z)
     optimize(autoencoder, compile=compile, tiled_vae=True)
     got = autoencoder.encode(x).mean, autoencoder.decode(z)
-    assert calls == ["encode_in_strips", "decode_in_strips"]
+    assert calls == ["encode_tiled", "decode_tiled"]
     for ours, plain_way in zip(got, want, strict=True):
         torch.testing.assert_close(ours, plain_way, rtol=2e-5, atol=2e-5)
     restore(autoencoder)
@@ -389,7 +389,7 @@ def test_what_strips_refuse_goes_the_plain_way(autoencoder, calls):
     autoencoder.decoder.mid.block_1.register_forward_hook(lambda *given: seen.append(1))
     with torch.no_grad():
         torch.testing.assert_close(autoencoder.decode(z), want, rtol=2e-5, atol=2e-5)
-    assert calls == ["decode_in_strips"] and seen == [1]
+    assert calls == ["decode_tiled"] and seen == [1]
 
 
 def test_a_model_without_an_autoencoder_has_nothing_to_tile():
@@ -426,7 +426,7 @@ def test_picture_by_picture_needs_the_memory_of_one(autoencoder):
     alone, _ = peak_of(lambda: decoder(z[:1]))
     optimize(autoencoder, sliced_vae=True)
     sliced, _ = peak_of(
-        lambda: decoder.forward.fast(z)
+        lambda: decoder.forward.try_forward(z)
     )  # who counts operations gets the plain ones otherwise
     pictures = decoder(z).nbytes
     assert alone < sliced <= alone + 2 * pictures + z.nbytes < together / 2

@@ -43,7 +43,7 @@ def test_it_is_the_convolution(b, c, out, h, w, added, bias):
         x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double(), padding=1
     )
     want = want + add if added else want
-    assert winograd.serves(layer, x)
+    assert winograd.supports(layer, x)
     with torch.no_grad():
         got = winograd.convolve(x, winograd.pack(layer.weight, 100), layer.bias, out, add)
         direct = F.conv2d(x, layer.weight, layer.bias, padding=1) + (add if added else 0)
@@ -79,9 +79,9 @@ def test_portions_of_rows_join_without_a_seam(monkeypatch):
     ids=["stride", "dilation", "groups", "bfloat16", "small"],
 )
 def test_what_it_does_not_serve_is_left_to_others(options, size, dtype):
-    assert winograd.serves(conv(16, 32), torch.empty(4, 16, 12, 14))
-    assert not winograd.serves(conv(16, 32, **options), torch.empty(size, dtype=dtype))
-    assert not winograd.serves(conv(3, 32), torch.empty(4, 3, 12, 14))
+    assert winograd.supports(conv(16, 32), torch.empty(4, 16, 12, 14))
+    assert not winograd.supports(conv(16, 32, **options), torch.empty(size, dtype=dtype))
+    assert not winograd.supports(conv(3, 32), torch.empty(4, 3, 12, 14))
 
 
 def test_an_optimized_layer_uses_it_and_notices_new_weights(monkeypatch):

@@ -201,8 +201,8 @@ inline void transpose(vu* rows) {
 // scaling) is done for 16 of them in one vector.
 
 constexpr int64_t CHUNK = 64;  // keys at a time: their scores, and what makes them, stay in the first cache
-constexpr int64_t MOST_FEATURES = 512;
-constexpr int64_t MOST_GROUPS = 4, NEAR = 1 << 20;
+constexpr int64_t MAX_FEATURES = 512;
+constexpr int64_t MAX_GROUPS = 4, NEAR = 1 << 20;
 constexpr float SLACK = 2;  // powers of two by which a score may exceed what was the maximum before sums are scaled anew
 
 template <class T>
@@ -242,7 +242,7 @@ struct Shape {
   int64_t key_size() const { return padded_keys() * depth(); }
   int64_t value_size() const { return up(keys, CHUNK) * width(); }
   // Groups of queries that share a look at the keys: more than one where the keys do not stay in the second cache.
-  int64_t groups() const { return (key_size() + value_size()) * (int64_t)sizeof(T) > NEAR ? MOST_GROUPS : 1; }
+  int64_t groups() const { return (key_size() + value_size()) * (int64_t)sizeof(T) > NEAR ? MAX_GROUPS : 1; }
 };
 
 // Keys as rows of the first product, with zeros after them. False if not all are finite.
@@ -449,7 +449,7 @@ void attention(const Shape<T>& s, const T* q, int64_t q_stride, const T* k, int6
   float* scratch = reinterpret_cast<float*>(workspace);
   T* packed = reinterpret_cast<T*>(scratch + threads * scratch_floats<T>(s));
   char* fine = reinterpret_cast<char*>(packed + pairs * (s.key_size() + s.value_size()));  // (pairs,): of the keys
-  const auto attend = s.groups() == 1 ? attend_groups<T, 1> : attend_groups<T, MOST_GROUPS>;
+  const auto attend = s.groups() == 1 ? attend_groups<T, 1> : attend_groups<T, MAX_GROUPS>;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)

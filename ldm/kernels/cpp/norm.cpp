@@ -8,12 +8,12 @@ namespace {
 
 // Cells whose sums are kept in float before they enter a sum in double: few, for digits, but no more than so many portions
 // of them, for those are read once more, channel by channel.
-constexpr int64_t FEWEST_CELLS = 64, MOST_CHUNKS = 256;
+constexpr int64_t MIN_CELLS = 64, MAX_CHUNKS = 256;
 constexpr int64_t AHEAD = 16;  // cells between the one that is worked on and the one that is fetched
 
 inline int64_t chunk_cells(int64_t cells) {
-  const int64_t share = (cells + MOST_CHUNKS - 1) / MOST_CHUNKS;
-  return share < FEWEST_CELLS ? FEWEST_CELLS : share;
+  const int64_t share = (cells + MAX_CHUNKS - 1) / MAX_CHUNKS;
+  return share < MIN_CELLS ? MIN_CELLS : share;
 }
 
 inline int64_t norm_chunks(int64_t cells) { return (cells + chunk_cells(cells) - 1) / chunk_cells(cells); }
@@ -68,8 +68,8 @@ void group_norm(int64_t batch, int64_t cells, int64_t channels, int64_t groups, 
       const int64_t last = first + size < cells ? first + size : cells;
       const T* origin = x + b * cells * channels;
       float *sum = partial + task * 2 * channels, *square = sum + channels;
-      for (int64_t start = first; start < last; start += FEWEST_CELLS) {  // that many rows stay in the first cache
-        const int64_t end = start + FEWEST_CELLS < last ? start + FEWEST_CELLS : last;
+      for (int64_t start = first; start < last; start += MIN_CELLS) {  // that many rows stay in the first cache
+        const int64_t end = start + MIN_CELLS < last ? start + MIN_CELLS : last;
         int64_t c = 0;
         for (; c + 8 * L <= channels; c += 8 * L)
           add_up<8>(origin + c, start, end, channels, start == first, sum + c, square + c);

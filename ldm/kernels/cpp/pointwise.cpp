@@ -9,7 +9,7 @@ namespace {
 // Spread the four phases of doubled maps: y (batch, height + 1, width + 1, 4 channels) into out (batch, 2 height, 2 width,
 // channels). Phase 2 i + j holds the cells of odd (1) or even (0) rows i and columns j.
 template <class T>
-void spread(int64_t batch, int64_t height, int64_t width, int64_t channels, const T* y, T* out, int threads) {
+void interleave_phases(int64_t batch, int64_t height, int64_t width, int64_t channels, const T* y, T* out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < batch * 2 * height; ++row) {
     const int64_t b = row / (2 * height), r = row % (2 * height), i = r % 2;
@@ -40,12 +40,12 @@ void geglu(int64_t rows, int64_t width, const T* x, const float* bias, T* out, i
 
 extern "C" {
 
-void ldm_spread(int dtype, int64_t batch, int64_t height, int64_t width, int64_t channels, const void* y, void* out,
+void ldm_interleave_phases(int dtype, int64_t batch, int64_t height, int64_t width, int64_t channels, const void* y, void* out,
                 int threads) {
   if (dtype)
-    spread<bf16>(batch, height, width, channels, (const bf16*)y, (bf16*)out, threads);
+    interleave_phases<bf16>(batch, height, width, channels, (const bf16*)y, (bf16*)out, threads);
   else
-    spread<float>(batch, height, width, channels, (const float*)y, (float*)out, threads);
+    interleave_phases<float>(batch, height, width, channels, (const float*)y, (float*)out, threads);
 }
 
 void ldm_geglu(int dtype, int64_t rows, int64_t width, const void* x, const float* bias, void* out, int threads) {
