@@ -1,8 +1,10 @@
-"""The house's picture: imports point down only, heavy packages are imported late, and a wheel holds every room."""
+"""The house's picture: imports point down only, heavy packages are imported late, functions are short,
+and a wheel holds every room."""
 
 import ast
 import functools
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -147,6 +149,42 @@ def test_heavy_packages_are_imported_late_or_never(path):
         if root in LATE and not (late or typing):
             wrong.append(f"line {line}: {imported} outside a function")
     assert wrong == []
+
+
+MOST_LINES = 80
+
+
+def long_functions(source):
+    """List (name, lines without docstring) of functions longer than MOST_LINES without `# long: why` above them."""
+    lines, long = source.splitlines(), []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        count = node.end_lineno - node.lineno + 1
+        if ast.get_docstring(node, clean=False) is not None:
+            count -= node.body[0].end_lineno - node.body[0].lineno + 1
+        above = lines[min(part.lineno for part in (node, *node.decorator_list)) - 2].strip()
+        if count > MOST_LINES and not re.match("# long: .{20}", above):
+            long.append((node.name, count))
+    return long
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_functions_fit_on_a_screen_or_say_why_not(path):
+    assert long_functions(path.read_text(encoding="utf-8")) == []
+
+
+def test_the_eye_that_counts_lines_counts_them():
+    """80 lines of a function are counted with its signature, without its decorators and its docstring."""
+    body = '    """Say.\n\n    More.\n    """\n' + "    x = 1\n" * 79
+    whole = f"@cache\n\ndef f():\n{body}"
+    assert long_functions(whole) == []
+    assert long_functions(f"{whole}    x = 2\n") == [("f", 81)]
+    assert (
+        long_functions(f"class A:\n    pass\n# long: the tables of the whole format\n{whole}    x = 2\n")
+        == []
+    )
+    assert long_functions(f"# long: because\n{whole}    x = 2\n") == [("f", 81)]
 
 
 def test_the_eye_that_reads_imports_sees_them(tmp_path):

@@ -84,6 +84,7 @@ def add_optimize(group: argparse._ArgumentGroup) -> None:
     )
 
 
+# long: one option after the other, in the order of --help; nothing is decided here.
 def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Parser:
     """Make the parser of a painting script: CompVis's options by their names, others' names beside them.
 

@@ -447,6 +447,7 @@ class StableDiffusionPipeline:
 
     # --- a run ---
 
+    # long: its signature and the checks of it are diffusers', which is what callers count on.
     @torch.no_grad()
     def __call__(
         self,
