@@ -1,16 +1,17 @@
-"""Ancestral sampling with CompVis's methods and numbers, on the shared loop of samplers.py: mixins of ddpm.py."""
+"""Ancestral sampling with CompVis's methods and numbers, on the shared loop of levels.py: mixins of ddpm.py."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.errors import UsageError
 from ldm.helpers import default
-from ldm.models.diffusion import samplers
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.levels import Level, Step, alpha_bar_table, make_plan, run_levels
 from ldm.modules.diffusionmodules.util import noise_like
 from ldm.process import gaussian, prediction
 
@@ -68,7 +69,7 @@ class AncestralSampling:
         log_every_t: int | None = None,
         callback: Callable[[int], Any] | None = None,
         img_callback: Callable[[Tensor, int], Any] | None = None,
-    ) -> tuple[Tensor, list[samplers.Step]]:
+    ) -> tuple[Tensor, list[Step]]:
         """Walk x_T down all levels below `timesteps`; the other arguments are those of progressive_denoising.
 
         Args:
@@ -81,15 +82,15 @@ class AncestralSampling:
             raise UsageError("a mask needs x0, the samples to keep where the mask is 1; got none")
         log_every_t = default(log_every_t, self.log_every_t)
 
-        def step(x_t: Tensor, level: samplers.Level) -> tuple[Tensor, Tensor]:
+        def step(x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
             t = torch.full((len(x_t),), level.t, device=x_t.device, dtype=torch.long)
             x_t, pred_x0 = take(x_t, t, level.t)
             # After the step, where CompVis's DDIM blends before it; each kept, for its seeds' images.
             return (x_t if mask is None else self.q_sample(x0, t) * mask + (1.0 - mask) * x_t), pred_x0
 
-        plan = samplers.DDPM.plan(samplers.alpha_bar_table(self), self.num_timesteps)
+        plan = make_plan(np.arange(self.num_timesteps), alpha_bar_table(self), 1.0, eta=1.0)
         kept = []
-        for done in samplers.run_levels(reversed(plan[:timesteps]), x_T, step):
+        for done in run_levels(reversed(plan[:timesteps]), x_T, step):
             level = int(done.t)
             if done.index == 0 or level % log_every_t == 0:
                 kept.append(done)

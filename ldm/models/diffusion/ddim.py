@@ -1,4 +1,4 @@
-"""CompVis's door to DDIM: its constructor, keywords, tables and numbers, on the shared loop of samplers.py."""
+"""CompVis's door to DDIM: its constructor, keywords, tables and numbers, on the shared loop of levels.py."""
 
 import logging
 import math
@@ -9,19 +9,9 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UsageError
-from ldm.models.diffusion.samplers import (
-    DDIM,
-    Denoiser,
-    Level,
-    Sampler,
-    Step,
-    check_eta,
-    check_levels,
-    check_mask,
-    run_levels,
-    unit_noise,
-    warn_of_batch,
-)
+from ldm.models.diffusion.denoiser import Denoiser
+from ldm.models.diffusion.levels import Level, Step, check_levels, run_levels, unit_noise
+from ldm.models.diffusion.samplers import DDIM, Sampler, check_eta, check_mask, warn_of_batch
 from ldm.modules.diffusionmodules.util import (
     extract_into_tensor,
     make_ddim_sampling_parameters,
@@ -45,7 +35,7 @@ class TableSampler:
     their names; steps read them from there, so a changed table changes the run.
 
     Args:
-        model: see samplers.py.
+        model: see denoiser.py.
         schedule, device: kept as attributes, without effect: tables and samples are where the model is.
         separate_passes: ask for guidance's two answers one after the other, as ControlNet's sampler does.
 

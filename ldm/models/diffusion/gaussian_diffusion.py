@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ldm.errors import MismatchError, UsageError
 from ldm.helpers import mean_flat, upload
-from ldm.models.diffusion.samplers import Level, make_plan, run_levels
+from ldm.models.diffusion.levels import Level, make_plan, run_levels
 from ldm.modules.diffusionmodules.util import check_label_range, extract_into_tensor
 from ldm.process import gaussian, guidance, prediction, schedule
 from ldm.process.likelihood import (

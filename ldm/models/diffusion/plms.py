@@ -1,4 +1,4 @@
-"""CompVis's door to PLMS: its constructor, keywords and numbers, on the shared loop of samplers.py."""
+"""CompVis's door to PLMS: its constructor, keywords and numbers, on the shared loop of levels.py."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,8 @@ from ldm.models.diffusion.ddim import (
     times_for,
     warn_of_unused,
 )
-from ldm.models.diffusion.samplers import PLMS, Level, check_mask, run_levels, warn_of_batch
+from ldm.models.diffusion.levels import Level, run_levels
+from ldm.models.diffusion.samplers import PLMS, check_mask, warn_of_batch
 
 
 class PLMSSampler(TableSampler):

@@ -1,36 +1,44 @@
-"""The samplers: one loop, one place for guidance, and one short class per algorithm.
+"""The samplers: one short class per algorithm, the list of them by name, and `sample_steps`, which runs one.
 
-A run is a plan (the levels to visit) and a sampler (how to step from one to the next). `sample_steps` joins the
-two and yields every step, so progress, preview and interruption need nothing from here. CompVis's DDIMSampler,
-PLMSSampler and DPMSolverSampler are doors to the same classes.
-
-A sampler knows a model only by apply_model(x, t, conditioning), alphas_cumprod, num_timesteps, parameterization
-("eps", "x0" or "v"), and first_stage_model where it is asked to quantise.
+A run is a plan (levels.py: the levels to go through), a denoiser (denoiser.py: the model with its conditions and
+guidance) and a sampler (how to step from one level to the next). `sample_steps` joins them and yields every step, so
+progress, preview and interruption need nothing from here. CompVis's DDIMSampler, PLMSSampler and DPMSolverSampler call
+the same classes.
 """
 
 import difflib
 import logging
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.errors import UsageError, shown
+from ldm.models.diffusion.denoiser import WHOLE_INTERVAL, Denoiser, ask_both, check_interval
+from ldm.models.diffusion.levels import (
+    Level,
+    Noise,
+    Step,
+    alpha_bar_table,
+    check_levels,
+    choose_levels,
+    make_plan,
+    run_levels,
+    unit_noise,
+)
 from ldm.models.diffusion.sampling_util import norm_thresholding
 from ldm.process.gaussian import q_sample
-from ldm.process.guidance import first_tensor, guide, join, rescale
-from ldm.process.prediction import to_eps, to_x0
+from ldm.process.guidance import first_tensor
+from ldm.process.prediction import to_x0
 from ldm.process.schedule import LEAST_SIGNAL
-from ldm.process.spacing import check_steps, compvis_levels, continuous_levels, exact_levels
+from ldm.process.spacing import check_steps, continuous_levels
 from ldm.process.steps import (
     SOLVER_TYPES,
-    ddim_std,
     ddim_step,
     ddpm_step,
     dpm_solver_pp_step,
@@ -38,168 +46,37 @@ from ldm.process.steps import (
     plms_eps,
 )
 
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "DPMSolver",
+    "DPMSolverPP2M",
+    "Denoiser",
+    "Level",
+    "Noise",
+    "NoisySampler",
+    "PLMS",
+    "SAMPLERS",
+    "Sampler",
+    "Step",
+    "WHOLE_INTERVAL",
+    "alpha_bar_table",
+    "ask_both",
+    "check_eta",
+    "check_interval",
+    "check_levels",
+    "check_mask",
+    "choose_levels",
+    "make_plan",
+    "resolve_sampler",
+    "run_levels",
+    "sample_steps",
+    "start_level",
+    "unit_noise",
+    "warn_of_batch",
+]
+
 logger = logging.getLogger(__name__)
-
-Noise = Callable[[Tensor], Tensor]
-WHOLE_INTERVAL = (0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One finished step of a run.
-
-    Attributes:
-        index: 0-based, of `total` in this run.
-        t: the level that the network was asked about; fractional for dpm_solver.
-        x_t: (b, ...) the sample after the step.
-        pred_x0: (b, ...) the clean sample as predicted in this step: what to preview.
-    """
-
-    index: int
-    total: int
-    t: float
-    x_t: Tensor
-    pred_x0: Tensor
-
-
-class Level(NamedTuple):
-    """One level of a plan. Plans list theirs cleanest first, as the tables of DDIM do.
-
-    Attributes:
-        index: place in the plan, 0 = cleanest.
-        total: length of the plan.
-        t: what the network is told: a number, or (b,) one per image.
-        t_next: the same at the level stepped to (the plan's cleanest stays where it is).
-        alpha_bar, alpha_bar_prev: 0-d, here and at the level stepped to.
-        std: 0-d, standard deviation of the fresh noise.
-    """
-
-    index: int
-    total: int
-    t: float | Tensor
-    t_next: float | Tensor
-    alpha_bar: Tensor
-    alpha_bar_prev: Tensor
-    std: Tensor
-
-
-def unit_noise(like: Tensor) -> Tensor:
-    """Draw unit normal noise from the global generator of the tensor's device, as CompVis does."""
-    return torch.randn(like.shape, device=like.device, dtype=like.dtype)
-
-
-def ask_both(
-    ask: Callable[[Tensor, Tensor, Any], Tensor],
-    x: Tensor,
-    t: Tensor,
-    unconditional: Any,
-    conditioning: Any,
-    separate_passes: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Ask a model for its (unconditional, conditional) answers about samples x (b, ...) at levels t (b,).
-
-    In one batch, the unconditional half first, as CompVis's samplers do; or one after the other, the conditional
-    first, as ControlNet's does: see `separate_passes` of Denoiser.
-    """
-    if separate_passes:
-        cond = ask(x, t, conditioning)
-        return ask(x, t, unconditional), cond
-    both = join(unconditional, conditioning)
-    uncond, cond = ask(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-    return uncond, cond
-
-
-class Denoiser:
-    """A model with its conditions and guidance, asked for the noise and the clean sample at a level.
-
-    Args:
-        model: see the module's first lines.
-        conditioning: tensor, list, or dict of lists, as apply_model takes it.
-        unconditional_conditioning: of the same structure; None switches guidance off.
-        guidance_scale: weight of the condition; at 1 the unconditional pass is skipped.
-        guidance_rescale: 0 to 1, how much of the conditional answer's spread to restore.
-        guidance_interval: (low, high), where guidance is worth its cost (arXiv:2404.07724): levels t of T with
-            low <= t / T < high are guided, at all others the conditional answer is taken as it is and the
-            unconditional one not asked for. (0, 1) holds every level; an interval that ends where it begins
-            holds none, and two that meet share none.
-        separate_passes: ask for both answers one after the other, the conditional first, as ControlNet's
-            sampler does: needed where the two conditions do not join into one batch, and half the memory.
-        score_corrector: object with modify_score(model, eps, x, t, conditioning, **corrector_kwargs).
-
-    Raises:
-        UsageError: a guidance_scale, guidance_rescale or guidance_interval out of range, or a score_corrector
-            for a model that does not predict eps.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        conditioning: Any,
-        *,
-        unconditional_conditioning: Any = None,
-        guidance_scale: float = 1.0,
-        guidance_rescale: float = 0.0,
-        guidance_interval: Sequence[float] = WHOLE_INTERVAL,
-        separate_passes: bool = False,
-        score_corrector: Any = None,
-        corrector_kwargs: dict[str, Any] | None = None,
-    ):
-        if not math.isfinite(guidance_scale):
-            raise UsageError(f"guidance_scale must be a finite number, got {guidance_scale}")
-        if not 0 <= guidance_rescale <= 1:
-            raise UsageError(f"guidance_rescale must be from 0 to 1, got {guidance_rescale}")
-        self.model = model
-        self.kind = getattr(model, "parameterization", "eps")
-        if score_corrector is not None and self.kind != "eps":
-            raise UsageError(f"score_corrector corrects predicted noise, but the model predicts {self.kind}")
-        self.conditioning = conditioning
-        self.unconditional = unconditional_conditioning
-        self.scale = guidance_scale
-        self.rescale = guidance_rescale
-        self.interval = check_interval(guidance_interval)
-        self.separate_passes = separate_passes
-        self.score_corrector = score_corrector
-        self.corrector_kwargs = corrector_kwargs or {}
-
-    def __call__(self, x: Tensor, t: float | Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
-        """Predict (eps, x0) for a sample (b, ...) at one level."""
-        guided = self.is_guided(t)
-        if not isinstance(t, Tensor):
-            dtype = torch.long if isinstance(t, int) else torch.float32
-            t = torch.full(x.shape[:1], t, device=x.device, dtype=dtype)
-        output = self._ask(x, t, guided)
-        if self.score_corrector is not None:
-            output = self.score_corrector.modify_score(
-                self.model, output, x, t, self.conditioning, **self.corrector_kwargs
-            )
-        return to_eps(self.kind, output, x, alpha_bar), to_x0(self.kind, output, x, alpha_bar)
-
-    def is_guided(self, t: float | Tensor) -> bool | Tensor:
-        """Tell whether level t is guided; for levels (b,) of which only some are, tell which."""
-        if self.unconditional is None or self.scale == 1:
-            return False
-        if self.interval == WHOLE_INTERVAL:
-            return True
-        low, high = self.interval
-        share = t / self.model.num_timesteps
-        within = (share >= low) & (share < high)
-        if not isinstance(within, Tensor):
-            return bool(within)
-        if within.all():
-            return True
-        return within if within.any() else False
-
-    def _ask(self, x: Tensor, t: Tensor, guided: bool | Tensor) -> Tensor:
-        if guided is False:
-            return self.model.apply_model(x, t, self.conditioning)
-        uncond, cond = ask_both(
-            self.model.apply_model, x, t, self.unconditional, self.conditioning, self.separate_passes
-        )
-        answer = guide(uncond, cond, self.scale)
-        answer = rescale(answer, cond, self.rescale) if self.rescale else answer
-        if guided is True:
-            return answer
-        return torch.where(guided.reshape(-1, *(1 for _ in x.shape[1:])), answer, cond)
 
 
 @dataclass
@@ -525,58 +402,6 @@ def resolve_sampler(name: str) -> str:
     return found
 
 
-def choose_levels(spacing: str, steps: int, num_train: int) -> np.ndarray:
-    """List `steps` levels by a name of `exact_levels`, or CompVis's historic list by "compvis".
-
-    Raises:
-        UsageError: an unknown name, steps outside 1..num_train, or a historic list that leaves the table.
-    """
-    if spacing != "compvis":
-        return exact_levels(spacing, check_steps(steps, num_train, name="steps"), num_train)
-    return check_levels(compvis_levels("uniform", steps, num_train), num_train)
-
-
-def check_levels(levels: np.ndarray, num_train: int) -> np.ndarray:
-    """Return levels, or raise UsageError if the highest is none of the model's."""
-    if levels[-1] >= num_train:
-        raise UsageError(
-            f"the historic spacing wants level {levels[-1]} of a model whose highest is {num_train - 1}; take "
-            "another number of steps, or the spacing 'uniform'"
-        )
-    return levels
-
-
-def make_plan(t: np.ndarray, alpha_bar: np.ndarray, final: float, eta: float) -> list[Level]:
-    """Join levels, cleanest first, into a plan whose last step goes to alpha_bar = `final`."""
-    here = torch.as_tensor(alpha_bar, dtype=torch.float64)
-    prev = torch.cat([here.new_tensor([final]), here[:-1]])
-    times = t.tolist()
-    rows = zip(here.unbind(), prev.unbind(), ddim_std(here, prev, eta).unbind(), strict=True)
-    return [Level(i, len(times), times[i], times[max(i - 1, 0)], *row) for i, row in enumerate(rows)]
-
-
-@torch.no_grad()
-def run_levels(
-    levels: Iterable[Level],
-    x: Tensor,
-    step: Callable[[Tensor, Level], tuple[Tensor, Tensor]],
-    before: Callable[[Tensor, Level], Tensor] | None = None,
-) -> Iterator[Step]:
-    """Walk a sample through levels, in the order given, and yield each step. The only loop of this package.
-
-    Args:
-        x: (b, ...) sample at the first level.
-        step: from sample and level to (next sample, predicted clean sample).
-        before: changes the sample before each step, e.g. blends a known image in.
-    """
-    levels = list(levels)
-    for index, level in enumerate(levels):
-        if before is not None:
-            x = before(x, level)
-        x, pred_x0 = step(x, level)
-        yield Step(index, len(levels), float(level.t), x, pred_x0)
-
-
 def sample_steps(
     name: str,
     model: Any,
@@ -603,7 +428,7 @@ def sample_steps(
 
     Args:
         name: any spelling that `resolve_sampler` knows.
-        model: see the module's first lines.
+        model: see denoiser.py.
         x_T: (b, ...) the sample to start from: unit noise for a whole run, or with run_last an image noised
             to the level that `start_level` tells. Its dtype and device are kept.
         conditioning, unconditional_conditioning: tensor, list, or dict of lists, for apply_model.
@@ -679,29 +504,10 @@ def start_level(
     return count, None if count in (0, len(plan)) else cls.start_alpha_bar(plan, count)
 
 
-def alpha_bar_table(model: Any) -> np.ndarray:
-    """Copy the model's alphas_cumprod (T,) into float64, where the levels are computed."""
-    return model.alphas_cumprod.detach().cpu().double().numpy()
-
-
 def check_eta(cls: type[Sampler], eta: float) -> None:
     """Raise UsageError unless eta means something to the sampler."""
     if not cls.accepts_eta(eta):
         raise UsageError(f"eta of {cls.name} {cls.etas}; got {eta}")
-
-
-def check_interval(interval: Any) -> tuple[float, float]:
-    """Return a guidance interval as two floats, or raise UsageError."""
-    sound = (
-        isinstance(interval, Sequence)
-        and len(interval) == 2
-        and all(isinstance(end, Real) and not isinstance(end, bool) for end in interval)
-    )
-    if not sound or not 0 <= interval[0] <= interval[1] <= 1:
-        raise UsageError(
-            f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {shown(interval)}"
-        )
-    return float(interval[0]), float(interval[1])
 
 
 def check_mask(mask: Tensor | None, x0: Tensor | None, shape: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UsageError
-from ldm.models.diffusion.samplers import choose_levels, unit_noise
+from ldm.models.diffusion.levels import choose_levels, unit_noise
 from ldm.process.gaussian import q_sample
 from ldm.process.schedule import NoiseSchedule
 from ldm.process.steps import ddim_std, ddim_step

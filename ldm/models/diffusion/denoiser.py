@@ -1,0 +1,147 @@
+"""A model with its conditions and guidance, which samplers ask for the noise and the clean sample at a level.
+
+Samplers know a model only by apply_model(x, t, conditioning), alphas_cumprod, num_timesteps, parameterization ("eps",
+"x0" or "v"), and first_stage_model where they are to quantise.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.errors import UsageError, shown
+from ldm.process.guidance import guide, join, rescale
+from ldm.process.prediction import to_eps, to_x0
+
+WHOLE_INTERVAL = (0.0, 1.0)
+
+
+def ask_both(
+    ask: Callable[[Tensor, Tensor, Any], Tensor],
+    x: Tensor,
+    t: Tensor,
+    unconditional: Any,
+    conditioning: Any,
+    separate_passes: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Ask a model for its (unconditional, conditional) answers about samples x (b, ...) at levels t (b,).
+
+    In one batch, the unconditional half first, as CompVis's samplers do; or one after the other, the conditional
+    first, as ControlNet's does: see `separate_passes` of Denoiser.
+    """
+    if separate_passes:
+        cond = ask(x, t, conditioning)
+        return ask(x, t, unconditional), cond
+    both = join(unconditional, conditioning)
+    uncond, cond = ask(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+    return uncond, cond
+
+
+class Denoiser:
+    """A model with its conditions and guidance, asked for the noise and the clean sample at a level.
+
+    Args:
+        model: see the module's first lines.
+        conditioning: tensor, list, or dict of lists, as apply_model takes it.
+        unconditional_conditioning: of the same structure; None switches guidance off.
+        guidance_scale: weight of the condition; at 1 the unconditional pass is skipped.
+        guidance_rescale: 0 to 1, how much of the conditional answer's spread to restore.
+        guidance_interval: (low, high), where guidance is worth its cost (arXiv:2404.07724): levels t of T with
+            low <= t / T < high are guided, at all others the conditional answer is taken as it is and the
+            unconditional one not asked for. (0, 1) holds every level; an interval that ends where it begins
+            holds none, and two that meet share none.
+        separate_passes: ask for both answers one after the other, the conditional first, as ControlNet's
+            sampler does: needed where the two conditions do not join into one batch, and half the memory.
+        score_corrector: object with modify_score(model, eps, x, t, conditioning, **corrector_kwargs).
+
+    Raises:
+        UsageError: a guidance_scale, guidance_rescale or guidance_interval out of range, or a score_corrector
+            for a model that does not predict eps.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        conditioning: Any,
+        *,
+        unconditional_conditioning: Any = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] = WHOLE_INTERVAL,
+        separate_passes: bool = False,
+        score_corrector: Any = None,
+        corrector_kwargs: dict[str, Any] | None = None,
+    ):
+        if not math.isfinite(guidance_scale):
+            raise UsageError(f"guidance_scale must be a finite number, got {guidance_scale}")
+        if not 0 <= guidance_rescale <= 1:
+            raise UsageError(f"guidance_rescale must be from 0 to 1, got {guidance_rescale}")
+        self.model = model
+        self.kind = getattr(model, "parameterization", "eps")
+        if score_corrector is not None and self.kind != "eps":
+            raise UsageError(f"score_corrector corrects predicted noise, but the model predicts {self.kind}")
+        self.conditioning = conditioning
+        self.unconditional = unconditional_conditioning
+        self.scale = guidance_scale
+        self.rescale = guidance_rescale
+        self.interval = check_interval(guidance_interval)
+        self.separate_passes = separate_passes
+        self.score_corrector = score_corrector
+        self.corrector_kwargs = corrector_kwargs or {}
+
+    def __call__(self, x: Tensor, t: float | Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict (eps, x0) for a sample (b, ...) at one level."""
+        guided = self.is_guided(t)
+        if not isinstance(t, Tensor):
+            dtype = torch.long if isinstance(t, int) else torch.float32
+            t = torch.full(x.shape[:1], t, device=x.device, dtype=dtype)
+        output = self._ask(x, t, guided)
+        if self.score_corrector is not None:
+            output = self.score_corrector.modify_score(
+                self.model, output, x, t, self.conditioning, **self.corrector_kwargs
+            )
+        return to_eps(self.kind, output, x, alpha_bar), to_x0(self.kind, output, x, alpha_bar)
+
+    def is_guided(self, t: float | Tensor) -> bool | Tensor:
+        """Tell whether level t is guided; for levels (b,) of which only some are, tell which."""
+        if self.unconditional is None or self.scale == 1:
+            return False
+        if self.interval == WHOLE_INTERVAL:
+            return True
+        low, high = self.interval
+        share = t / self.model.num_timesteps
+        within = (share >= low) & (share < high)
+        if not isinstance(within, Tensor):
+            return bool(within)
+        if within.all():
+            return True
+        return within if within.any() else False
+
+    def _ask(self, x: Tensor, t: Tensor, guided: bool | Tensor) -> Tensor:
+        if guided is False:
+            return self.model.apply_model(x, t, self.conditioning)
+        uncond, cond = ask_both(
+            self.model.apply_model, x, t, self.unconditional, self.conditioning, self.separate_passes
+        )
+        answer = guide(uncond, cond, self.scale)
+        answer = rescale(answer, cond, self.rescale) if self.rescale else answer
+        if guided is True:
+            return answer
+        return torch.where(guided.reshape(-1, *(1 for _ in x.shape[1:])), answer, cond)
+
+
+def check_interval(interval: Any) -> tuple[float, float]:
+    """Return a guidance interval as two floats, or raise UsageError."""
+    sound = (
+        isinstance(interval, Sequence)
+        and len(interval) == 2
+        and all(isinstance(end, Real) and not isinstance(end, bool) for end in interval)
+    )
+    if not sound or not 0 <= interval[0] <= interval[1] <= 1:
+        raise UsageError(
+            f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {shown(interval)}"
+        )
+    return float(interval[0]), float(interval[1])

@@ -1,0 +1,116 @@
+"""Plans: the levels that a run goes through, cleanest first; and the one loop over them."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.errors import UsageError
+from ldm.process.spacing import check_steps, compvis_levels, exact_levels
+from ldm.process.steps import ddim_std
+
+Noise = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step of a run.
+
+    Attributes:
+        index: 0-based, of `total` in this run.
+        t: the level that the network was asked about; fractional for dpm_solver.
+        x_t: (b, ...) the sample after the step.
+        pred_x0: (b, ...) the clean sample as predicted in this step: what to preview.
+    """
+
+    index: int
+    total: int
+    t: float
+    x_t: Tensor
+    pred_x0: Tensor
+
+
+class Level(NamedTuple):
+    """One level of a plan. Plans list theirs cleanest first, as the tables of DDIM do.
+
+    Attributes:
+        index: place in the plan, 0 = cleanest.
+        total: length of the plan.
+        t: what the network is told: a number, or (b,) one per image.
+        t_next: the same at the level stepped to (the plan's cleanest stays where it is).
+        alpha_bar, alpha_bar_prev: 0-d, here and at the level stepped to.
+        std: 0-d, standard deviation of the fresh noise.
+    """
+
+    index: int
+    total: int
+    t: float | Tensor
+    t_next: float | Tensor
+    alpha_bar: Tensor
+    alpha_bar_prev: Tensor
+    std: Tensor
+
+
+def unit_noise(like: Tensor) -> Tensor:
+    """Draw unit normal noise from the global generator of the tensor's device, as CompVis does."""
+    return torch.randn(like.shape, device=like.device, dtype=like.dtype)
+
+
+def choose_levels(spacing: str, steps: int, num_train: int) -> np.ndarray:
+    """List `steps` levels by a name of `exact_levels`, or CompVis's historic list by "compvis".
+
+    Raises:
+        UsageError: an unknown name, steps outside 1..num_train, or a historic list that leaves the table.
+    """
+    if spacing != "compvis":
+        return exact_levels(spacing, check_steps(steps, num_train, name="steps"), num_train)
+    return check_levels(compvis_levels("uniform", steps, num_train), num_train)
+
+
+def check_levels(levels: np.ndarray, num_train: int) -> np.ndarray:
+    """Return levels, or raise UsageError if the highest is none of the model's."""
+    if levels[-1] >= num_train:
+        raise UsageError(
+            f"the historic spacing wants level {levels[-1]} of a model whose highest is {num_train - 1}; take "
+            "another number of steps, or the spacing 'uniform'"
+        )
+    return levels
+
+
+def make_plan(t: np.ndarray, alpha_bar: np.ndarray, final: float, eta: float) -> list[Level]:
+    """Join levels, cleanest first, into a plan whose last step goes to alpha_bar = `final`."""
+    here = torch.as_tensor(alpha_bar, dtype=torch.float64)
+    prev = torch.cat([here.new_tensor([final]), here[:-1]])
+    times = t.tolist()
+    rows = zip(here.unbind(), prev.unbind(), ddim_std(here, prev, eta).unbind(), strict=True)
+    return [Level(i, len(times), times[i], times[max(i - 1, 0)], *row) for i, row in enumerate(rows)]
+
+
+@torch.no_grad()
+def run_levels(
+    levels: Iterable[Level],
+    x: Tensor,
+    step: Callable[[Tensor, Level], tuple[Tensor, Tensor]],
+    before: Callable[[Tensor, Level], Tensor] | None = None,
+) -> Iterator[Step]:
+    """Walk a sample through levels, in the order given, and yield each step. The only loop of this package.
+
+    Args:
+        x: (b, ...) sample at the first level.
+        step: from sample and level to (next sample, predicted clean sample).
+        before: changes the sample before each step, e.g. blends a known image in.
+    """
+    levels = list(levels)
+    for index, level in enumerate(levels):
+        if before is not None:
+            x = before(x, level)
+        x, pred_x0 = step(x, level)
+        yield Step(index, len(levels), float(level.t), x, pred_x0)
+
+
+def alpha_bar_table(model: Any) -> np.ndarray:
+    """Copy the model's alphas_cumprod (T,) into float64, where the levels are computed."""
+    return model.alphas_cumprod.detach().cpu().double().numpy()
