@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm.errors import AbsentError, FormatError, MismatchError, UsageError
-from ldm.modules.encoders import modules
+from ldm.modules.encoders import clip_folder
 from ldm.modules.encoders.modules import (
     CLIP_L,
     AbstractEncoder,
@@ -366,7 +366,7 @@ def test_a_diffusers_folder_has_its_tokenizer_next_door(folder, tmp_path):
 def tiny_clip_l(monkeypatch, tmp_path):
     """CLIP-L made narrow, with all of its vocabulary, and an empty Hugging Face cache."""
     narrow = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-    monkeypatch.setattr(modules, "CLIP_L_FIELDS", {**modules.CLIP_L_FIELDS, **narrow})
+    monkeypatch.setattr(clip_folder, "CLIP_L_FIELDS", {**clip_folder.CLIP_L_FIELDS, **narrow})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path
