@@ -84,15 +84,14 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.devices import pick_device
     from ldm.guided_diffusion import likelihood, models
-    from ldm.images import prepare_folder
+    from ldm.images import prepare_folder, save_file
     from ldm.request import list_seeds
 
     if not args.skip_plot:
         need_matplotlib()
     device, outdir = pick_device(args.device), prepare_folder(args.outdir)
-    path, _ = models.find_model(args.model_path)
     flags = given_flags(parser, args, argv)
-    model = models.open_model(path, config=args.config, device=device, flags=flags)
+    model = models.open_model(args.model_path, config=args.config, device=device, flags=flags)
     if args.optimize:
         model.optimize()
     for note in model.report.notes:
@@ -104,11 +103,16 @@ def main(argv: list[str] | None = None) -> None:
     seeds = list_seeds(args.seed, len(pictures))
     say(f"picture i draws from seed {seeds[0]} + i")
     result = likelihood.measure(model, pictures, seeds=seeds, batch_size=args.batch_size, say=say)
-    result = {"model": str(path), "data": args.data_dir or "shapes", **result}
+    result = {"model": str(model.file), "data": args.data_dir or "shapes", **result}
     say(f"total {result['total_bpd']:.4f}, of them prior {result['prior_bpd']:.4g}; {result['unit']}")
-    figure = None if args.skip_plot else draw_terms(result)
-    for saved in likelihood.save_measures(outdir, result, figure):
-        say(str(saved))
+    path = likelihood.save_measures(outdir, result)
+    say(str(path))
+    if not args.skip_plot:
+        figure = draw_terms(result)
+        plot = save_file(
+            lambda file: figure.savefig(file, format="png", dpi=100), path.with_suffix(".png"), rename=True
+        )
+        say(str(plot))
 
 
 if __name__ == "__main__":

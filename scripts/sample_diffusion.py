@@ -4,10 +4,13 @@ python scripts/sample_diffusion.py -n 4 -c 20 --prompt "a large red circle on th
 python scripts/sample_diffusion.py --model_path 64x64_diffusion.pt --timestep_respacing 250 --class 207
 """
 
+from __future__ import annotations
+
 import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 try:
     import ldm  # noqa: F401
@@ -16,6 +19,10 @@ except ModuleNotFoundError:  # run from a checkout that is not installed
 
 from ldm.cli import Parser, diffusion_parser, given_flags, integer, number, run, say
 from ldm.errors import UsageError
+
+if TYPE_CHECKING:
+    from ldm.guided_diffusion.models import Model
+    from ldm.guided_diffusion.sampling import SamplingOptions
 
 log = logging.getLogger("ldm.sample_diffusion")
 CUSTOM_STEPS = 50  # of a latent model, where neither options nor its configuration say any: CompVis's
@@ -59,8 +66,8 @@ def make_parser() -> Parser:
     return p
 
 
-def settle_steps(args: argparse.Namespace, flags: dict, is_latent: bool) -> tuple[bool, float, bool]:
-    """Say whether to use DDIM, with which eta, and whether the model says the levels; else they go into the flags."""
+def check_steps(args: argparse.Namespace, flags: dict) -> None:
+    """Refuse options of the chain that contradict one another, whatever the model."""
     respacing = "timestep_respacing" in flags
     if args.vanilla_sample and (args.custom_steps or respacing or args.use_ddim):
         raise UsageError("-v is DDPM over all levels; leave -c, --timestep_respacing and --use_ddim out")
@@ -69,14 +76,24 @@ def settle_steps(args: argparse.Namespace, flags: dict, is_latent: bool) -> tupl
             f"-c {args.custom_steps} is short for --use_ddim True --timestep_respacing ddim{args.custom_steps}; "
             "give one of the two"
         )
+
+
+def settle_options(args: argparse.Namespace, flags: dict, model: Model) -> SamplingOptions:
+    """Choose DDPM or DDIM with its eta, and the model's levels where --timestep_respacing has not."""
+    from ldm.guided_diffusion.models import LatentModel
+    from ldm.guided_diffusion.sampling import SamplingOptions
+
+    is_latent = isinstance(model, LatentModel)
     use_ddim = bool(args.custom_steps) or (is_latent if args.use_ddim is None else args.use_ddim)
     use_ddim = use_ddim and not args.vanilla_sample
     if args.eta is not None and not use_ddim:
         raise UsageError(f"--eta {args.eta} is DDIM's; give --use_ddim True or -c as well")
     if args.custom_steps:
-        flags["timestep_respacing"] = f"ddim{args.custom_steps}"
-    models_own = is_latent and use_ddim and not args.custom_steps and not respacing
-    return use_ddim, float(is_latent) if args.eta is None else args.eta, models_own
+        model.respace(f"ddim{args.custom_steps}")
+    elif is_latent and use_ddim and "timestep_respacing" not in flags:
+        model.respace(f"ddim{model.report.sampling.steps or CUSTOM_STEPS}")
+    eta = float(is_latent) if args.eta is None else args.eta
+    return SamplingOptions(use_ddim=use_ddim, eta=eta, clip_denoised=args.clip_denoised)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,16 +111,15 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.guided_diffusion import models, sampling
     from ldm.images import prepare_folder
     from ldm.request import list_seeds
+    from ldm.results import with_bar
 
     flags = given_flags(parser, args, argv)
+    check_steps(args, flags)
     guide_flags = {name: flags.pop(name) for name in list(flags) if name.startswith("classifier_")}
     device, outdir = pick_device(args.device), prepare_folder(args.outdir)
     base = None if args.base_samples is None else sampling.read_samples(args.base_samples)
-    path, is_latent = models.find_model(args.model_path)
-    use_ddim, eta, models_own = settle_steps(args, flags, is_latent)
-    model = models.open_model(path, config=args.config, device=device, flags=flags)
-    if models_own:
-        model.respace(f"ddim{model.report.sampling.steps or CUSTOM_STEPS}")
+    model = models.open_model(args.model_path, config=args.config, device=device, flags=flags)
+    options = settle_options(args, flags, model)
     if args.optimize:
         model.optimize()
     guide = None
@@ -115,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
 
     count = args.num_samples or (16 if base is None else len(base[0]))
     seeds = list_seeds(args.seed, count)
-    ask, labels = models.what_to_tell(
+    conditions = models.choose_conditions(
         model,
         seeds,
         classes=args.classes,
@@ -124,14 +140,16 @@ def main(argv: list[str] | None = None) -> None:
         prompt=args.prompt,
         guidance_scale=args.scale,
     )
-    recipe = sampling.Recipe(use_ddim=use_ddim, eta=eta, clip_denoised=args.clip_denoised)
-    for line in sampling.advice(model, recipe, seeds, args.prompt):
+    for line in sampling.advice(model, options, seeds, args.prompt):
         log.warning("%s", line)
-    batches = []
-    for batch in sampling.sample(model, ask, recipe, seeds=seeds, batch_size=args.batch_size, guide=guide):
-        batches.append(batch)
-        say(f"{sum(map(len, batches))} of {count} samples (seed {seeds[0]} and on)")
-    for path in sampling.save_samples(outdir, np.concatenate(batches), labels):
+    pictures: list[np.ndarray] = []
+    metadata = None
+    steps = sampling.sample(model, conditions, options, seeds=seeds, batch_size=args.batch_size, guide=guide)
+    for result in (step.result for step in with_bar(steps) if step.result is not None):
+        metadata = metadata or result.metadata(0)
+        pictures += map(np.asarray, result)
+        say(f"{len(pictures)} of {count} samples (seed {seeds[0]} and on)")
+    for path in sampling.save_samples(outdir, np.stack(pictures), conditions.labels, metadata):
         say(str(path))
 
 

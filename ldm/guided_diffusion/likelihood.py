@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.batches import in_batches
 from ldm.errors import AbsentError, MismatchError, NumericError, UsageError, escaped
 from ldm.generate import ImageNoise
-from ldm.guided_diffusion.models import Asked, LatentModel, Model
+from ldm.guided_diffusion.models import Conditions, LatentModel, Model
 from ldm.images import save_file
 
 SHAPES_SEED = 2_000_003  # of scenes that no configuration here trains or validates on
@@ -43,7 +44,7 @@ def shapes_to_measure(model: Model, count: int) -> Pictures:
     from ldm.shapes.scenes import COLOURS as HUES
     from ldm.shapes.scenes import SHAPES, ShapesDataset
 
-    scenes = ShapesDataset(size=_side(model), length=count, seed=SHAPES_SEED, split="train")
+    scenes = ShapesDataset(size=model.size, length=count, seed=SHAPES_SEED, split="train")
     items = [scenes.scene(i).items[0] for i in range(count)]
     labels = None
     if model.num_classes is not None:
@@ -80,7 +81,7 @@ def folder_to_measure(model: Model, folder: str | os.PathLike, at_most: int) -> 
     except ImportError as error:
         raise UsageError(f"--data_dir needs {error.name}: pip install faithful-ldm[train]") from None
 
-    pictures = ImageFolder(folder, image_size=_side(model), needs_captions=False)
+    pictures = ImageFolder(folder, image_size=model.size, needs_captions=False)
     count = min(len(pictures), at_most)
     labels = None
     if model.num_classes is not None:
@@ -96,14 +97,11 @@ def folder_to_measure(model: Model, folder: str | os.PathLike, at_most: int) -> 
     return Pictures(lambda i: _channels_first(pictures[i]["image"]), captions, labels)
 
 
-def _side(model: Model) -> int:
-    return model.size if isinstance(model, LatentModel) else model.shape[1]
-
-
 def _channels_first(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, height, width)
 
 
+@torch.no_grad()
 def measure(
     model: Model,
     pictures: Pictures,
@@ -114,10 +112,11 @@ def measure(
 ) -> dict[str, Any]:
     """Measure the variational bound of pictures, or of their latents, in bits per dimension (calc_bpd_loop).
 
-    Noise is drawn once for each picture and level, picture i's from seed i.
+    A batch that does not fit into memory is halved. Noise is drawn once for each picture and level, picture i's from
+    seed i.
 
     Args:
-        say: is told how far it is.
+        say: is called with a line about every batch.
 
     Returns:
         What `save_measures` writes: means over the pictures, of terms per level the noisiest first, and each
@@ -126,20 +125,28 @@ def measure(
     Raises:
         MismatchError: an upsampler, whose small pictures nobody gives.
         NumericError: bits that are not finite.
+        ResourceError: out of memory with a single picture.
     """
     if model.upscales:
         raise MismatchError(
             "an upsampler judges large pictures by small ones, which are not given; give a model"
         )
+    prompts = pictures.captions if model.takes_prompts else None
+    conditions = Conditions(labels=pictures.labels, prompts=prompts)
+
+    def work(rows: range, index: int, count: int) -> Iterator[tuple[range, dict[str, Tensor]]]:
+        noise = ImageNoise([seeds[i] for i in rows])
+        with model.averages():
+            x = model.encode(torch.stack([pictures.read(i) for i in rows]), noise)
+            conditioned = model.condition(conditions, rows)
+            diffusion = model.diffusion.drawing(noise)
+            yield rows, diffusion.calc_bpd_loop(conditioned.network, x, model_kwargs=conditioned.kwargs)
+
+    def refusal(count: int) -> str:
+        return f"out of memory with {count} pictures of {model.size} pixels at once; use a smaller batch"
+
     found: dict[str, list[Tensor]] = {}
-    for start in range(0, len(pictures), batch_size):
-        rows = slice(start, min(start + batch_size, len(pictures)))
-        noise = ImageNoise(seeds[rows])
-        with torch.no_grad(), model.averages():
-            x = model.encode(torch.stack([pictures.read(i) for i in range(start, rows.stop)]), noise)
-            asked = _told(model, pictures, rows)
-            diffusion = asked.diffusion.drawing(noise)
-            bound = diffusion.calc_bpd_loop(asked.network, x, model_kwargs=asked.kwargs)
+    for rows, bound in in_batches(range(len(pictures)), batch_size, work, refusal=refusal):
         for name, values in bound.items():
             found.setdefault(name, []).append(values.double().cpu())
         say(f"{rows.stop} of {len(pictures)}: {torch.cat(found['total_bpd']).mean():.4f} bits per dimension")
@@ -155,7 +162,7 @@ def measure(
         "dimensions": math.prod(model.shape),
         "total_bpd_error": spread,
         **{name: values.mean(dim=0).tolist() for name, values in terms.items()},
-        "levels": asked.diffusion.timestep_map[::-1],
+        "levels": model.diffusion.timestep_map[::-1],
         "each": each,
     }
     if isinstance(model, LatentModel):
@@ -164,24 +171,11 @@ def measure(
     return result
 
 
-def _told(model: Model, pictures: Pictures, rows: slice) -> Asked:
-    if isinstance(model, LatentModel):
-        return model.ask(pictures.captions[rows] if model.is_conditional else None)
-    return model.ask(None if pictures.labels is None else pictures.labels[rows])
-
-
-def save_measures(folder: Path, result: Mapping[str, Any], figure: Any = None) -> list[Path]:
-    """Save nll.json, and a figure of `draw_terms` as a PNG; nothing is overwritten.
+def save_measures(folder: Path, result: Mapping[str, Any]) -> Path:
+    """Save nll.json; nothing is overwritten.
 
     Raises:
         OutputError: the folder cannot be written.
     """
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    path = save_file(lambda file: file.write(text.encode()), folder / "nll.json", rename=True)
-    if figure is None:
-        return [path]
-
-    def draw(file: BinaryIO) -> None:
-        figure.savefig(file, format="png", dpi=100)
-
-    return [path, save_file(draw, path.with_suffix(".png"), rename=True)]
+    return save_file(lambda file: file.write(text.encode()), folder / "nll.json", rename=True)

@@ -9,21 +9,18 @@ from ldm.guided_diffusion.likelihood import (
     shapes_to_measure,
 )
 from ldm.guided_diffusion.models import (
-    Asked,
     Classifier,
     LatentModel,
     Model,
     PixelModel,
     choose_labels,
-    find_model,
     open_model,
-    what_to_tell,
 )
-from ldm.guided_diffusion.sampling import Recipe, advice, read_samples, sample, save_samples
+from ldm.guided_diffusion.sampling import SamplingOptions as Recipe
+from ldm.guided_diffusion.sampling import advice, read_samples, sample, save_samples
 
 __all__ = [
     "SHAPES_SEED",
-    "Asked",
     "Classifier",
     "LatentModel",
     "Model",
@@ -32,7 +29,6 @@ __all__ = [
     "Recipe",
     "advice",
     "choose_labels",
-    "find_model",
     "folder_to_measure",
     "measure",
     "open_model",
@@ -41,5 +37,4 @@ __all__ = [
     "save_measures",
     "save_samples",
     "shapes_to_measure",
-    "what_to_tell",
 ]

@@ -7,29 +7,35 @@ sample_diffusion.py. Sample i draws from a generator of its own, seed + i, so th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from ldm import __version__
 from ldm.advice import about_seeds, about_size, about_steps, about_syntax, about_words
+from ldm.batches import in_batches
 from ldm.errors import AbsentError, FormatError, escaped
 from ldm.generate import ImageNoise
-from ldm.guided_diffusion.models import Asked, Classifier, LatentModel, Model
+from ldm.guided_diffusion.models import Classifier, Conditions, LatentModel, Model
 from ldm.guided_diffusion.script_util import COLOURS
 from ldm.images import grid, save_file, save_png
+from ldm.metadata import png_info
 from ldm.models.introspect import downsampling
+from ldm.results import GenerationResult, Progress, painted
 
 MAX_IN_GRID = 64
 MAX_BASE_BYTES = 4 * 2**30  # 10,000 pictures of 256 pixels are half of it
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a chain is walked.
+class SamplingOptions:
+    """How a chain is sampled.
 
     use_ddim: by DDIM instead of DDPM. eta: DDIM's fresh noise, 0 to 1. clip_denoised: keep predicted clean samples in
     [-1, 1]; None for what the data are, pixels or latents.
@@ -39,65 +45,169 @@ class Recipe:
     eta: float = 0.0
     clip_denoised: bool | None = None
 
+    @property
+    def sampler(self) -> Literal["ddim", "ddpm"]:
+        """The sampler's name in metadata and advice."""
+        return "ddim" if self.use_ddim else "ddpm"
 
+
+@dataclass(frozen=True)
+class SampleParameters:
+    """How one sample was made: all that is needed to make it again, as it is written into its PNG.
+
+    What a model or a run has not (a prompt, a class, a classifier) is None, a prompt "".
+    """
+
+    prompt: str
+    guidance_scale: float | None
+    class_label: int | None
+    classifier: str | None
+    classifier_scale: float | None
+    base_sample: int | None  # number of the small picture that was enlarged
+    seed: int
+    steps: int
+    sampler: Literal["ddim", "ddpm"]
+    timestep_respacing: str
+    eta: float | None
+    clip_denoised: bool | None
+    width: int
+    height: int
+    batch_size: int
+    batch_index: int
+    model: str
+    device: str
+    threads: int
+    torch: str
+    version: str
+    mode: Literal["sample_diffusion"] = "sample_diffusion"
+    rng: Literal["image"] = "image"
+
+
+@torch.no_grad()
 def sample(
     model: Model,
-    ask: Callable[[slice], Asked],
-    recipe: Recipe,
+    conditions: Conditions,
+    options: SamplingOptions,
     *,
     seeds: Sequence[int],
     batch_size: int,
     guide: Classifier | None = None,
-) -> Iterator[np.ndarray]:
-    """Draw a sample for each seed; yield batches of pictures (b, height, width, 3) uint8.
+) -> Iterator[Progress]:
+    """Draw a sample for each seed, batch by batch; a batch that does not fit into memory is halved.
 
     Args:
-        ask: what the model is told for these of the samples.
-        guide: moves samples towards the labels that they are told.
+        guide: moves samples towards the labels of `conditions`.
+
+    Yields:
+        A Progress for every step, with samples (b, *model.shape); in each batch's last one `result` has its pictures,
+        which carry SampleParameters.
 
     Raises:
         NumericError: samples that are not finite.
+        ResourceError: out of memory with a single sample.
         UsageError: eta out of range.
     """
-    for start in range(0, len(seeds), batch_size):
-        rows = slice(start, min(start + batch_size, len(seeds)))
-        shape = (rows.stop - start, *model.shape)
-        noise = ImageNoise(seeds[rows])
+    steps = model.diffusion.num_timesteps
+
+    def work(rows: range, index: int, count: int) -> Iterator[Progress]:
+        place = {"batch": index, "batches": count, "preview_of": model.preview}
+        noise = ImageNoise([seeds[i] for i in rows])
+        shape = (len(rows), *model.shape)
         x_T = noise(torch.empty(shape, device=model.device))
-        with torch.no_grad(), model.averages():
-            asked = ask(rows)
-            diffusion = asked.diffusion.drawing(noise)
-            walk, options = diffusion.p_sample_loop, {}
-            if recipe.use_ddim:
-                walk, options = diffusion.ddim_sample_loop, {"eta": recipe.eta}
-            x = walk(
-                asked.network,
+        with model.averages():
+            conditioned = model.condition(conditions, rows)
+            diffusion = model.diffusion.drawing(noise)
+            loop, more = diffusion.p_sample_loop_progressive, {}
+            if options.use_ddim:
+                loop, more = diffusion.ddim_sample_loop_progressive, {"eta": options.eta}
+            chain = loop(
+                conditioned.network,
                 shape,
                 noise=x_T,
-                clip_denoised=recipe.clip_denoised,
+                clip_denoised=options.clip_denoised,
                 cond_fn=guide,
-                model_kwargs=asked.kwargs,
-                **options,
+                model_kwargs=conditioned.kwargs,
+                **more,
             )
-            yield model.paint(x)
+            for step, out in enumerate(chain, start=1):
+                x = out["sample"]
+                yield Progress(step, steps, x_t=x, pred_x0=out["pred_xstart"], **place)
+            pictures = [Image.fromarray(pixels) for pixels in model.to_pictures(x)]
+        told = [_parameters(model, conditions, options, seeds, guide, rows, i) for i in range(len(rows))]
+        result = GenerationResult(
+            painted(pictures, told, model.file), [one.seed for one in told], told, x.float().cpu(), model.file
+        )
+        yield Progress(steps, steps, x_t=x, pred_x0=x, result=result, **place)
+
+    def refusal(count: int) -> str:
+        return (
+            f"out of memory with {count} samples of {' x '.join(map(str, model.shape))} at once; "
+            "use a smaller size or batch"
+        )
+
+    yield from in_batches(range(len(seeds)), batch_size, work, refusal=refusal)
 
 
-def save_samples(folder: Path, pictures: np.ndarray, labels: Tensor | None) -> tuple[Path, Path]:
+def _parameters(
+    model: Model,
+    conditions: Conditions,
+    options: SamplingOptions,
+    seeds: Sequence[int],
+    guide: Classifier | None,
+    rows: range,
+    index: int,
+) -> SampleParameters:
+    """Collect how sample rows[index] was made; its picture's size is that of the model."""
+    i, f = rows[index], model.size // model.shape[1]
+    _, height, width = model.shape
+    return SampleParameters(
+        prompt="" if conditions.prompts is None else conditions.prompts[i],
+        guidance_scale=None if conditions.prompts is None else conditions.guidance_scale,
+        class_label=None if conditions.labels is None else int(conditions.labels[i]),
+        classifier=None if guide is None else guide.name,
+        classifier_scale=None if guide is None else guide.scale,
+        base_sample=None if conditions.low_res is None else i % len(conditions.low_res),
+        seed=seeds[i],
+        steps=model.diffusion.num_timesteps,
+        sampler=options.sampler,
+        timestep_respacing=model.respacing,
+        eta=options.eta if options.use_ddim else None,
+        clip_denoised=options.clip_denoised,
+        width=f * width,
+        height=f * height,
+        batch_size=len(rows),
+        batch_index=index,
+        model=model.name,
+        device=str(model.device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        version=__version__,
+    )
+
+
+def save_samples(
+    folder: Path, pictures: np.ndarray, labels: Tensor | None, metadata: Mapping[str, Any] | None = None
+) -> tuple[Path, Path]:
     """Save samples_{shape}.npz (arr_0 pictures, arr_1 labels) and a PNG of the first of them; nothing is overwritten.
+
+    Args:
+        pictures: (n, height, width, 3) uint8. labels: (n,).
+        metadata: what the PNG says about its making, that of the first picture; None = nothing.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    from PIL import Image
-
     arrays = [pictures] if labels is None else [pictures, labels.numpy()]
     shape = "x".join(map(str, pictures.shape))
     npz = save_file(lambda file: np.savez(file, *arrays), folder / f"samples_{shape}.npz", rename=True)
-    first = [Image.fromarray(one) for one in pictures[:MAX_IN_GRID]]
-    return npz, save_png(grid(first), npz.with_suffix(".png"), rename=True)
+    first = grid([Image.fromarray(one) for one in pictures[:MAX_IN_GRID]])
+    info = None if metadata is None else png_info(metadata)
+    return npz, save_png(first, npz.with_suffix(".png"), info, rename=True)
 
 
-def advice(model: Model, recipe: Recipe, seeds: Sequence[int], prompt: str | None = None) -> list[str]:
+def advice(
+    model: Model, options: SamplingOptions, seeds: Sequence[int], prompt: str | None = None
+) -> list[str]:
     """Say in a line each what is known to go wrong: seeds of many bits and, with a latent model, words, size, steps."""
     lines = [about_seeds(seeds)]
     if isinstance(model, LatentModel):
@@ -106,7 +216,7 @@ def advice(model: Model, recipe: Recipe, seeds: Sequence[int], prompt: str | Non
         lines += [
             about_words(advised.known_words, [prompt or ""]),
             about_size(advised.known_sizes, width * f, height * f),
-            about_steps(advised.least_steps, "ddim" if recipe.use_ddim else "ddpm", model.steps),
+            about_steps(advised.least_steps, options.sampler, model.diffusion.num_timesteps),
             *about_syntax([prompt or ""]).values(),
         ]
     return [line for line in lines if line is not None]

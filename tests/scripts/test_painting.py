@@ -844,21 +844,16 @@ def test_trouble_that_is_known_is_one_line_each_on_stderr(home, end, name, argv,
 
 @pytest.mark.slow
 def test_sample_diffusion_takes_guidance_and_steps_from_the_box(home, end, monkeypatch):
-    from ldm.guided_diffusion import models, sampling
+    from ldm.guided_diffusion import sampling
 
     seen = []
-    sample, ask = sampling.sample, models.LatentModel.ask
+    sample = sampling.sample
 
-    def watch(model, *args, **options):
-        seen.append(model.respacing)
-        return sample(model, *args, **options)
-
-    def hear(self, prompts=None, guidance_scale=1.0):
-        seen.append((prompts, guidance_scale))
-        return ask(self, prompts, guidance_scale)
+    def watch(model, conditions, *args, **options):
+        seen.extend((model.respacing, (conditions.prompts, conditions.guidance_scale)))
+        return sample(model, conditions, *args, **options)
 
     monkeypatch.setattr(sampling, "sample", watch)
-    monkeypatch.setattr(models.LatentModel, "ask", hear)
     base = ["-n", 1, "--device", "cpu", "--outdir", "o"]
     for more in (["--prompt", CAPTION], [], ["--prompt", CAPTION, "--scale", 1, "-c", 5]):
         assert end("sample_diffusion", *base, *more)[0] == 0

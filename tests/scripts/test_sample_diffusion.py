@@ -347,4 +347,6 @@ def test_the_commands_of_the_page_run(end, tmp_path):
     for code in (code for language, code in BLOCKS if language == "python"):
         exec(compile(stand_in(code), "docs/pixel-scripts.md", "exec"), names)
     assert names["pictures"].shape == (2, 64, 64, 3) and names["labels"].tolist() == [207, 207]
+    made = {"source": "ldm", "seed": 42, "steps": 2, "class_label": 207, "model": "64x64_diffusion"}
+    assert names["made"].items() >= made.items()
     assert names["bits"] == pytest.approx(names["terms"]["prior_bpd"] + sum(names["terms"]["vb"]), rel=1e-5)
