@@ -76,6 +76,7 @@ SHORT = [*PIXELS, "-n", 1]
         ("image_nll", ["-r", "{labelled}", *PIXELS, "--shapes", 1, "--skip_plot"], ["labelled.pt"]),
         pytest.param("image_nll", ["-r", "{latent}", "--shapes", 1, "--timestep_respacing", 2, "--skip_plot"],
                      ["model.ckpt"], marks=pytest.mark.slow),
+        ("inspect_checkpoint", ["{latent}/model.ckpt", "--config", "{latent}/config.yaml"], ["model.ckpt"]),
     ],
 )  # fmt: skip
 def test_one_run_opens_every_weight_file_once(files, tmp_path, monkeypatch, name, words, read):

@@ -170,7 +170,8 @@ def pair_file(
         config = find_config(config)
     if is_diffusers_folder(path):
         family, own = folder_settings(path)  # names another family before anything is missed
-        source = opened.enter_context(contextlib.closing(FolderWeights(path)))
+        if source is None:
+            source = opened.enter_context(contextlib.closing(FolderWeights(path)))
         tried = candidates(path, source, family, own if config is None else config)
     else:
         if source is None:

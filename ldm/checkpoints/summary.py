@@ -132,7 +132,9 @@ def inspect(
                 )
             else:
                 with contextlib.ExitStack() as opened:
-                    _, summary.report, _ = pair_file(path, config, opened, use_ema=use_ema, ignore=patterns)
+                    _, summary.report, _ = pair_file(
+                        path, config, opened, use_ema=use_ema, ignore=patterns, source=source
+                    )
                 summary.family = summary.report.family
         except LdmError as error:
             summary.problem = error
