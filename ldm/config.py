@@ -4,7 +4,6 @@ A configuration is untrusted text: it may name classes, never call functions, an
 imported that the program has not chosen already.
 """
 
-import difflib
 import importlib
 import inspect
 import logging
@@ -20,7 +19,7 @@ from torch import nn
 
 from ldm import values
 from ldm.config_text import first_line, refuse_resolvers, resolved
-from ldm.errors import LdmError, MismatchError, UnsafeFileError, shown
+from ldm.errors import LdmError, MismatchError, UnsafeFileError, nearest, shown
 
 logger = logging.getLogger(__name__)
 
@@ -76,15 +75,15 @@ def get_obj_from_str(string: str, reload: bool = False, *, allow: Iterable[str] 
             raise UnsafeFileError(
                 f"target '{string}' is not allowed: '{error.name}' is no module that can be imported"
             ) from error
-        near = difflib.get_close_matches(error.name, _siblings(_parent(error.name)), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        near = nearest(error.name, _siblings(_parent(error.name)))
+        hint = f"; did you mean '{near}'?" if near else ""
         raise MismatchError(f"target '{string}': there is no module '{error.name}'{hint}") from error
     if reload:
         module = importlib.reload(module)
     found = getattr(module, class_name, None)
     if found is None:
-        near = difflib.get_close_matches(class_name, dir(module), n=1)
-        hint = f"; did you mean '{module_name}.{near[0]}'?" if near else ""
+        near = nearest(class_name, dir(module))
+        hint = f"; did you mean '{module_name}.{near}'?" if near else ""
         raise MismatchError(f"target '{string}': module '{module_name}' has no '{class_name}'{hint}")
     if not (inspect.isclass(found) and (allowed or _is_buildable(found))):
         raise UnsafeFileError(
@@ -218,8 +217,8 @@ def place_of(config: Any) -> str:
 
 def _unknown(name: str, kind: Any, taker: str) -> MismatchError:
     known = list(values.parameters_of(kind))
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(known) or 'none'}"
+    near = nearest(name, known)
+    hint = f"did you mean '{near}'?" if near else f"it takes {', '.join(known) or 'none'}"
     # A place, a file's own name and forty of ours have to go into one line of 400 characters.
     hint = textwrap.shorten(hint, 160, placeholder=" ...")
     return MismatchError(f"{taker:.150} has no parameter '{name:.60}'; {hint}")

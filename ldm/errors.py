@@ -1,7 +1,10 @@
 """Everything a caller can get wrong, by kind; each kind has the exit code that the scripts end with."""
 
+import contextlib
+import difflib
 import os
 import re
+from collections.abc import Iterable
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -18,6 +21,25 @@ def escaped(text: object, limit: int = 120) -> str:
     """Escape and shorten a name that a stranger's file chose, so that it can stand in a one-line message."""
     escaped = str(text)[: limit + 1].encode("unicode_escape").decode("ascii")
     return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
+
+
+def nearest(name: object, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Give the one of names that is spelt most like this one, or None if none is near.
+
+    Args:
+        name: whatever came; its first 80 characters count, so that a stranger's long one costs no time.
+        cutoff: the least likeness, 0 to 1.
+    """
+    found = difflib.get_close_matches(str(name)[:80], list(names), n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def nearest_file(path: str | os.PathLike) -> str | None:
+    """Give the name in the same folder that is spelt most like that of a file which is not there, or None."""
+    folder, name = os.path.split(os.fsdecode(path).rstrip(os.sep))
+    with contextlib.suppress(OSError, ValueError):
+        return nearest(name, os.listdir(folder or "."))
+    return None
 
 
 class LdmError(Exception):

@@ -1,6 +1,5 @@
 """Small helpers that modules and models share; CompVis's are found in ldm.util as well."""
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ldm.errors import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +91,8 @@ def leaves_others_to_subclasses(init: Callable[..., None]) -> Callable[..., None
         if others and _hands_on_anything(type(self)):
             constructors = [base.__init__ for base in type(self).__mro__ if "__init__" in base.__dict__]
             names = {name for one in constructors for name in inspect.signature(one).parameters}
-            near = {name: difflib.get_close_matches(name, names, n=1, cutoff=0.8) for name in others}
-            hints = (f"{name} (did you mean '{hit[0]}'?)" if hit else name for name, hit in near.items())
+            near = {name: nearest(name, names, 0.8) for name in others}
+            hints = (f"{name} (did you mean '{hit}'?)" if hit else name for name, hit in near.items())
             logger.warning(
                 "left to %s, for ldm does not know these parameters: %s",
                 type(self).__name__,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ldm.errors import OptionError
+from ldm.errors import OptionError, nearest
 
 AT_MOST = 3  # unknown keywords that one error tells of
 
@@ -154,12 +153,6 @@ ATTRIBUTES = {
 }
 
 
-def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Give the known name that is spelled most like this one."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return found[0] if found else None
-
-
 def instead_of(name: str, known: Iterable[str]) -> str | None:
     """Say what to write instead of a keyword, by its meaning elsewhere or by its spelling."""
     known = list(known)
@@ -168,7 +161,7 @@ def instead_of(name: str, known: Iterable[str]) -> str | None:
         return f"here it is {ours}" + (f" ({HOW[ours]})" if ours in HOW else "")
     if name in KEYWORD_ADVICE:
         return KEYWORD_ADVICE[name]
-    ours = near(name, known)
+    ours = nearest(name, known)
     return f"did you mean {ours}?" if ours else None
 
 

@@ -20,14 +20,10 @@ from ldm.advice import FOREIGN_SYNTAX, advice, by_sampler
 from ldm.batches import in_batches
 from ldm.checkpoints.sampling import SamplingDefaults
 from ldm.devices import check_low_vram, dtype_name, pick_device, pick_dtype
-from ldm.errors import (
-    UsageError,
-    refuse_elsewhere,
-    shown,
-)
+from ldm.errors import UsageError, nearest, refuse_elsewhere, shown
 from ldm.generate import decode, paint_batch, seed_everything
 from ldm.models.introspect import dtype_of, native_size
-from ldm.other_words import PIPELINE, attribute_advice, near, taking_options_of
+from ldm.other_words import PIPELINE, attribute_advice, taking_options_of
 from ldm.paths import shipped
 from ldm.request import ImageSpec, Request, check_request
 from ldm.results import GenerationResult, Progress, join, with_bar
@@ -273,7 +269,7 @@ class StableDiffusion:
         if advice := attribute_advice(name):
             hint = f": {advice}; {PIPELINE}"
         else:
-            found = None if name.startswith("_") else near(name, [*dir(type(self)), *vars(self)], 0.75)
+            found = None if name.startswith("_") else nearest(name, [*dir(type(self)), *vars(self)], 0.75)
             hint = f"; did you mean {found}?" if found else ""
         raise AttributeError(f"StableDiffusion has no attribute {shown(name)}{hint}", name=name, obj=self)
 

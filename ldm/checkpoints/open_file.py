@@ -1,13 +1,12 @@
 """A weight file held open, from its first bytes to the last read."""
 
-import difflib
 import os
 import stat
 import threading
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from ldm.errors import AbsentError, FormatError, escaped, refuse_elsewhere
+from ldm.errors import AbsentError, FormatError, escaped, nearest_file, refuse_elsewhere
 
 
 class OpenFile:
@@ -79,10 +78,6 @@ class OpenFile:
 def _absent(path: str) -> AbsentError:
     if os.path.islink(path):
         return AbsentError(f"'{escaped(path)}' is a link to a file that is not there")
-    folder, name = os.path.split(path)
-    try:
-        near = difflib.get_close_matches(name, os.listdir(folder or "."), n=1)
-    except OSError:
-        near = []
-    hint = f"did you mean '{escaped(near[0])}'?" if near else "check the path"
+    near = nearest_file(path)
+    hint = f"did you mean '{escaped(near)}'?" if near else "check the path"
     return AbsentError(f"weight file '{escaped(path)}' is not there; {hint}")

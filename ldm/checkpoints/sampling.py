@@ -1,12 +1,11 @@
 """What a model's configuration says about painting with it: the section `sampling:` beside `model:`."""
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ldm.errors import MismatchError, shown
+from ldm.errors import MismatchError, nearest, shown
 
 MAX_STEPS = 1000
 SIDES = (8, 65_536)  # pixels
@@ -48,10 +47,10 @@ def read_sampling(section: Any) -> SamplingDefaults:
     values = {}
     for name, value in section.items():
         if name not in known:
-            near = difflib.get_close_matches(str(name)[:80], known, n=1)
+            near = nearest(name, known)
             raise MismatchError(
                 f"the configuration's 'sampling:' has the unknown name {shown(name)}"
-                + (f" (did you mean '{near[0]}'?)" if near else "")
+                + (f" (did you mean '{near}'?)" if near else "")
                 + f"; there are {', '.join(known)}"
             )
         if value is not None:

@@ -6,8 +6,6 @@ torch is imported only when painting begins, so that `--help` and a wrong option
 from __future__ import annotations
 
 import argparse
-import contextlib
-import difflib
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -18,13 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli.parser import MAX_SEED, Parser, integer, number, seed
 from ldm.cli.prompts import RNGS, Line, read_prompts
 from ldm.cli.running import say
-from ldm.errors import (
-    AbsentError,
-    FormatError,
-    UsageError,
-    refuse_elsewhere,
-    shown,
-)
+from ldm.errors import AbsentError, FormatError, UsageError, nearest_file, refuse_elsewhere, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -288,8 +280,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("ckpt", "vae", "tokenizer"):
         given = getattr(args, name)
         if given and not os.path.lexists(given):
-            near = difflib.get_close_matches(Path(given).name, _names_in(Path(given).parent), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "check the path; nothing is downloaded here"
+            near = nearest_file(given)
+            hint = f"did you mean {near!r}?" if near else "check the path; nothing is downloaded here"
             raise AbsentError(f"--{name} {shown(given)} is not there; {hint}")
     if args.lowvram and args.compile:
         raise UsageError(
@@ -305,12 +297,6 @@ def check(args: argparse.Namespace) -> None:
         for name, side in (("height", args.H), ("width", args.W)):
             if side is not None:
                 check_size(name, side, 8)
-
-
-def _names_in(folder: Path) -> list[str]:
-    with contextlib.suppress(OSError):
-        return os.listdir(folder)
-    return []
 
 
 def load_model(args: argparse.Namespace) -> StableDiffusion:

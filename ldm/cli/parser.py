@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from ldm.errors import (
-    UsageError,
-    shown,
-)
+from ldm.errors import UsageError, nearest, shown
 
 if TYPE_CHECKING:
     pass
@@ -100,8 +96,8 @@ class Parser(argparse.ArgumentParser):
         option = next((word.split("=", 1)[0] for word in words if word.startswith("-")), None)
         if option is None:
             self.error(f"unexpected word {words[0]!r}; put quotes around a value with spaces")
-        near = difflib.get_close_matches(option, self._option_string_actions, n=1)
-        self.error(f"unknown option {option!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        near = nearest(option, self._option_string_actions)
+        self.error(f"unknown option {option!r}" + (f"; did you mean {near!r}?" if near else ""))
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import difflib
 import json
 import re
 from collections.abc import Callable
@@ -13,12 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ldm.cli.parser import MAX_SEED, integer, number, seed
 from ldm.cli.running import say
-from ldm.errors import (
-    AbsentError,
-    FormatError,
-    UsageError,
-    shown,
-)
+from ldm.errors import AbsentError, FormatError, UsageError, nearest, shown
 
 if TYPE_CHECKING:
     pass
@@ -189,9 +183,7 @@ def _from_words(line: str) -> Line:
     first = _OPTION.match(line)
     name = first[1].replace("-", "_") if first else ""
     # A line that begins with one letter, "--H 9 ...", has always been a text.
-    if len(name) < 2 or not (
-        name in LINE_OPTIONS or difflib.get_close_matches(name, LINE_OPTIONS, n=1, cutoff=0.75)
-    ):
+    if len(name) < 2 or not (name in LINE_OPTIONS or nearest(name, LINE_OPTIONS, 0.75)):
         return Line(prompt_text(line))
     values: dict[str, list[str]] = {}
     parts: list[str] = []
@@ -267,8 +259,8 @@ def _line(values: dict[str, str]) -> Line:
     options: dict[str, Any] = {}
     for name, value in values.items():
         if name not in LINE_OPTIONS:
-            near = difflib.get_close_matches(name, LINE_OPTIONS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(_LINE)}"
+            near = nearest(name, LINE_OPTIONS)
+            hint = f"; did you mean {near!r}?" if near else f"; there are {', '.join(_LINE)}"
             raise UsageError(f"unknown option {shown(name)}{hint}")
         option, kind = LINE_OPTIONS[name]
         if option in options:

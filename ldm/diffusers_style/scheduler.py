@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 import os
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints import folders
-from ldm.errors import UsageError
+from ldm.errors import UsageError, nearest
 from ldm.models.diffusion import scheduler
 from ldm.process.prediction import to_eps, to_x0
 from ldm.process.schedule import NoiseSchedule
@@ -34,8 +33,8 @@ class Config(dict):
 
     def __getattr__(self, name: str) -> Any:
         if name not in self:
-            near = difflib.get_close_matches(name, self, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
+            near = nearest(name, self)
+            hint = f"; did you mean '{near}'?" if near else ""
             raise AttributeError(f"this config has no '{name}'{hint}")
         return self[name]
 
@@ -238,8 +237,8 @@ def refuse_unknown(what: str, given: Mapping[str, Any], known: Sequence[str]) ->
     """Raise UsageError for the first keyword that is not known, with the nearest one that is."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(known)}"
+            near = nearest(name, known)
+            hint = f"did you mean '{near}'?" if near else f"it takes {', '.join(known)}"
             raise UsageError(f"{what} has no option '{name:.60}'; {hint:.280}")
 
 

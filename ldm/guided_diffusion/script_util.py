@@ -5,13 +5,12 @@ downsampling factors, texts such as "1,2,3,4" instead of lists. Here they become
 """
 
 import argparse
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-from ldm.errors import MismatchError, UsageError, shown
+from ldm.errors import MismatchError, UsageError, nearest, shown
 from ldm.models.diffusion import gaussian_diffusion as gd
 from ldm.models.diffusion.respace import SpacedDiffusion, space_timesteps
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, SuperResModel, UNetModel
@@ -128,8 +127,8 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> No
     known = list(known)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(known)}"
+            near = nearest(name, known)
+            hint = f"did you mean '{near}'?" if near else f"it has {', '.join(known)}"
             raise UsageError(f"{where} has no flag '{name}'; {hint}")
 
 

@@ -1,11 +1,10 @@
 """What a training configuration may say beside its model and data."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ldm.errors import UsageError, shown
+from ldm.errors import UsageError, nearest, shown
 from ldm.values import check
 
 # `sampling` says how to paint with the model; training leaves it to whoever does.
@@ -92,6 +91,6 @@ def refuse_unknown_keys(given: Mapping[str, Any], known: list[str], name: str) -
     """Raise UsageError for the first key that is not known, with the nearest one that is."""
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+            near = nearest(key, known)
+            hint = f"did you mean '{near}'?" if near else f"known: {', '.join(known)}"
             raise UsageError(f"'{name}' has no option {shown(key)}; {hint}")

@@ -6,7 +6,6 @@ progress, preview and interruption need nothing from here. CompVis's DDIMSampler
 the same classes.
 """
 
-import difflib
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.errors import UsageError, shown
+from ldm.errors import UsageError, nearest, shown
 from ldm.models.diffusion.denoiser import WHOLE_INTERVAL, Denoiser, ask_both, check_interval
 from ldm.models.diffusion.levels import (
     Level,
@@ -391,8 +390,8 @@ def resolve_sampler(name: str) -> str:
     spelling = _reduce(name) if isinstance(name, str) else None
     found = name if isinstance(name, str) and name in SAMPLERS else by_spelling.get(spelling)
     if found not in SAMPLERS:
-        near = difflib.get_close_matches(spelling or "", by_spelling, n=1, cutoff=0.7)
-        hint = f" (did you mean {by_spelling[near[0]]}?)" if near else ""
+        near = nearest(spelling or "", by_spelling, 0.7)
+        hint = f" (did you mean {by_spelling[near]}?)" if near else ""
         raise UsageError(f"the sampler must be one of {', '.join(SAMPLERS)}; got {shown(name)}{hint}")
     cls = SAMPLERS[found]
     if not (isinstance(cls, type) and issubclass(cls, Sampler)):
