@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ldm.errors import MismatchError
 from ldm.models.diffusion.resample import LossAwareSampler
-from ldm.training.objectives import Batch, Draws, Figures, pictures_of
+from ldm.training.draws import Draws
+from ldm.training.objectives import Batch, Figures, pictures_of
 
 
 class GaussianObjective:

@@ -21,7 +21,7 @@ from ldm.errors import OutputError
 from ldm.images import grid, to_pil
 from ldm.training.checkpointing import FORMAT, save_state
 from ldm.training.data import Stream
-from ldm.training.objectives import Draws
+from ldm.training.draws import Draws
 
 logger = logging.getLogger(__name__)
 

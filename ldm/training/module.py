@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ldm.errors import MismatchError, NumericError
 from ldm.process.schedule import SCHEDULE_BUFFERS
 from ldm.training.attention import MatmulAttention
-from ldm.training.objectives import Batch, Draws, Objective
+from ldm.training.draws import Draws
+from ldm.training.objectives import Batch, Objective
 from ldm.training.resumption import check_moments, go_to_step
 
 logger = logging.getLogger(__name__)

@@ -1,69 +1,22 @@
-"""What a training step minimises, for each kind of model, with every random number drawn by sample.
-
-A model's own `shared_step` draws from torch's global generator in shapes that depend on how many processes share
-the batch. Here noise, levels and caption dropout are drawn for the whole batch of all processes from (seed, batch
-number) and each process takes its rows, so two processes train exactly as one with the same global batch.
-"""
+"""What a training step minimises, for each kind of model, with every random number drawn by sample (draws.py)."""
 
 import inspect
 import logging
-import random
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ldm.errors import MismatchError, UsageError, shown
-from ldm.models.diffusion.resample import ScheduleSampler
-from ldm.modules.diffusionmodules.model import AttnBlock, Encoder, ResnetBlock
+from ldm.modules.diffusionmodules.model import Encoder
+from ldm.training.draws import Draws
+from ldm.training.initial_weights import start_as_identity, start_as_words
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 Figures = dict[str, Tensor]
-
-
-class Draws:
-    """The random numbers of one batch: rows rank*b .. rank*b + b of draws for the b*world samples of all processes.
-
-    Making one also seeds the global generators of torch, numpy and Python from the same numbers and the rank, for
-    whatever else draws during the step (dropout, third-party models).
-    """
-
-    def __init__(self, seed: int, micro: int, *, rank: int = 0, world: int = 1):
-        words = np.random.SeedSequence((seed, 3, micro)).generate_state(3, np.uint64)
-        self.generator = torch.Generator().manual_seed(int(words[0]))
-        self.rank, self.world = rank, world
-        torch.manual_seed(int(words[1]) + rank & (1 << 63) - 1)
-        np.random.seed(int(words[2] % (1 << 32)) ^ rank)
-        random.seed(int(words[2]) + rank)
-
-    def _mine(self, drawn: Tensor, like: Tensor) -> Tensor:
-        b = like.shape[0]
-        return drawn[self.rank * b : (self.rank + 1) * b].to(like.device)
-
-    def normal(self, like: Tensor) -> Tensor:
-        """Draw unit normals of like's shape, device and dtype."""
-        drawn = torch.randn((self.world * like.shape[0], *like.shape[1:]), generator=self.generator)
-        return self._mine(drawn, like).to(like.dtype)
-
-    def levels(self, high: int, like: Tensor) -> Tensor:
-        """Draw (b,) whole numbers in [0, high)."""
-        return self._mine(
-            torch.randint(0, high, (self.world * like.shape[0],), generator=self.generator), like
-        )
-
-    def weighted_levels(self, sampler: ScheduleSampler, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw (b,) levels from a schedule sampler, and the (b,) weights of their losses."""
-        seed = int(torch.randint(0, 1 << 32, (), generator=self.generator))  # alike in every process
-        levels, weights = sampler.sample(self.world * like.shape[0], "cpu", rng=np.random.RandomState(seed))
-        return self._mine(levels, like), self._mine(weights, like)
-
-    def uniform(self, like: Tensor) -> Tensor:
-        """Draw (b,) numbers in [0, 1)."""
-        return self._mine(torch.rand(self.world * like.shape[0], generator=self.generator), like)
 
 
 class Objective(Protocol):
@@ -128,58 +81,6 @@ def pictures_of(batch: Batch, key: str, first_stage: nn.Module | None = None) ->
                 f"{factor}, a batch's '{key}' are {height} x {width} x {channels}; set the data's size or the model's"
             )
     return found.permute(0, 3, 1, 2)
-
-
-def _draw(weight: Tensor, std: float, generator: torch.Generator) -> None:
-    """Fill a weight on any device with what a CPU's generator draws."""
-    drawn = torch.empty_strided(weight.size(), weight.stride(), dtype=weight.dtype)  # in the layout's order
-    weight.copy_(drawn.normal_(std=std, generator=generator))
-
-
-@torch.no_grad()
-def start_as_identity(model: nn.Module, generator: torch.Generator) -> None:
-    """Draw convolutions that keep the variance, and silence the last one of every residual block and attention.
-
-    Those of its loss, which judge the pictures, stay as they are.
-    """
-    parts = [part for name, part in model.named_children() if name != "loss"]
-    modules = [module for part in parts for module in part.modules()]
-    for module in modules:
-        if isinstance(module, nn.Conv2d):
-            _draw(module.weight, module.weight[0].numel() ** -0.5, generator)
-            module.bias.zero_()
-    for module in modules:
-        if isinstance(module, ResnetBlock):
-            module.conv2.weight.zero_()
-        elif isinstance(module, AttnBlock):
-            module.proj_out.weight.zero_()
-
-
-@torch.no_grad()
-def start_as_words(encoder: nn.Module | None, generator: torch.Generator) -> None:
-    """Draw unit embeddings of words and places, and silence the last layer of every block of a CLIP text encoder.
-
-    CLIP's own start (embeddings of 0.02, a tenth of what the first block adds whatever the words are) suits a
-    contrastive loss. Under a diffusion loss such an encoder learned to tell backgrounds apart and lost the rest of the
-    caption. From bare words, the model in the box had after 400 steps what unit embeddings behind the blocks' random
-    mixtures gave it after 1,500.
-
-    Raises:
-        UsageError: there is no such encoder.
-    """
-    parts = {} if encoder is None else dict(encoder.named_modules())
-    last = [part for name, part in parts.items() if name.endswith((".self_attn.out_proj", ".mlp.fc2"))]
-    embeddings = [part for part in parts.values() if isinstance(part, nn.Embedding)]
-    if not last or not embeddings:
-        raise UsageError(
-            f"training.identity_start wants a CLIP text encoder as condition stage, got {type(encoder).__name__}; "
-            "leave it false"
-        )
-    for embedding in embeddings:
-        _draw(embedding.weight, 1.0, generator)
-    for layer in last:
-        layer.weight.zero_()
-        layer.bias.zero_()
 
 
 def taken_by(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:

@@ -437,7 +437,7 @@ BATCHES = [
     ("make", "kind", "message"), BATCHES, ids=[f"{row[0].__name__} {row[1]}" for row in BATCHES]
 )
 def test_a_batch_that_a_model_cannot_use_is_named(tmp_path, make, kind, message, stages):
-    from ldm.training.objectives import Draws
+    from ldm.training.draws import Draws
 
     source = Batches(kind)
     objective = stages[make]

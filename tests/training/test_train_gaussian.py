@@ -17,9 +17,9 @@ from ldm.paths import shipped
 from ldm.shapes.scenes import COLOURS, SHAPES, parse_caption
 from ldm.training.checkpointing import read_state
 from ldm.training.data import Shapes, Stream
+from ldm.training.draws import Draws
 from ldm.training.export import export_run
 from ldm.training.merging import merge_configs
-from ldm.training.objectives import Draws
 from ldm.training.trainer import Run, RunOptions
 from scripts import train
 

@@ -19,8 +19,8 @@ from ldm.modules.losses import DummyLoss, LPIPSWithDiscriminator
 from ldm.modules.losses.discriminator import NLayerDiscriminator, hinge_d_loss, vanilla_d_loss
 from ldm.modules.losses.lpips import LPIPS
 from ldm.training.attention import MatmulAttention, matmul_attend
+from ldm.training.draws import Draws
 from ldm.training.merging import merge_configs
-from ldm.training.objectives import Draws
 from ldm.training.optimizers import learning_rate
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"

@@ -14,7 +14,7 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.paths import shipped
 from ldm.training.checkpointing import read_state
 from ldm.training.data import Stream
-from ldm.training.objectives import Draws
+from ldm.training.draws import Draws
 from ldm.training.resumption import compare
 from ldm.training.trainer import Run, RunOptions
 

@@ -628,7 +628,7 @@ def test_an_export_writes_its_configuration_for_use_and_over_nothing_else(
 
 def test_the_scale_factor_is_measured_on_the_first_batch(diffusion_run):
     from ldm.training.data import Shapes, Stream
-    from ldm.training.objectives import Draws
+    from ldm.training.draws import Draws
 
     _, made = diffusion_run
     batch = Stream(Shapes(image_size=16), 2, seed=5)[0]

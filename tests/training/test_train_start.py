@@ -7,7 +7,7 @@ from keyed import keyed_input
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.shapes.scenes import BACKGROUNDS, COLOURS, render_crowd
 from ldm.training.data import Shapes
-from ldm.training.objectives import start_as_identity
+from ldm.training.initial_weights import start_as_identity
 
 DDCONFIG = {
     "double_z": True,
