@@ -128,7 +128,7 @@ def _is_buildable(cls: type) -> bool:
 def instantiate_from_config(config: Any, *, allow: Iterable[str] = (), where: str = "", **kwargs: Any) -> Any:
     """Build the object that {"target": dotted name, "params": {...}} describes.
 
-    Values are held against the annotations of the classes of ldm and torch that take them, those of configurations
+    Values are checked against the annotations of the classes of ldm and torch that take them, those of configurations
     inside of this one too, and against `ldm.values.RANGES`, before anything is built. The two special strings of
     CompVis's configurations, "__is_first_stage__" and "__is_unconditional__", give None.
 

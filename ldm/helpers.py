@@ -47,7 +47,7 @@ _can_pin = True
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the machine's memory to a device; where that is CUDA, nobody waits."""
+    """Copy a tensor of the machine's memory to a device; to CUDA from pinned memory, asynchronously."""
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return pinned(x).to(device, non_blocking=True)

@@ -86,7 +86,7 @@ def create_model(config_path: str | Path) -> nn.Module:
 def load_state_dict(path: str | Path, location: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Read the tensors of a .ckpt, .pt, .pth, .bin or .safetensors file by name, what is under "state_dict" as it is.
 
-    Files are told apart by what they hold, not by their names, and none can run code.
+    A file's format is read from its content, not from its name, and none can run code.
 
     Args:
         location: the device that the tensors go to.

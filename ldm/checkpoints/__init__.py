@@ -1,4 +1,4 @@
-"""Checkpoints: bytes to tensors, names to names, and an account of every tensor."""
+"""Checkpoints: bytes to tensors, other programs' keys to ours, and a report of every tensor."""
 
 from ldm.checkpoints.files import Weights, open_weights, read_object, read_tensors
 from ldm.checkpoints.load import load_latent_diffusion, load_vae

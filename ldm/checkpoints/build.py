@@ -1,4 +1,4 @@
-"""From a file to a model without memory that every tensor of it has a place in."""
+"""From a file to a model on the meta device, without memory yet, in which each of its tensors has a place."""
 
 import contextlib
 import copy
@@ -35,11 +35,11 @@ def follow_hub(path: Path) -> Path:
     snapshots = path if path.name == "snapshots" else path / "snapshots"
     if not snapshots.is_dir() or is_diffusers_folder(path):
         return path
-    found = sorted(one for one in snapshots.iterdir() if one.is_dir())
+    found = sorted(folder for folder in snapshots.iterdir() if folder.is_dir())
     main = snapshots.parent / "refs" / "main"
     if len(found) > 1 and main.is_file() and main.stat().st_size <= 100:
         named = main.read_text(encoding="utf-8", errors="replace").strip()
-        found = [one for one in found if one.name == named] or found
+        found = [folder for folder in found if folder.name == named] or found
     if len(found) != 1:
         advice = f"name one, such as '{escaped(found[0])}'" if found else "download the model again"
         raise AbsentError(f"'{escaped(path)}' in the hub's cache has {len(found)} snapshots; {advice}")
@@ -53,7 +53,7 @@ def open_file(path: Path) -> Weights:
         FormatError: a folder.
     """
     if path.is_dir():
-        inside = sorted(one.name for one in path.iterdir())
+        inside = sorted(entry.name for entry in path.iterdir())
         if repositories := [name for name in inside if name.startswith("models--")]:
             raise FormatError(
                 f"'{escaped(path)}' is a cache of the hub; name a model in it: {first_few(repositories)}"

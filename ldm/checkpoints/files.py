@@ -1,4 +1,4 @@
-"""The one door for weight files: what a file is, is read from its first bytes, never from its name."""
+"""The one place where weight files are opened: what a file is, is read from its first bytes, never from its name."""
 
 import os
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ class Weights(Protocol):
     notes: list[str]
 
     def read(self, name: str, scratch: Tensor | None = None) -> Tensor:
-        """Read one tensor into memory of its own, or for a short life into the scratch memory given."""
+        """Read one tensor into memory of its own, or into the scratch buffer given, until the next read into it."""
 
     def close(self) -> None: ...
 
@@ -83,12 +83,12 @@ def open_weights(path: str | os.PathLike) -> Weights:
     """Open a weight file of either kind and list what it holds.
 
     What it holds is known from a header or a pickle, which only our own restricted reader runs; values are read
-    tensor by tensor as asked for, and those of a zip held against their checksums. Close it after use.
+    tensor by tensor when `read` is called, and those of a zip checked against their checksums. Close it after use.
 
     Raises:
         AbsentError: there is no such file.
         FormatError: truncated, damaged, or not a weight file.
-        UnsafeFileError: it asks for more than tensors.
+        UnsafeFileError: it holds more than tensors.
         MismatchError: it holds no weights, or tensors of a kind that is not supported.
     """
     handle = OpenFile(path)

@@ -1,4 +1,4 @@
-"""Names to names: CompVis's, diffusers' and other writers' words for the same tensors."""
+"""Key mapping: CompVis's, diffusers' and other programs' names of the same tensors, and how to translate them."""
 
 import re
 from collections import Counter

@@ -73,7 +73,7 @@ def load_latent_diffusion(
     the configuration is silent.
 
     Returns:
-        The model in evaluation mode, and the account of every tensor.
+        The model in evaluation mode, and the report of every tensor.
 
     Raises:
         AbsentError, FormatError, UnsafeFileError: the file cannot be had, read or trusted.
@@ -143,8 +143,8 @@ def load_vae(
         report = account_vae(module, source, patterns)
         dtypes = choose_dtypes(module, weight.dtype, weight.dtype)
         state = load_tensors(module, report, source, weight.device, dtypes)
-        own = module.state_dict()
-        module.load_state_dict({name: state.get(name, value) for name, value in own.items()})
+        before = module.state_dict()
+        module.load_state_dict({name: state.get(name, value) for name, value in before.items()})
     logger.info("%s", report.summary())
     return report
 
@@ -167,14 +167,18 @@ class _VaeFolder(FolderWeights):
 
 
 def _check_tables(model: nn.Module, report: LoadReport, source: Weights) -> None:
-    """Hold the schedule and scale that a file states against those that the configuration gives."""
-    own = model.state_dict()
+    """Compare the schedule and scale that a file states with those of the configuration.
+
+    Raises:
+        MismatchError: they differ by more than rounding explains.
+    """
+    tensors = model.state_dict()
     # A file that says to have no signal at its last level may hold the tables of before that was given to it.
     tables = () if getattr(model, "rescale_betas_zero_snr", False) else SCHEDULE_BUFFERS
     for name in [*tables, "scale_factor"]:
         if report.ignored.get(name, LEFT_OUT) == LEFT_OUT or name not in source.infos:
             continue
-        ours = own[name] if name in own else getattr(model, name, None)
+        ours = tensors[name] if name in tensors else getattr(model, name, None)
         theirs = source.read(name)
         if ours is None:
             continue

@@ -43,7 +43,9 @@ def fits(name: str, pattern: str) -> bool:
 
 def without(infos: Mapping[str, TensorInfo], patterns: tuple[str, ...]) -> dict[str, TensorInfo]:
     """Leave out the tensors that `ignore` names."""
-    return {name: info for name, info in infos.items() if not any(fits(name, one) for one in patterns)}
+    return {
+        name: info for name, info in infos.items() if not any(fits(name, pattern) for pattern in patterns)
+    }
 
 
 def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

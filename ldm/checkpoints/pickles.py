@@ -1,6 +1,6 @@
 """Files of torch.save, taken as hostile: a zip, or the format before torch 1.6, around a pickle and the values.
 
-What the file holds is known from its pickle (see unpickle.py); values are read when they are asked for, and a zip's
+What the file holds is known from its pickle (see unpickle.py); values are read when `read` is called, and a zip's
 are held against their checksum then. There is no way to switch this off. A file that is refused here has to be
 converted elsewhere, by somebody who trusts it.
 """

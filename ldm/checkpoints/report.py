@@ -1,4 +1,4 @@
-"""The account of a load: every tensor of the file and of the model ends under exactly one heading."""
+"""The report of a load: every tensor of the file and of the model is listed under exactly one heading."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -77,6 +77,6 @@ def account_states(
 @torch.no_grad()
 def assign(model: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport) -> None:
     """Copy the tensors that a report assigns into the model's own, in place."""
-    own = model.state_dict()
+    state = model.state_dict()
     for name, target in report.assigned.items():
-        own[target].copy_(tensors[name].reshape(own[target].shape))
+        state[target].copy_(tensors[name].reshape(state[target].shape))

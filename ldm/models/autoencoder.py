@@ -21,7 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 class _FirstStage(nn.Module):
-    """What both kinds share: the two networks, reading batches, loading, and optimizers for a trainer."""
+    """What both kinds share: the two networks, reading batches, loading, and optimizers for a trainer.
+
+    training_step, validation_step, on_train_batch_end and log_images of both kinds are the hooks of Lightning and of
+    CompVis's logger, for other people's trainers; ldm.training calls the loss itself, and of them configure_optimizers.
+    """
 
     PARAMS_OF = {"ddconfig": Encoder}  # which class the values inside of a parameter belong to
     learning_rate: float = 4.5e-6
@@ -316,7 +320,7 @@ class VQModel(_FirstStage):
         return super()._generator_parameters() + list(self.quantize.parameters())
 
     def get_input(self, batch: dict[str, Any], k: str) -> Tensor:
-        """Take pictures out of a batch, resized by a random multiple of 16 where batch_resize_range asks for it."""
+        """Take pictures out of a batch, resized to a random multiple of 16 if batch_resize_range is set."""
         x = super().get_input(batch, k)
         if self.batch_resize_range is None:
             return x
@@ -421,7 +425,7 @@ class VQModelInterface(VQModel):
         return self.encode_to_prequant(x)
 
     def decode(self, h: Tensor, force_not_quantize: bool = False) -> Tensor:
-        """Quantise latents unless told not to, and turn them into pictures."""
+        """Quantise latents, except with force_not_quantize, and decode them to pictures."""
         quantised = h if force_not_quantize else self.quantize(h)[0]
         return super().decode(quantised)
 
@@ -445,7 +449,7 @@ class IdentityFirstStage(nn.Module):
         return x
 
     def quantize(self, x: Tensor) -> Any:
-        """Return x, in the shape of a codebook's answer where vq_interface asks for it."""
+        """Return x, with vq_interface in the form of a codebook's answer."""
         return (x, None, [None, None, None]) if self.vq_interface else x
 
     def forward(self, x: Tensor, sample_posterior: bool = True) -> Tensor:

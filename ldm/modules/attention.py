@@ -119,7 +119,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Widen, bend, narrow: (b, n, dim) to (b, n, dim_out)."""
+    """The feed-forward network of a transformer: linear, GELU or GEGLU, linear; (b, n, dim) to (b, n, dim_out)."""
 
     def __init__(
         self, dim: int, dim_out: int | None = None, mult: int = 4, glu: bool = False, dropout: float = 0.0

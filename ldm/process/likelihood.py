@@ -31,7 +31,7 @@ def normal_kl(
     like = next((x for x in (mean1, logvar1, mean2, logvar2) if isinstance(x, Tensor)), None)
     if like is None:
         raise TypeError("normal_kl needs at least one tensor, got only numbers")
-    # A number is written by the device itself; to bring it there would be to wait.
+    # Filled in by the device itself; copying a number there would wait for it.
     logvar1, logvar2 = (
         x.to(like) if isinstance(x, Tensor) else like.new_full((), x) for x in (logvar1, logvar2)
     )

@@ -111,7 +111,7 @@ def betas_for_alpha_bar(
 
 
 def respaced_betas(alpha_bar: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Make the betas of a chain that visits only some levels, with the same alpha_bar at each.
+    """Make the betas of a chain of only some levels, with the same alpha_bar at each.
 
     beta_i = 1 - alpha_bar[S_i] / alpha_bar[S_{i-1}] (arXiv:2102.09672, Eq. 19).
 

@@ -1,4 +1,4 @@
-"""Which levels a sampler visits: the historic DDIM lists, and lists of exactly the length asked for."""
+"""Which levels a sampler goes through: the historic DDIM lists, and lists of exactly the length wanted."""
 
 import operator
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def compvis_levels(method: str, num_steps: int, num_train: int) -> np.ndarray:
     """List DDIM levels exactly as CompVis's make_ddim_timesteps did, quirks included.
 
     "uniform" strides by num_train // num_steps and adds one to every level. Unless num_steps divides
-    num_train the list therefore has more entries than were asked for, and its last entry may be num_train
+    num_train the list therefore has more entries than num_steps, and its last entry may be num_train
     itself, which is no level of the model: of the step counts 1..1000 over 1000 levels, 984 give another
     count and 599 reach level 1000. "quad" always has num_steps entries, but the lowest repeat
     (50 steps: 1, 1, 2, 3, 6, ...).
@@ -89,7 +89,7 @@ def exact_levels(method: str, num_steps: int, num_train: int) -> np.ndarray:
 
 
 def section_levels(num_train: int, counts: Sequence[int]) -> np.ndarray:
-    """Divide the levels into sections of equal length and visit so many of each, evenly, both ends included.
+    """Divide the levels into sections of equal length and take so many of each, evenly, both ends included.
 
     Improved DDPM (arXiv:2102.09672, section 4), as in its code: sections that cannot be equal are longer by one
     from the cleanest on, fractions are rounded half to even, and a section's single level is its cleanest.
@@ -102,7 +102,7 @@ def section_levels(num_train: int, counts: Sequence[int]) -> np.ndarray:
         int64 (sum(counts),), strictly ascending.
 
     Raises:
-        UsageError: a section shorter than its count, a negative count, or nothing to visit.
+        UsageError: a section shorter than its count, a negative count, or no level at all.
     """
     if sum(counts) < 1:
         raise UsageError(f"a chain needs at least 1 level to visit, got section counts {list(counts)}")
@@ -158,7 +158,7 @@ def continuous_levels(method: str, num_steps: int, alpha_bar: np.ndarray) -> tup
 
     Returns:
         (t, alpha_bar): each float64 (num_steps + 1,), cleanest first. t is in levels, fractional, from 0 to
-        T - 1: what the network is told.
+        T - 1: what the network is called with.
 
     Raises:
         UsageError: an unknown method, or num_steps outside 1..T.

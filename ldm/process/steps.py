@@ -2,7 +2,7 @@
 
 Levels are alpha_bar, the fraction of signal variance, as 0-d tensors, or (b,), one level per image. Best are 0-d
 float64 tensors on the CPU: factors are worked out in the levels' precision, multiply latents of any dtype on any
-device, and nothing waits for an accelerator.
+device, and no step waits for an accelerator.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def ddim_step(
 
     Raises:
         ValueError: std without noise, or levels in the wrong order (checked for levels on the CPU, where
-            looking makes nobody wait).
+            reading them waits for no device).
     """
     if std is not None and noise is None:
         raise ValueError("ddim_step needs noise when std is given, got noise=None")

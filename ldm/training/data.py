@@ -1,7 +1,7 @@
 """Training data in an addressable order: sample k of a run depends on (seed, k) only.
 
 That is what makes a resumed run the same run, with any number of loader workers and of processes. A source is a
-dataset with `item(index, rng, step) -> dict`; `Stream` turns it into batches; `DataModuleFromConfig` is the door
+dataset with `item(index, rng, step) -> dict`; `Stream` turns it into batches; `DataModuleFromConfig` is the way in
 that CompVis's configurations name (`main.DataModuleFromConfig`).
 """
 
@@ -32,7 +32,7 @@ MAX_SHUFFLED = 1 << 24  # a permutation of more items than this is refused: 128 
 
 
 class Shapes(Dataset):
-    """Renders of the world of shapes, made when asked for; see `ldm.shapes.scenes`.
+    """Renders of the world of shapes, made on access; see `ldm.shapes.scenes`.
 
     Args:
         image_size: pixels a side of the whole picture.
@@ -118,7 +118,7 @@ class Stream(Dataset):
         source: a dataset with `item(index, rng, step)`, or any map-style dataset of dicts.
         batch_size: b, samples of one process in one batch.
         seed: of the order, and of each sample's generator.
-        accumulate: batches in one optimizer step (tells an item at which step it is used).
+        accumulate: batches in one optimizer step (from which an item learns at which step it is used).
         rank, world: this process and how many there are.
         shuffle: False reads every epoch in order.
 

@@ -1,4 +1,4 @@
-"""Pictures of a folder, with captions or classes, looked at before they are trained on."""
+"""Pictures of a folder, with captions or classes, checked before training."""
 
 import hashlib
 import json

@@ -15,9 +15,9 @@ def _draw(weight: Tensor, std: float, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def start_as_identity(model: nn.Module, generator: torch.Generator) -> None:
-    """Draw convolutions that keep the variance, and silence the last one of every residual block and attention.
+    """Draw convolutions that keep the variance, and set to zero the last one of every residual block and attention.
 
-    Those of its loss, which judge the pictures, stay as they are.
+    Those of its loss stay as they are.
     """
     parts = [part for name, part in model.named_children() if name != "loss"]
     modules = [module for part in parts for module in part.modules()]
@@ -34,12 +34,12 @@ def start_as_identity(model: nn.Module, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def start_as_words(encoder: nn.Module | None, generator: torch.Generator) -> None:
-    """Draw unit embeddings of words and places, and silence the last layer of every block of a CLIP text encoder.
+    """Draw unit embeddings of tokens and positions for a CLIP text encoder, and set every block's last layer to zero.
 
     CLIP's own start (embeddings of 0.02, a tenth of what the first block adds whatever the words are) suits a
-    contrastive loss. Under a diffusion loss such an encoder learned to tell backgrounds apart and lost the rest of the
-    caption. From bare words, the model in the box had after 400 steps what unit embeddings behind the blocks' random
-    mixtures gave it after 1,500.
+    contrastive loss. Under a diffusion loss such an encoder learned to distinguish backgrounds and lost the rest of the
+    caption. From token embeddings alone, the model in the box had after 400 steps what unit embeddings behind the
+    blocks' random mixtures gave it after 1,500.
 
     Raises:
         UsageError: there is no such encoder.

@@ -103,8 +103,8 @@ class AutoencoderObjective:
     Args:
         model: an AutoencoderKL.
         memory_format: of the pictures.
-        posterior_logvar_start: log variance of every posterior at the start; None leaves it at random, about 0,
-            whose noise drowns the latents until the encoder has learned to outshout it.
+        posterior_logvar_start: log variance of every posterior at the start; None leaves it at random, about 0:
+            noise of standard deviation 1, larger than the latents until the encoder has learned to make them larger.
         identity_start: begin with every block passing its input on, so that the network starts as a plain
             chain of resamplings and learns colours in a hundred steps instead of thousands.
     """
@@ -122,16 +122,16 @@ class AutoencoderObjective:
 
     @torch.no_grad()
     def prepare(self, batch: Batch, draws: Draws, gather: Any) -> None:
-        """Do what is due before the very first step: start as a chain of identities, with a narrow posterior.
+        """Prepare the weights before the very first step: start as a chain of identities, with a narrow posterior.
 
         Weights that were loaded are not drawn anew.
         """
         if self.model.loaded:
-            asked = {
+            options = {
                 "identity_start": self.identity_start,
                 "posterior_logvar_start": self.posterior_logvar_start,
             }
-            for name, value in asked.items():
+            for name, value in options.items():
                 if value not in (None, False):
                     say_left_out(name, "the first stage's weights")
             return
@@ -284,8 +284,9 @@ class DiffusionObjective:
     def prepare(self, batch: Batch, draws: Draws, gather: Any) -> None:
         """Do what is due before the very first step.
 
-        Start the text encoder as asked, and measure scale_factor = 1 / std of the batch of all processes, if the model
-        asks for it. Weights that were loaded are not drawn anew, and a factor that came with them is kept.
+        Start the text encoder as identity_start says, and measure scale_factor = 1 / std of the batch of all processes,
+        if the model has scale_by_std. Weights that were loaded are not drawn anew, and a factor that came with them is
+        kept.
         """
         model, stage = self.model, self.model.cond_stage_model
         if self.identity_start:
@@ -364,14 +365,14 @@ class DiffusionObjective:
                 *_, last = sample_steps("ddim", model, draws.normal(inputs), None, steps=self.shown_steps())
             return {"inputs": inputs, "samples": last.x_t}
         if not self.draws_itself:
-            # The row of progressive denoising asks the network once for every level there is.
-            asked = {
+            # The row of progressive denoising calls the network once for every level there is.
+            options = {
                 "N": count,
                 "ddim_steps": self.shown_steps(),
                 "inpaint": False,
                 "plot_progressive_rows": False,
             }
-            return model.log_images(batch, **taken_by(model.log_images, asked))
+            return model.log_images(batch, **taken_by(model.log_images, options))
         taken = {key: value[:count] for key, value in batch.items() if key != "micro"}
         z = model.scale_factor * self.latents(taken, draws)
         shown = {"inputs": taken[model.first_stage_key].permute(0, 3, 1, 2)} if "moments" not in taken else {}

@@ -20,7 +20,7 @@ PRECISIONS = {
     "bf16-mixed": ("bf16-mixed", "bf16"),
     "16-mixed": ("16-mixed", "fp16-mixed", "16", "fp16"),
 }
-MAX_LEARNING_RATE = 10.0  # beyond this a rate is a slip of the pen
+MAX_LEARNING_RATE = 10.0  # a higher one is a typing error
 TORCH_OPTIMIZERS = tuple(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "RAdam", "NAdam"))
 
 
@@ -34,15 +34,18 @@ def learning_rate(
     """
     if scale:
         rate = accumulate * devices * batch_size * base
-        how = f"{rate:.2e} = {accumulate} (accumulate) x {devices} (devices) x {batch_size} (batch) x {base:.2e} (base)"
+        factors = (
+            f"{accumulate} (accumulate) x {devices} (devices) x {batch_size} (batch) x {base:.2e} (base)"
+        )
+        formula = f"{rate:.2e} = {factors}"
     else:
-        rate, how = base, f"{base:.2e} (base, not scaled)"
+        rate, formula = base, f"{base:.2e} (base, not scaled)"
     if not (math.isfinite(rate) and 0 < rate <= MAX_LEARNING_RATE):
         raise UsageError(
             f"the learning rate should be above 0 and at most {MAX_LEARNING_RATE:g}, got {rate:g}; set "
             "model.base_learning_rate, and mind that --scale_lr multiplies it"
         )
-    return rate, f"learning rate {how}"
+    return rate, f"learning rate {formula}"
 
 
 def chosen_precision(given: str | int) -> str:

@@ -154,7 +154,7 @@ class Run:
         }
 
     def lasting_options(self, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-        """Say all that decides what is trained and how, for a run that goes on to be held against."""
+        """List all settings that decide what is trained and how; a resumed run is compared with them."""
         from omegaconf import OmegaConf
 
         config = OmegaConf.to_container(self.options.config)
@@ -217,7 +217,7 @@ class Run:
         )
 
     def _cache_latents(self, folder: Path, objective: Any) -> None:
-        """Replace the training pictures by their latents, if the data asks for it."""
+        """Replace the training pictures by their latents, if the data's options say so."""
         from omegaconf import OmegaConf
 
         if not isinstance(self.model, LatentDiffusion):

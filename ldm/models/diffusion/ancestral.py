@@ -208,7 +208,7 @@ class LatentAncestralSampling:
     def _taker(
         self, cond: Any, temperature: float | Sequence[float] = 1.0, **options: Any
     ) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
-        """Fix what p_sample is told at every level of a walk."""
+        """Make the step of a walk: p_sample with the arguments that are the same at every level."""
 
         def take(x_t: Tensor, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
             # The original noises the condition it noised the step before; each step's own level was meant.

@@ -1,4 +1,4 @@
-"""CompVis's door to DDIM: its constructor, keywords, tables and numbers, on the shared loop of levels.py."""
+"""CompVis's DDIMSampler: its constructor, keywords, tables and numbers, on the shared loop of levels.py."""
 
 import logging
 import math
@@ -37,7 +37,7 @@ class TableSampler:
     Args:
         model: see denoiser.py.
         schedule, device: kept as attributes, without effect: tables and samples are where the model is.
-        separate_passes: ask for guidance's two answers one after the other, as ControlNet's sampler does.
+        separate_passes: run guidance's two passes one after the other, as ControlNet's sampler does.
 
     Other people's subclasses may override any method by the originals' signatures: each calls the others with the
     originals' arguments, and with later ones (ucg_schedule, dynamic_threshold) only where they are set.
@@ -158,13 +158,13 @@ class TableSampler:
         return [self._level(i, times[i], use_original_steps, device) for i in range(count)]
 
     def _count(self, timesteps: int | None, use_original_steps: bool) -> int:
-        """How many of the lowest levels a run visits."""
+        """Count the levels of a run, which are the lowest ones."""
         available = self.ddpm_num_timesteps if use_original_steps else len(self.ddim_timesteps)
         if timesteps is None:
             return available
         if use_original_steps:
             return min(timesteps, available)
-        # The original leaves out the highest of the levels asked for; kept, for its callers' numbers.
+        # The original leaves out the highest of these levels; kept, for its callers' numbers.
         return max(min(timesteps, available) - 1, 0)
 
     def _denoiser(self, conditioning: Any, **options: Any) -> Denoiser:
@@ -182,7 +182,7 @@ class TableSampler:
 class DDIMSampler(TableSampler):
     """DDIM with CompVis's signatures.
 
-    Differences: it runs on the model's device, "uniform" gives as many steps as were asked for, the original
+    Differences: it runs on the model's device, "uniform" gives exactly S steps, the original
     steps and strength 1 work, conditions may be dicts of lists, x0 and v models are understood, nothing is
     printed (a progress bar is the caller's).
     """
@@ -291,8 +291,8 @@ class DDIMSampler(TableSampler):
 
         Args:
             shape: (b, c, h, w).
-            ddim_use_original_steps: visit every level of the model.
-            timesteps: visit only the lowest so many levels; of DDIM's own tables one less, as in the original.
+            ddim_use_original_steps: go through every level of the model.
+            timesteps: only the lowest so many levels; of DDIM's own tables one less, as in the original.
         """
         check_mask(mask, x0, shape)
         count = self._count(timesteps, ddim_use_original_steps)
@@ -347,7 +347,7 @@ class DDIMSampler(TableSampler):
 
         Args:
             x: (b, c, h, w) at row `index` of the tables.
-            t: (b,) what the network is told.
+            t: (b,) levels, passed to the network.
             repeat_noise: the same noise for every image of the batch.
         """
         denoise = self._denoiser(
@@ -373,7 +373,7 @@ class DDIMSampler(TableSampler):
     ) -> Tensor:
         """Noise x0 (b, c, h, w) to rows t (b,) of the tables, from where `decode` takes t steps.
 
-        The level is the one above the first that decode visits, as in the original. A row past the last
+        The level is the one above decode's first, as in the original. A row past the last
         (strength 1, where the original failed) is pure noise: what a run of all steps starts from.
         """
         alpha_bar = self.alphas_cumprod if use_original_steps else self.ddim_alphas
@@ -427,14 +427,14 @@ class DDIMSampler(TableSampler):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Invert: walk x0 (b, c, h, w) up t_enc levels along DDIM's deterministic path.
 
-        The network is told the level of the noisier end, as ControlNet's sampler does (the one it came from
-        told the loop's index).
+        The network is called with the level of the noisier end, as in ControlNet's sampler (the one it came from
+        passed the loop's index).
 
         Args:
             return_intermediates: keep about so many samples on the way, and always the last two.
 
         Returns:
-            (x, {"x_encoded": x, "intermediate_steps": [i, ...]}), with "intermediates" if asked for.
+            (x, {"x_encoded": x, "intermediate_steps": [i, ...]}), with return_intermediates "intermediates" as well.
         """
         count = self._part(t_enc, use_original_steps, "t_enc")
         denoise = self._denoiser(
@@ -472,7 +472,7 @@ class DDIMSampler(TableSampler):
 
 
 def times_for(x: Tensor, t: int | float | Tensor) -> Tensor:
-    """Tell every image of a batch x (b, ...) the same whole level: (b,) int64."""
+    """Repeat one whole level for every image of a batch x (b, ...): (b,) int64."""
     return torch.full(x.shape[:1], t, device=x.device, dtype=torch.long)
 
 

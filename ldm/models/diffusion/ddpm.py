@@ -46,7 +46,7 @@ WHOLE_BATCH_KEYS = ("class_label", "cls")
 FIRST_STAGE = "__is_first_stage__"
 UNCONDITIONAL = "__is_unconditional__"
 
-# Classes that Stability and CompVis have in this file; they stand on it, and are looked for when they are asked for.
+# Classes that Stability and CompVis have in this file; they build on it, and are imported on first use.
 __getattr__ = living_in(
     "ldm.models.diffusion.further_conditions",
     "LatentDepth2ImageDiffusion",
@@ -58,12 +58,12 @@ __getattr__ = living_in(
 
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """Stand in for `train` on a frozen stage, so that model.train() leaves its dropout and norms alone."""
+    """Replace `train` on a frozen stage, so that model.train() leaves its dropout and norms alone."""
     return self
 
 
 class DiffusionWrapper(nn.Module):
-    """The UNet behind one door: every kind of condition comes in by keyword and goes where its route says.
+    """The UNet with its conditioning: each kind of condition comes by keyword and enters where conditioning_key says.
 
     Args:
         diff_model_config: {"target", "params"} of the network; "sequential_crossattn" beside them (default
@@ -169,7 +169,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
     """
 
     takes_conditions = False
-    learning_rate: float | None = None  # set by whoever trains; configure_optimizers needs it
+    learning_rate: float | None = None  # set by the trainer; configure_optimizers needs it
     loaded: frozenset[str] = frozenset()  # names of the tensors that init_from_ckpt has read
 
     @leaves_others_to_subclasses
@@ -386,6 +386,10 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         return prediction.velocity(x, noise, *self._level(t, x))
 
     # -- training ------------------------------------------------------------------------------------------
+    # training_step, validation_step, on_train_batch_*, configure_optimizers and log_images are the hooks of Lightning
+    # and of CompVis's logger: cldm and other people's trainers call them by these names. ldm.training calls
+    # configure_optimizers and on_train_batch_end, and all but validation_step for models whose random numbers it does
+    # not draw itself (see DiffusionObjective).
 
     def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
         """Return the elementwise loss, or its mean."""
@@ -424,7 +428,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         return self.p_losses(x, self._random_levels(len(x)), *args, **kwargs)
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: None = None) -> Tensor:
-        """Ask the network about x_noisy (b, c, h, w) at levels t (b,), as samplers do.
+        """Run the network on x_noisy (b, c, h, w) at levels t (b,), as samplers do.
 
         Raises:
             UsageError: cond is not None; this model takes no conditions.
@@ -464,7 +468,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
             empty = "" if empty is None else empty
             kept = [empty if torch.rand(()) < rule["p"] else value for value in values]
             batch[key] = (
-                torch.stack([one.expand(values.shape[1:]) for one in kept])
+                torch.stack([value.expand(values.shape[1:]) for value in kept])
                 if isinstance(values, Tensor)
                 else kept
             )
@@ -609,7 +613,7 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
 
     takes_conditions = True
 
-    built_from: dict[str, Any]  # its parameters as they were given, for those who write them down
+    built_from: dict[str, Any]  # its parameters as they were given, which ldm.saving writes down
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "LatentDiffusion":
         model = super().__new__(cls)
@@ -769,8 +773,8 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
             raise UsageError(
                 f"conditions '{self.cond_stage_key}' have no empty value of their own; give null_label"
             )
-        spread = lambda one: one[:1].expand(batch_size, *one.shape[1:])  # noqa: E731
-        return [spread(one) for one in c] if isinstance(c, list) else spread(c)
+        spread = lambda part: part[:1].expand(batch_size, *part.shape[1:])  # noqa: E731
+        return [spread(part) for part in c] if isinstance(c, list) else spread(c)
 
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> Any:
@@ -818,7 +822,7 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
         return tiling.join([decode(tile) for tile in tiling.split(z)], up=split["vqf"]).to(dtype)
 
     def _tiling(self, x: Tensor) -> Tiling:
-        """Lay tiles out over x as split_input_params asks, none larger than x."""
+        """Lay tiles out over x by split_input_params, none larger than x."""
         split = self.split_input_params
         size = tuple(x.shape[-2:])
         ties = (split.get("clip_min_tie_weight", 0.01), split.get("clip_max_tie_weight", 0.5))
@@ -876,7 +880,7 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
             return_x: append the pictures.
 
         Returns:
-            [z (b, c, h, w), c] and what was asked for; c is None for an unconditional model.
+            [z (b, c, h, w), c] and what the flags append; c is None for an unconditional model.
         """
         x = super().get_input(batch, k)[:bs].to(self.device)
         z = self.get_first_stage_encoding(self.encode_first_stage(x)).detach()
@@ -930,7 +934,7 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
         return self.q_sample(c, self.cond_ids[t], noise=torch.randn_like(c.float()))
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Any, return_ids: bool = False) -> Any:
-        """Ask the network about x_noisy (b, c, h, w) at levels t (b,) under conditions.
+        """Run the network on x_noisy (b, c, h, w) at levels t (b,) under conditions.
 
         Args:
             cond: a dict of the lists that DiffusionWrapper takes, or a tensor or list of tensors for the
@@ -1041,12 +1045,12 @@ class LatentFinetuneDiffusion(LatentDiffusion):
 
     def _fit(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Widen the weights of finetune_keys with zeros to this model's input channels."""
-        own = self.state_dict()
+        state = self.state_dict()
         widened = dict(tensors)
         for key in self.finetune_keys or ():
-            if key not in tensors or key not in own or tensors[key].shape == own[key].shape:
+            if key not in tensors or key not in state or tensors[key].shape == state[key].shape:
                 continue
-            old, want, keep = tensors[key], own[key].shape, self.keep_dims
+            old, want, keep = tensors[key], state[key].shape, self.keep_dims
             fits = len(old.shape) == len(want) and old.shape[0] == want[0] and old.shape[2:] == want[2:]
             if not fits or not keep <= old.shape[1] <= want[1]:
                 raise MismatchError(
@@ -1184,7 +1188,7 @@ def frozen(model: nn.Module) -> nn.Module:
 def _like_weights(x: Any, model: nn.Module) -> Any:
     """Cast x, or each of a list, to the dtype of a module's weights, if it has any; labels stay as they are."""
     if isinstance(x, list):
-        return [_like_weights(one, model) for one in x]
+        return [_like_weights(part, model) for part in x]
     weight = next(model.parameters(), None)
     return x if weight is None or not x.is_floating_point() else x.to(weight.dtype)
 

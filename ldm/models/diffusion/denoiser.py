@@ -1,4 +1,4 @@
-"""A model with its conditions and guidance, which samplers ask for the noise and the clean sample at a level.
+"""A model with its conditions and guidance: from a sample and its level to the predicted noise and clean sample.
 
 Samplers know a model only by apply_model(x, t, conditioning), alphas_cumprod, num_timesteps, parameterization ("eps",
 "x0" or "v"), and first_stage_model where they are to quantise.
@@ -20,28 +20,28 @@ WHOLE_INTERVAL = (0.0, 1.0)
 
 
 def ask_both(
-    ask: Callable[[Tensor, Tensor, Any], Tensor],
+    model: Callable[[Tensor, Tensor, Any], Tensor],
     x: Tensor,
     t: Tensor,
     unconditional: Any,
     conditioning: Any,
     separate_passes: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Ask a model for its (unconditional, conditional) answers about samples x (b, ...) at levels t (b,).
+    """Run a model on samples x (b, ...) at levels t (b,) without and with condition: (uncond, cond) outputs.
 
     In one batch, the unconditional half first, as CompVis's samplers do; or one after the other, the conditional
     first, as ControlNet's does: see `separate_passes` of Denoiser.
     """
     if separate_passes:
-        cond = ask(x, t, conditioning)
-        return ask(x, t, unconditional), cond
+        cond = model(x, t, conditioning)
+        return model(x, t, unconditional), cond
     both = join(unconditional, conditioning)
-    uncond, cond = ask(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+    uncond, cond = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
     return uncond, cond
 
 
 class Denoiser:
-    """A model with its conditions and guidance, asked for the noise and the clean sample at a level.
+    """A model with its conditions and guidance: called with a sample and its level, it predicts (eps, x0).
 
     Args:
         model: see the module's first lines.
@@ -51,9 +51,9 @@ class Denoiser:
         guidance_rescale: 0 to 1, how much of the conditional answer's spread to restore.
         guidance_interval: (low, high), where guidance is worth its cost (arXiv:2404.07724): levels t of T with
             low <= t / T < high are guided, at all others the conditional answer is taken as it is and the
-            unconditional one not asked for. (0, 1) holds every level; an interval that ends where it begins
+            unconditional one not computed. (0, 1) holds every level; an interval that ends where it begins
             holds none, and two that meet share none.
-        separate_passes: ask for both answers one after the other, the conditional first, as ControlNet's
+        separate_passes: run both passes one after the other, the conditional first, as ControlNet's
             sampler does: needed where the two conditions do not join into one batch, and half the memory.
         score_corrector: object with modify_score(model, eps, x, t, conditioning, **corrector_kwargs).
 

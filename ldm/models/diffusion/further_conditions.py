@@ -16,7 +16,7 @@ from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion, LatentFinetuneDiffu
 
 
 class LatentUpscaleDiffusion(LatentDiffusion):
-    """An upscaler: the small picture, noised, is joined to the latents, and the network is told its noise's level.
+    """An upscaler: the small picture, noised, is joined to the latents; its noise level is the network's label, c_adm.
 
     Args:
         low_scale_config: of what noises it, such as upscaling.ImageConcatWithNoiseAugmentation.

@@ -171,7 +171,7 @@ class GaussianDiffusion:
     Args:
         betas: one row of numbers in (0, 1].
         model_mean_type, model_var_type, loss_type: see there.
-        rescale_timesteps: tell the network t * 1000 / num_timesteps instead of t.
+        rescale_timesteps: call the network with t * 1000 / num_timesteps instead of t.
         decoder_nll: how the step to level 0 is judged: "discretized" for pixels, multiples of 2 / 255 in [-1, 1]
             (a probability, at least 0 bits), "gaussian" for data without bins, such as latents (a density, whose
             bits may be negative and depend on the data's unit).
@@ -224,7 +224,7 @@ class GaussianDiffusion:
         self.posterior_mean_coef1 = q.coef_x0.numpy()
         self.posterior_mean_coef2 = q.coef_x_t.numpy()
 
-    # -- chance --------------------------------------------------------------------------------------------
+    # -- random draws --------------------------------------------------------------------------------------------
 
     def noise_like(self, x: Tensor) -> Tensor:
         """Draw unit normals of x's shape, dtype and device; all that the methods draw comes from here."""
@@ -260,7 +260,7 @@ class GaussianDiffusion:
         return tuple(self._at(table, t, like) for table in tables)
 
     def _check_levels(self, t: Tensor, x: Tensor) -> None:
-        """Refuse what is no level of the chain; levels on an accelerator are not looked at, nobody waits."""
+        """Refuse what is no level of the chain; levels on an accelerator are not read, which would wait for it."""
         last = self.num_timesteps - 1
         wanted = f"t should be {len(x)} whole levels from 0 to {last}, one for each sample"
         if t.shape != x.shape[:1] or t.is_floating_point():
@@ -306,7 +306,7 @@ class GaussianDiffusion:
         coefficients = {"coef_x0": self.posterior_mean_coef1, "coef_x_t": self.posterior_mean_coef2}
         return {name: self._at(table, t, like) for name, table in coefficients.items()}
 
-    # -- p: what the network makes of it -------------------------------------------------------------------
+    # -- p: the network's step back ------------------------------------------------------------------------
 
     def p_mean_variance(
         self,
@@ -317,14 +317,14 @@ class GaussianDiffusion:
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
-        """Ask the network for p(x_{t-1} | x_t).
+        """Run the network for p(x_{t-1} | x_t).
 
         Returns:
             {"mean", "variance", "log_variance", "pred_xstart"}, each shaped like x.
 
         Raises:
             UsageError: t out of range, or labels y that the network has not.
-            MismatchError: an answer with another number of channels than the types call for.
+            MismatchError: an answer with another number of channels than the types need.
         """
         answer = self._ask(model, x, t, model_kwargs)
         output, variance, log_variance = self._variance(answer, x, t)
@@ -347,7 +347,7 @@ class GaussianDiffusion:
         }
 
     def _ask(self, model: Callable, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None) -> Tensor:
-        """Ask the network, and see that the answer has the channels that the variance's type calls for."""
+        """Run the network, and check that its output has the channels that the variance's type needs."""
         self._check_levels(t, x)
         kwargs = model_kwargs or {}
         check_labels_of(model, kwargs.get("y"))

@@ -187,6 +187,6 @@ def _rows(levels: Sequence[Tensor], padding: int = 2) -> Tensor:
 
 
 def _only(log: dict[str, Tensor], keys: Iterable[str] | None) -> dict[str, Tensor]:
-    """Keep the asked-for pictures, or all of them where none of those is there."""
+    """Keep the pictures under `keys`, or all of them where none of those is there."""
     chosen = {key: log[key] for key in keys or () if key in log}
     return chosen or log

@@ -21,7 +21,7 @@ class Step:
 
     Attributes:
         index: 0-based, of `total` in this run.
-        t: the level that the network was asked about; fractional for dpm_solver.
+        t: the level that the network was called with; fractional for dpm_solver.
         x_t: (b, ...) the sample after the step.
         pred_x0: (b, ...) the clean sample as predicted in this step: what to preview.
     """
@@ -39,7 +39,7 @@ class Level(NamedTuple):
     Attributes:
         index: place in the plan, 0 = cleanest.
         total: length of the plan.
-        t: what the network is told: a number, or (b,) one per image.
+        t: what the network is called with: a number, or (b,) one per image.
         t_next: the same at the level stepped to (the plan's cleanest stays where it is).
         alpha_bar, alpha_bar_prev: 0-d, here and at the level stepped to.
         std: 0-d, standard deviation of the fresh noise.

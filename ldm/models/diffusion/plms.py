@@ -1,4 +1,4 @@
-"""CompVis's door to PLMS: its constructor, keywords and numbers, on the shared loop of levels.py."""
+"""CompVis's PLMSSampler: its constructor, keywords and numbers, on the shared loop of levels.py."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -158,8 +158,8 @@ class PLMSSampler(TableSampler):
 
         Args:
             x: (b, c, h, w) at row `index` of the tables.
-            t, t_next: (b,) what the network is told here and at the level stepped to.
-            old_eps: earlier raw eps, oldest first; empty at the first step, which asks the network twice.
+            t, t_next: (b,) levels passed to the network, here and at the level stepped to.
+            old_eps: earlier raw eps, oldest first; empty at the first step, which calls the network twice.
         """
         denoise = self._denoiser(
             c,

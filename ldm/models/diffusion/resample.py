@@ -1,4 +1,4 @@
-"""Which levels a training batch is asked about: all alike, or those with large losses more often.
+"""Which levels a training batch is noised to: all alike, or those with large losses more often.
 
 Improved DDPM (arXiv:2102.09672), section 3.3. Levels are drawn from numpy's global generator, as in OpenAI's code,
 or from one that a trainer gives, so that a resumed run draws the same levels.

@@ -1,4 +1,4 @@
-"""A chain that visits only some of the levels a network was trained on (Improved DDPM, arXiv:2102.09672)."""
+"""A respaced chain: only some of the levels a network was trained on (Improved DDPM, arXiv:2102.09672)."""
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -19,8 +19,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
     Args:
         num_timesteps: levels of the network.
-        section_counts: "ddimN" visits exactly N levels with one stride; "a,b,c" or [a, b, c] divides the levels
-            into equal sections, the cleanest first, and visits so many of each (see process.spacing).
+        section_counts: "ddimN" is exactly N levels with one stride; "a,b,c" or [a, b, c] divides the levels
+            into equal sections, the cleanest first, and takes so many of each (see process.spacing).
 
     Raises:
         UsageError: counts that cannot be had, or that are no whole numbers.
@@ -42,14 +42,14 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
 
 class SpacedDiffusion(GaussianDiffusion):
-    """Diffusion over some levels of a longer chain; the network is told the levels of the long one.
+    """Diffusion over some levels of a longer chain; the network is called with the levels of the long one.
 
     Attributes:
         timestep_map: the long chain's level for each of this one's.
         original_num_steps: length of the long chain.
 
     Args:
-        use_timesteps: the levels to visit, in any order.
+        use_timesteps: the levels to keep, in any order.
         kwargs: GaussianDiffusion's, with the long chain's betas.
 
     Raises:
@@ -95,7 +95,7 @@ class SpacedDiffusion(GaussianDiffusion):
 
 
 class _WrappedModel:
-    """A network that is asked at the short chain's levels, and told the long one's."""
+    """A network called with levels of the short chain, which it translates to those of the long one."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class _WrappedModel:
         self.num_classes = getattr(model, "num_classes", None)
 
     def __call__(self, x: Tensor, ts: Tensor, **kwargs: Any) -> Tensor:
-        told = upload(torch.tensor(self.timestep_map, dtype=ts.dtype), ts.device)[ts]
+        levels = upload(torch.tensor(self.timestep_map, dtype=ts.dtype), ts.device)[ts]
         if self.rescale_timesteps:
-            told = told.float() * (1000.0 / self.original_num_steps)
-        return self.model(x, told, **kwargs)
+            levels = levels.float() * (1000.0 / self.original_num_steps)
+        return self.model(x, levels, **kwargs)

@@ -163,8 +163,8 @@ class DDIM(NoisySampler):
     def plan(
         cls, alpha_bar: np.ndarray, steps: int, *, eta: float = 0.0, spacing: str | None = None
     ) -> list[Level]:
-        own = "trailing" if alpha_bar[-1] <= LEAST_SIGNAL else cls.spacing
-        levels = choose_levels(spacing or own, steps, len(alpha_bar))
+        default = "trailing" if alpha_bar[-1] <= LEAST_SIGNAL else cls.spacing
+        levels = choose_levels(spacing or default, steps, len(alpha_bar))
         return make_plan(levels, alpha_bar[levels], alpha_bar[0], eta)
 
     @classmethod
@@ -196,7 +196,7 @@ class DDIM(NoisySampler):
 class PLMS(DDIM):
     """Pseudo linear multistep (arXiv:2202.09778) over DDIM's levels and transfer, as CompVis has it.
 
-    The first step averages the noise at both its ends, so a run of S steps asks the network S + 1 times. From a level
+    The first step averages the noise at both its ends, so a run of S steps calls the network S + 1 times. From a level
     without signal it is DDIM's.
 
     Attributes:
@@ -217,14 +217,14 @@ class PLMS(DDIM):
         eps, pred_x0 = self.denoise(x, level.t, level.alpha_bar)
         if self.old_eps:
             mean = plms_eps(eps, self.old_eps)
-        elif level.alpha_bar == 0:  # no average of noise tells a picture there, but the network has told one
+        elif level.alpha_bar == 0:  # noise alone gives no clean sample there; the network's own answer does
             self.old_eps = [eps]
             return self.move(x, eps, self.quantize(pred_x0), level)
         else:
             guess, _ = self.move(x, eps, self.quantize(pred_x0), level)
-            # Below the lowest level there is none to tell the network; the original tells it the lowest again.
-            told = level.alpha_bar_prev if level.index > 0 else level.alpha_bar
-            mean = (eps + self.denoise(guess, level.t_next, told)[0]) / 2
+            # Below the lowest level there is no level to call the network with; the original repeats the lowest.
+            alpha_bar = level.alpha_bar_prev if level.index > 0 else level.alpha_bar
+            mean = (eps + self.denoise(guess, level.t_next, alpha_bar)[0]) / 2
         self.old_eps = [*self.old_eps, eps][-3:]
         return self.move(x, mean, self.quantize(to_x0("eps", mean, x, level.alpha_bar)), level)
 
@@ -275,7 +275,7 @@ class DDPM(NoisySampler):
 class DPMSolver(Sampler):
     """DPM-Solver, multistep, between levels: CompVis's --dpm_solver.
 
-    Levels divide the whole range, so the network is told fractions: 999, 949.05, ... for 20 steps. A level without
+    Levels divide the whole range, so the network gets fractional levels: 999, 949.05, ... for 20 steps. A level without
     signal counts as one with a 2^24th, as in diffusers: its log-SNR would be infinite.
 
     Options:
@@ -429,7 +429,7 @@ def sample_steps(
         name: any spelling that `resolve_sampler` knows.
         model: see denoiser.py.
         x_T: (b, ...) the sample to start from: unit noise for a whole run, or with run_last an image noised
-            to the level that `start_level` tells. Its dtype and device are kept.
+            to the level that `start_level` gives. Its dtype and device are kept.
         conditioning, unconditional_conditioning: tensor, list, or dict of lists, for apply_model.
         steps: exactly so many, 1 to the model's number of levels.
         guidance_scale, guidance_rescale, guidance_interval, separate_passes, score_corrector,

@@ -50,7 +50,7 @@ class DDIMScheduler:
             schedule = NoiseSchedule.named("linear", 1000, linear_start=0.00085, linear_end=0.012)
             alphas_cumprod = schedule.alpha_bar
         self.alphas_cumprod = torch.as_tensor(alphas_cumprod).detach().cpu().float()
-        # Whoever asks for a level's alpha_bar gets the float32 table's value, to compute with in float64.
+        # A caller that reads a level's alpha_bar gets the float32 table's value, to compute with in float64.
         self._alpha_bar = self.alphas_cumprod.double()
         self._final = self._alpha_bar.new_ones(()) if set_alpha_to_one else self._alpha_bar[0]
         self.spacing = spacing
@@ -99,7 +99,7 @@ class DDIMScheduler:
 
         Args:
             std: from get_std.
-            noise: unit normal like zt; drawn from torch's generator where std asks for it and none is given.
+            noise: unit normal like zt; drawn from torch's generator where std is not 0 and none is given.
 
         Raises:
             UsageError: t is not one of the timesteps.

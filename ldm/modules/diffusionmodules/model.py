@@ -31,7 +31,7 @@ __all__ = [
     "nonlinearity",
 ]
 
-# Classes that CompVis has in this file; they stand on it, and are looked for when they are asked for.
+# Classes that CompVis has in this file; they build on it, and are imported on first use.
 __getattr__ = living_in(
     "ldm.modules.diffusionmodules.rescaling",
     "FirstStagePostProcessor",
@@ -72,7 +72,7 @@ def nonlinearity(x: Tensor) -> Tensor:
 
 
 class Upsample(nn.Module):
-    """Double height and width by repetition, then smooth with a 3x3 convolution if asked."""
+    """Double height and width by repetition, then smooth with a 3x3 convolution where with_conv is set."""
 
     def __init__(self, in_channels: int, with_conv: bool):
         super().__init__()

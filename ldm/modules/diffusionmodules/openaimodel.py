@@ -110,7 +110,7 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
 
 
 class Upsample(nn.Module):
-    """Double the sides by repetition, then convolve if asked.
+    """Double the sides by repetition, then convolve where use_conv is set.
 
     forward also takes the size to reach, so that a map can follow a skip of odd size.
     """

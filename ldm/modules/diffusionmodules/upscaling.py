@@ -1,4 +1,4 @@
-"""What an upscaler makes of the small picture before it is joined to the latents: noise of a level that it is told."""
+"""Noise augmentation of an upscaler's small picture: noised to a level that conditions the network."""
 
 from collections.abc import Mapping
 from typing import Any

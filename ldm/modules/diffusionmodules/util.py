@@ -58,9 +58,9 @@ def make_beta_schedule(
 def make_ddim_timesteps(
     ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
 ) -> np.ndarray:
-    """Return the original's DDIM levels, quirks included: "uniform" may give more levels than asked for.
+    """Return the original's DDIM levels, quirks included: "uniform" may give more than num_ddim_timesteps.
 
-    ldm.process.spacing.exact_levels gives as many as asked for.
+    ldm.process.spacing.exact_levels gives exactly as many.
     """
     return compvis_levels(ddim_discr_method, num_ddim_timesteps, num_ddpm_timesteps)
 

@@ -70,7 +70,7 @@ def _shipped_or_cached(version: str) -> Path:
 
 
 def in_hub_cache(name: str, file: str) -> Path | None:
-    """Find a file of a hub repository in the local cache; the network is never asked."""
+    """Find a file of a hub repository in the local cache, without the network."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

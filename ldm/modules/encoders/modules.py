@@ -85,7 +85,7 @@ class ClassEmbedder(nn.Module):
 
 
 class SpatialRescaler(nn.Module):
-    """Resize an image condition n_stages times, and map its channels if asked.
+    """Resize an image condition n_stages times, and map its channels where out_channels is set.
 
     Args:
         n_stages: how often to resize; 0 leaves the size.
@@ -257,7 +257,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         return CLIPTextTransformer(config)
 
     def freeze(self) -> None:
-        """Put the transformer into evaluation mode and ask for no gradients."""
+        """Put the transformer into evaluation mode, without gradients."""
         self.transformer = self.transformer.eval()
         self.requires_grad_(False)
 
@@ -336,7 +336,7 @@ class _OnWeights(AbstractEncoder):
         self.to(device)
 
     def freeze(self) -> None:
-        """Put the encoder into evaluation mode and ask for no gradients."""
+        """Put the encoder into evaluation mode, without gradients."""
         self.eval().requires_grad_(False)
 
 
@@ -564,7 +564,7 @@ class FrozenOpenCLIPEmbedder(_OnWeights):
         return self.model.ln_final(x.transpose(0, 1))
 
     def text_transformer_forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """Run the blocks that `layer` asks for over x (n, b, d)."""
+        """Run the blocks that `layer` needs over x (n, b, d)."""
         return self.model.transformer(x, attn_mask=attn_mask, leave_out=self.layer_idx)
 
     def encode(self, text: str | Sequence[str]) -> Tensor:

@@ -35,7 +35,7 @@ SIZES = {
 
 
 def sizes_of(arch: str) -> Sizes:
-    """Look an architecture up by OpenCLIP's name; of those not in SIZES, ask the package if it is installed.
+    """Look an architecture up by OpenCLIP's name; those not in SIZES, in the package where it is installed.
 
     Raises:
         UsageError: an unknown name.

@@ -108,7 +108,7 @@ class CleaningTokenizer:
         return len(self._tokenizer)
 
     def __getattr__(self, name: str) -> Any:
-        # Copying and unpickling ask for dunder names before there is a tokenizer to ask.
+        # Copying and unpickling look up dunder names before the tokenizer is set.
         if name == "_tokenizer" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._tokenizer, name)

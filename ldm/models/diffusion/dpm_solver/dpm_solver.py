@@ -169,7 +169,7 @@ def model_wrapper(
         model_type: what the network predicts: "noise", "x_start", "v" or "score".
         guidance_type: "uncond"; "classifier", which adds the gradient of classifier_fn(x, t_input, condition,
             **classifier_kwargs), the log-probabilities (b,), times guidance_scale; or "classifier-free", which
-            asks for both conditions in one batch, the unconditional one first.
+            runs both conditions in one batch, the unconditional one first.
         condition, unconditional_condition: tensors, or dicts or lists of them. Without the second, or at scale 1,
             "classifier-free" takes the conditional answer as it is.
 
@@ -653,7 +653,7 @@ class DPM_Solver:
 
         Args:
             x: (b, ...) sample at t_T.
-            order: of the better solver, 2 or 3; it is held against the one below.
+            order: of the better solver, 2 or 3; it is compared with the one below.
             h_init: length of the first step, in lambda.
             atol, rtol: by how much the two may differ, as such and as a share of the sample.
             theta: caution, from 0 to 1: the share of the step that the error allows.

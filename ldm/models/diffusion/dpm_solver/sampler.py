@@ -1,4 +1,4 @@
-"""CompVis's door to DPM-Solver: its constructor, keywords and numbers, on the shared loop of levels.py."""
+"""CompVis's DPMSolverSampler: its constructor, keywords and numbers, on the shared loop of levels.py."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ class DPMSolverSampler:
     Args:
         model: see denoiser.py.
         device: kept as an attribute, without effect: samples are where the model is.
-        separate_passes: ask for guidance's two answers one after the other.
+        separate_passes: run guidance's two passes one after the other.
         solver: options of samplers.DPMSolver (predict_x0=False is DPM-Solver proper, order, solver_type,
             lower_order_final) and `spacing`.
     """
