@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UsageError
-from ldm.kernels.fused import FusedModule
+from ldm.kernels.fused_module import FusedModule
 from ldm.limits import CACHE_INTERVAL, whole
 from ldm.modules.diffusionmodules.openaimodel import SuperResModel, UNetModel
 

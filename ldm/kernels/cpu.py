@@ -1,8 +1,4 @@
-"""What the stand-ins compute with on a CPU: oneDNN's products with weights laid out beforehand, and the kernels
-in cpp/.
-
-An engine is a module with these names; cuda.py is the other one. Maps are (b, c, h, w) with channels last.
-"""
+"""CPU backend: oneDNN's linear layers and convolutions with packed weights, and the C++ kernels in cpp/."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,43 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from ldm.kernels import native, upsample_conv, winograd
-from ldm.kernels.native import (
-    attention,
-    geglu,
-    group_norm,
-    supports_attention,
-    supports_geglu,
-    supports_norm,
-)
-
-__all__ = [
-    "DTYPES",
-    "FEED_FORWARD_ROWS",
-    "CACHES_CONTEXT",
-    "attention",
-    "convolve",
-    "geglu",
-    "group_norm",
-    "multiply",
-    "pack_conv",
-    "pack_linear",
-    "run_conv",
-    "supports_attention",
-    "supports_geglu",
-    "supports_norm",
-    "interleave_phases",
-]
+from ldm.kernels.native import attention as attention
+from ldm.kernels.native import geglu as geglu
+from ldm.kernels.native import group_norm as group_norm
+from ldm.kernels.native import supports_attention as supports_attention
+from ldm.kernels.native import supports_geglu as supports_geglu
+from ldm.kernels.native import supports_norm as supports_norm
 
 DTYPES = (torch.float32, torch.bfloat16)
-CACHES_CONTEXT = True  # to compare values costs next to nothing here
-# Tokens that go through a feed-forward at a time, so that what lies between stays in the cache.
+CACHES_CONTEXT = True  # a comparison costs next to nothing here
+# So that the wide activations of a feed-forward stay in the processor's cache.
 FEED_FORWARD_ROWS = 1024
-# Overloads are named below: to find one by trial, torch prints the tensors into an error that nobody sees.
+# Overloads are named below: to choose one itself, torch tries each, printing the tensors into errors that it discards.
 mkldnn = torch.ops.mkldnn
 
 
 def pack_linear(weight: Tensor, rows: int) -> Tensor:
-    """Lay a linear layer's weight (out, in) out for products with so many rows."""
+    """Pack a linear layer's weight (out, in) for products with so many rows."""
     return mkldnn._reorder_linear_weight(weight, rows)
 
 
@@ -62,7 +38,7 @@ def multiply(x: Tensor, packed: Tensor, bias: Tensor | None, add: Tensor | None 
 def pack_conv(
     weight: Tensor, padding: Any, stride: Any, dilation: Any, groups: int, size: Sequence[int]
 ) -> Tensor:
-    """Lay a convolution's weight out for maps of a size."""
+    """Pack a convolution's weight (out, in / groups, kh, kw) for maps of a size (b, in, h, w)."""
     return mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, list(size))
 
 
@@ -87,22 +63,17 @@ def run_conv(
     )
 
 
-def convolve(conv: nn.Conv2d, x: Tensor, kept: Mapping[str, Any], add: Tensor | None) -> Tensor:
-    """Convolve a map as a layer does, and add a map if there is one.
-
-    Args:
-        kept: by way of convolving (maps of other sizes may go another), what keeps the laid-out weight until the
-            layer's weight changes: kept[way].get(make, weight).
-    """
+def convolve(conv: nn.Conv2d, x: Tensor, caches: Mapping[str, Any], add: Tensor | None) -> Tensor:
+    """Convolve a map (b, c, h, w) as a layer does, by Winograd's algorithm where it pays; see Backend.convolve."""
     if winograd.supports(conv, x):
         tiles = x.shape[0] * x.shape[2] * x.shape[3] // 4
-        packed = kept["winograd"].get(lambda: winograd.pack(conv.weight.detach(), tiles), conv.weight)
+        packed = caches["winograd"].get(lambda: winograd.pack(conv.weight.detach(), tiles), conv.weight)
         return winograd.convolve(x, packed, conv.bias, conv.out_channels, add)
-    how = (conv.padding, conv.stride, conv.dilation, conv.groups)
-    packed = kept["direct"].get(lambda: pack_conv(conv.weight.detach(), *how, x.shape), conv.weight)
-    return run_conv(x, packed, conv.bias, *how, add=add)
+    options = (conv.padding, conv.stride, conv.dilation, conv.groups)
+    packed = caches["direct"].get(lambda: pack_conv(conv.weight.detach(), *options, x.shape), conv.weight)
+    return run_conv(x, packed, conv.bias, *options, add=add)
 
 
 def interleave_phases(y: Tensor) -> Tensor:
-    """Lay the four phases (b, 4 c, h + 1, w + 1) of doubled maps out as one (b, c, 2 h, 2 w)."""
+    """Interleave the four phases (b, 4 c, h + 1, w + 1) of an upsampled map into one (b, c, 2 h, 2 w)."""
     return upsample_conv.interleave_phases(y) if native.library() is None else native.interleave_phases(y)

@@ -1,10 +1,11 @@
-"""What the stand-ins compute with on a GPU: cuDNN's and cuBLAS's products on weights as they lie, torch's fused
-attention, and the kernels of triton_kernels.py. An engine, as cpu.py is.
+"""CUDA backend: cuDNN's and cuBLAS's layers on unpacked weights, torch's fused attention, and the Triton kernels.
+
+Each Triton kernel is tried once for each width and dtype; one that fails or gives wrong numbers is left out.
 """
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -12,35 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.kernels.upsample_conv import interleave_phases
+from ldm.kernels.upsample_conv import interleave_phases as interleave_phases
 from ldm.modules.attention import attend
-
-__all__ = [
-    "DTYPES",
-    "FEED_FORWARD_ROWS",
-    "CACHES_CONTEXT",
-    "attention",
-    "convolve",
-    "geglu",
-    "group_norm",
-    "multiply",
-    "pack_conv",
-    "pack_linear",
-    "run_conv",
-    "supports_attention",
-    "supports_geglu",
-    "supports_norm",
-    "interleave_phases",
-]
 
 log = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CACHES_CONTEXT = False  # to compare values would be to wait for the GPU
+CACHES_CONTEXT = False  # a comparison would wait for the GPU
 FEED_FORWARD_ROWS = 1 << 62  # all at once
-# Of kernels that are used, relative to the largest number: some last bits of what is written.
+# Of kernels that are used, relative to the largest number: a few units in the last place of the dtype.
 MAX_ERROR = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-MAX_CELLS = 1 << 13  # of a map at a trial: a larger one is portioned in no other way
+MAX_CELLS = 1 << 13  # of a map at a trial: larger ones are divided into blocks in the same way
 
 
 @functools.cache
@@ -60,18 +43,18 @@ _trials: dict[Any, bool] = {}
 
 
 def is_right(name: str, error: Callable[[], Tensor], like: Tensor, *width: int) -> bool:
-    """Whether a kernel answers a small question rightly; asked once for each width, with a warning if it does not.
+    """Whether a kernel computes a small input correctly; tried once for each width, with a warning if it does not.
 
     Args:
         name: of the kernel.
-        error: asks, and says how far the answer is from the formula's, relative to the largest number.
-        like: has the dtype and device that the kernel is asked for.
-        width: what it is compiled for besides.
+        error: runs it, and gives its distance from the formula, relative to the largest number.
+        like: has the dtype and device that the kernel is wanted for.
+        width: what else it is compiled for.
     """
     key = (name, *width, like.dtype, like.device)
     if key not in _trials:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return False  # nobody can wait for an answer here
+            return False  # a capture must not wait for the result of a trial
         try:
             wrong = float(error())
             why = (
@@ -88,7 +71,7 @@ def is_right(name: str, error: Callable[[], Tensor], like: Tensor, *width: int) 
 
 
 def _wave(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make up numbers from -1 to 1 that are all over a dtype."""
+    """Give numbers from -1 to 1 that use all of a dtype's mantissa."""
     return torch.linspace(-2e3, 3e3, count, dtype=torch.float64, device=device).sin().to(dtype)
 
 
@@ -97,24 +80,24 @@ def _off(got: Tensor, want: Tensor) -> Tensor:
 
 
 def norm_error(x: Tensor, groups: int) -> Tensor:
-    """Say how far `group_norm` is from the formula for maps of a map's channels and dtype, in each of its ways."""
+    """Measure the error of `group_norm` for maps with a map's channels and dtype, with and without its options."""
     module, c = kernels(), x.shape[1]
     cells = min(x.shape[2] * x.shape[3], MAX_CELLS)
     maps = _wave(cells * c, x.dtype, x.device).view(1, 1, cells, c).permute(0, 3, 1, 2)
     weight, bias, shift = (_wave(k * c, torch.float32, x.device)[-c:] for k in (2, 3, 4))
-    found = []
+    errors = []
     plain = F.group_norm(maps.double(), groups, weight.double(), bias.double(), 1e-5)
-    found.append(_off(module.group_norm(maps, groups, weight, bias, 1e-5), plain))
+    errors.append(_off(module.group_norm(maps, groups, weight, bias, 1e-5), plain))
     moved = maps.double() + shift.double()[None, :, None, None]
-    bent = F.silu(F.group_norm(moved, groups, weight.double(), bias.double(), 1e-5))
-    found.append(
-        _off(module.group_norm(maps, groups, weight, bias, 1e-5, shift=shift[None], silu=True), bent)
+    activated = F.silu(F.group_norm(moved, groups, weight.double(), bias.double(), 1e-5))
+    errors.append(
+        _off(module.group_norm(maps, groups, weight, bias, 1e-5, shift=shift[None], silu=True), activated)
     )
-    return torch.stack(found).max()
+    return torch.stack(errors).max()
 
 
 def gate_error(tokens: Tensor, doubled: int) -> Tensor:
-    """Say how far `geglu` is from the formula for rows of a width, of the tokens' dtype."""
+    """Measure the error of `geglu` for rows of a width, of the tokens' dtype."""
     x = _wave(9 * doubled, tokens.dtype, tokens.device).view(9, doubled)
     bias = _wave(2 * doubled, torch.float32, tokens.device)[-doubled:].contiguous()
     value, gate = (x.double() + bias).chunk(2, dim=1)
@@ -122,11 +105,11 @@ def gate_error(tokens: Tensor, doubled: int) -> Tensor:
     return _off(got, value * F.gelu(gate))
 
 
-# --- what the stand-ins ask for ------------------------------------------------------------------------
+# --- the backend ---------------------------------------------------------------------------------------
 
 
 def pack_linear(weight: Tensor, rows: int) -> Tensor:
-    """Give a linear layer's weight as it is."""
+    """Give a linear layer's weight (out, in) as it is."""
     return weight
 
 
@@ -136,8 +119,10 @@ def multiply(x: Tensor, packed: Tensor, bias: Tensor | None, add: Tensor | None 
     return out if add is None else out.add_(add)
 
 
-def pack_conv(weight: Tensor, padding: Any, stride: Any, dilation: Any, groups: int, size: Any) -> Tensor:
-    """Give a convolution's weight with its channels last."""
+def pack_conv(
+    weight: Tensor, padding: Any, stride: Any, dilation: Any, groups: int, size: Sequence[int]
+) -> Tensor:
+    """Give a convolution's weight in channels_last."""
     return weight.contiguous(memory_format=torch.channels_last)
 
 
@@ -156,14 +141,14 @@ def run_conv(
     return out if add is None else out.add_(add)
 
 
-def convolve(conv: nn.Conv2d, x: Tensor, kept: Any, add: Tensor | None) -> Tensor:
-    """Convolve a map as a layer does, and add a map if there is one; nothing is kept."""
-    how = (conv.padding, conv.stride, conv.dilation, conv.groups)
-    return run_conv(x, conv.weight, conv.bias, *how, add=add)
+def convolve(conv: nn.Conv2d, x: Tensor, caches: Mapping[str, Any], add: Tensor | None) -> Tensor:
+    """Convolve a map (b, c, h, w) as a layer does, and add a map if there is one; no weight is packed."""
+    options = (conv.padding, conv.stride, conv.dilation, conv.groups)
+    return run_conv(x, conv.weight, conv.bias, *options, add=add)
 
 
 def supports_norm(x: Tensor, groups: int) -> bool:
-    """Whether `group_norm` takes this (b, c, h, w) map: channels last, groups dividing them."""
+    """Whether `group_norm` takes this (b, c, h, w) map: in channels_last, its channels divided by groups."""
     return (
         x.numel() > 0
         and x.dtype in DTYPES
@@ -181,9 +166,19 @@ def supports_norm(x: Tensor, groups: int) -> bool:
     )
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, **options: Any) -> Tensor:
-    """See triton_kernels.group_norm."""
-    return kernels().group_norm(x, groups, weight, bias, eps, **options)
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    shift: Tensor | None = None,
+    silu: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Normalise x + shift (b, c, h, w), then apply SiLU if `silu`; see Backend.group_norm."""
+    return kernels().group_norm(x, groups, weight, bias, eps, shift=shift, silu=silu, out=out)
 
 
 def supports_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> bool:
@@ -192,7 +187,7 @@ def supports_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
-    """Attend: softmax(scale q k^T) v for each head; see native.attention."""
+    """Compute softmax(scale q k^T) v for each head; see Backend.attention."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return attend(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
@@ -207,5 +202,5 @@ def supports_geglu(tokens: Tensor, doubled: int) -> bool:
 
 
 def geglu(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:
-    """See triton_kernels.geglu."""
+    """Write first half * gelu(second half) of x + bias into out; see Backend.geglu."""
     return kernels().geglu(x, bias, out)

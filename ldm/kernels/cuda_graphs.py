@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.kernels.fused import FUSED, ForwardWrapper, FusedModule, WeightCache, code_of
+from ldm.kernels.fused import FUSED
+from ldm.kernels.fused_module import ForwardWrapper, FusedModule, WeightCache, code_of
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel, check_labels
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.helpers import pinned
-from ldm.kernels.fused import WeightCache
+from ldm.kernels.fused_module import WeightCache
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.modules import AbstractEncoder

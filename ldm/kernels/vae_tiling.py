@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import UsageError
-from ldm.kernels.fused import ForwardWrapper, FusedModule
+from ldm.kernels.fused_module import ForwardWrapper, FusedModule
 from ldm.modules.diffusionmodules import model as plain
 from ldm.modules.diffusionmodules.model import (
     AttnBlock,

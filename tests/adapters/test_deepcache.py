@@ -19,7 +19,7 @@ from ldm.adapters.deepcache import DeepCache
 from ldm.errors import UsageError
 from ldm.generate import denoise
 from ldm.kernels import restore
-from ldm.kernels.fused import FusedModule
+from ldm.kernels.fused_module import FusedModule
 from ldm.modules.diffusionmodules.openaimodel import SuperResModel, UNetModel
 from ldm.pipeline import StableDiffusion
 

@@ -1,9 +1,9 @@
-"""The engines that stand-ins compute with."""
+"""The backends that fused modules compute by."""
 
 import pytest
 import torch
 
-from ldm.kernels import cpu, cuda, fused
+from ldm.kernels import cpu, cuda, fused_module
 
 
 @pytest.fixture(params=["cpu", "interpreted"])
@@ -19,5 +19,5 @@ def interpreted(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("test_on_gpu.py has the real thing")
     assert cuda.kernels() is not None
-    monkeypatch.setitem(fused.BACKENDS, "cpu", cuda)
+    monkeypatch.setitem(fused_module.BACKENDS, "cpu", cuda)
     return cuda
