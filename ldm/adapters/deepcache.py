@@ -1,12 +1,10 @@
-"""The UNet's deep features, kept from one step to the next: DeepCache (arXiv:2312.00858).
+"""DeepCache (arXiv:2312.00858): a UNet's deep features are cached from one sampling step to the next.
 
-What changes from step to step is mostly what the outermost blocks compute; what the deep ones pass up to them hardly
-does. So the whole UNet is asked at every few levels only, and in between its shallow part with the deep features
-of the last whole answer. The numbers are others: this way is lossy.
+From step to step the outermost blocks' features change most, and the deep ones' hardly. So all blocks run at every few
+levels only, and the shallow ones with the cached deep features in between. The numbers change: it is lossy.
 """
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -58,34 +56,25 @@ def _check_forward(unet: nn.Module) -> None:
         )
 
 
-class _Kept(NamedTuple):
+class _Cached(NamedTuple):
     level: int
-    asked_with: tuple[torch.Size, torch.dtype, torch.device]
+    call: tuple[torch.Size, torch.dtype, torch.device]
     features: Tensor
 
 
-class _Recollection(nn.Module):
-    """Stands where a UNet's middle block was and answers with features of an earlier call, whatever it is asked."""
-
-    features: Tensor | None = None
-
-    def forward(self, h: Tensor, emb: Tensor, context: Any = None) -> Tensor:
-        return self.features
-
-
 class DeepCache:
-    """Deep features of a UNet for one run of a sampler; a run needs a fresh object.
+    """Cached deep features of a UNet, for one run of a sampler; a run needs a fresh object.
 
-    Within `attached()` the UNet answers from kept features where it can; outside it is as it ever was. A
-    level's questions are told apart by their order, so that separate passes and tiles each meet their own
-    features again, and features are used only for a question of the same shape, dtype and device as theirs.
+    Within `attached()` the UNet uses cached features where it can; outside it is unchanged. A level's calls are
+    distinguished by their order, so that separate passes and tiles each get their own features, and features are used
+    only for a call of the same shape, dtype and device as theirs.
 
     Attributes:
         interval, depth: as given.
 
     Args:
         unet: any UNetModel or SuperResModel.
-        cache_interval: the whole UNet is asked at every so many-th level; 1 = always, and nothing is attached.
+        cache_interval: all blocks run at every so many-th level; 1 = always, and nothing is attached.
         cache_depth: how many input blocks from the first on, and as many output blocks from the last
             backwards, are computed at the levels between: 1 to all of them.
 
@@ -97,42 +86,25 @@ class DeepCache:
     def __init__(self, unet: nn.Module, cache_interval: int = 1, cache_depth: int = 1):
         self.unet = unet
         self.interval, self.depth = check_cache(unet, cache_interval, cache_depth)
-        self._level, self._asked = 0, 0
-        self._kept: dict[int, _Kept] = {}
-        if self.interval > 1:
-            self._build_shallow()
-
-    def _build_shallow(self) -> None:
-        """Make a UNet of the outermost blocks, sharing their weights, whose middle remembers all the others."""
-        unet, depth = self.unet, self.depth
-        inner = len(unet.output_blocks) - depth
-        self._deepest = unet.output_blocks[inner - 1] if inner else unet.middle_block
-        self._recollection = _Recollection()
-        self._shallow = copy.copy(unet)
-        vars(self._shallow).pop("forward", None)  # it would ask the whole UNet
-        self._shallow._modules = {
-            **unet._modules,
-            "input_blocks": unet.input_blocks[:depth],
-            "middle_block": self._recollection,
-            "output_blocks": unet.output_blocks[inner:],
-        }
+        self._level, self._calls = 0, 0
+        self._cached: dict[int, _Cached] = {}
 
     def next_level(self) -> None:
-        """Tell that the sampler has finished a level: to be called after each of its steps."""
-        self._level, self._asked = self._level + 1, 0
-        self._kept = {i: kept for i, kept in self._kept.items() if self._level - kept.level < self.interval}
+        """Go on to the next level: to be called after each of the sampler's steps."""
+        self._level, self._calls = self._level + 1, 0
+        self._cached = {i: one for i, one in self._cached.items() if self._level - one.level < self.interval}
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Let the UNet answer from kept features, on this object only and until the end of the block."""
+        """Let the UNet use cached features, on this object only and until the end of the block."""
         if self.interval == 1:
             yield
             return
         _check_forward(self.unet)
-        before, whole = vars(self.unet).get("forward"), self.unet.forward
+        before, unet = vars(self.unet).get("forward"), self.unet.forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return self._answer(whole, x, *args, **kwargs)
+            return self._answer(unet, x, *args, **kwargs)
 
         self.unet.forward = forward
         try:
@@ -142,21 +114,12 @@ class DeepCache:
             if before is not None:
                 self.unet.forward = before
 
-    def _answer(self, whole: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        place, self._asked = self._asked, self._asked + 1
-        asked_with = (x.shape, x.dtype, x.device)
-        kept = self._kept.get(place)
-        if kept is not None and kept.asked_with == asked_with:
-            self._recollection.features = kept.features
-            try:
-                return self._shallow.forward(x, *args, **kwargs)
-            finally:
-                self._recollection.features = None
-        caught: list[Tensor] = []
-        hook = self._deepest.register_forward_hook(lambda module, given, output: caught.append(output))
-        try:
-            answer = whole(x, *args, **kwargs)
-        finally:
-            hook.remove()
-        self._kept[place] = _Kept(self._level, asked_with, caught[-1].detach())
+    def _answer(self, unet: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        place, self._calls = self._calls, self._calls + 1
+        call = (x.shape, x.dtype, x.device)
+        cached = self._cached.get(place)
+        if cached is not None and cached.call == call:
+            return unet(x, *args, depth=self.depth, deep=cached.features, **kwargs)
+        answer, deep = unet(x, *args, depth=self.depth, **kwargs)
+        self._cached[place] = _Cached(self._level, call, deep.detach())
         return answer

@@ -33,7 +33,7 @@ from ldm.modules.attention import (
 )
 from ldm.modules.diffusionmodules import model as vae
 from ldm.modules.diffusionmodules import openaimodel as unet
-from ldm.modules.diffusionmodules.util import GroupNorm32, timestep_embedding
+from ldm.modules.diffusionmodules.util import GroupNorm32
 
 # --- single layers --------------------------------------------------------------------------------
 
@@ -480,18 +480,26 @@ class FusedAttentionBlock(FusedModule):
 
 
 class FusedUNet(FusedModule):
-    """The UNet; where both halves of a batch are the same maps at the same levels, what comes before the first
-    attention to the context is done for one half."""
+    """The UNet. Where both halves of a guided batch are equal maps at equal levels, the blocks before the first
+    cross-attention run for one half."""
 
     def try_forward(
-        self, x: Tensor, timesteps: Tensor | None = None, context: Any = None, y: Any = None, **kwargs: Any
-    ) -> Tensor | None:
+        self,
+        x: Tensor,
+        timesteps: Tensor | None = None,
+        context: Any = None,
+        y: Any = None,
+        depth: int = 0,
+        deep: Tensor | None = None,
+    ) -> Any:
         m, half = self.module, x.shape[0] // 2
-        alone = self._first_context_block(m)
+        first = self._first_context_block(m)
         if not (
-            alone
+            first
             and y is None
             and m.num_classes is None
+            and deep is None
+            and 0 <= depth <= len(m.input_blocks)
             and isinstance(context, Tensor)
             and isinstance(timesteps, Tensor)
             and x.shape[0] == context.shape[0] == 2 * half > 0
@@ -501,25 +509,15 @@ class FusedUNet(FusedModule):
             and torch.equal(timesteps[:half], timesteps[half:])
         ):
             return None
-        emb = timestep_embedding(timesteps, m.model_channels)
-        emb = m.time_embed(emb.to(m.time_embed[0].weight.dtype))
-        h, level = m._torso_input(x[:half]), emb[:half]
-        skips = []
-        for i, block in enumerate(m.input_blocks):
-            h = block(h, level if i <= alone else emb, context)
-            skips.append(h)
-        h = m.middle_block(h, emb, context)
-        for block in m.output_blocks:
-            skip = skips.pop()
-            h = torch.cat([h, skip if skip.shape[0] == h.shape[0] else torch.cat([skip, skip])], dim=1)
-            reach = skips[-1].shape[2:] if skips else h.shape[2:]
-            uneven = any(r not in (s, 2 * s) for r, s in zip(reach, h.shape[2:], strict=True))
-            h = block(h, emb, context, reach) if uneven else block(h, emb, context)
-        return m._answer(m.id_predictor if m.predict_codebook_ids else m.out, h, x.dtype)
+        emb = m._embed(x, timesteps, None)
+        skips: list[Tensor] = []
+        h = m.run_blocks(m._torso_input(x[:half]), emb[:half], context, skips, stop=first + 1)
+        skips = [skip if len(skip) == len(h) else torch.cat([skip, skip]) for skip in skips]
+        return m._run_from(first + 1, h, emb, context, skips, depth, x.dtype)
 
     @staticmethod
     def _first_context_block(m: unet.UNetModel) -> int:
-        """Index of the first input block that looks at the context, if it may be given halves; else 0."""
+        """Index of the first input block with cross-attention, if it may be given halves; else 0."""
         for i, block in enumerate(m.input_blocks):
             found = [layer for layer in block if isinstance(layer, SpatialTransformer)]
             if found:

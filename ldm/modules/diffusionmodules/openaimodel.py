@@ -754,7 +754,9 @@ class UNetModel(_UNetBase):
         timesteps: Tensor | None = None,
         context: Any = None,
         y: Tensor | None = None,
-    ) -> Tensor:
+        depth: int = 0,
+        deep: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict from maps and their levels; a keyword of another network (ControlNet's `control`) is a TypeError.
 
         Args:
@@ -762,37 +764,102 @@ class UNetModel(_UNetBase):
             timesteps: (b,) levels, fractional ones allowed.
             context: (b, n, context_dim), or one for each transformer block.
             y: (b,) labels, or (b, 1) numbers where num_classes is "continuous".
+            depth: how many input blocks from the first on, and as many output blocks from the last backwards, are the
+                shallow ones; the others are the deep ones. 0 = all are deep.
+            deep: what the deep blocks gave at an earlier call of this depth, (b, c, *small space): only the shallow
+                blocks run (DeepCache, arXiv:2312.00858).
 
         Returns:
-            (b, out_channels, *space) in x's dtype.
+            (b, out_channels, *space) in x's dtype; with a depth and without `deep`, the pair of that and what the deep
+            blocks gave.
 
         Raises:
             MismatchError: y is missing, not wanted, or not one label for each map.
-            UsageError: a label that the model does not have.
+            UsageError: a label that the model does not have; a depth that is not from 0 (with `deep`, from 1) to the
+                number of input blocks.
         """
+        blocks = len(self.input_blocks)
+        if not (deep is not None) <= depth <= blocks:
+            raise UsageError(
+                f"depth should be from {int(deep is not None)} to {blocks} for this UNet, got {depth}"
+            )
+        emb = self._embed(x, timesteps, y)
+        skips: list[Tensor] = []
+        if deep is None:
+            return self._run_from(0, self._torso_input(x), emb, context, skips, depth, x.dtype)
+        self.run_blocks(self._torso_input(x), emb, context, skips, stop=depth)
+        return self._finish(self.run_blocks(deep, emb, context, skips, start=2 * blocks + 1 - depth), x.dtype)
+
+    def run_blocks(
+        self,
+        h: Tensor,
+        emb: Tensor,
+        context: Any,
+        skips: list[Tensor],
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Tensor:
+        """Run some of the blocks. Input blocks are 0 to n - 1, the middle one is n, output blocks are n + 1 to 2 n.
+
+        Args:
+            h: (b, c, *space), what block `start` takes.
+            emb: (b, 4 * model_channels).
+            context: as for forward.
+            skips: what the input blocks before `start` gave, less what the output blocks before it took; those that run
+                add to its end and take from there.
+            start, stop: the first block, and the one that no longer runs; None = all from `start` on.
+
+        Returns:
+            what the last block that ran gave, in the dtype of the blocks; h if none did.
+        """
+        middle = len(self.input_blocks)
+        blocks = [*self.input_blocks, self.middle_block, *self.output_blocks]
+        for i, block in enumerate(blocks[start:stop], start):
+            if i <= middle:
+                h = block(h, emb, context)
+                if i < middle:
+                    skips.append(h)
+                continue
+            h = torch.cat([h, skips.pop()], dim=1)
+            reach = skips[-1].shape[2:] if skips else h.shape[2:]
+            # Sides that do not halve evenly: the map has to reach its skip's size, not twice its own.
+            uneven = any(r not in (s, 2 * s) for r, s in zip(reach, h.shape[2:], strict=True))
+            h = block(h, emb, context, reach) if uneven else block(h, emb, context)
+        return h
+
+    def _embed(self, x: Tensor, timesteps: Tensor | None, y: Tensor | None) -> Tensor:
+        """Embed levels and labels: (b, 4 * model_channels)."""
         if exists(y) != exists(self.num_classes):
             raise MismatchError(
                 f"labels y are needed if and only if the model has classes; num_classes={self.num_classes}, "
                 f"y {'was' if exists(y) else 'was not'} given"
             )
         emb = timestep_embedding(timesteps, self.model_channels)
-        emb = self.time_embed(emb.to(self.time_embed[0].weight.dtype))  # (b, 4 * model_channels)
+        emb = self.time_embed(emb.to(self.time_embed[0].weight.dtype))
         if exists(y):
             check_labels(y, x.shape[0], self.num_classes)
             emb = emb + self.label_emb(y)
-        h = self._torso_input(x)
-        skips = []
-        for module in self.input_blocks:
-            h = module(h, emb, context)
-            skips.append(h)
-        h = self.middle_block(h, emb, context)
-        for module in self.output_blocks:
-            h = torch.cat([h, skips.pop()], dim=1)
-            reach = skips[-1].shape[2:] if skips else h.shape[2:]
-            # Sides that do not halve evenly: the map has to reach its skip's size, not twice its own.
-            uneven = any(r not in (s, 2 * s) for r, s in zip(reach, h.shape[2:], strict=True))
-            h = module(h, emb, context, reach) if uneven else module(h, emb, context)
-        return self._answer(self.id_predictor if self.predict_codebook_ids else self.out, h, x.dtype)
+        return emb
+
+    def _run_from(
+        self,
+        start: int,
+        h: Tensor,
+        emb: Tensor,
+        context: Any,
+        skips: list[Tensor],
+        depth: int,
+        dtype: torch.dtype,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run all blocks from `start` on, none of which is among the last `depth`, and give what forward gives."""
+        shallow = 2 * len(self.input_blocks) + 1 - depth
+        deep = self.run_blocks(h, emb, context, skips, start, shallow)
+        answer = self._finish(self.run_blocks(deep, emb, context, skips, shallow), dtype)
+        return (answer, deep) if depth else answer
+
+    def _finish(self, h: Tensor, dtype: torch.dtype) -> Tensor:
+        """Give the answer from what the last block gave."""
+        return self._answer(self.id_predictor if self.predict_codebook_ids else self.out, h, dtype)
 
 
 # Labels on a GPU that were right: how often they had been written to then, and the number of classes.
