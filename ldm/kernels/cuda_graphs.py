@@ -33,9 +33,15 @@ WARM_UP = 1  # a call outside inference mode: torch.compile makes other code for
 # A graph whose replay differs more from the eager call, relative to the largest number, is not used.
 MAX_DIFFERENCE = 0.05
 
-Run = Callable[[list[Tensor]], Tensor]
+Out = Tensor | tuple[Tensor, ...]
+Run = Callable[[list[Tensor]], Out]
 
 _lock = threading.RLock()
+
+
+def _each(function: Callable[[Tensor], Tensor], out: Out) -> Out:
+    """Apply a function to a tensor, or to each of a tuple."""
+    return tuple(map(function, out)) if isinstance(out, tuple) else function(out)
 
 
 class _DeviceState:
@@ -92,9 +98,9 @@ def capture_cuda(run: Run, inputs: list[Tensor]) -> Run:
             state.graphs.clear()  # their pool may still count as being captured into
             raise
         state.graphs.add(graph)
-        out.fill_(float("nan"))  # so that a replay that writes nothing is seen
+        _each(lambda y: y.fill_(float("nan")), out)  # so that a replay that writes nothing is seen
 
-    def replay(inputs: list[Tensor]) -> Tensor:
+    def replay(inputs: list[Tensor]) -> Out:
         with _lock, torch.cuda.device(device):
             stream = torch.cuda.current_stream()
             if state.last_replay is not None:
@@ -102,7 +108,7 @@ def capture_cuda(run: Run, inputs: list[Tensor]) -> Run:
             for mine, given in zip(static_inputs, inputs, strict=True):
                 mine.copy_(given)
             graph.replay()
-            copied = out.clone()
+            copied = _each(Tensor.clone, out)
             state.last_replay = stream.record_event()
         return copied
 
@@ -130,6 +136,8 @@ class Fingerprint:
     def __init__(self, root: nn.Module):
         self._modules = list(root.modules())
         self._own = [vars(module) for module in self._modules]
+        # Not the root's: whoever wraps that calls us from it.
+        self._inner = self._own[1:]
         self._kinds = tuple(dict.fromkeys(map(type, self._modules)))
         self._tables = [
             own[name] for own in self._own for name in ("_modules", "_parameters", "_buffers")
@@ -152,7 +160,7 @@ class Fingerprint:
         return self._current() != self._state
 
     def _forwards(self) -> list[Any]:
-        return [own.get("forward") for own in self._own]
+        return [own.get("forward") for own in self._inner]
 
     def _current(self) -> tuple[list[Any], ...]:
         return (
@@ -184,6 +192,13 @@ def _signature(value: Any) -> Any:
     if type(value) is Tensor:
         return (value.shape, value.stride(), value.dtype, value.device)
     return [] if isinstance(value, Tensor) else value
+
+
+def _difference(replayed: Tensor, called: Tensor) -> float:
+    """Measure the largest difference, relative to the largest number; infinite where other values are NaN."""
+    if not torch.equal(replayed.isnan(), called.isnan()):
+        return torch.inf
+    return float((replayed - called).abs().nan_to_num(0.0).max() / called.abs().nan_to_num(0.0).max())
 
 
 class _Entry:
@@ -225,13 +240,13 @@ class GraphedModule(ForwardWrapper):
         vars(self).update(state)
         self._reset()
 
-    def try_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def try_forward(self, *args: Any, **kwargs: Any) -> Out:
         names = (*range(len(args)), *kwargs)
         values = (*args, *kwargs.values())
         given = [value for value in values if type(value) is Tensor]
         key = tuple(zip(names, map(_signature, values), strict=True))
 
-        def run(tensors: list[Tensor]) -> Tensor:
+        def run(tensors: list[Tensor]) -> Out:
             rest = iter(tensors)
             new = [next(rest) if type(value) is Tensor else value for value in values]
             return self.fallback(*new[: len(args)], **dict(zip(kwargs, new[len(args) :], strict=True)))
@@ -284,7 +299,7 @@ class GraphedModule(ForwardWrapper):
             return False
         return not torch.cuda.is_current_stream_capturing()  # a capture of ours within another one
 
-    def _capture(self, run: Run, given: list[Tensor], called: Tensor) -> Run | None:
+    def _capture(self, run: Run, given: list[Tensor], called: Out) -> Run | None:
         """Capture and check; None, with a warning in the log, if that fails: then calls of this shape stay eager."""
         name = type(self.module).__name__
         try:
@@ -298,11 +313,10 @@ class GraphedModule(ForwardWrapper):
             words = str(reason).strip() or type(reason).__name__
             log.warning("no CUDA graph of %s is used: %s", name, words.splitlines()[0])
             return None
-        difference = (replayed - called).abs().nan_to_num(0.0).max() / called.abs().nan_to_num(0.0).max()
-        if not torch.equal(replayed.isnan(), called.isnan()):
-            difference = torch.inf
+        pairs = [(replayed, called)] if isinstance(called, Tensor) else zip(replayed, called, strict=True)
+        difference = max(_difference(*pair) for pair in pairs)
         if difference > MAX_DIFFERENCE:
-            log.warning("no CUDA graph of %s is used: its replay differs by %.2g", name, float(difference))
+            log.warning("no CUDA graph of %s is used: its replay differs by %.2g", name, difference)
             return None
         return replay
 

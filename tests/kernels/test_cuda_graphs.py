@@ -18,6 +18,7 @@ from tiny_networks import UNET as LARGER
 from tiny_networks import VAE, replace_weights_in_place
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ldm.adapters.deepcache import DeepCache
 from ldm.errors import UsageError
 from ldm.kernels import cuda_graphs, fused, optimize, restore, vae_tiling
 from ldm.kernels.cuda_graphs import GraphedModule
@@ -133,6 +134,27 @@ def test_results_are_the_caller_s_own(unet):
     kept = first.clone()
     unet(**given(scale=3.0))
     assert torch.equal(first, kept)
+
+
+def test_whole_and_shallow_steps_of_deepcache_are_captured():
+    def record_shapes(run, inputs):
+        recorded.append([tuple(x.shape) for x in inputs])
+        return run
+
+    unet, runs = fill(UNetModel(**UNET), "graphs."), []
+    for network in (copy.deepcopy(unet), unet):
+        if network is unet:
+            cuda_graphs.attach(unet, record_shapes)
+        cache = DeepCache(network, 2)
+        runs.append([])
+        for scale in (1.0, 0.5, 2.0, 3.0):
+            with cache.attached():
+                runs[-1].append(network(**given(scale=scale)))
+            cache.next_level()
+    for got, want in zip(*reversed(runs), strict=True):
+        close(got, want)
+    whole = [(2, 4, 6, 4), (2,), (2, 7, 24)]
+    assert recorded == [whole, [whole[0], (2, UNET["model_channels"], 6, 4), *whole[1:]]]
 
 
 def test_the_shapes_seen_last_are_kept(answering, monkeypatch):
