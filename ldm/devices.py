@@ -9,8 +9,11 @@ from ldm.errors import UsageError, shown
 log = logging.getLogger(__name__)
 
 
-def pick_device(device: str | torch.device | None = None) -> torch.device:
+def pick_device(device: str | torch.device | None = None, *, or_meta: bool = False) -> torch.device:
     """Choose a device by name, or the best there is for None and "auto": cuda, then mps, then cpu.
+
+    Args:
+        or_meta: take torch's "meta" as well, whose tensors have a shape and no values.
 
     Raises:
         UsageError: a device that this machine or this torch does not have.
@@ -26,6 +29,8 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         wanted = torch.device(device) if isinstance(device, str | int | torch.device) else None
     except RuntimeError:
         wanted = None
+    if or_meta and wanted == torch.device("meta"):
+        return wanted
     if wanted is None or str(wanted) not in {*have, *(name.split(":")[0] for name in have)}:
         raise UsageError(f"device {shown(str(device))} is not available; have: {', '.join(have)}")
     return wanted

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.files import read_tensors
-from ldm.checkpoints.load import usable
 from ldm.config import get_obj_from_str, instantiate_from_config
 from ldm.config_text import load_config, resolved
+from ldm.devices import pick_device
 from ldm.errors import MismatchError, UsageError
 from ldm.helpers import count_params, default, exists, isimage, ismap, mean_flat
 
@@ -94,7 +94,7 @@ def load_state_dict(path: str | Path, location: str | torch.device = "cpu") -> d
     Raises:
         As ldm.checkpoints.read_tensors; UsageError: there is no such device.
     """
-    device = usable(location)
+    device = pick_device(location, or_meta=True)
     tensors, _ = read_tensors(path)
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 

@@ -16,10 +16,10 @@ from ldm.checkpoints.folders import FolderWeights
 from ldm.checkpoints.matching import LEFT_OUT, account_vae, check_patterns
 from ldm.checkpoints.report import LoadReport
 from ldm.checkpoints.tensors import assign_state, check_dtype, choose_dtypes, load_tensors
+from ldm.devices import pick_device
 from ldm.errors import (
     MismatchError,
     ResourceError,
-    UsageError,
     escaped,
     is_out_of_memory,
     refuse_elsewhere,
@@ -85,7 +85,7 @@ def load_latent_diffusion(
     check_dtype(vae_dtype)
     vae_dtype = vae_dtype or dtype
     patterns = check_patterns(ignore)
-    device = usable(device)
+    device = pick_device(device)
     refuse_elsewhere("weight file", path)
     refuse_elsewhere("VAE", vae)
     refuse_elsewhere("tokenizer", tokenizer)
@@ -197,25 +197,6 @@ def _check_tables(model: nn.Module, report: LoadReport, source: Weights) -> None
                 "differs from the "
                 "configuration's; use the configuration that belongs to it"
             )
-
-
-def usable(device: str | torch.device) -> torch.device:
-    """Check that a device is there before anything is read.
-
-    Raises:
-        UsageError: it is not; the message lists those that are.
-    """
-    try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-        return device
-    except (RuntimeError, AssertionError) as error:
-        there = ["cpu"]
-        if torch.cuda.is_available():
-            there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        if torch.backends.mps.is_available():
-            there.append("mps")
-        raise UsageError(f"device '{escaped(device)}' is not available; have: {', '.join(there)}") from error
 
 
 @contextlib.contextmanager

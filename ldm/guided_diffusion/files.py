@@ -17,10 +17,11 @@ import torch
 
 from ldm.checkpoints import families
 from ldm.checkpoints.files import Weights, open_weights
-from ldm.checkpoints.load import memory_named, usable
+from ldm.checkpoints.load import memory_named
 from ldm.checkpoints.matching import match
 from ldm.checkpoints.report import LoadReport, TensorInfo
 from ldm.checkpoints.tensors import assign_state, check_dtype, check_finite, choose_dtypes, load_tensors
+from ldm.devices import pick_device
 from ldm.errors import MismatchError, escaped
 from ldm.guided_diffusion import script_util
 from ldm.guided_diffusion.script_util import COLOURS, parse_attention_resolutions, parse_channel_mult
@@ -563,7 +564,7 @@ def load_openai_model(
         ResourceError: out of memory.
     """
     check_dtype(dtype)
-    device = usable(device)
+    device = pick_device(device)
     opened = contextlib.closing(open_weights(path)) if source is None else contextlib.nullcontext(source)
     with opened as source:
         kind, flags, notes = settle_flags(source.path, source.infos, given)

@@ -21,7 +21,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ldm.config import instantiate_from_config, place_of
 from ldm.config_text import first_line
-from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, ResourceError, UsageError
+from ldm.errors import (
+    AbsentError,
+    FormatError,
+    LdmError,
+    MismatchError,
+    ResourceError,
+    UsageError,
+    is_out_of_memory,
+)
 from ldm.shapes.scenes import COLOURS, SHAPES, ShapesDataset, as_array, render_crowd
 
 logger = logging.getLogger(__name__)
@@ -259,9 +267,9 @@ def told_of(source: Any, part: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kinds = ((LdmError, type(error)), (FileNotFoundError, AbsentError), (MemoryError, ResourceError))
+        kinds = ((LdmError, type(error)), (FileNotFoundError, AbsentError))
         kind = next((ours for theirs, ours in kinds if isinstance(error, theirs)), FormatError)
-        if kind is FormatError and "out of memory" in str(error):
+        if is_out_of_memory(error):
             kind = ResourceError
         name = f"data set {type(source).__module__}.{type(source).__qualname__}"
         what = str(error) if isinstance(error, LdmError) else f"{type(error).__name__}: {error}"
