@@ -13,11 +13,17 @@ MAX_SEED = 2**64 - 1  # what torch.Generator takes; the one on the CPU keeps the
 MAX_PROMPT = 100_000  # characters; the tokenizer would read on for seconds and keep 75 tokens
 # (low, high), both included
 STEPS = (1, 1000)  # of a model with fewer levels, up to their number
+SIDE = (1, 10**6)  # pixels, before the model is known; with it, CELLS decides
+CELLS = (8, 256)  # latent cells a side: 64 to 2048 pixels at 8 pixels a cell
+NUM_IMAGES = (1, 100_000)
+N_ITER = (1, 10_000)
 BATCH_SIZE = (1, 1024)
 GUIDANCE_SCALE = (0, 100)
 SHARE = (0, 1)  # strength, eta, guidance_rescale, the ends of guidance_interval
 CACHE_INTERVAL = (1, 1000)  # levels; no run has more
+CACHE_DEPTH = (1, 1000)  # of a UNet with fewer blocks a side, up to their number
 MERGE_RATIO = (0, 0.75)  # all but one token of each cell of 2 x 2
+SEED = (0, MAX_SEED)
 
 
 def is_whole(value: Any, low: int, high: int) -> bool:

@@ -21,7 +21,20 @@ from ldm.adapters.tome import check_merging
 # Some of these are for those who import them from here, or from ldm.wish as this module was called.
 from ldm.devices import check_low_vram, dtype_name, pick_device, pick_dtype  # noqa: F401
 from ldm.errors import UsageError, shown
-from ldm.limits import BATCH_SIZE, GUIDANCE_SCALE, MAX_PROMPT, MAX_SEED, SHARE, choice, real, whole
+from ldm.limits import (
+    BATCH_SIZE,
+    CELLS,
+    GUIDANCE_SCALE,
+    MAX_PROMPT,
+    MAX_SEED,
+    NUM_IMAGES,
+    SHARE,
+    about_whole,
+    choice,
+    is_whole,
+    real,
+    whole,
+)
 from ldm.models.diffusion.samplers import (
     SAMPLERS,
     WHOLE_INTERVAL,
@@ -41,7 +54,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RANDOM_SEEDS = (None, -1, "random")  # what stands for "draw one"
-CELLS = (8, 256)  # latent cells a side: 64 to 2048 pixels at 8 pixels a cell
 
 
 # --- the request ----------------------------------------------------------------------------------
@@ -171,7 +183,7 @@ def check_request(
     is_inpainting(model)  # refuses UNets of other kinds
     prompts, negatives = list_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
     check_embeds(prompt_embeds, negative_prompt_embeds, context_width(model))
-    num_images = whole("num_images", num_images, 1, 100_000)
+    num_images = whole("num_images", num_images, *NUM_IMAGES)
     seeds = list_seeds(seed, len(prompts) * num_images)
     if rng == "compvis":
         seeds = [seeds[0]] * len(seeds)
@@ -279,7 +291,7 @@ def check_size(name: str, value: int, f: int) -> int:
         UsageError: it is no multiple of f, or out of range; the nearest two sides that work are named.
     """
     low, high = (cells * f for cells in CELLS)
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+    if not is_whole(value, low, high):
         raise UsageError(f"{name} must be a multiple of {f} from {low} to {high}, got {shown(value)}")
     if value % f:
         below = value - value % f
@@ -440,9 +452,9 @@ def list_seeds(seed: Any, count: int) -> list[int]:
     def one(value: Any, high: int) -> int:
         if value is None or (isinstance(value, str | int | np.integer) and value in RANDOM_SEEDS):
             return draw_seed()
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= high:
+        if not is_whole(value, 0, high):
             raise UsageError(
-                f"seed must be a whole number from 0 to {high}, or -1, 'random' or None to draw one; got {shown(value)}"
+                f"seed must be {about_whole(0, high)}, or -1, 'random' or None to draw one; got {shown(value)}"
             )
         return int(value)
 

@@ -12,6 +12,7 @@ except ModuleNotFoundError:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ldm.cli import check, number, paint, painting_parser, run
+from ldm.limits import SHARE
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--init-img", "--init_img", required=True, help="the picture to begin with")
     parser.add_argument(
-        "--strength", type=number(0, 1), default=0.75, help="how much of it is forgotten: 0 returns it"
+        "--strength", type=number(*SHARE), default=0.75, help="how much of it is forgotten: 0 returns it"
     )
     args = parser.parse_args(argv)
     check(args)

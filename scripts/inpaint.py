@@ -14,6 +14,7 @@ except ModuleNotFoundError:  # run from a checkout that is not installed
 
 from ldm.cli import FORMATS, check, number, paint, painting_parser, run
 from ldm.errors import AbsentError, UsageError
+from ldm.limits import SHARE
 
 SUFFIX = "_mask.png"
 
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mask", help="its mask: white is repainted, black is kept")
     parser.add_argument("--indir", help="a folder with x.png and x_mask.png; results keep the names")
     parser.add_argument(
-        "--strength", type=number(0, 1), default=1.0, help="how much of the white part is forgotten"
+        "--strength", type=number(*SHARE), default=1.0, help="how much of the white part is forgotten"
     )
     args = parser.parse_args(argv)
     if (args.indir is None) == (args.init_img is None) or (args.init_img is None) != (args.mask is None):

@@ -16,7 +16,7 @@ from ldm import metadata
 from ldm.containers import read_exif, write_comment
 from ldm.errors import AbsentError, UsageError
 from ldm.images import save_png
-from ldm.request import MAX_PROMPT
+from ldm.limits import MAX_PROMPT
 
 FULL = {
     "prompt": "a large red circle",

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ldm.adapters.deepcache import check_compiled, check_unet
 from ldm.errors import UsageError, shown
 from ldm.helpers import upload
-from ldm.limits import MAX_SEED, MERGE_RATIO, about_whole, is_whole, real
+from ldm.limits import MERGE_RATIO, SEED, about_whole, is_whole, real
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
 
@@ -126,8 +126,8 @@ def check_merging(unet: nn.Module, merge_ratio: float, merge_seed: int | None) -
         UsageError: as TokenMerging.
     """
     ratio = real("merge_ratio", merge_ratio, *MERGE_RATIO)
-    if merge_seed is not None and not is_whole(merge_seed, 0, MAX_SEED):
-        raise UsageError(f"merge_seed must be {about_whole(0, MAX_SEED)} or None, got {shown(merge_seed)}")
+    if merge_seed is not None and not is_whole(merge_seed, *SEED):
+        raise UsageError(f"merge_seed must be {about_whole(*SEED)} or None, got {shown(merge_seed)}")
     if ratio > 0:
         mergeable_blocks(unet)
     return ratio, None if merge_seed is None else int(merge_seed)

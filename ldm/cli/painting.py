@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.parser import MAX_SEED, Parser, integer, number, seed
+from ldm import limits
+from ldm.cli.parser import Parser, integer, number, seed
 from ldm.cli.prompts import RNGS, Line, read_prompts
 from ldm.cli.running import say
 from ldm.errors import AbsentError, FormatError, UsageError, nearest_file, refuse_elsewhere, shown
@@ -104,21 +105,27 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
         "--like", metavar="PICTURE",
         help="paint as this picture says it was painted; options given beside it go before",
     )  # fmt: skip
-    words.add_argument("--H", "--height", type=integer(1, 10**6), help="pixels (default: the model's)")
-    words.add_argument("--W", "--width", type=integer(1, 10**6), help="pixels (default: the model's)")
+    words.add_argument("--H", "--height", type=integer(*limits.SIDE), help="pixels (default: the model's)")
+    words.add_argument("--W", "--width", type=integer(*limits.SIDE), help="pixels (default: the model's)")
     words.add_argument(
-        "--n_samples", "--batch_size", type=integer(1, 1024), default=1, help="pictures painted at once"
+        "--n_samples",
+        "--batch_size",
+        type=integer(*limits.BATCH_SIZE),
+        default=1,
+        help="pictures painted at once",
     )
-    words.add_argument("--n_iter", type=integer(1, 10_000), default=1, help="how often to paint n_samples")
+    words.add_argument(
+        "--n_iter", type=integer(*limits.N_ITER), default=1, help="how often to paint n_samples"
+    )
     words.add_argument("--seed", type=seed, default=42, help=SEED_HELP)
 
     how = p.add_argument_group("how")
     how.add_argument(
-        "--ddim_steps", "--steps", type=integer(1, 1000),
+        "--ddim_steps", "--steps", type=integer(*limits.STEPS),
         help="denoising steps (default: the model's; for Stable Diffusion v1: 50)",
     )  # fmt: skip
     how.add_argument(
-        "--scale", "--cfg-scale", "--cfg_scale", "--guidance_scale", type=number(0, 100),
+        "--scale", "--cfg-scale", "--cfg_scale", "--guidance_scale", type=number(*limits.GUIDANCE_SCALE),
         help="guidance: how strictly to follow the prompt (default: the model's; for Stable Diffusion v1: "
         f"{scale:g})",
     )  # fmt: skip
@@ -126,7 +133,7 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
     how.add_argument("--plms", action="store_true", help="the same as --sampler plms")
     how.add_argument("--dpm_solver", action="store_true", help="goes before --plms")
     how.add_argument(
-        "--ddim_eta", "--eta", type=number(0, 1), default=0.0, help="fresh noise in each DDIM step"
+        "--ddim_eta", "--eta", type=number(*limits.SHARE), default=0.0, help="fresh noise in each DDIM step"
     )
     how.add_argument("--fixed_code", action="store_true", help="begin every batch with the same noise")
     how.add_argument(
@@ -136,20 +143,29 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
 
     knobs = p.add_argument_group("faster, for a little fidelity (docs/knobs.md)")
     knobs.add_argument(
-        "--guidance_interval", nargs=2, metavar=("LOW", "HIGH"), type=number(0, 1), default=(0.0, 1.0),
+        "--guidance_interval", nargs=2, metavar=("LOW", "HIGH"), type=number(*limits.SHARE), default=(0.0, 1.0),
         help="guide only levels of this part of the noise schedule; 0 is its clean end",
     )  # fmt: skip
     knobs.add_argument(
-        "--cache_interval", type=integer(1, 1000), default=1, help="steps from one whole UNet to the next"
+        "--cache_interval",
+        type=integer(*limits.CACHE_INTERVAL),
+        default=1,
+        help="steps from one whole UNet to the next",
     )
     knobs.add_argument(
-        "--cache_depth", type=integer(1, 1000), default=1, help="blocks computed at the steps between"
+        "--cache_depth",
+        type=integer(*limits.CACHE_DEPTH),
+        default=1,
+        help="blocks computed at the steps between",
     )
     knobs.add_argument(
-        "--merge_ratio", type=number(0, 0.75), default=0.0, help="share of tokens merged where most are"
+        "--merge_ratio",
+        type=number(*limits.MERGE_RATIO),
+        default=0.0,
+        help="share of tokens merged where most are",
     )
     knobs.add_argument(
-        "--merge_seed", type=integer(0, MAX_SEED), help="draws the tokens that others are merged into"
+        "--merge_seed", type=integer(*limits.SEED), help="draws the tokens that others are merged into"
     )
 
     model = p.add_argument_group("with what")

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from ldm.errors import UsageError, nearest, shown
-
-if TYPE_CHECKING:
-    pass
-
-MAX_SEED = 2**64 - 1  # what torch.Generator takes
+from ldm.limits import SEED, about_real, about_whole, is_real, is_whole
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -104,12 +99,12 @@ def integer(low: int, high: int) -> Callable[[str], int]:
     """Make an argparse type that takes whole numbers from low to high, both included."""
 
     def parse(text: str) -> int:
-        wanted = f"wanted a whole number from {low} to {high}, got {shown(text)}"
+        wanted = f"wanted {about_whole(low, high)}, got {shown(text)}"
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(wanted) from None
-        if not low <= value <= high:
+        if not is_whole(value, low, high):
             raise argparse.ArgumentTypeError(wanted)
         return value
 
@@ -120,12 +115,12 @@ def number(low: float, high: float) -> Callable[[str], float]:
     """Make an argparse type that takes finite numbers from low to high, both included."""
 
     def parse(text: str) -> float:
-        wanted = f"wanted a number from {low:g} to {high:g}, got {shown(text)}"
+        wanted = f"wanted {about_real(low, high)}, got {shown(text)}"
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(wanted) from None
-        if not (math.isfinite(value) and low <= value <= high):
+        if not is_real(value, low, high):
             raise argparse.ArgumentTypeError(wanted)
         return value
 
@@ -140,7 +135,7 @@ def seed(text: str) -> int | None:
         value = int(text)
     except ValueError:
         value = -1
-    if not 0 <= value <= MAX_SEED:
+    if not is_whole(value, *SEED):
         raise argparse.ArgumentTypeError(
             f"wanted a seed from 0 to 2^64-1, or -1 or 'random' to draw one, got {shown(text)}"
         )

@@ -8,27 +8,24 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from ldm.cli.parser import MAX_SEED, integer, number, seed
+from ldm import limits
+from ldm.cli.parser import integer, number, seed
 from ldm.cli.running import say
 from ldm.errors import AbsentError, FormatError, UsageError, nearest, shown
 
-if TYPE_CHECKING:
-    pass
-
 MAX_PROMPT_BYTES = 10 * 2**20
 MAX_PROMPT_LINES = 100_000
-MAX_PROMPT = 100_000  # characters of one
 MAX_DIGITS = 100  # of a number in a .jsonl file
 RNGS = ("image", "compvis")
 
 
 def prompt_text(text: str) -> str:
-    """Read a prompt as an argparse type: any text that can be encoded, of at most MAX_PROMPT characters."""
-    if len(text) > MAX_PROMPT:
+    """Read a prompt as an argparse type: any text that can be encoded, of at most limits.MAX_PROMPT characters."""
+    if len(text) > limits.MAX_PROMPT:
         raise argparse.ArgumentTypeError(
-            f"wanted at most {MAX_PROMPT} characters, got {len(text)}; shorten it"
+            f"wanted at most {limits.MAX_PROMPT} characters, got {len(text)}; shorten it"
         )
     try:
         text.encode()
@@ -43,7 +40,7 @@ def _interval(text: str) -> tuple[float, ...]:
     ends = text.replace(",", " ").split()
     if len(ends) != 2:
         raise argparse.ArgumentTypeError(f"wanted two numbers from 0 to 1, got {shown(text)}")
-    return tuple(map(number(0, 1), ends))
+    return tuple(map(number(*limits.SHARE), ends))
 
 
 def _rng(text: str) -> str:
@@ -66,19 +63,19 @@ _LINE: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "negative_prompt": (prompt_text, ("negative", "n_prompt")),
     "seed": (seed, ()),
     "sampler": (str, ("sampler_name", "scheduler")),
-    "steps": (integer(1, 1000), ("ddim_steps", "num_inference_steps", "num_steps")),
-    "guidance_scale": (number(0, 100), ("cfg_scale", "scale", "cfg", "guidance")),
-    "width": (integer(1, 1_000_000), ("W",)),
-    "height": (integer(1, 1_000_000), ("H",)),
-    "n_iter": (integer(1, 10_000), ("num_images", "num_images_per_prompt", "batch_count")),
-    "batch_size": (integer(1, 1024), ("n_samples",)),
-    "strength": (number(0, 1), ("denoising_strength", "denoise")),
-    "eta": (number(0, 1), ("ddim_eta",)),
+    "steps": (integer(*limits.STEPS), ("ddim_steps", "num_inference_steps", "num_steps")),
+    "guidance_scale": (number(*limits.GUIDANCE_SCALE), ("cfg_scale", "scale", "cfg", "guidance")),
+    "width": (integer(*limits.SIDE), ("W",)),
+    "height": (integer(*limits.SIDE), ("H",)),
+    "n_iter": (integer(*limits.N_ITER), ("num_images", "num_images_per_prompt", "batch_count")),
+    "batch_size": (integer(*limits.BATCH_SIZE), ("n_samples",)),
+    "strength": (number(*limits.SHARE), ("denoising_strength", "denoise")),
+    "eta": (number(*limits.SHARE), ("ddim_eta",)),
     "guidance_interval": (_interval, ()),
-    "cache_interval": (integer(1, 1000), ()),
-    "cache_depth": (integer(1, 1000), ()),
-    "merge_ratio": (number(0, 0.75), ()),
-    "merge_seed": (integer(0, MAX_SEED), ()),
+    "cache_interval": (integer(*limits.CACHE_INTERVAL), ()),
+    "cache_depth": (integer(*limits.CACHE_DEPTH), ()),
+    "merge_ratio": (number(*limits.MERGE_RATIO), ()),
+    "merge_seed": (integer(*limits.SEED), ()),
     "rng": (_rng, ()),
     "fixed_code": (_switch, ()),
     "plms": (_switch, ()),

@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from ldm.errors import (
     AbsentError,
@@ -18,9 +18,6 @@ from ldm.errors import (
     ResourceError,
     is_out_of_memory,
 )
-
-if TYPE_CHECKING:
-    pass
 
 MAX_LINE = 400  # characters of an error line, so that it stays readable in a log
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
