@@ -213,6 +213,7 @@ def test_a_sample_says_how_it_was_made(files, labelled):
         "source": "ldm", "sampler": "ddim", "steps": 3, "eta": 0.5, "timestep_respacing": "3",
         "model": "labelled", "model_hash": file_hash(files["labelled"]), "width": 16, "height": 16, "prompt": "",
         "guidance_scale": None, "classifier": None, "base_sample": None, "rng": "image", "device": "cpu",
+        "dtype": "float32",
     }.items()  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What OpenAI's scripts ask of torch.distributed: a process group, a device, files for all, equal weights."""
+"""What OpenAI's scripts need of torch.distributed: a process group, a device, files for all, equal weights."""
 
 import os
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ from torch import Tensor
 from ldm.checkpoints import read_object, read_tensors
 from ldm.errors import FormatError, UsageError
 
-# How MPI's starters tell their number of processes.
+# Where MPI's starters write their number of processes.
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def setup_dist() -> None:
     """Set up torch.distributed: the processes that torchrun started, or this one alone; once.
 
-    Scripts ask torch.distributed for their rank also where there is one process.
+    Scripts read their rank from torch.distributed also where there is one process.
 
     Raises:
         UsageError: started by MPI, whose processes would not know of each other.
@@ -43,12 +43,12 @@ def setup_dist() -> None:
 
 
 def place() -> tuple[int, int]:
-    """Tell this process's rank and how many there are; (0, 1) without setup_dist."""
+    """Return this process's rank and how many there are; (0, 1) without setup_dist."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def dev() -> torch.device:
-    """Tell the device of this process: its GPU, or the CPU."""
+    """Return the device of this process: its GPU, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -209,7 +209,7 @@ class Layout:
 
     kind; num_channels; widths: channels of each level; num_res_blocks: of each level; factors: of downsampling,
     where attention follows the blocks; use_scale_shift_norm; resblock_updown: None for a single level;
-    num_classes: of labels that are taken, or told by a classifier, or None; learn_sigma: None for a classifier;
+    num_classes: of the labels, taken or predicted, or None; learn_sigma: None for a classifier;
     pool: of a classifier; image_size: where the pool shows it.
     """
 
@@ -279,8 +279,8 @@ def _widths(multiples: Iterable[float], num_channels: int) -> tuple[int, ...]:
     return tuple(int(multiple * num_channels) for multiple in multiples)
 
 
-class _Held:
-    """The tensors of a file, asked for by what is expected of them."""
+class _FileTensors:
+    """The tensors of a file, looked up by the shape that is expected of them."""
 
     def __init__(self, path: str, infos: Mapping[str, TensorInfo]):
         self.path, self.infos = escaped(path), infos
@@ -327,19 +327,21 @@ def read_layout(path: str, infos: Mapping[str, TensorInfo], depth: int | None = 
     Raises:
         MismatchError: no network of this family, or one that these flags cannot describe.
     """
-    held = _Held(path, infos)
-    held.refuse_others()
-    blocks, ups = held.numbers("input_blocks"), held.numbers("output_blocks")
+    tensors = _FileTensors(path, infos)
+    tensors.refuse_others()
+    blocks, ups = tensors.numbers("input_blocks"), tensors.numbers("output_blocks")
     convolved = {
-        i for i in blocks if f"input_blocks.{i}.0.op.weight" in held
+        i for i in blocks if f"input_blocks.{i}.0.op.weight" in tensors
     }  # halved by a strided convolution
     # (out, in, 3, 3) of the others' first convolutions; residual blocks that halve have the same names as the rest.
     shapes = {
-        i: held.shape(f"input_blocks.{i}.0.in_layers.2.weight", 4) for i in blocks if i and i not in convolved
+        i: tensors.shape(f"input_blocks.{i}.0.in_layers.2.weight", 4)
+        for i in blocks
+        if i and i not in convolved
     }
-    attending = {i for i in blocks if f"input_blocks.{i}.1.qkv.weight" in held}
+    attending = {i for i in blocks if f"input_blocks.{i}.1.qkv.weight" in tensors}
     second = [f"{j}.{leaf}.weight" for j in (1, 2) for leaf in ("conv", "in_layers.2")]
-    doubling = {i for i in ups if any(f"output_blocks.{i}.{name}" in held for name in second)}
+    doubling = {i for i in ups if any(f"output_blocks.{i}.{name}" in tensors for name in second)}
 
     def fits(period: int) -> bool:
         """Tell whether the blocks are levels of this length, counting the one before that halves."""
@@ -359,19 +361,20 @@ def read_layout(path: str, infos: Mapping[str, TensorInfo], depth: int | None = 
     periods = [n for n in range(2, len(blocks) + 1) if len(blocks) % n == 0 and fits(n)]
     if not periods:
         raise MismatchError(
-            f"'{held.path}' holds {len(blocks)} input blocks in an order that no flags of OpenAI's describe"
+            f"'{tensors.path}' holds {len(blocks)} input blocks in an order that no flags of OpenAI's describe"
         )
     layouts = [
         Layout(
-            num_channels=held.shape("time_embed.0.weight", 2)[1],
+            num_channels=tensors.shape("time_embed.0.weight", 2)[1],
             widths=tuple(shapes[i][0] for i in range(1, len(blocks), period)),
             num_res_blocks=period - 1,
             factors=tuple(
                 2**level for level, i in enumerate(range(1, len(blocks), period)) if i in attending
             ),
-            use_scale_shift_norm=held.shape("input_blocks.1.0.emb_layers.1.weight", 2)[0] == 2 * shapes[1][0],
+            use_scale_shift_norm=tensors.shape("input_blocks.1.0.emb_layers.1.weight", 2)[0]
+            == 2 * shapes[1][0],
             resblock_updown=None if period == len(blocks) else not convolved,
-            **(_unet_ends(held) if ups else _classifier_ends(held, 2 ** (len(blocks) // period - 1))),
+            **(_unet_ends(tensors) if ups else _classifier_ends(tensors, 2 ** (len(blocks) // period - 1))),
         )
         for period in periods
     ]
@@ -383,51 +386,51 @@ def read_layout(path: str, infos: Mapping[str, TensorInfo], depth: int | None = 
     if len(layouts) > 1:
         depths = " or ".join(str(layout.num_res_blocks) for layout in layouts)
         raise MismatchError(
-            f"'{held.path}' may have {depths} residual blocks per level, its shapes allow each; "
+            f"'{tensors.path}' may have {depths} residual blocks per level, its shapes allow each; "
             f"give {layouts[0].kind.flags['num_res_blocks']}"
         )
     return layouts[0]
 
 
-def _unet_ends(held: _Held) -> dict[str, Any]:
+def _unet_ends(tensors: _FileTensors) -> dict[str, Any]:
     """Read from the first and last layers which of the two kinds of UNet it is, and its labels and variances."""
-    taken, given = held.shape("input_blocks.0.0.weight", 4)[1], held.shape("out.2.weight", 4)[0]
+    taken, given = tensors.shape("input_blocks.0.0.weight", 4)[1], tensors.shape("out.2.weight", 4)[0]
     if taken not in (COLOURS, 2 * COLOURS) or given not in (COLOURS, 2 * COLOURS):
         raise MismatchError(
-            f"'{held.path}' has {taken} input and {given} output channels; OpenAI's flags describe pictures of "
+            f"'{tensors.path}' has {taken} input and {given} output channels; OpenAI's flags describe pictures of "
             f"{COLOURS}: {COLOURS} in, or {2 * COLOURS} with a small picture, and {COLOURS} out, or {2 * COLOURS} "
             "with a learned variance"
         )
     labels = "label_emb.weight"
     return {
         "kind": MODEL if taken == COLOURS else SUPER_RESOLUTION,
-        "num_classes": held.shape(labels, 2)[0] if labels in held else None,
+        "num_classes": tensors.shape(labels, 2)[0] if labels in tensors else None,
         "learn_sigma": given == 2 * COLOURS,
     }
 
 
-def _classifier_ends(held: _Held, factor: int) -> dict[str, Any]:
+def _classifier_ends(tensors: _FileTensors, factor: int) -> dict[str, Any]:
     """Read a classifier's pool and classes from its last layers, and its picture size where the pool shows it.
 
     Args:
         factor: between the sides of the pictures and of the smallest maps.
     """
-    taken = held.shape("input_blocks.0.0.weight", 4)[1]
+    taken = tensors.shape("input_blocks.0.0.weight", 4)[1]
     if taken != COLOURS:
         raise MismatchError(
-            f"'{held.path}' is a classifier of {taken} channels; OpenAI's flags describe {COLOURS}"
+            f"'{tensors.path}' is a classifier of {taken} channels; OpenAI's flags describe {COLOURS}"
         )
     ends: dict[str, Any] = {"kind": CLASSIFIER, "learn_sigma": None}
     positions = "out.2.positional_embedding"
-    if positions in held:
-        side = math.isqrt(held.shape(positions, 2)[1] - 1)
-        classes = held.shape("out.2.c_proj.weight", 3)[0]
+    if positions in tensors:
+        side = math.isqrt(tensors.shape(positions, 2)[1] - 1)
+        classes = tensors.shape("out.2.c_proj.weight", 3)[0]
         return {**ends, "pool": "attention", "num_classes": classes, "image_size": side * factor}
-    if "out.2.weight" in held:
-        return {**ends, "pool": "spatial", "num_classes": held.shape("out.2.weight", 2)[0]}
-    if "out.1.weight" in held:
-        return {**ends, "pool": "spatial_v2", "num_classes": held.shape("out.3.weight", 2)[0]}
-    return {**ends, "pool": "adaptive", "num_classes": held.shape("out.3.weight", 4)[0]}
+    if "out.2.weight" in tensors:
+        return {**ends, "pool": "spatial", "num_classes": tensors.shape("out.2.weight", 2)[0]}
+    if "out.1.weight" in tensors:
+        return {**ends, "pool": "spatial_v2", "num_classes": tensors.shape("out.3.weight", 2)[0]}
+    return {**ends, "pool": "adaptive", "num_classes": tensors.shape("out.3.weight", 4)[0]}
 
 
 def settle_flags(
@@ -481,10 +484,10 @@ def settle_flags(
         )
     if size in usual and "channel_mult" not in given:
         flags["channel_mult"] = ""
-    # Flags that the original has no name for are told only where they say something.
+    # Flags that the original has no name for are listed only where they are not the default.
     silent = {"channel_mult": ("",), "num_classes": (None, script_util.NUM_CLASSES)}
-    told = {*defaults, *given}
-    return kind, {n: v for n, v in flags.items() if n in told or v not in silent[n]}, notes
+    listed = {*defaults, *given}
+    return kind, {n: v for n, v in flags.items() if n in listed or v not in silent[n]}, notes
 
 
 def _unseen_flags(layout: Layout, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -506,12 +509,12 @@ def _unseen_flags(layout: Layout, given: Mapping[str, Any]) -> tuple[dict[str, A
         unseen = {name: defaults[name] for name in HEADS if name not in decided}
         whose = "the original's default; no tensor shows it, so give it if the model was trained otherwise"
     by_number = unseen.get("num_head_channels") == -1  # and then no default goes without saying
-    told = [
+    unusual = [
         f"{name}={value}"
         for name, value in unseen.items()
         if value != defaults.get(name, value) or (name == "num_heads" and by_number)
     ]
-    return unseen, [f"{', '.join(told)}: {whose}"] if told else []
+    return unseen, [f"{', '.join(unusual)}: {whose}"] if unusual else []
 
 
 def infer_flags(path: str | Path, **given: Any) -> dict[str, Any]:

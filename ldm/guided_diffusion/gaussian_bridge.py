@@ -32,8 +32,8 @@ class GuidedNetwork:
     Args:
         model: see `as_gaussian_diffusion`.
         conditioning, unconditional_conditioning: as apply_model takes them.
-        guidance_scale: at 1 the unconditional answer is not asked for.
-        separate_passes: ask for both answers one after the other, the conditional first.
+        guidance_scale: at 1 the unconditional answer is not computed.
+        separate_passes: compute the two answers one after the other, the conditional first, not in one batch.
 
     Raises:
         UsageError: a scale that is not finite or lacks its unconditional condition, conditions for a model
@@ -70,7 +70,7 @@ class GuidedNetwork:
         return self.model.device
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Ask about samples x (b, c, ...) at levels t (b,)."""
+        """Predict for samples x (b, c, ...) at levels t (b,)."""
         if self.scale == 1:
             return self._ask(x, t, self.conditioning)
         uncond, cond = ask_both(self._ask, x, t, self.unconditional, self.conditioning, self.separate_passes)
@@ -105,7 +105,7 @@ def as_gaussian_diffusion(
         model: a DDPM or LatentDiffusion, or anything with betas, alphas_cumprod, parameterization, device and
             apply_model.
         conditioning, unconditional_conditioning, guidance_scale, separate_passes: see `GuidedNetwork`.
-        timestep_respacing: levels to visit, as `space_timesteps` takes them; "" = all.
+        timestep_respacing: levels of the chain, as `space_timesteps` takes them; "" = all.
         model_var_type: FIXED_SMALL or FIXED_LARGE, or LEARNED or LEARNED_RANGE for a network with 2c channels
             of output.
         loss_type: of training_losses.
@@ -143,7 +143,7 @@ def as_gaussian_diffusion(
 
 
 def _betas(model: Any) -> np.ndarray:
-    """Read the model's betas, which tell small steps better than its alphas_cumprod, in float64."""
+    """Read the model's betas, which resolve small steps better than its alphas_cumprod, in float64."""
     betas = model.betas.detach().cpu().double().numpy()
     alpha_bar = alpha_bar_table(model)
     gap = np.abs(np.cumprod(1 - betas) - alpha_bar).max() if betas.shape == alpha_bar.shape else np.inf

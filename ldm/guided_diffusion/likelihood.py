@@ -123,7 +123,7 @@ def measure(
         picture's total and prior.
 
     Raises:
-        MismatchError: an upsampler, whose small pictures nobody gives.
+        MismatchError: an upsampler, whose small pictures are not given.
         NumericError: bits that are not finite.
         ResourceError: out of memory with a single picture.
     """

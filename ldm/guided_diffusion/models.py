@@ -28,7 +28,7 @@ from ldm.guided_diffusion.gaussian_bridge import GuidedNetwork, as_gaussian_diff
 from ldm.guided_diffusion.script_util import COLOURS, diffusion_from_flags
 from ldm.images import preview, to_pil, to_uint8
 from ldm.kernels import optimize
-from ldm.models.introspect import downsampling, is_inpainting
+from ldm.models.introspect import downsampling, dtype_of, is_inpainting
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, SuperResModel
 from ldm.modules.diffusionmodules.util import check_label_range
 from ldm.paths import shipped
@@ -73,6 +73,7 @@ class PixelModel:
 
     Attributes:
         network, diffusion: the UNet, and the SpacedDiffusion that it denoises by.
+        device, dtype: where the UNet is, and what its blocks compute in.
         flags: all of them, those of the file included.
         file, name: what pictures say about the model.
         shape: of a sample, (3, size, size). size: side of the pictures in pixels.
@@ -105,7 +106,7 @@ class PixelModel:
             )
         self.file = Path(path)
         self.name = self.file.stem
-        self.device = torch.device(device)
+        self.device, self.dtype = torch.device(device), self.network.dtype
         self.upscales = isinstance(self.network, SuperResModel)
         self.size = self.flags["large_size" if self.upscales else "image_size"]
         self.shape = (COLOURS, self.size, self.size)
@@ -113,7 +114,7 @@ class PixelModel:
         self.respace(self.flags["timestep_respacing"])
 
     def respace(self, respacing: str) -> None:
-        """Visit other levels, as space_timesteps takes them; "" = all.
+        """Choose the levels of the chain, as space_timesteps takes them; "" = all.
 
         Raises:
             UsageError: an impossible respacing.
@@ -165,6 +166,7 @@ class LatentModel:
 
     Attributes:
         model, diffusion: the LatentDiffusion, and the SpacedDiffusion that it denoises by.
+        device, dtype: where the UNet is, and what it computes in.
         file, name: what pictures say about the model.
         shape: of its latents, (c, h, w). size: height of the pictures in pixels.
         takes_prompts: it is conditioned on text.
@@ -172,7 +174,7 @@ class LatentModel:
 
     Args:
         path, config, device, source: as load_latent_diffusion takes them.
-        respacing: levels to visit, as space_timesteps takes them; "" = all. respace() changes it.
+        respacing: levels of the chain, as space_timesteps takes them; "" = all. respace() changes it.
         image_size: side of the pictures in pixels; None = the model's own.
 
     Raises:
@@ -199,7 +201,7 @@ class LatentModel:
             )
         self._pipeline = StableDiffusion(self.model, file=path, report=self.report)
         self.file, self.name = self._pipeline.file, self._pipeline.name
-        self.device = self.model.device
+        self.device, self.dtype = self.model.device, dtype_of(self.model)
         f = downsampling(self.model)
         sides = self._pipeline.defaults.size if image_size is None else (image_size, image_size)
         height, width = (check_size("image_size", side, f) for side in sides)
@@ -210,7 +212,7 @@ class LatentModel:
         self._features: dict[str, Tensor] = {}  # of the last batch's prompts
 
     def respace(self, respacing: str) -> None:
-        """Visit other levels, as space_timesteps takes them; "" = all.
+        """Choose the levels of the chain, as space_timesteps takes them; "" = all.
 
         Raises:
             UsageError: an impossible respacing.
@@ -322,7 +324,7 @@ class Classifier:
 
     Attributes:
         name: what pictures say about it.
-        num_classes: that it tells apart.
+        num_classes: of which it gives the probabilities.
 
     Args:
         path, device, flags: as load_openai_model takes them.
@@ -341,11 +343,11 @@ class Classifier:
         network, _, self.report = load_openai_model(path, device=model.device, image_size=model.size, **flags)
         if not isinstance(network, EncoderUNetModel):
             raise MismatchError(
-                f"'{escaped(path)}' is no classifier but a {self.report.family}; it has no classes to tell"
+                f"'{escaped(path)}' is no classifier but a {self.report.family}; it has no classes"
             )
         if model.num_classes not in (None, network.out_channels):
             raise MismatchError(
-                f"the classifier tells {network.out_channels} classes apart, the model has {model.num_classes}"
+                f"the classifier has {network.out_channels} classes, the model has {model.num_classes}"
             )
         self.network, self.scale = network.requires_grad_(False), scale
         self.num_classes = network.out_channels

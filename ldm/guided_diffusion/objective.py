@@ -37,7 +37,7 @@ class GaussianObjective:
         """Do what is due before the very first step: nothing."""
 
     def samples(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Take a batch's pictures (b, 3, size, size), and what the network is told about them.
+        """Take a batch's pictures (b, 3, size, size), and what the network is conditioned on.
 
         Raises:
             MismatchError: pictures or labels are missing, or pictures have another size than the model's.

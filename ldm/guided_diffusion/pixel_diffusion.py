@@ -142,7 +142,7 @@ class PixelDiffusion(nn.Module):
         self.model.load_state_dict(loaded.state_dict())
 
     def configure_optimizers(self) -> Any:
-        """Make AdamW, and the schedule that takes its rate to zero where lr_anneal_steps asks for it.
+        """Make AdamW, and with lr_anneal_steps the schedule that takes its rate to zero.
 
         Returns:
             The optimizer, or ([optimizer], [{"scheduler": ...}]).

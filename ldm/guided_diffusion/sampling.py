@@ -20,6 +20,7 @@ from torch import Tensor
 from ldm import __version__
 from ldm.advice import about_seeds, about_size, about_steps, about_syntax, about_words
 from ldm.batches import in_batches
+from ldm.devices import dtype_name
 from ldm.errors import AbsentError, FormatError, escaped
 from ldm.generate import ImageNoise
 from ldm.guided_diffusion.models import Classifier, Conditions, LatentModel, Model
@@ -76,6 +77,7 @@ class SampleParameters:
     batch_index: int
     model: str
     device: str
+    dtype: str
     threads: int
     torch: str
     version: str
@@ -133,9 +135,9 @@ def sample(
                 x = out["sample"]
                 yield Progress(step, steps, x_t=x, pred_x0=out["pred_xstart"], **place)
             pictures = [Image.fromarray(pixels) for pixels in model.to_pictures(x)]
-        told = [_parameters(model, conditions, options, seeds, guide, rows, i) for i in range(len(rows))]
+        made = _parameters(model, conditions, options, guide, seeds, rows)
         result = GenerationResult(
-            painted(pictures, told, model.file), [one.seed for one in told], told, x.float().cpu(), model.file
+            painted(pictures, made, model.file), [one.seed for one in made], made, x.float().cpu(), model.file
         )
         yield Progress(steps, steps, x_t=x, pred_x0=x, result=result, **place)
 
@@ -152,37 +154,43 @@ def _parameters(
     model: Model,
     conditions: Conditions,
     options: SamplingOptions,
-    seeds: Sequence[int],
     guide: Classifier | None,
+    seeds: Sequence[int],
     rows: range,
-    index: int,
-) -> SampleParameters:
-    """Collect how sample rows[index] was made; its picture's size is that of the model."""
-    i, f = rows[index], model.size // model.shape[1]
+) -> list[SampleParameters]:
+    """Collect how the samples of a batch were made."""
+    labels, low_res, prompts = conditions.labels, conditions.low_res, conditions.prompts
     _, height, width = model.shape
-    return SampleParameters(
-        prompt="" if conditions.prompts is None else conditions.prompts[i],
-        guidance_scale=None if conditions.prompts is None else conditions.guidance_scale,
-        class_label=None if conditions.labels is None else int(conditions.labels[i]),
-        classifier=None if guide is None else guide.name,
-        classifier_scale=None if guide is None else guide.scale,
-        base_sample=None if conditions.low_res is None else i % len(conditions.low_res),
-        seed=seeds[i],
-        steps=model.diffusion.num_timesteps,
-        sampler=options.sampler,
-        timestep_respacing=model.respacing,
-        eta=options.eta if options.use_ddim else None,
-        clip_denoised=options.clip_denoised,
-        width=f * width,
-        height=f * height,
-        batch_size=len(rows),
-        batch_index=index,
-        model=model.name,
-        device=str(model.device),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        version=__version__,
-    )
+    shared = {
+        "guidance_scale": None if prompts is None else conditions.guidance_scale,
+        "classifier": None if guide is None else guide.name,
+        "classifier_scale": None if guide is None else guide.scale,
+        "steps": model.diffusion.num_timesteps,
+        "sampler": options.sampler,
+        "timestep_respacing": model.respacing,
+        "eta": options.eta if options.use_ddim else None,
+        "clip_denoised": options.clip_denoised,
+        "width": model.size * width // height,
+        "height": model.size,
+        "batch_size": len(rows),
+        "model": model.name,
+        "device": str(model.device),
+        "dtype": dtype_name(model.dtype),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "version": __version__,
+    }
+    return [
+        SampleParameters(
+            prompt="" if prompts is None else prompts[i],
+            class_label=None if labels is None else int(labels[i]),
+            base_sample=None if low_res is None else i % len(low_res),
+            seed=seeds[i],
+            batch_index=index,
+            **shared,
+        )
+        for index, i in enumerate(rows)
+    ]
 
 
 def save_samples(

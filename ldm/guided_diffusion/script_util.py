@@ -426,7 +426,7 @@ def create_gaussian_diffusion(
         predict_xstart: the model predicts the clean picture instead of the noise.
         rescale_timesteps: the model sees levels between 0 and 1000, whatever the number of steps.
         rescale_learned_sigmas: scale the bound's part in the loss that is not the bound alone.
-        timestep_respacing: levels to visit: "250", "ddim50", "10,20,30"; empty for all.
+        timestep_respacing: levels of the chain: "250", "ddim50", "10,20,30"; empty for all.
 
     Raises:
         UsageError: an unknown flag or schedule, or a respacing that does not work out.

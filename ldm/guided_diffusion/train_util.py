@@ -215,7 +215,7 @@ class TrainLoop:
             self.step += 1
 
     def run_step(self, batch: Tensor, cond: dict[str, Tensor]) -> None:
-        """Take one step on a batch (b, c, h, w) and what the network is told about it."""
+        """Take one step on a batch (b, c, h, w) and what the network is conditioned on."""
         self._anneal_lr()
         self.forward_backward(batch, cond)
         if self.optimize():
@@ -250,7 +250,7 @@ class TrainLoop:
 
     @torch.no_grad()
     def optimize(self) -> bool:
-        """Step the optimizer, unless a gradient is not finite; tells whether it did."""
+        """Step the optimizer, unless a gradient is not finite; return whether it did."""
         if self.use_fp16:
             logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
             for mine, theirs in zip(self.master.parameters(), self.model.parameters(), strict=True):

@@ -252,7 +252,7 @@ def test_base_samples_that_would_fill_the_memory_are_not_unpacked(files, monkeyp
         ("-r {plain} -n 0", 2, "wanted a whole number from 1 to 1000000, got '0'"),
         ("-r {plain} --classifier_path {plain}", 5, "plain.pt' is no classifier but a OpenAI pixel model"),
         ("-r {classifier}", 5, "classifier.pt' is a classifier, which paints nothing"),
-        ("-r {labelled} --classifier_path {other}", 5, "tells 7 classes apart, the model has 6"),
+        ("-r {labelled} --classifier_path {other}", 5, "the classifier has 7 classes, the model has 6"),
         ("-r {plain} --classifier_scale 2", 2, "--classifier_scale 2.0 needs --classifier_path"),
         ("-r {plain} --base_samples {base}", 2, "--base_samples is for models that enlarge pictures"),
         ("-r {plain} --base_samples {cut_base}", 3, "cut.npz' cannot be read"),
