@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import MismatchError
-from ldm.models.diffusion.resample import LossAwareSampler
+from ldm.models.diffusion.resample import record_losses
 from ldm.training.draws import Draws
 from ldm.training.objectives import Batch, Figures, pictures_of
 
@@ -64,17 +64,13 @@ class GaussianObjective:
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, Figures]:
         """Compute the loss of a batch at the schedule sampler's levels; returns (loss, figures).
 
-        A sampler that learns from losses does so here, batch by batch as in the original. Losses that are not finite
-        are kept from it: the step they belong to is skipped.
+        A sampler that learns from losses does so here, batch by batch as in the original.
         """
         model, sampler = self.model, self.model.levels.sampler
         image, conditions = self.samples(batch)
         t, weights = draws.weighted_levels(sampler, image)
         terms = model.diffusion.training_losses(model.model, image, t, conditions, noise=draws.normal(image))
-        if isinstance(sampler, LossAwareSampler):
-            losses = terms["loss"].detach()
-            is_sound = losses.isfinite()
-            sampler.update_with_local_losses(t[is_sound], losses[is_sound])
+        record_losses(sampler, t, terms["loss"])
         means = {name: (weights * term).mean() for name, term in terms.items()}
         loss = means.pop("loss")
         return loss, {f"train/{name}": mean.detach() for name, mean in means.items()}

@@ -19,7 +19,7 @@ from ldm.guided_diffusion import dist_util, logger
 from ldm.guided_diffusion.image_datasets import needs_training
 from ldm.guided_diffusion.pixel_diffusion import parse_ema_rates
 from ldm.limits import real, whole
-from ldm.models.diffusion.resample import LossAwareSampler, ScheduleSampler, UniformSampler
+from ldm.models.diffusion.resample import ScheduleSampler, UniformSampler, record_losses
 from ldm.modules.ema import LitEma
 
 log = logging.getLogger(__name__)
@@ -239,10 +239,7 @@ class TrainLoop:
                 model_kwargs={name: value[rows].to(device) for name, value in cond.items()},
                 noise=noise[rows].to(device),
             )
-            if isinstance(self.schedule_sampler, LossAwareSampler):
-                losses = terms["loss"].detach()
-                sound = losses.isfinite()
-                self.schedule_sampler.update_with_local_losses(levels[sound], losses[sound])
+            record_losses(self.schedule_sampler, levels, terms["loss"])
             terms = {name: term * weights[rows].to(device) for name, term in terms.items()}
             log_loss_dict(self.diffusion, levels, terms)
             loss = terms["loss"].sum() / len(batch)

@@ -64,6 +64,17 @@ class ScheduleSampler(ABC):
             raise MismatchError(f"{type(self).__name__} keeps no state, got {', '.join(state)}")
 
 
+def record_losses(sampler: ScheduleSampler, t: Tensor, losses: Tensor) -> None:
+    """Let a sampler that learns from losses (b,) at levels t (b,) do so, and keep those that are not finite from it.
+
+    The training step that such a loss belongs to is skipped.
+    """
+    if isinstance(sampler, LossAwareSampler):
+        losses = losses.detach()
+        is_sound = losses.isfinite()
+        sampler.update_with_local_losses(t[is_sound], losses[is_sound])
+
+
 class UniformSampler(ScheduleSampler):
     """All levels alike."""
 
