@@ -3,7 +3,7 @@
 from ldm.checkpoints.files import Weights, open_weights, read_object, read_tensors
 from ldm.checkpoints.load import load_latent_diffusion, load_vae
 from ldm.checkpoints.report import LoadReport, TensorInfo
-from ldm.checkpoints.states import account_states, assign
+from ldm.checkpoints.states import assign, match_states
 from ldm.checkpoints.summary import FileSummary, inspect
 from ldm.checkpoints.write import replacing, save_object, save_safetensors
 
@@ -12,7 +12,7 @@ __all__ = [
     "LoadReport",
     "TensorInfo",
     "Weights",
-    "account_states",
+    "match_states",
     "assign",
     "inspect",
     "load_latent_diffusion",

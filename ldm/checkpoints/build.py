@@ -17,7 +17,7 @@ from ldm.checkpoints import families
 from ldm.checkpoints.configs import Candidate, candidates, find_config, with_origin
 from ldm.checkpoints.files import PICKLE_SUFFIXES, Weights, open_weights
 from ldm.checkpoints.folders import FolderWeights, folder_settings, is_diffusers_folder
-from ldm.checkpoints.matching import account_model, without
+from ldm.checkpoints.matching import match_model, without
 from ldm.checkpoints.report import LoadReport, first_few
 from ldm.checkpoints.sampling import read_sampling
 from ldm.config import instantiate_from_config
@@ -116,22 +116,22 @@ def build_empty(settings: Mapping[str, Any], tokenizer: str | Path | None = None
 
 
 def build_fitting(
-    tried: Sequence[Candidate], pair: Callable[[nn.Module], LoadReport], tokenizer: str | Path | None = None
+    tried: Sequence[Candidate], match: Callable[[nn.Module], LoadReport], tokenizer: str | Path | None = None
 ) -> tuple[nn.Module, LoadReport]:
     """Build the first candidate that a file fits.
 
     Args:
-        pair: accounts for the file's tensors in an empty model, or raises.
+        match: reports on the file's tensors in an empty model, or raises.
 
     Raises:
-        As pair, for the first candidate, if none fits.
+        As match, for the first candidate, if none fits.
     """
     failure: LdmError | None = None
     for candidate in tried:
         try:
             sampling = read_sampling(candidate.settings.get("sampling"))
             model = build_empty(candidate.settings, tokenizer)
-            report = pair(model)
+            report = match(model)
         except LdmError as error:
             if failure is None:
                 failure = error if candidate.origin is None else with_origin(error, candidate.origin)
@@ -149,7 +149,7 @@ def build_fitting(
     raise failure
 
 
-def pair_file(
+def match_file(
     path: Path,
     config: str | Path | Mapping[str, Any] | None,
     opened: contextlib.ExitStack,
@@ -160,7 +160,7 @@ def pair_file(
     ignore: tuple[str, ...] = (),
     source: Weights | None = None,
 ) -> tuple[nn.Module, LoadReport, Weights]:
-    """Open a full model's file, build what fits it and account for every tensor; options of load_latent_diffusion.
+    """Open a full model's file, build the model that fits it and match every tensor; options of load_latent_diffusion.
 
     Raises:
         As load_latent_diffusion, before any value is read.
@@ -181,7 +181,7 @@ def pair_file(
             raise MismatchError(f"'{escaped(path)}' is {families.REFUSED[family]}; {families.ADVICE[family]}")
         tried = candidates(path, source, family, config)
 
-    def pair(model: nn.Module) -> LoadReport:
-        return account_model(model, source, family, use_ema, given_vae=vae, ignore=ignore)
+    def match(model: nn.Module) -> LoadReport:
+        return match_model(model, source, family, use_ema, given_vae=vae, ignore=ignore)
 
-    return *build_fitting(tried, pair, tokenizer), source
+    return *build_fitting(tried, match, tokenizer), source

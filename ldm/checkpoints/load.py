@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import key_mapping
-from ldm.checkpoints.build import collector_paused, follow_hub, open_file, pair_file
+from ldm.checkpoints.build import collector_paused, follow_hub, match_file, open_file
 from ldm.checkpoints.files import Weights
 from ldm.checkpoints.folders import FolderWeights
-from ldm.checkpoints.matching import LEFT_OUT, account_vae, check_patterns
+from ldm.checkpoints.matching import LEFT_OUT, check_patterns, match_vae
 from ldm.checkpoints.report import LoadReport
 from ldm.checkpoints.tensors import assign_state, check_dtype, choose_dtypes, load_tensors
 from ldm.devices import pick_device
@@ -77,7 +77,7 @@ def load_latent_diffusion(
 
     Raises:
         AbsentError, FormatError, UnsafeFileError: the file cannot be had, read or trusted.
-        MismatchError: another family, tensors that do not pair with the model's, or a wrong section `sampling:`.
+        MismatchError: another family, tensors that do not match the model's, or a wrong section `sampling:`.
         NumericError: weights that are not finite, or not any more in dtype.
         ResourceError: out of memory.
     """
@@ -90,7 +90,7 @@ def load_latent_diffusion(
     refuse_elsewhere("VAE", vae)
     refuse_elsewhere("tokenizer", tokenizer)
     with memory_named(path), contextlib.ExitStack() as opened:
-        model, report, source = pair_file(
+        model, report, source = match_file(
             Path(path),
             config,
             opened,
@@ -105,7 +105,7 @@ def load_latent_diffusion(
         with memory_named(path, model):
             if vae is not None:
                 replacement = opened.enter_context(contextlib.closing(_open_vae(vae)))
-                inner = account_vae(model.first_stage_model, replacement)
+                inner = match_vae(model.first_stage_model, replacement)
                 state |= load_tensors(model, inner, replacement, device, dtypes, prefix=key_mapping.VAE)
                 report.notes.append(inner.summary())
             _check_tables(model, report, source)
@@ -140,7 +140,7 @@ def load_vae(
     weight = next(module.parameters())
     refuse_elsewhere("VAE", path)
     with contextlib.closing(_open_vae(path)) as source, memory_named(path, module):
-        report = account_vae(module, source, patterns)
+        report = match_vae(module, source, patterns)
         dtypes = choose_dtypes(module, weight.dtype, weight.dtype)
         state = load_tensors(module, report, source, weight.device, dtypes)
         before = module.state_dict()

@@ -57,20 +57,20 @@ def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 def match(
     path: str,
     *,
-    held: Mapping[str, TensorInfo],
+    infos: Mapping[str, TensorInfo],
     wanted: Mapping[str, tuple[int, ...]],
     rename: Mapping[str, str],
     ignored: Mapping[str, str],
     initialised: Mapping[str, str],
 ) -> dict[str, str]:
-    """Pair the tensors of a file with those of a model, or say in one error what does not pair.
+    """Match the tensors of a file with those of a model by name and shape, or say in one error what does not match.
 
     Shapes may differ in sizes of 1 at their ends: (c, c) is a linear layer and (c, c, 1, 1) the same as a convolution,
     and diffusers' export writes either, and biases as (c, 1, 1).
 
     Args:
         path: the file, for the message.
-        held: what the file holds.
+        infos: what the file holds, by name.
         wanted: the shape of every tensor of the model's state dict.
         rename: name in the file -> name in the model, for those whose names differ; a name that is absent
             here stands for itself.
@@ -83,10 +83,10 @@ def match(
     Raises:
         MismatchError: missing, unexpected, misshapen or twice-named tensors; the first few are named.
     """
-    pairs: dict[str, str] = {}
+    assigned: dict[str, str] = {}
     source: dict[str, str] = {}
     unexpected, misshapen, twice = [], [], []
-    for name, info in held.items():
+    for name, info in infos.items():
         if name in ignored:
             continue
         target = rename.get(name, name)
@@ -97,7 +97,7 @@ def match(
             twice.append(f"{source[target]} and {name}")
             continue
         source[target] = name
-        pairs[name] = target
+        assigned[name] = target
         if _without_trailing_ones(info.shape) != _without_trailing_ones(tuple(wanted[target])):
             misshapen.append(f"'{escaped(name)}' {list(info.shape)} instead of {list(wanted[target])}")
     missing = [name for name in wanted if name not in source and name not in initialised]
@@ -105,7 +105,7 @@ def match(
     faults = []
     if missing:
         faults.append(f"{len(missing)} of the model's {len(wanted)} tensors missing ({first_few(missing)})")
-    foreign = f"{len(unexpected)} of the file's {len(held)} not expected ({first_few(unexpected)})"
+    foreign = f"{len(unexpected)} of the file's {len(infos)} not expected ({first_few(unexpected)})"
     if unexpected:
         faults.append(foreign)
     if misshapen:
@@ -118,10 +118,10 @@ def match(
         if faults[0] == foreign:
             advice = "leave it out with ignore= (--ignore-keys PATTERN) if it is no part of a model"
         raise MismatchError(f"'{escaped(path)}' does not fit the model: {'; '.join(faults)}; {advice}")
-    return pairs
+    return assigned
 
 
-def account_model(
+def match_model(
     model: nn.Module,
     source: Weights,
     family: str,
@@ -129,10 +129,10 @@ def account_model(
     given_vae: str | Path | None = None,
     ignore: tuple[str, ...] = (),
 ) -> LoadReport:
-    """Pair a full model with its file.
+    """Match a full model with its file.
 
     Raises:
-        MismatchError: tensors that do not pair, or an average that is asked for and not whole.
+        MismatchError: tensors that do not match, or an average that use_ema wants and that is not whole.
     """
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     report = LoadReport(path=escaped(source.path), family=family, notes=list(source.notes))
@@ -142,14 +142,14 @@ def account_model(
         reason = None if name in report.ignored else _reason_to_ignore(target, wanted)
         if reason:
             report.ignored[name] = reason
-    _account_scales(wanted, rename, report)
+    _match_scales(wanted, rename, report)
     given = {target for name, target in rename.items() if name not in report.ignored}
     for name in dict(model.named_buffers()):
         if name in wanted and name not in given and not name.startswith(tuple(key_mapping.PARTS.values())):
             report.initialised[name] = COMPUTED
-    _account_ema(wanted, source, rename, report, use_ema)
+    _match_ema(wanted, source, rename, report, use_ema)
     if given_vae is None:
-        _account_vae_average(wanted, source, rename, report, key_mapping.VAE)
+        _match_vae_average(wanted, source, rename, report, key_mapping.VAE)
     else:
         reason = f"replaced by the VAE of '{escaped(given_vae)}'"
         report.ignored.update({n: reason for n, t in rename.items() if t.startswith(key_mapping.VAE)})
@@ -165,7 +165,7 @@ def _match(
 ) -> None:
     report.assigned = match(
         source.path,
-        held=source.infos,
+        infos=source.infos,
         wanted=wanted,
         rename=rename,
         ignored=report.ignored,
@@ -225,7 +225,7 @@ def _reason_to_ignore(name: str, wanted: Mapping[str, Any]) -> str | None:
     return None if name.startswith(f"{key_mapping.VAE}model_ema.") else families.why_unused(name)
 
 
-def _account_scales(wanted: Mapping[str, Any], rename: Mapping[str, str], report: LoadReport) -> None:
+def _match_scales(wanted: Mapping[str, Any], rename: Mapping[str, str], report: LoadReport) -> None:
     """Find the factors of weights in 8 bits, which ComfyUI writes beside them."""
     for name, target in rename.items():
         base, dot, end = target.rpartition(".")
@@ -234,7 +234,7 @@ def _account_scales(wanted: Mapping[str, Any], rename: Mapping[str, str], report
             report.scales[f"{base}.weight"] = name
 
 
-def _account_ema(
+def _match_ema(
     wanted: Mapping[str, Any],
     source: Weights,
     rename: dict[str, str],
@@ -243,31 +243,31 @@ def _account_ema(
 ) -> None:
     """Decide where the UNet's weights and its moving average come from; changes rename and report."""
     path = escaped(source.path)
-    where = {target: name for name, target in rename.items() if name not in report.ignored}
+    in_file = {target: name for name, target in rename.items() if name not in report.ignored}
     shadows = {key_mapping.ema_name(name): name for name in wanted if name.startswith("model.")}
-    held = [shadow for shadow in shadows if shadow in where]
-    plain = [name for name in shadows.values() if name in where]
+    averages = [shadow for shadow in shadows if shadow in in_file]
+    plain = [name for name in shadows.values() if name in in_file]
     keeps = any(name.startswith(key_mapping.EMA) for name in wanted)
-    is_only = bool(held) and not plain  # the UNet is nowhere else
-    if use_ema and not held:
+    is_only = bool(averages) and not plain  # the UNet is nowhere else
+    if use_ema and not averages:
         raise MismatchError(f"'{path}' has no EMA weights (model_ema.*); load it with use_ema=False")
     if use_ema is False and is_only:
         raise MismatchError(
             f"'{path}' has its UNet as a moving average only (model_ema.*), no plain weights; load it with use_ema=True"
         )
     chosen = use_ema or is_only
-    if held and len(held) < len(shadows) and (chosen or (keeps and use_ema is None)):
-        raise _incomplete(path, "moving average (model_ema.*)", held, shadows, is_only)
-    if not chosen and held and keeps and use_ema is None:
+    if averages and len(averages) < len(shadows) and (chosen or (keeps and use_ema is None)):
+        raise _incomplete(path, "moving average (model_ema.*)", averages, shadows, is_only)
+    if not chosen and averages and keeps and use_ema is None:
         report.notes.append("plain weights in the UNet, the file's EMA weights in its moving average")
         return
-    for shadow in held:
+    for shadow in averages:
         if chosen:
-            rename[where[shadow]] = shadows[shadow]
+            rename[in_file[shadow]] = shadows[shadow]
         else:
-            report.ignored[where[shadow]] = "EMA weights, the plain ones were chosen"
+            report.ignored[in_file[shadow]] = "EMA weights, the plain ones were chosen"
     if chosen:
-        report.ignored.update({where[name]: "the EMA weights were chosen" for name in plain})
+        report.ignored.update({in_file[name]: "the EMA weights were chosen" for name in plain})
     if is_only:
         report.notes.append("the UNet is in the file as a moving average only, which was loaded")
     if keeps:
@@ -275,50 +275,53 @@ def _account_ema(
         for name in wanted:
             if name.startswith(key_mapping.EMA) and name in shadows:
                 report.initialised[name] = "seeded from the loaded weights"
-            elif name.startswith(key_mapping.EMA) and (use_ema is False or name not in where):
+            elif name.startswith(key_mapping.EMA) and (use_ema is False or name not in in_file):
                 report.initialised[name] = COMPUTED
-                if name in where:
-                    report.ignored[where[name]] = families.why_unused(name)
+                if name in in_file:
+                    report.ignored[in_file[name]] = families.why_unused(name)
 
 
 def _incomplete(
-    path: str, what: str, held: list[str], shadows: Mapping[str, str], is_only: bool
+    path: str, what: str, averages: list[str], shadows: Mapping[str, str], is_only: bool
 ) -> MismatchError:
-    missing = [shadow for shadow in shadows if shadow not in set(held)]
+    missing = [shadow for shadow in shadows if shadow not in set(averages)]
     advice = "no plain weights are there; get the file again" if is_only else "load it with use_ema=False"
     return MismatchError(
-        f"'{path}' holds {len(held)} of {len(shadows)} tensors of its {what}, without {first_few(missing, 2)}; {advice}"
+        f"'{path}' holds {len(averages)} of {len(shadows)} tensors of its {what}, without {first_few(missing, 2)}; "
+        f"{advice}"
     )
 
 
-def _account_vae_average(
+def _match_vae_average(
     wanted: Mapping[str, Any], source: Weights, rename: dict[str, str], report: LoadReport, prefix: str
 ) -> None:
     """Take the VAE's moving average where the file has the VAE in no other form; else leave it out."""
-    where = {target: name for name, target in rename.items() if name not in report.ignored}
+    in_file = {target: name for name, target in rename.items() if name not in report.ignored}
     average = f"{prefix}model_ema."
     shadows = {
         average + name.removeprefix(prefix).replace(".", ""): name
         for name in wanted
         if name.startswith(prefix) and not name.startswith((average, f"{prefix}loss."))
     }
-    held = [shadow for shadow in shadows if shadow in where]
-    is_only = bool(held) and not any(name in where for name in shadows.values())
-    if is_only and len(held) < len(shadows):
-        raise _incomplete(escaped(source.path), f"VAE's moving average ({average}*)", held, shadows, is_only)
+    averages = [shadow for shadow in shadows if shadow in in_file]
+    is_only = bool(averages) and not any(name in in_file for name in shadows.values())
+    if is_only and len(averages) < len(shadows):
+        raise _incomplete(
+            escaped(source.path), f"VAE's moving average ({average}*)", averages, shadows, is_only
+        )
     if is_only:
-        rename.update({where[shadow]: shadows[shadow] for shadow in held})
+        rename.update({in_file[shadow]: shadows[shadow] for shadow in averages})
         report.notes.append("the VAE is in the file as a moving average only, which was loaded")
-    for target, name in where.items():
+    for target, name in in_file.items():
         if target.startswith(average) and target not in wanted and not (is_only and target in shadows):
             report.ignored[name] = "a moving average of the VAE"
 
 
-def account_vae(module: nn.Module, source: Weights, ignore: tuple[str, ...] = ()) -> LoadReport:
-    """Pair an autoencoder with a file that holds one, alone or among others.
+def match_vae(module: nn.Module, source: Weights, ignore: tuple[str, ...] = ()) -> LoadReport:
+    """Match an autoencoder with a file that holds one, alone or among others.
 
     Raises:
-        MismatchError: no VAE in the file, or tensors that do not pair.
+        MismatchError: no VAE in the file, or tensors that do not match.
     """
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     report = LoadReport(path=escaped(source.path), family="VAE", notes=list(source.notes))
@@ -338,8 +341,8 @@ def account_vae(module: nn.Module, source: Weights, ignore: tuple[str, ...] = ()
             f"{key_mapping.VAE}model_ema."
         ):
             report.ignored[name] = reason
-    _account_scales(wanted, rename, report)
-    _account_vae_average(wanted, source, rename, report, "")
+    _match_scales(wanted, rename, report)
+    _match_vae_average(wanted, source, rename, report, "")
     given = {target for name, target in rename.items() if name not in report.ignored}
     if not given & wanted.keys():
         kind = families.REFUSED.get(families.family_of(source.infos), "a model without one")

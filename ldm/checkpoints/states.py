@@ -15,7 +15,7 @@ LEFT = "begins with one of ignore_keys"
 NETWORK_ONLY = "only the network is loaded"
 
 
-def account_states(
+def match_states(
     path: str,
     tensors: Mapping[str, Tensor],
     wanted: Mapping[str, Tensor],
@@ -25,7 +25,7 @@ def account_states(
     ignore_keys: Iterable[str] = (),
     only_model: bool = False,
 ) -> LoadReport:
-    """Pair a file's tensors with a diffusion model's of the same names, and account for every one of both.
+    """Match a file's tensors with a diffusion model's of the same names, and report on every one of both.
 
     The schedule and the constant logvar may be absent, for they are computed; so may the averaged weights, which the
     caller seeds from the loaded ones.
@@ -65,7 +65,7 @@ def account_states(
             report.initialised[name] = LEFT
     report.assigned = match(
         report.path,
-        held={name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()},
+        infos={name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()},
         wanted={name: tuple(value.shape) for name, value in wanted.items()},
         rename={},
         ignored=report.ignored,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints import families, key_mapping
-from ldm.checkpoints.build import follow_hub, open_file, pair_file
+from ldm.checkpoints.build import follow_hub, match_file, open_file
 from ldm.checkpoints.files import Weights
 from ldm.checkpoints.folders import FolderWeights, is_diffusers_folder
 from ldm.checkpoints.matching import check_patterns, without
@@ -132,7 +132,7 @@ def inspect(
                 )
             else:
                 with contextlib.ExitStack() as opened:
-                    _, summary.report, _ = pair_file(
+                    _, summary.report, _ = match_file(
                         path, config, opened, use_ema=use_ema, ignore=patterns, source=source
                     )
                 summary.family = summary.report.family

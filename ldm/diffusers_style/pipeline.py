@@ -26,7 +26,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.introspect import downsampling, is_inpainting, native_size
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.pipeline import StableDiffusion
-from ldm.process.guidance import guide, rescale
+from ldm.process.guidance import guide
 from ldm.request import check_size, list_texts
 
 log = logging.getLogger(__name__)
@@ -529,8 +529,7 @@ class StableDiffusionPipeline:
                 ).sample
                 if guided:
                     uncond, cond = eps.chunk(2)
-                    eps = guide(uncond, cond, scale)
-                    eps = rescale(eps, cond, mix) if mix else eps
+                    eps = guide(uncond, cond, scale, mix)
                 latents = self.scheduler.step(eps, t, latents, **options)[0]
                 if callback_on_step_end is not None:
                     known = {"latents": latents, "prompt_embeds": embeds, "negative_prompt_embeds": negative}

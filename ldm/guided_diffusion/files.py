@@ -561,7 +561,7 @@ def load_openai_model(
 
     Raises:
         AbsentError, FormatError, UnsafeFileError: the file cannot be had, read or trusted.
-        MismatchError: no model of this family, tensors that do not pair, or flags that contradict the file.
+        MismatchError: no model of this family, tensors that do not match, or flags that contradict the file.
         NumericError: weights that are not finite, or would not be in half precision.
         UsageError: an unknown flag (the nearest one is named), an impossible value, device or dtype.
         ResourceError: out of memory.
@@ -579,7 +579,7 @@ def load_openai_model(
         }
         report.assigned = match(
             source.path,
-            held=source.infos,
+            infos=source.infos,
             wanted={name: tuple(value.shape) for name, value in model.state_dict().items()},
             rename={},
             ignored=report.ignored,

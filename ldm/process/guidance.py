@@ -47,14 +47,16 @@ def first_tensor(condition: Any) -> Tensor | None:
     return next((found for part in parts if (found := first_tensor(part)) is not None), None)
 
 
-def guide(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
+def guide(uncond: Tensor, cond: Tensor, scale: float, mix: float = 0.0) -> Tensor:
     """Move the network's output along the condition (arXiv:2207.12598, in CompVis's form).
 
     Args:
         uncond, cond: outputs without and with the condition, one shape.
         scale: 0 = unconditional, 1 = conditional, more = beyond it.
+        mix: of `rescale`, the guidance_rescale of samplers; 0 = none.
     """
-    return uncond + scale * (cond - uncond)
+    guided = uncond + scale * (cond - uncond)
+    return rescale(guided, cond, mix) if mix else guided
 
 
 def rescale(guided: Tensor, cond: Tensor, mix: float) -> Tensor:

@@ -11,7 +11,7 @@ from ldm.checkpoints import inspect, load_latent_diffusion, load_vae, open_weigh
 from ldm.checkpoints.build import build_empty
 from ldm.checkpoints.families import ADVICE, REFUSED, family_of
 from ldm.checkpoints.key_mapping import EMA, TEXT, UNET, VAE, canonical
-from ldm.checkpoints.matching import account_model, check_patterns
+from ldm.checkpoints.matching import check_patterns, match_model
 from ldm.checkpoints.report import TensorInfo
 from ldm.errors import MismatchError, UsageError
 
@@ -266,7 +266,7 @@ def empty(tiny):
 def account(model, path, ignore=()):
     """What a load says of a file, without its values."""
     with contextlib.closing(open_weights(path)) as source:
-        return account_model(model, source, "v1", ignore=check_patterns(ignore))
+        return match_model(model, source, "v1", ignore=check_patterns(ignore))
 
 
 @pytest.mark.parametrize("key", FOREIGN)

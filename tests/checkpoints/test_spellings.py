@@ -11,7 +11,7 @@ from ldm.checkpoints import inspect, load_latent_diffusion, load_vae, open_weigh
 from ldm.checkpoints.build import build_empty
 from ldm.checkpoints.families import family_of
 from ldm.checkpoints.key_mapping import TEXT, UNET, VAE, canonical, unet_to_diffusers, vae_to_diffusers
-from ldm.checkpoints.matching import account_model
+from ldm.checkpoints.matching import match_model
 from ldm.checkpoints.report import TensorInfo
 from ldm.errors import MismatchError
 
@@ -126,7 +126,7 @@ def test_every_spelling_is_of_v1_and_finds_its_place(tiny, tmp_path, empty, case
     assert {name: value.shape for name, value in written.items()} != shapes  # the case does spell otherwise
     with contextlib.closing(open_weights(tiny.save(tmp_path, written))) as source:
         assert family_of(source.infos) == "v1"
-        report = account_model(empty, source, "v1")
+        report = match_model(empty, source, "v1")
         assert report.assigned.keys() == written.keys() and not report.ignored
         assert sorted(report.assigned.values()) == sorted(tiny.tensors)
         for name, target in report.assigned.items():

@@ -59,5 +59,8 @@ def test_rescale_gives_each_image_the_spread_of_its_conditional_answer():
     full = rescale(guided, cond, 1.0)
     torch.testing.assert_close(full.std(dim=axes), cond.std(dim=axes), rtol=0, atol=1e-12)
     torch.testing.assert_close(rescale(guided, cond, 0.0), guided, rtol=0, atol=0)
+    assert torch.equal(
+        guide(0.25 * guided, cond, 1.5, 0.5), rescale(guide(0.25 * guided, cond, 1.5), cond, 0.5)
+    )
     half = (full + guided) / 2
     torch.testing.assert_close(rescale(guided, cond, 0.5), half, rtol=0, atol=1e-12)

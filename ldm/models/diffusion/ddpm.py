@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoints import LoadReport, account_states, assign, read_tensors
+from ldm.checkpoints import LoadReport, assign, match_states, read_tensors
 from ldm.config import instantiate_from_config
 from ldm.errors import MismatchError, UsageError
 from ldm.helpers import count_params, default, leaves_others_to_subclasses, living_in, mean_flat
@@ -552,7 +552,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         """
         tensors, _ = read_tensors(path)
         tensors = self._fit(tensors)
-        report = account_states(
+        report = match_states(
             path,
             tensors,
             self.state_dict(),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UsageError, shown
-from ldm.process.guidance import guide, join, rescale
+from ldm.process.guidance import guide, join
 from ldm.process.prediction import to_eps, to_x0
 
 WHOLE_INTERVAL = (0.0, 1.0)
@@ -126,8 +126,7 @@ class Denoiser:
         uncond, cond = ask_both(
             self.model.apply_model, x, t, self.unconditional, self.conditioning, self.separate_passes
         )
-        answer = guide(uncond, cond, self.scale)
-        answer = rescale(answer, cond, self.rescale) if self.rescale else answer
+        answer = guide(uncond, cond, self.scale, self.rescale)
         if guided is True:
             return answer
         return torch.where(guided.reshape(-1, *(1 for _ in x.shape[1:])), answer, cond)
