@@ -9,6 +9,7 @@ converters, which stack prefixes and mix dots and underscores.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from ldm.checkpoints import TensorInfo
@@ -111,6 +112,12 @@ class ModuleNames:
         """Give a module's network and its path, such as "model.diffusion_model.time_embed.0"; None if there is none."""
         where: tuple[Network, ...] = (network,) if network else ("unet", "text")
         return next(((one, self._modules[one][body]) for one in where if body in self._modules[one]), None)
+
+
+@lru_cache(maxsize=4)
+def module_names(parameters: tuple[str, ...]) -> ModuleNames:
+    """ModuleNames, made once for a model that several files are for."""
+    return ModuleNames(parameters)
 
 
 # Base model -> how keys look that only its LoRAs have. The first that fits is named.
