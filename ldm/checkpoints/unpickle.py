@@ -66,7 +66,6 @@ HARMLESS = re.compile(
         |random\._pickle\.__\w+_ctor|random\.(_\w+\.)?(Generator|RandomState|MT19937|PCG64|PCG64DXSM|Philox|SFC64)
         |random\.bit_generator\.(SeedSequence|__pyx_unpickle_SeedSequence))
     |builtins\.(object|dict|list|int|float|str|bool|tuple|slice|range)|copyreg\._reconstructor
-    |torch\.nn\.modules\.container\.ParameterDict
     |argparse\.Namespace|types\.SimpleNamespace|collections\.deque|time\.struct_time
     |pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path
     |datetime\.(datetime|date|time|timedelta|timezone)|zoneinfo\.ZoneInfo(\._unpickle)?
@@ -97,6 +96,12 @@ class Placeholder:
 
     def __str__(self) -> str:
         return f"a {self.name}"
+
+
+class ParameterDict(dict):
+    """What a torch.nn.ParameterDict is here: its entries, which its pickle has as the state of an object."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,9 +266,15 @@ class Unpickler:
         target.update(map(self.key, items))
 
     def build(self) -> None:
-        """Drop an object's state: what is kept of objects has none."""
-        self.stack.pop()
-        if type(self.stack[-1]) not in (Placeholder, dict, StoredTensor):
+        """Drop an object's state, for what is kept of objects has none; but a ParameterDict's is its entries."""
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if type(target) is ParameterDict and type(state) is dict:
+            entries = state.get("_parameters")
+            if type(entries) is dict:
+                self.spend(len(entries))
+                target.update(entries)
+        elif type(target) not in (Placeholder, dict, StoredTensor):
             raise TypeError("a state for what has none")
 
     def key(self, value: Any) -> Any:
@@ -408,6 +419,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": Unpickler.ordered_dict,
     "collections.Counter": Unpickler.counter,
     "collections.defaultdict": lambda self, *_: {},
+    "torch.nn.modules.container.ParameterDict": lambda self, *_: ParameterDict(),
     "builtins.bytes": lambda self: b"",
     "builtins.bytearray": Unpickler.bytes,
     "builtins.set": Unpickler.set,

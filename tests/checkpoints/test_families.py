@@ -218,7 +218,7 @@ def test_pickles_of_other_programs_are_named_too(tmp_path, case, legacy):
 
 
 def test_an_embedding_in_a_class_of_torchs_is_named(tmp_path):
-    """As the program that textual inversion came with saves it; its values lie in an object, which is not made."""
+    """As the program that textual inversion came with saves it; of the object, its entries are kept."""
     held = torch.nn.ParameterDict({"*": torch.nn.Parameter(VECTOR)})
     torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": held}, tmp_path / "x.pt")
     with pytest.raises(

@@ -549,6 +549,33 @@ def test_a_placeholder_keeps_nothing_and_does_nothing(put, name, make):
             read_object(put(with_pickle(again)))
 
 
+ENTRIES = b"X\x0b\0\0\0_parameters"
+
+
+@pytest.mark.parametrize(
+    ("state", "entries"),
+    [
+        (b"", {}),
+        (b"}b", {}),
+        (b"}" + ENTRIES + b"}X\x01\0\0\0aK\x07ssb", {"a": 7}),
+        (b"}" + ENTRIES + b"]sb", {}),
+        (b"Nb", None),
+        (b")R", None),
+        (b"X\x01\0\0\0aK\x07s", None),  # torch fills it by its state alone
+    ],
+)
+def test_a_parameter_dict_is_its_entries_and_nothing_else(put, state, entries):
+    path = put(with_pickle(b"\x80\x02ctorch.nn.modules.container\nParameterDict\n)R" + state + b"."))
+    if entries is None:
+        with pytest.raises(FormatError, match="breaks off"):
+            read_object(path)
+    else:
+        assert read_object(path) == entries
+    held = torch.nn.ParameterDict({"*": torch.nn.Parameter(STATE["e.weight"])})
+    found = read_object(put(saved({"held": held}), "held.pt"))["held"]
+    assert type(found) is dict and found.keys() == {"*"} and torch.equal(found["*"], STATE["e.weight"])
+
+
 # --- code -------------------------------------------------------------------------------------------------------
 
 
