@@ -45,7 +45,7 @@ class Weights(Protocol):
     def close(self) -> None: ...
 
 
-def _sniff(handle: OpenFile) -> str:
+def sniff(handle: OpenFile) -> str:
     """Tell "safetensors", "zip" or "pickle" from the first bytes, or say what the file is instead."""
     path = escaped(handle.path)
     if handle.size == 0:
@@ -93,7 +93,7 @@ def open_weights(path: str | os.PathLike) -> Weights:
     """
     handle = OpenFile(path)
     try:
-        kind = _sniff(handle)
+        kind = sniff(handle)
         if kind == "safetensors":
             weights: Weights = SafetensorsWeights(handle)
             if handle.path.endswith(PICKLE_SUFFIXES):
@@ -134,7 +134,7 @@ def read_object(path: str | os.PathLike) -> Any:
     Raises: as open_weights; FormatError for a safetensors file.
     """
     with OpenFile(path) as handle:
-        kind = _sniff(handle)
+        kind = sniff(handle)
         if kind == "safetensors":
             raise FormatError(
                 f"'{escaped(handle.path)}' is safetensors; a state written by torch.save was wanted"
