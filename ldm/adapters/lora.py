@@ -8,13 +8,11 @@
 Nothing here touches a model; how changed weights get into it, and out again, is the business of `ldm.modules.seams`.
 """
 
-import hashlib
 import json
 import logging
 import math
 import os
 import re
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.adapters import lora_weights
+from ldm.adapters.file_hash import hashes_of, stamp_of
 from ldm.adapters.lora_keys import MAGNITUDE, Key, Network, foreign_base, module_names, split_key
 from ldm.adapters.lora_weights import Family, UnfitError
 from ldm.checkpoints import LoadReport, TensorInfo, Weights, open_weights
@@ -34,7 +33,6 @@ from ldm.checkpoints.files import require_float
 from ldm.checkpoints.folders import read_json
 from ldm.checkpoints.key_mapping import TEXT, UNET
 from ldm.checkpoints.matching import LEFT_OUT, check_patterns, fits
-from ldm.checkpoints.open_file import OpenFile
 from ldm.checkpoints.report import first_few
 from ldm.checkpoints.safe import check_memory
 from ldm.checkpoints.tensors import check_finite
@@ -45,7 +43,6 @@ from ldm.values import Range, check_value
 logger = logging.getLogger(__name__)
 
 NUMBERS = ("alpha", "scale", "on_input")  # roles that are one number, of whatever dtype
-PIECE = 1 << 20
 
 # The blocks of a UNet of Stable Diffusion v1 as people count them; BASE is the text encoder.
 BLOCKS = ("BASE", *(f"IN{n:02d}" for n in range(12)), "M00", *(f"OUT{n:02d}" for n in range(12)))
@@ -111,8 +108,7 @@ class LoraFile:
         self.name = Path(self.path).stem
         self.ignored: dict[str, str] = {}
         self.notes: list[str] = []
-        with OpenFile(self.path) as handle:
-            self._stamp = (handle.size, handle.before.st_mtime_ns)
+        self._stamp = stamp_of(self.path)
         weights = open_weights(self.path)
         try:
             self.metadata = weights.metadata
@@ -222,28 +218,8 @@ class LoraFile:
 
     @cached_property
     def hashes(self) -> tuple[str, str]:
-        """SHA-256 of the whole file, and of what follows a safetensors file's header, both in hexadecimal.
-
-        The second is the one that A1111 writes into a picture, and what model pages call AutoV3; of other kinds of
-        files it is that of the whole.
-
-        Raises:
-            FormatError: the file changed since it was read.
-        """
-        with OpenFile(self.path) as handle:
-            if (handle.size, handle.before.st_mtime_ns) != self._stamp:
-                raise FormatError(f"'{escaped(self.path)}' changed since it was read; load it again")
-            head = handle.file.read(8)
-            begin = 8 + struct.unpack("<Q", head)[0] if self.is_safetensors else 0
-            whole, body = hashlib.sha256(), hashlib.sha256()
-            handle.file.seek(0)
-            position = 0
-            while piece := handle.file.read(PIECE):
-                whole.update(piece)
-                body.update(piece[max(0, begin - position) :])
-                position += len(piece)
-            handle.check_unchanged()
-        return whole.hexdigest(), body.hexdigest()
+        """SHA-256 of the whole file, and of what follows its header; see `file_hash.hashes_of`."""
+        return hashes_of(self.path, self._stamp, self.is_safetensors)
 
 
 def _has_own_role(name: str) -> bool:
