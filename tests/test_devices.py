@@ -276,7 +276,7 @@ def questions(seed):
     return [torch.randn(*size, generator=generator).to("cuda") for size in ((2, 3, 4, 6), (2, 5, 1, 1))]
 
 
-def test_a_recording_answers_other_questions_each_with_a_tensor_of_its_own(cleared):
+def test_a_graph_replays_on_other_inputs_each_time_into_a_new_tensor(cleared):
     run = network(2.0)
     play = cuda_graphs.capture_cuda(run, questions(0))
     first = play(questions(1))
@@ -285,7 +285,7 @@ def test_a_recording_answers_other_questions_each_with_a_tensor_of_its_own(clear
     assert len(cleared) == 1
 
 
-def test_workspaces_are_those_of_recordings_that_live(cleared):
+def test_workspaces_are_those_of_graphs_that_live(cleared):
     """Those of others lie in memory that may be gone."""
     one = cuda_graphs.capture_cuda(network(1.0), questions(0))
     two = cuda_graphs.capture_cuda(network(2.0), questions(0))
@@ -304,11 +304,11 @@ def test_workspaces_are_those_of_recordings_that_live(cleared):
     assert torch.isfinite(four(questions(1)).cpu()).all() and torch.isfinite(five(questions(1)).cpu()).all()
 
 
-# --- weights that visit ----------------------------------------------------------------------------------
+# --- sequential CPU offload ------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_visiting_weights_paint_the_same(on_cpu):
+def test_offloaded_weights_paint_the_same(on_cpu):
     sd = StableDiffusion(tiny_model()).optimize(low_vram="cuda", tiled_vae=True)
     for how in ("txt2img", "inpaint"):
         assert_same(paint(sd, how), paint(on_cpu[4], how))

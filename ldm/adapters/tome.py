@@ -23,7 +23,7 @@ from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetM
 
 
 def destinations(height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
-    """Choose one token of each cell of 2 x 2 that others may go into.
+    """Choose one token of each cell of 2 x 2 as a destination that others may be merged into.
 
     Args:
         height, width: of the map; cells at the far edges of odd ones hold only one or two tokens.
@@ -41,27 +41,27 @@ def destinations(height: int, width: int, generator: torch.Generator | None = No
 
 
 def match(tokens: Tensor, into: Tensor, count: int) -> Tensor:
-    """Decide which tokens go where: bipartite soft matching.
+    """Bipartite soft matching: decide which tokens are merged into which.
 
     Every token that is no destination is paired with the destination of the nearest direction (greatest cosine);
     the `count` closest pairs are merged.
 
     Args:
         tokens: (b, n, c) features to compare.
-        into: (d,) int64, the destinations; on the CPU, so that nobody waits.
+        into: (d,) int64, the destinations, on the CPU: a copy from a GPU would make it wait.
         count: how many are merged, 0 to n - d.
 
     Returns:
-        (b, n) int64: the place of every token among the n - count that are left. The tokens that nothing
-        happens to come first, then the destinations in their order.
+        (b, n) int64: the place of every token among the n - count that are left. The tokens that are not
+        merged come first, then the destinations in their order.
     """
     b, n, _ = tokens.shape
     others = torch.ones(n, dtype=torch.bool).index_fill_(0, into, False).nonzero().flatten()
     d, s = len(into), len(others)
     into, others = (upload(places, tokens.device) for places in (into, others))
     unit = F.normalize(tokens, dim=-1)
-    likeness, nearest = (unit[:, others] @ unit[:, into].transpose(1, 2)).max(dim=-1)  # (b, s) each
-    ranking = likeness.argsort(dim=-1, descending=True, stable=True)
+    similarity, nearest = (unit[:, others] @ unit[:, into].transpose(1, 2)).max(dim=-1)  # (b, s) each
+    ranking = similarity.argsort(dim=-1, descending=True, stable=True)
     rank = torch.arange(s, device=tokens.device)
     first = s - count  # where the destinations begin among those left
     place_of_ranked = torch.where(rank < count, first + nearest.gather(1, ranking), rank - count)

@@ -1,7 +1,7 @@
-"""Faster ways through the modules of ldm.modules, of the same numbers up to rounding.
+"""Optimisation: the modules of ldm.modules computed faster or in less memory, with the same numbers up to rounding.
 
-Nothing here has weights of its own or is needed: each way stands in for the plain code of a module, is tested against
-it, and leaves to it whatever it does not serve.
+Nothing here has weights of its own or is needed. Each fused forward, graph and tile is tested against the module's own
+code, which is the fallback for whatever is not supported.
 """
 
 import torch
@@ -23,23 +23,23 @@ def optimize(
 ) -> nn.Module:
     """Let a model, or any part of one, compute faster or in less memory; its keys, weights and classes stay.
 
-    On a CPU, where no gradients are asked for and the numbers are float32 or bfloat16: convolutions and linear layers
-    by oneDNN with weights laid out beforehand (a second copy of them), channels last, attention, norms and gates by
-    kernels that are built for this machine at the first call, and, under guidance, what both halves of a batch share
-    done once. What was freed is kept by the process for the next step instead of going back to the system.
-    On CUDA, likewise without gradients: channels last, group norms with SiLU and gates by Triton kernels, sums and
-    upsampling as above, and the UNet recorded as a CUDA graph for each of a few shapes. Elsewhere: channels last.
+    On a CPU, without gradients and in float32 or bfloat16: convolutions and linear layers by oneDNN with packed weights
+    (a second copy of them), channels_last, attention, norms and gates by C++ kernels that are compiled for this machine
+    at the first call, and, under guidance, the blocks that both halves of a batch share run once. Freed memory stays
+    with the process for the next step.
+    On CUDA, likewise without gradients: channels_last, group norms with SiLU and gates by Triton kernels, sums and
+    upsampling as above, and the UNet captured as a CUDA graph for each of a few shapes. Elsewhere: channels_last.
 
     Weights that change later are noticed, unless they are written through `.data`: call `restore` and `optimize` again.
 
     Args:
         compile: compile the residual and transformer blocks by torch.compile instead; the first calls take minutes.
-        tiled_vae: let the autoencoder work in strips of rows: a fraction of the memory, no seams, slower.
-        sliced_vae: let the autoencoder take the pictures of a batch one after the other.
-        low_vram: a device that the weights, which stay where they are, visit part by part (offload.py): a fraction of
-            the memory, much slower. The plain code does the work.
-        vae_graphs: record the autoencoder's halves, too: on CUDA, where pictures are small and many. For 512 x 512 in
-            float32 a recording keeps 2 to 3 GiB.
+        tiled_vae: VAE tiling, exact and without seams: a fraction of the memory, slower.
+        sliced_vae: VAE slicing: the images of a batch go through the autoencoder one after the other.
+        low_vram: sequential CPU offload: a device that parts of the model are copied to in turn, while the weights stay
+            in CPU memory: a fraction of the memory, much slower. Nothing is fused.
+        vae_graphs: capture the autoencoder's halves, too: on CUDA, for many small images. For 512 x 512 in float32 a
+            graph keeps 2 to 3 GiB.
 
     Returns:
         the model.
@@ -70,7 +70,7 @@ def optimize(
     if tiled_vae:
         vae_tiling.attach(model)
     if device == "cpu":
-        malloc.keep(model)
+        malloc.keep_freed(model)
     else:
         regional_compile.put_channels_last(model)
     if low_vram is not None:
@@ -97,5 +97,5 @@ def restore(model: nn.Module) -> nn.Module:
     offload.detach(model)
     fused.detach(model)
     regional_compile.restore(model)
-    malloc.give_back(model)
+    malloc.restore_defaults(model)
     return model

@@ -1,4 +1,4 @@
-"""C++ sources of ours, built for the machine at hand, once; the libraries lie in the user's cache."""
+"""Build of C++ sources for this machine, once; the libraries are kept in the user's cache folder."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from ldm.errors import ResourceError
 
 
 def build(folder: Path, flags: Sequence[str], variants: Mapping[str, Sequence[str]]) -> list[Path]:
-    """Compile a folder of sources for this processor, unless that was done before, and link it in every wanted way.
+    """Compile a folder of sources for this processor and link it in each variant, unless that was done before.
 
     Args:
         folder: with C++ files, and headers for them.
@@ -21,10 +21,10 @@ def build(folder: Path, flags: Sequence[str], variants: Mapping[str, Sequence[st
         variants: a suffix of the library's name -> options to link it with.
 
     Returns:
-        The libraries' paths, in the order of the variants. Their names are made of all that they depend on.
+        the libraries' paths, in the order of the variants. Their names are a hash of everything that they depend on.
 
     Raises:
-        ResourceError: no compiler, or one that fails.
+        ResourceError: there is no compiler, or it fails.
     """
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     sources = sorted(folder.glob("*.cpp"))
@@ -48,14 +48,14 @@ def build(folder: Path, flags: Sequence[str], variants: Mapping[str, Sequence[st
 
 
 def cache_folder() -> Path:
-    """Find or make the user's folder for libraries; where there is none that is safe, one of this process alone."""
+    """Find or make the user's cache folder for libraries; where none is safe, a temporary one of this process."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "ldm" / "kernels"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
         mine = not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
-        # What lies here is run: a folder that others may write to is no place for it.
+        # Libraries here are executed, so nobody else may be able to write to the folder.
         if mine and os.access(folder, os.W_OK):
             return folder
     except (OSError, RuntimeError):
@@ -64,7 +64,7 @@ def cache_folder() -> Path:
 
 
 def _processor() -> str:
-    """Name what -march=native depends on."""
+    """Describe the processor, on which -march=native depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

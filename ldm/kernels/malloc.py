@@ -1,7 +1,7 @@
-"""Asks the C library to keep memory that was freed.
+"""malloc thresholds (glibc's mallopt): let the process keep freed memory for reuse.
 
-By default glibc gets maps above 32 MB from the system and returns them when they are freed, so that every large result
-is paid for in page faults: measured on two cores, a fifth of a UNet step's time.
+By default glibc gets blocks above 32 MB from the system by mmap and returns them when they are freed, so that every
+large tensor costs page faults: measured on two cores, a fifth of a UNet step's time.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from torch import nn
 
 # Of glibc's mallopt; its own defaults are 128 KiB for both, moving up to 32 and 64 MiB as larger blocks are freed.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT = 1 << 30
+MAX_BLOCK = 1 << 30
 DEFAULT_MMAP, DEFAULT_TRIM = 32 << 20, 64 << 20
 
 _users: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -27,17 +27,17 @@ def _set(mmap: int, trim: int) -> None:
         library.mallopt(M_TRIM_THRESHOLD, trim)
 
 
-def keep(user: nn.Module) -> None:
-    """Serve blocks of up to 1 GiB from memory that this process keeps, as long as a user is there.
+def keep_freed(user: nn.Module) -> None:
+    """Allocate blocks of up to 1 GiB from memory that the process keeps, for as long as `user` or another one lives.
 
-    Does nothing where glibc is not at hand.
+    Does nothing without glibc.
     """
     _users.add(user)
-    _set(KEPT, 2**31 - 1)
+    _set(MAX_BLOCK, 2**31 - 1)
 
 
-def give_back(user: nn.Module) -> None:
-    """Once the last user is gone, put the usual thresholds back and return what is free to the system."""
+def restore_defaults(user: nn.Module) -> None:
+    """Once the last user is gone, restore the default thresholds and return free memory to the system."""
     if user not in _users:
         return
     _users.discard(user)

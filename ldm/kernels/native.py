@@ -1,7 +1,6 @@
-"""Builds the kernels in cpp/ for the machine at hand and calls it on tensors.
+"""Native library: the C++ kernels in cpp/, compiled for this machine, and their calls on tensors by ctypes.
 
-Where there is no compiler, or it cannot be run, `library` gives None and says why in the log, and the plain code does
-the work.
+Where there is no compiler, or it fails, `library` gives None with a warning in the log, and fused modules fall back.
 """
 
 import ctypes
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fopenmp")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-LANES = 16  # channels and widths of what is not attention have to be a multiple
+LANES = 16  # of a vector register; channels and widths are a multiple of it, except in attention
 MAX_FEATURES = 512  # of a head
 LEVELS = ("none", "plain", "AVX512-BF16", "AMX")
 
@@ -44,10 +43,10 @@ _SIGNATURES = {
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Build or find the kernels and load them; None, with a warning in the log, where that fails."""
+    """Build the library, or find it in the cache, and load it; None, with a warning in the log, where that fails."""
     try:
-        # torch brings its own OpenMP and has made its functions known to the whole process; a library that names none
-        # of its own finds them there, and both use one set of threads. Where torch has another, ours comes along.
+        # torch brings its own OpenMP, whose symbols are global in the process; a library linked without one resolves to
+        # them, and both share a thread pool. Where that fails, one linked with the compiler's OpenMP is loaded.
         variants = {"": (), "-omp": ("-fopenmp",)}
         found = _load(build(SOURCES, FLAGS, variants))
     except ResourceError as error:
@@ -78,7 +77,7 @@ _local = threading.local()
 
 
 def _workspace(size: int) -> int:
-    """Address of at least so many bytes, on a boundary of 64, that last until this thread asks again."""
+    """Give the address of so many bytes of scratch memory, aligned to 64, valid until this thread's next call."""
     buffer = getattr(_local, "buffer", None)
     if buffer is None or buffer.numel() < size + 64:
         buffer = _local.buffer = torch.empty(size + 64, dtype=torch.uint8)
@@ -86,7 +85,7 @@ def _workspace(size: int) -> int:
 
 
 def _plain(*tensors: Tensor) -> bool:
-    """Whether these are CPU tensors with memory, of one dtype that the kernels know."""
+    """Whether these are CPU tensors with storage, of one dtype that the kernels take."""
     dtype = tensors[0].dtype
     kinds = (Tensor, torch.nn.Parameter)
     fine = all(type(x) in kinds and x.device.type == "cpu" and x.dtype == dtype for x in tensors)
@@ -107,7 +106,7 @@ def supports_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
-    """Attend: softmax(scale q k^T) v for each head.
+    """Compute softmax(scale q k^T) v for each head.
 
     Args:
         q: (b, n, heads * features).
@@ -127,7 +126,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tens
 
 
 def supports_norm(x: Tensor, groups: int) -> bool:
-    """Whether `group_norm` takes this (b, c, h, w) map: channels last, groups and vectors dividing them."""
+    """Whether `group_norm` takes this (b, c, h, w) map: in channels_last, its channels divided by groups and LANES."""
     return (
         _plain(x)
         and x.dim() == 4
@@ -149,7 +148,7 @@ def group_norm(
     silu: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Normalise x + shift over groups of channels, scale, and bend by SiLU if asked.
+    """Normalise x + shift over groups of channels, scale it, and apply SiLU if `silu`.
 
     Args:
         x: (b, c, h, w), channels last.
@@ -182,7 +181,7 @@ def group_norm(
 
 
 def interleave_phases(y: Tensor) -> Tensor:
-    """Lay the four phases of doubled maps out as one.
+    """Interleave the four phases of an upsampled map.
 
     Args:
         y: (b, 4 c, h + 1, w + 1), channels last; channels (2 i + j) c and on are the cells of rows i, i + 2, ... and
@@ -200,7 +199,7 @@ def interleave_phases(y: Tensor) -> Tensor:
 
 
 def supports_geglu(tokens: Tensor, doubled: int) -> bool:
-    """Whether `geglu` takes (rows, doubled) of the tokens' dtype, which is one of those that are known."""
+    """Whether `geglu` takes (rows, doubled) of the tokens' dtype, which has to be one of DTYPES."""
     return doubled % (2 * LANES) == 0 and library() is not None
 
 
@@ -226,7 +225,7 @@ def geglu(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:
 
 
 def winograd_input(x: Tensor, first: int, rows: int, out: Tensor) -> None:
-    """Turn patches of 4x4 for 2x2 results.
+    """Transform the 4x4 input tiles of 2x2 outputs (B^T d B).
 
     Args:
         x: (b, c, h, w) float32, channels last.
@@ -240,7 +239,7 @@ def winograd_input(x: Tensor, first: int, rows: int, out: Tensor) -> None:
 def winograd_output(
     products: list[Tensor], bias: Tensor | None, add: Tensor | None, out: Tensor, first: int, rows: int
 ) -> None:
-    """Turn products into 2x2 results.
+    """Transform products into 2x2 outputs (A^T m A), plus bias and `add`.
 
     Args:
         products: 16 of (rows * tiles in a row, c), contiguous.

@@ -1,8 +1,8 @@
-"""Weights that stay in the machine's memory and visit a GPU part by part, for cards that a model does not fit on.
+"""Sequential CPU offload: weights stay in CPU memory and are copied to a GPU part by part, to save its memory.
 
-A part is a block of the UNet, one half of the autoencoder, or the text encoder. Its weights come when it is called and
-go when it is done; those of the part that came after it the last time are fetched meanwhile. So two parts are there at
-most, a fifth of Stable Diffusion's weights, and each step moves the whole UNet through the bus.
+A part is a block of the UNet, one half of the autoencoder, or the text encoder. Its weights are onloaded when it is
+called and offloaded when it returns; meanwhile those of the part that followed it the last time are prefetched. So two
+parts are on the GPU at most, a fifth of Stable Diffusion's weights, and each step copies the whole UNet over the bus.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.modules import AbstractEncoder
 
-WHOLE = (Decoder, Encoder, AbstractEncoder, nn.Sequential)  # called as a whole; others are taken apart
+WHOLE = (Decoder, Encoder, AbstractEncoder, nn.Sequential)  # one part each; others are divided further
 
 
 def offloaded_parts(root: nn.Module) -> Iterator[nn.Module]:
-    """Take a tree apart into modules that are called; what weights it has besides are its larger modules' own."""
+    """Divide a tree into the modules that are called. Parameters of the modules above them are in no part."""
     if isinstance(root, WHOLE) or not any(True for _ in root.children()):
         if any(True for _ in root.parameters()):
             yield root
@@ -33,20 +33,20 @@ def offloaded_parts(root: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Part:
-    """Weights of one part, and copies of them on the device while it works."""
+    """One part's weights, and their copies on the device while it runs."""
 
     def __init__(self, module: nn.Module, device: torch.device):
         self.module, self.device = module, device
         self._copies = WeightCache()
         self.ready: torch.cuda.Event | None = None
         self._home: list[tuple[dict[str, Any], str, Tensor]] = []
-        if device.type == "cuda":  # from such memory copies are made beside all else
+        if device.type == "cuda":  # copies from pinned memory are asynchronous
             for p in self.weights:
                 p.data = pinned(p.data)
 
     @property
     def weights(self) -> list[Tensor]:
-        """The weights of all modules in it, each once."""
+        """The weights of all its modules, each once."""
         return list(dict.fromkeys(self.module.parameters()))
 
     @property
@@ -55,9 +55,9 @@ class _Part:
         return self._copies.value
 
     def copy(self, stream: torch.cuda.Stream | None = None) -> None:
-        """Begin to copy the weights, beside what the device does if there is a stream for that.
+        """Start copying the weights to the device, on a stream of its own if one is given.
 
-        Copies that are there are enough while they are of these weights as they are.
+        Copies that exist are reused unless the weights have changed.
         """
         weights = self.weights
 
@@ -70,7 +70,7 @@ class _Part:
         self._copies.get(copy, *weights)
 
     def onload(self) -> None:
-        """Put the copies where the weights were."""
+        """Put the copies in the place of the weights."""
         if self.ready is not None:
             here = torch.cuda.current_stream(self.device)
             here.wait_event(self.ready)
@@ -84,103 +84,103 @@ class _Part:
             place[name] = self.copies[p]
 
     def offload(self) -> None:
-        """Put the weights back and let the copies go."""
+        """Put the weights back and free the copies."""
         for place, name, p in self._home:
             place[name] = p
         self._home = []
         self.drop_copies()
 
     def drop_copies(self) -> None:
-        """Let copies go that nobody works with."""
+        """Free the copies of a part that is not running."""
         self._copies, self.ready = WeightCache(), None
 
 
 class SequentialOffload:
-    """Hooks that let the parts of a model visit a device in turn.
+    """Hooks that onload a model's parts to a device in turn.
 
     Attributes:
         parts: in the order of the tree.
-        device: that they visit.
+        device: that they are onloaded to.
 
     Args:
-        root: the model, whose weights are in the machine's memory.
-        device: to visit.
-        ahead: fetch the part that is likely to follow while one works; None = on CUDA, where copies take no turns.
+        root: the model, whose weights are in CPU memory.
+        device: to onload to.
+        prefetch: copy the part that is likely to follow while one runs; None = on CUDA, where copies are asynchronous.
     """
 
-    def __init__(self, root: nn.Module, device: torch.device, ahead: bool | None = None):
+    def __init__(self, root: nn.Module, device: torch.device, prefetch: bool | None = None):
         self.device = device
         self.parts = [_Part(module, device) for module in offloaded_parts(root)]
-        self._ahead = device.type == "cuda" if ahead is None else ahead
+        self._prefetch = device.type == "cuda" if prefetch is None else prefetch
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._followers: dict[_Part, _Part] = {}
-        self._inside: list[_Part] = []
-        self._left: torch.cuda.Event | None = None
+        self._next_parts: dict[_Part, _Part] = {}
+        self._running: list[_Part] = []
+        self._offloaded: torch.cuda.Event | None = None
         self._last: _Part | None = None
-        self._moved = self._move(root)
+        self._resident = self._move_rest(root)
         self._handles = []
         for part in self.parts:
             self._handles += (
-                part.module.register_forward_pre_hook(self._entrance(part), prepend=True),
-                part.module.register_forward_hook(self._exit(part), always_call=True),
+                part.module.register_forward_pre_hook(self._pre_hook(part), prepend=True),
+                part.module.register_forward_hook(self._post_hook(part), always_call=True),
             )
 
-    def _move(self, root: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
-        """Move what is small and in nobody's part: the noise schedule, positions of words, a weight here or there."""
-        visiting = {p for part in self.parts for p in part.weights}
+    def _move_rest(self, root: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+        """Move what is in no part to the device: the noise schedule, position ids, a few parameters."""
+        in_parts = {p for part in self.parts for p in part.weights}
         moved = []
         for module in root.modules():
-            if isinstance(module, LitEma):  # as large as the UNet, and never computed with
+            if isinstance(module, LitEma):  # as large as the UNet, and not part of its forward
                 continue
             for place in (module._parameters, module._buffers):
                 for name, x in place.items():
-                    if x is not None and x not in visiting:
+                    if x is not None and x not in in_parts:
                         moved.append((place, name, x))
                         copied = x.detach().to(self.device)
                         is_weight = isinstance(x, nn.Parameter)
                         place[name] = nn.Parameter(copied, x.requires_grad) if is_weight else copied
         return moved
 
-    def _entrance(self, part: _Part) -> Any:
-        def enter(*_: Any) -> None:
-            self._inside.append(part)
-            if self._inside.count(part) > 1:  # a part that calls itself is there already
+    def _pre_hook(self, part: _Part) -> Any:
+        def onload(*_: Any) -> None:
+            self._running.append(part)
+            if self._running.count(part) > 1:  # a part that calls itself is onloaded already
                 return
             if self._last is not None:
-                self._followers[self._last] = part
+                self._next_parts[self._last] = part
             self._last = part
-            for other in self.parts:  # a guess that was wrong
-                if other not in self._inside:
+            for other in self.parts:  # a wrong prefetch
+                if other not in self._running:
                     other.drop_copies()
-            # A part's memory is free when the GPU has done with it; it would fall behind, and parts would pile up.
-            if self._left is not None:
-                self._left.synchronize()
+            # A part's memory is free only when the GPU has finished it; without waiting, copies would pile up.
+            if self._offloaded is not None:
+                self._offloaded.synchronize()
             part.copy()
             part.onload()
-            follower = self._followers.get(part)
-            if self._ahead and follower is not None and follower not in self._inside:
-                follower.copy(self._stream)
+            following = self._next_parts.get(part)
+            if self._prefetch and following is not None and following not in self._running:
+                following.copy(self._stream)
 
-        return enter
+        return onload
 
-    def _exit(self, part: _Part) -> Any:
-        def leave(*_: Any) -> None:
-            if part in self._inside:
-                self._inside.remove(part)
-                if part not in self._inside:
+    def _post_hook(self, part: _Part) -> Any:
+        def offload(*_: Any) -> None:
+            if part in self._running:
+                self._running.remove(part)
+                if part not in self._running:
                     part.offload()
                     if self._stream is not None:
-                        self._left = torch.cuda.current_stream(self.device).record_event()
+                        self._offloaded = torch.cuda.current_stream(self.device).record_event()
 
-        return leave
+        return offload
 
     def end(self) -> None:
-        """Take the hooks off and bring back what was moved."""
+        """Remove the hooks and put everything back."""
         for handle in self._handles:
             handle.remove()
         for part in self.parts:
             part.offload()
-        for place, name, x in self._moved:
+        for place, name, x in self._resident:
             place[name] = x
 
 
@@ -188,15 +188,15 @@ _offloads: weakref.WeakKeyDictionary[nn.Module, SequentialOffload] = weakref.Wea
 
 
 def attach(root: nn.Module, device: torch.device) -> SequentialOffload:
-    """Let the parts of a model visit a device; what is in no part moves there."""
+    """Onload the parts of a model to a device in turn; what is in no part moves there for good."""
     detach(root)
     _offloads[root] = SequentialOffload(root, device)
     return _offloads[root]
 
 
 def detach(root: nn.Module) -> bool:
-    """End the visits; return whether there were any."""
-    offload_ = _offloads.pop(root, None)
-    if offload_ is not None:
-        offload_.end()
-    return offload_ is not None
+    """End the offload of a model; return whether there was one."""
+    sequential = _offloads.pop(root, None)
+    if sequential is not None:
+        sequential.end()
+    return sequential is not None

@@ -1,8 +1,8 @@
-"""Group norm with SiLU, and the gate of GEGLU, for maps with channels last on a GPU.
+"""Triton kernels: group norm with SiLU, and the gate of GEGLU, for maps in channels_last on a GPU.
 
-torch's group norm gives a map with its channels first again, whatever it got, so that each of a UNet's 61 norms would
-turn the layout over. Triton comes with torch where there is a GPU for it; cuda.py does without where there is none.
-With TRITON_INTERPRET=1 the same code runs on a CPU, for tests.
+torch's group norm gives a contiguous map whatever it gets, so that each of a UNet's 61 norms would convert the memory
+format. Triton comes with torch for CUDA; cuda.py falls back where it is missing. With TRITON_INTERPRET=1 the same code
+runs on a CPU, for tests.
 """
 
 import torch
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_CELLS, BLOCK_CHANNELS = 32, 128  # of a map, that one step of a program looks at
-MIN_CELLS, MAX_CHUNKS = 64, 128  # as in cpp/norm.cpp: how a map is portioned for its sums
+BLOCK_CELLS, BLOCK_CHANNELS = 32, 128  # of a map, in one step of a program
+MIN_CELLS, MAX_CHUNKS = 64, 128  # as in cpp/norm.cpp: the chunks of a map's partial sums
 BLOCK_ROWS, BLOCK_WIDTH = 8, 256  # of gated tokens
 
 
@@ -59,7 +59,7 @@ def _join(
     CHUNKS: tl.constexpr,
     SHARE: tl.constexpr,
 ):
-    # Means and squares of single channels are joined into the group's; what remains is a factor and an offset each.
+    # Means and squares of single channels are combined into the group's; the result is a factor and an offset each.
     g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     j, k = tl.arange(0, SHARE), tl.arange(0, CHUNKS)
     known = j < share
@@ -68,17 +68,17 @@ def _join(
     at = partial + (b * chunks + k)[:, None] * 2 * channels + c[None, :]
     s = tl.sum(tl.load(at, mask=wanted, other=0), axis=0)
     q = tl.sum(tl.load(at + channels, mask=wanted, other=0), axis=0)
-    moved = tl.zeros([SHARE], tl.float32)
+    shifted = tl.zeros([SHARE], tl.float32)
     if HAS_SHIFT:
-        moved = tl.load(shift + b * channels + c, mask=known, other=0)
-    pivot = tl.load(x + b * cells * channels + c, mask=known, other=0).to(tl.float32) + moved
+        shifted = tl.load(shift + b * channels + c, mask=known, other=0)
+    pivot = tl.load(x + b * cells * channels + c, mask=known, other=0).to(tl.float32) + shifted
     means = tl.where(known, pivot + s / cells, 0.0)
     mean = tl.sum(means, axis=0) / share
     apart = tl.where(known, means - mean, 0.0)
     within = tl.where(known, q - s * s / cells, 0.0)
     variance = tl.sum(within, axis=0) / cells / share + tl.sum(apart * apart, axis=0) / share
     factor = tl.load(weight + b * affine_stride + c, mask=known, other=0) / tl.sqrt(variance + eps)
-    offset = tl.load(bias + b * affine_stride + c, mask=known, other=0) + factor * (moved - mean)
+    offset = tl.load(bias + b * affine_stride + c, mask=known, other=0) + factor * (shifted - mean)
     tl.store(affine + b * 2 * channels + c, factor, mask=known)
     tl.store(affine + (b * 2 + 1) * channels + c, offset, mask=known)
 
@@ -136,7 +136,7 @@ def group_norm(
     silu: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Normalise x + shift over groups of channels, scale, and bend by SiLU if asked; as native.group_norm.
+    """Normalise x + shift over groups of channels, scale it, and apply SiLU if `silu`; see Backend.group_norm.
 
     Args:
         x: (b, c, h, w), channels last.
@@ -152,9 +152,9 @@ def group_norm(
     partial = torch.empty((b, chunks, 2, c), dtype=torch.float32, device=x.device)
     affine = torch.empty((b, 2, c), dtype=torch.float32, device=x.device)
     blocks = {"BLOCK_CELLS": BLOCK_CELLS, "BLOCK_CHANNELS": min(BLOCK_CHANNELS, triton.next_power_of_2(c))}
-    portions = (chunks, b, triton.cdiv(c, blocks["BLOCK_CHANNELS"]))
+    grid = (chunks, b, triton.cdiv(c, blocks["BLOCK_CHANNELS"]))
     with torch.cuda.device_of(x):  # Triton launches on the current one
-        _add_up[portions](x, partial, cells, c, size, chunks, **blocks)
+        _add_up[grid](x, partial, cells, c, size, chunks, **blocks)
         _join[(groups, b)](
             x,
             partial,
@@ -172,12 +172,12 @@ def group_norm(
             CHUNKS=triton.next_power_of_2(chunks),
             SHARE=triton.next_power_of_2(share),
         )
-        _apply[portions](x, affine, out, cells, c, size, SILU=silu, **blocks)
+        _apply[grid](x, affine, out, cells, c, size, SILU=silu, **blocks)
     return out
 
 
 def geglu(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:
-    """Write first half * gelu(second half) of x + bias; as native.geglu.
+    """Write first half * gelu(second half) of x + bias into out; see Backend.geglu.
 
     Args:
         x: (rows, 2 width), contiguous.
@@ -185,7 +185,7 @@ def geglu(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:
         out: (rows, width) of x's dtype, contiguous.
     """
     rows, width = out.shape
-    portions = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(width, BLOCK_WIDTH))
+    grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(width, BLOCK_WIDTH))
     with torch.cuda.device_of(x):
-        _gate[portions](x, bias, out, rows, width, BLOCK_ROWS=BLOCK_ROWS, BLOCK_WIDTH=BLOCK_WIDTH)
+        _gate[grid](x, bias, out, rows, width, BLOCK_ROWS=BLOCK_ROWS, BLOCK_WIDTH=BLOCK_WIDTH)
     return out

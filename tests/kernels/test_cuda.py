@@ -1,4 +1,4 @@
-"""The GPU's backend on a CPU, with Triton's kernels interpreted: the stand-ins give the plain numbers by it, too."""
+"""The GPU's backend on a CPU, with Triton's kernels interpreted: fused modules give the plain numbers by it, too."""
 
 import logging
 import re
@@ -51,7 +51,7 @@ def test_a_unet_gives_the_plain_numbers(calls, options):
     assert {"geglu", "attention", "interleave_phases", "convolve", "multiply"} <= set(calls)
     if options:
         return
-    for value in (given[2], *unet.parameters()):  # in place: what is told, and by what
+    for value in (given[2], *unet.parameters()):  # in place: the context and the weights
         value.mul_(1.1)
     changed = unet(*given)
     close(changed, restore(unet)(*given))
@@ -78,7 +78,7 @@ def test_openai_s_attention_gives_the_plain_numbers(calls):
     assert calls == ["group_norm", "multiply", "attention", "multiply"]
 
 
-def test_half_precision_is_served():
+def test_half_precision_is_supported():
     norm = torch.nn.GroupNorm(4, 32).half()
     x = keyed_input("cuda.half", (2, 32, 5, 7)).half().contiguous(memory_format=torch.channels_last)
     got = fused.FusedGroupNorm(norm).try_forward(x)

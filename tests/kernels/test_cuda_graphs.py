@@ -1,4 +1,4 @@
-"""Recordings of networks: played back where nothing has changed, made anew or left alone where something has.
+"""Recordings of networks: replayed back where nothing has changed, made anew or left alone where something has.
 
 There is no CUDA here, so what records is make_fx of torch: like a CUDA graph it keeps the operations that it saw and
 reads weights where they lay, and knows nothing of the Python around them. Where a test asks the same again and again,
@@ -27,38 +27,38 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 # Of one level: make_fx takes a second for two.
 UNET = {**LARGER, "channel_mult": [1], "attention_resolutions": [1]}
-recorded = []
+captured = []
 
 
 @pytest.fixture(autouse=True)
 def without_gradients(monkeypatch):
-    recorded.clear()
+    captured.clear()
     monkeypatch.setattr(cuda_graphs, "CALLS_TO_CAPTURE", 1)  # but where the count of calls is the subject
     with torch.no_grad():
         yield
 
 
-def record(run, inputs):
-    recorded.append([tuple(x.shape) for x in inputs])
+def capture_fx(run, inputs):
+    captured.append([tuple(x.shape) for x in inputs])
     return make_fx(run)([x.clone() for x in inputs])
 
 
-def record_held(run, inputs):
-    """As a CUDA graph plays: inputs are written to where the first ones lay."""
-    held = [x.clone() for x in inputs]
-    played = record(run, held)
+def capture_static(run, inputs):
+    """As a CUDA graph replays: inputs are copied to the tensors of the capture."""
+    static = [x.clone() for x in inputs]
+    replayed = capture_fx(run, static)
 
-    def play(tensors):
-        for mine, given in zip(held, tensors, strict=True):
+    def replay(tensors):
+        for mine, given in zip(static, tensors, strict=True):
             mine.copy_(given)
-        return played(held)
+        return replayed(static)
 
-    return play
+    return replay
 
 
-def record_answer(run, inputs):
+def capture_answer(run, inputs):
     """For tests that give one form of arguments the same values each time: says what it said when it was made."""
-    recorded.append([tuple(x.shape) for x in inputs])
+    captured.append([tuple(x.shape) for x in inputs])
     answer = run(inputs)
     return lambda tensors: answer.clone()
 
@@ -66,14 +66,14 @@ def record_answer(run, inputs):
 @pytest.fixture
 def answering():
     made = fill(UNetModel(**UNET), "graphs.")
-    assert cuda_graphs.attach(made, record_answer) == 1
+    assert cuda_graphs.attach(made, capture_answer) == 1
     return made
 
 
 @pytest.fixture
 def unet():
     made = fill(UNetModel(**UNET), "graphs.")
-    assert cuda_graphs.attach(made, record) == 1
+    assert cuda_graphs.attach(made, capture_fx) == 1
     return made
 
 
@@ -90,42 +90,42 @@ def close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_each_shape_is_recorded_once_and_gives_the_plain_numbers(unet):
+def test_each_shape_is_captured_once_and_gives_the_plain_numbers(unet):
     for scale in (1.0, 0.5, 2.0):
         for size in ((6, 4), (4, 10)):
             inputs = given(size=size, scale=scale)
             close(unet(**inputs), fallback(unet, **inputs))
-    assert recorded == [
+    assert captured == [
         [(2, 4, 6, 4), (2,), (2, 7, 24)],
         [(2, 4, 4, 10), (2,), (2, 7, 24)],
     ]
     bf16 = copy.deepcopy(restore(unet)).bfloat16()
-    cuda_graphs.attach(bf16, record)
+    cuda_graphs.attach(bf16, capture_fx)
     inputs = {k: v.bfloat16() if k != "timesteps" else v for k, v in given().items()}
-    assert bf16(**inputs).dtype == torch.bfloat16 and len(recorded) == 3
+    assert bf16(**inputs).dtype == torch.bfloat16 and len(captured) == 3
 
 
-def test_a_shape_is_recorded_when_it_comes_for_the_third_time(answering, monkeypatch):
+def test_a_shape_is_captured_at_its_third_call(answering, monkeypatch):
     monkeypatch.undo()
     assert cuda_graphs.CALLS_TO_CAPTURE == 3
     one, two = given(), given(size=(4, 10))
     for inputs, so_far in ((one, 0), (two, 0), (one, 0), (one, 1), (two, 1), (one, 1), (two, 2), (two, 2)):
         close(answering(**inputs), fallback(answering, **inputs))
-        assert len(recorded) == so_far
+        assert len(captured) == so_far
     write_weight(answering)
     for so_far in (2, 2, 3, 3):  # other weights: the count begins again
         close(answering(**one), fallback(answering, **one))
-        assert len(recorded) == so_far
+        assert len(captured) == so_far
 
 
-def test_arguments_are_told_apart_by_name_and_layout(answering):
+def test_arguments_are_distinguished_by_name_and_layout(answering):
     inputs = given()
     want = fallback(answering, **inputs)
     close(answering(inputs["x"], inputs["timesteps"], inputs["context"]), want)
     close(answering(inputs["x"], inputs["timesteps"], context=inputs["context"], y=None), want)
     last = inputs["x"].contiguous(memory_format=torch.channels_last)
     close(answering(last, inputs["timesteps"], inputs["context"]), want)
-    assert len(recorded) == 3
+    assert len(captured) == 3
 
 
 @pytest.mark.slow
@@ -137,14 +137,14 @@ def test_results_are_the_caller_s_own(unet):
 
 
 def test_whole_and_shallow_steps_of_deepcache_are_captured():
-    def record_shapes(run, inputs):
-        recorded.append([tuple(x.shape) for x in inputs])
+    def capture_shapes(run, inputs):
+        captured.append([tuple(x.shape) for x in inputs])
         return run
 
     unet, runs = fill(UNetModel(**UNET), "graphs."), []
     for network in (copy.deepcopy(unet), unet):
         if network is unet:
-            cuda_graphs.attach(unet, record_shapes)
+            cuda_graphs.attach(unet, capture_shapes)
         cache = DeepCache(network, 2)
         runs.append([])
         for scale in (1.0, 0.5, 2.0, 3.0):
@@ -154,7 +154,7 @@ def test_whole_and_shallow_steps_of_deepcache_are_captured():
     for got, want in zip(*reversed(runs), strict=True):
         close(got, want)
     whole = [(2, 4, 6, 4), (2,), (2, 7, 24)]
-    assert recorded == [whole, [whole[0], (2, UNET["model_channels"], 6, 4), *whole[1:]]]
+    assert captured == [whole, [whole[0], (2, UNET["model_channels"], 6, 4), *whole[1:]]]
 
 
 def test_the_shapes_seen_last_are_kept(answering, monkeypatch):
@@ -162,7 +162,7 @@ def test_the_shapes_seen_last_are_kept(answering, monkeypatch):
     one, two, three = given(), given(size=(4, 4)), given(size=(2, 8))
     for inputs in (one, two, one, three, one, two):
         close(answering(**inputs), fallback(answering, **inputs))
-    sizes = [shapes[0][2:] for shapes in recorded]
+    sizes = [shapes[0][2:] for shapes in captured]
     assert sizes == [(6, 4), (4, 4), (2, 8), (4, 4)]  # two had gone when three came
 
 
@@ -211,23 +211,23 @@ def change_the_class(unet):
         change_the_class,
     ],
 )
-def test_what_changes_is_recorded_anew(answering, change):
+def test_what_changes_is_captured_anew(answering, change):
     inputs = given()
     before = answering(**inputs)
     change(answering)
     after = answering(**inputs)
     close(after, fallback(answering, **inputs))
-    assert not torch.allclose(after, before, atol=1e-3) and len(recorded) == 2
+    assert not torch.allclose(after, before, atol=1e-3) and len(captured) == 2
 
 
-def test_patched_classes_are_recorded_anew(answering, monkeypatch):
+def test_patched_classes_are_captured_anew(answering, monkeypatch):
     inputs = given()
     before = answering(**inputs)
     kind = type(answering.middle_block[1].transformer_blocks[0])
     own = kind._forward
     monkeypatch.setattr(kind, "_forward", lambda self, *args: own(self, *args) * 1.5)
     close(answering(**inputs), fallback(answering, **inputs))
-    assert len(recorded) == 2
+    assert len(captured) == 2
     monkeypatch.undo()
     close(answering(**inputs), before)
 
@@ -238,10 +238,10 @@ def test_hooks_fire_each_time(answering):
     hook = answering.middle_block.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     for _ in range(3):
         close(answering(**inputs), want)
-    assert len(seen) == 3 and len(recorded) == 1
+    assert len(seen) == 3 and len(captured) == 1
     hook.remove()
     close(answering(**inputs), want)
-    assert len(recorded) == 1
+    assert len(captured) == 1
 
 
 def test_a_forward_that_someone_put_there_is_called_each_time(answering):
@@ -252,7 +252,7 @@ def test_a_forward_that_someone_put_there_is_called_each_time(answering):
     block.forward = lambda *args: seen.append(1) or own(*args)
     for _ in range(2):
         close(answering(**inputs), want)
-    assert seen == [1, 1] and len(recorded) == 1
+    assert seen == [1, 1] and len(captured) == 1
 
 
 def test_training_and_gradients_go_the_plain_way(unet):
@@ -262,7 +262,7 @@ def test_training_and_gradients_go_the_plain_way(unet):
     assert unet.out[2].weight.grad is not None
     unet.train()
     unet(**inputs)
-    assert recorded == []
+    assert captured == []
 
 
 def test_arguments_without_a_form_go_the_plain_way(unet):
@@ -270,7 +270,7 @@ def test_arguments_without_a_form_go_the_plain_way(unet):
     inputs = given()
     inputs["context"] = [inputs["context"]] * len(block.transformer_blocks)  # a list, one for each block
     close(unet(**inputs), fallback(unet, **inputs))
-    assert recorded == []
+    assert captured == []
 
 
 class OfItsOwnKind(Exception):
@@ -288,9 +288,9 @@ class OfItsOwnKind(Exception):
         (OfItsOwnKind(), "OfItsOwnKind"),
     ],
 )
-def test_what_cannot_be_recorded_is_said_once_and_called(caplog, error, words):
+def test_what_cannot_be_captured_is_said_once_and_called(caplog, error, words):
     def refuse(run, inputs):
-        recorded.append(1)
+        captured.append(1)
         raise error
 
     unet = fill(UNetModel(**UNET), "graphs.")
@@ -299,12 +299,12 @@ def test_what_cannot_be_recorded_is_said_once_and_called(caplog, error, words):
     with caplog.at_level(logging.WARNING, "ldm.kernels.cuda_graphs"):
         for _ in range(3):
             close(unet(**inputs), fallback(unet, **inputs))
-    assert len(recorded) == 1
+    assert len(captured) == 1
     assert caplog.messages == [f"no CUDA graph of UNetModel is used: {words}"]
 
 
 @pytest.mark.parametrize(("factor", "much"), [(1.2, "0.2"), (float("nan"), "inf")])
-def test_a_recording_that_plays_something_else_is_not_used(caplog, factor, much):
+def test_a_graph_that_replays_something_else_is_not_used(caplog, factor, much):
     unet = fill(UNetModel(**UNET), "graphs.")
     cuda_graphs.attach(unet, lambda run, inputs: lambda tensors: run(tensors) * factor)
     inputs = given()
@@ -318,23 +318,23 @@ def test_broken_numbers_are_played_as_they_are(unet):
     inputs = given()
     inputs["x"][0, 0, 0, 0] = float("nan")
     assert unet(**inputs)[0].isnan().any() and unet(**inputs)[1].isfinite().all()
-    assert len(recorded) == 1
+    assert len(captured) == 1
 
 
 @pytest.mark.slow
-def test_both_halves_of_an_autoencoder_are_recorded_around_their_stand_ins():
+def test_both_halves_of_an_autoencoder_are_captured_around_their_fused_forwards():
     encoder, decoder = fill(Encoder(**VAE), "graphs.e."), fill(Decoder(**VAE), "graphs.d.")
     x, z = keyed_input("graphs.pixels", (1, 3, 12, 20)), keyed_input("graphs.z", (1, 4, 6, 10))
     want = encoder(x), decoder(z)
     both = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder})
     fused.attach(both)
-    assert cuda_graphs.attach(both, record) == 0  # they would hold gigabytes and save little
-    assert cuda_graphs.attach(both, record, vae=True) == 2
+    assert cuda_graphs.attach(both, capture_fx) == 0  # they would hold gigabytes and save little
+    assert cuda_graphs.attach(both, capture_fx, vae=True) == 2
     assert isinstance(decoder.forward.inner, fused.FusedDecoder)
     for _ in range(2):
         close(encoder(x), want[0])
         close(decoder(z), want[1])
-    assert len(recorded) == 2
+    assert len(captured) == 2
     decoder(z[..., :4])
     decoder(z)
     assert decoder.last_z_shape == z.shape  # as if its code had run
@@ -342,23 +342,23 @@ def test_both_halves_of_an_autoencoder_are_recorded_around_their_stand_ins():
     assert "forward" not in vars(decoder) and torch.equal(decoder(z), want[1])
 
 
-def test_strips_are_not_recorded():
+def test_tiling_is_not_captured():
     decoder = fill(Decoder(**VAE), "graphs.d.")
     vae_tiling.attach(decoder)
-    assert cuda_graphs.attach(decoder, record, vae=True) == 0
+    assert cuda_graphs.attach(decoder, capture_fx, vae=True) == 0
 
 
 @pytest.mark.slow
-def test_a_recording_made_in_inference_mode_plays_outside_of_it():
+def test_a_graph_captured_in_inference_mode_replays_outside_of_it():
     unet = fill(UNetModel(**LARGER), "graphs.")
-    cuda_graphs.attach(unet, record_held)
+    cuda_graphs.attach(unet, capture_static)
     want = fallback(unet, **given())
     with torch.inference_mode():
         for _ in range(2):
             close(unet(**given()), want)
     for _ in range(2):
         close(unet(**given()), want)
-    assert len(recorded) == 1
+    assert len(captured) == 1
 
 
 def tensors_in(value):
@@ -367,8 +367,8 @@ def tensors_in(value):
     return [value] if isinstance(value, torch.Tensor) else []
 
 
-def test_what_a_recording_reads_stays_as_long_as_the_recording(unet):
-    """What stand-ins made of weights, too, even if they have made something else since."""
+def test_what_a_graph_reads_lives_as_long_as_the_graph(unet):
+    """What fused modules computed from weights, too, even if they have computed it anew since."""
     restore(unet)
     fused.attach(unet)
     cuda_graphs.attach(unet, lambda run, inputs: run)  # which keeps nothing by itself
@@ -388,7 +388,7 @@ def test_what_a_recording_reads_stays_as_long_as_the_recording(unet):
     assert all(ref() is None for ref in read)
 
 
-def test_recordings_of_other_weights_go_first(answering):
+def test_graphs_of_other_weights_go_first(answering):
     one, two = given(), given(size=(4, 10))
     answering(**one)
     answering(**two)
@@ -396,12 +396,12 @@ def test_recordings_of_other_weights_go_first(answering):
     close(answering(**two), fallback(answering, **two))
     assert len(answering.forward._shapes) == 1
     close(answering(**one), fallback(answering, **one))
-    assert len(recorded) == 4
+    assert len(captured) == 4
 
 
-def test_labels_are_looked_at_in_a_playback_too():
+def test_labels_are_checked_at_a_replay_too():
     unet = fill(UNetModel(**{**UNET, "num_classes": 5}), "graphs.")
-    cuda_graphs.attach(unet, record)
+    cuda_graphs.attach(unet, capture_fx)
     inputs = given() | {"y": torch.tensor([4, 0])}
     for _ in range(2):
         close(unet(**inputs), fallback(unet, **inputs))
@@ -409,7 +409,7 @@ def test_labels_are_looked_at_in_a_playback_too():
         unet(inputs["x"], inputs["timesteps"], inputs["context"], torch.tensor([5, 0]))
     with pytest.raises(UsageError, match=r"got \[0, -1\]"):
         unet(**{**inputs, "y": torch.tensor([0, -1])})
-    assert len(recorded) <= 2
+    assert len(captured) <= 2
 
 
 def test_copies_begin_with_nothing(answering):
@@ -421,7 +421,7 @@ def test_copies_begin_with_nothing(answering):
             weight.mul_(1.1)
         assert not torch.allclose(copied(**inputs), want, atol=1e-3)
     close(answering(**inputs), want)
-    assert len(recorded) == 3
+    assert len(captured) == 3
 
 
 def test_a_model_that_went_back_to_the_cpu_goes_the_plain_way(caplog):
@@ -440,13 +440,13 @@ def test_a_model_that_went_back_to_the_cpu_goes_the_plain_way(caplog):
         ("unet", {}, "vae_graphs is for a model with an autoencoder, UNetModel has none"),
     ],
 )
-def test_recordings_of_the_vae_where_there_can_be_none_are_refused(parts, options, words):
+def test_graphs_of_the_vae_where_there_can_be_none_are_refused(parts, options, words):
     model = Decoder(**VAE) if parts == "decoder" else UNetModel(**UNET)
     with pytest.raises(UsageError, match=words):
         optimize(model, vae_graphs=True, **options)
     assert not any("forward" in vars(m) for m in model.modules())
 
 
-def test_a_cpu_gets_no_recordings():
+def test_a_cpu_gets_no_graphs():
     unet = optimize(fill(UNetModel(**UNET), "graphs."))
     assert not any(isinstance(vars(m).get("forward"), GraphedModule) for m in unet.modules())

@@ -81,8 +81,8 @@ def compare(module, *args, **kwargs):
 
 @pytest.fixture
 def watch(monkeypatch):
-    """Names of the stand-ins that did their module's work, in order."""
-    served = []
+    """Names of the fused modules that computed, in order."""
+    fused_names = []
 
     def noting(kind):
         plain = kind.try_forward
@@ -90,14 +90,14 @@ def watch(monkeypatch):
         def try_forward(self, *args, **kwargs):
             out = plain(self, *args, **kwargs)
             if out is not None:
-                served.append(kind.__name__)
+                fused_names.append(kind.__name__)
             return out
 
         return try_forward
 
     for kind in set(fused.FUSED.values()):
         monkeypatch.setattr(kind, "try_forward", noting(kind))
-    return served
+    return fused_names
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -136,7 +136,7 @@ def test_halves_that_are_alike_are_done_once(name, size, watch):
 
 @pytest.mark.skipif(native.library() is None, reason="the kernels cannot be built here")
 @torch.no_grad()
-def test_every_kind_of_part_is_served(watch):
+def test_every_kind_of_part_is_fused(watch):
     unet = optimize(make_unet())
     unet(**inputs(unet))
     unet(**inputs(unet, alike=True))
@@ -437,7 +437,7 @@ def test_one_part_alone_can_be_optimized():
 
 
 @torch.no_grad()
-def test_without_kernels_the_rest_still_serves(monkeypatch):
+def test_without_kernels_the_rest_is_still_fused(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
     unet = make_unet()
     given = inputs(unet)
@@ -450,7 +450,7 @@ def test_memory_is_kept_as_long_as_a_model_wants_it(monkeypatch):
     asked = []
     monkeypatch.setattr(malloc, "_set", lambda *given: asked.append(given))
     monkeypatch.setattr(malloc, "_users", type(malloc._users)())
-    kept = (malloc.KEPT, 2**31 - 1)
+    kept = (malloc.MAX_BLOCK, 2**31 - 1)
     one, other = (nn.Sequential(nn.Conv2d(3, 8, 3)).eval() for _ in range(2))
     optimize(one), optimize(other)
     restore(one)
@@ -459,15 +459,15 @@ def test_memory_is_kept_as_long_as_a_model_wants_it(monkeypatch):
     assert asked == [kept, kept, (malloc.DEFAULT_MMAP, malloc.DEFAULT_TRIM)]
 
 
-def test_memory_is_given_back_by_a_model_of_which_no_part_is_served(monkeypatch):
+def test_memory_is_given_back_by_a_model_of_which_no_part_is_fused(monkeypatch):
     asked = []
     monkeypatch.setattr(malloc, "_set", lambda *given: asked.append(given))
     monkeypatch.setattr(malloc, "_users", type(malloc._users)())
     restore(optimize(nn.Embedding(3, 5)))
-    assert asked == [(malloc.KEPT, 2**31 - 1), (malloc.DEFAULT_MMAP, malloc.DEFAULT_TRIM)]
+    assert asked == [(malloc.MAX_BLOCK, 2**31 - 1), (malloc.DEFAULT_MMAP, malloc.DEFAULT_TRIM)]
 
 
-def test_memory_serves_on_when_it_was_given_back():
+def test_memory_can_be_used_after_it_was_given_back():
     model = optimize(nn.Sequential(nn.Conv2d(3, 8, 3)).eval())
     x = torch.ones(20_000_000)
     restore(model)
@@ -513,7 +513,7 @@ def test_the_script_s_flags_give_the_plain_picture(tmp_path):
     ways = {
         "plain": [],
         "fast": ["--optimize"],
-        "strips": ["--tiled_vae"],
+        "tiled": ["--tiled_vae"],
         "slices": ["--sliced_vae", "--n_samples", "1"],
         "half": ["--vae_precision", "bfloat16"],
     }

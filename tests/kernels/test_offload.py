@@ -1,4 +1,4 @@
-"""Weights that visit a device part by part: the same pictures, few weights there at once, all at home afterwards."""
+"""Sequential CPU offload: the same pictures, few weights on the device at once, all back afterwards."""
 
 import pytest
 import torch
@@ -118,7 +118,7 @@ def test_weights_are_at_home_between_calls_and_after_errors(model):
     assert home == {name: p.data_ptr() for name, p in model.named_parameters()}
     handle.remove()
     assert len(ask(model)) == 4
-    assert not sequential._inside
+    assert not sequential._running
 
 
 @pytest.mark.parametrize("ahead", [False, True])

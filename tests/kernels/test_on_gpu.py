@@ -1,4 +1,4 @@
-"""What only a GPU can show: compiled kernels, graphs and visiting weights give the plain numbers."""
+"""What only a GPU can show: compiled kernels, CUDA graphs and offloaded weights give the plain numbers."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def ask(model, scale=1.0):
     return [c, model.apply_model(x, t, c), model.decode_first_stage(x[:1])]
 
 
-def recordings(unet):
+def graphs(unet):
     return [shape.play is not None for shape in unet.forward._shapes.values()]
 
 
@@ -82,38 +82,38 @@ def test_an_optimized_model_gives_the_plain_numbers(model, vae):
     for _ in range(cuda_graphs.CALLS_TO_CAPTURE):
         for scale, expected in zip((1.0, 0.5), want, strict=True):
             near(ask(model, scale), expected)
-    assert recordings(unet) == [True] and (not vae or recordings(decoder) == [True])
+    assert graphs(unet) == [True] and (not vae or graphs(decoder) == [True])
     near(ask(restore(model)), want[0], 1e-6)
 
 
-def test_inference_mode_and_no_grad_share_recordings(model):
+def test_inference_mode_and_no_grad_share_graphs(model):
     want = ask(model.cuda())
     optimize(model)
     with torch.inference_mode():
         for _ in range(cuda_graphs.CALLS_TO_CAPTURE + 1):
             near(ask(model), want)
-    assert recordings(model.model.diffusion_model) == [True]
+    assert graphs(model.model.diffusion_model) == [True]
     for _ in range(2):
         near(ask(model), want)
-    assert recordings(model.model.diffusion_model) == [True]
+    assert graphs(model.model.diffusion_model) == [True]
 
 
-def test_a_recording_that_breaks_off_leaves_no_trace(model, caplog):
+def test_a_capture_that_fails_leaves_no_trace(model, caplog):
     class Waiting(torch.nn.SiLU):
         def forward(self, x):
             return super().forward(x) * (
                 1.0 if float(x[0, 0, 0, 0]) < 1e9 else 0.0
-            )  # not while it is recorded
+            )  # not while it is captured
 
     unet = model.cuda().model.diffusion_model
     want = ask(model)
     unet.out[1] = Waiting()
-    for plays in (False, True):
+    for replays in (False, True):
         optimize(model)
         for _ in range(cuda_graphs.CALLS_TO_CAPTURE + 1):
             near(ask(model), want)
-        assert recordings(unet) == [plays]
-        assert ("no CUDA graph of UNetModel is used" in caplog.text) is not plays
+        assert graphs(unet) == [replays]
+        assert ("no CUDA graph of UNetModel is used" in caplog.text) is not replays
         assert torch.randn(5, device="cuda").isfinite().all()
         restore(model)
         unet.out[1] = torch.nn.SiLU()
@@ -165,20 +165,20 @@ def test_labels_that_stay_are_waited_for_once():
             unet(x, t, y=y + 1)
 
 
-def test_recordings_after_others_are_gone_have_workspaces_of_their_own(model):
-    """cuBLAS keeps one for the stream; it lay in the memory of the recordings that went."""
+def test_graphs_after_others_are_gone_have_workspaces_of_their_own(model):
+    """cuBLAS keeps one for the stream; it came from the pool of graphs that are gone."""
     want = ask(model.cuda())
     for _ in range(3):
         optimize(model)
         for _ in range(cuda_graphs.CALLS_TO_CAPTURE + 1):
             near(ask(model), want)
-        assert recordings(model.model.diffusion_model) == [True]
+        assert graphs(model.model.diffusion_model) == [True]
         restore(model)
         torch.cuda.empty_cache()
         torch.empty(1 << 28, device="cuda").fill_(float("nan"))
 
 
-def test_visiting_weights_give_the_plain_numbers_in_less_memory(model):
+def test_offloaded_weights_give_the_plain_numbers_in_less_memory(model):
     model.cuda()
     want = ask(model)
     model.cpu()

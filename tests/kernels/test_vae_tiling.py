@@ -1,4 +1,4 @@
-"""Decoding and encoding in strips: the plain modules' numbers whatever the strips, within a bound on live bytes."""
+"""VAE tiling: the plain modules' numbers whatever the tiles, within a bound on live bytes."""
 
 import pytest
 import torch
@@ -43,13 +43,13 @@ OPTIONS = {
     "sleeping dropout": {"dropout": 0.7, "ch_mult": (1, 2)},
 }
 # Heights of the maps go from 5 to 23, so these are below and above them, and divide few of them.
-CUTS = [{"rows": 1}, {"rows": 2}, {"rows": 3}, {"rows": 7}, {"tile_bytes": 3000}, {}]
+TILES = [{"rows": 1}, {"rows": 2}, {"rows": 3}, {"rows": 7}, {"tile_bytes": 3000}, {}]
 SIDES = [
     (Decoder, decode_tiled, "z", (2, 4, 5, 3)),
     (Encoder, encode_tiled, "x", (2, 3, 23, 26)),  # odd heights on the way down: 23, 11, 5
 ]
 SIDE_NAMES = ["decoder", "encoder"]
-sides = pytest.mark.parametrize(("kind", "in_strips", "name", "shape"), SIDES, ids=SIDE_NAMES)
+sides = pytest.mark.parametrize(("kind", "tiled", "name", "shape"), SIDES, ids=SIDE_NAMES)
 
 
 def build(kind, dtype=torch.float64, **options):
@@ -63,26 +63,24 @@ def build(kind, dtype=torch.float64, **options):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @torch.no_grad()
 @pytest.mark.thinned(3)
-def test_strips_of_any_height_give_the_plain_numbers(kind, in_strips, name, shape, options):
+def test_tiles_of_any_height_give_the_plain_numbers(kind, tiled, name, shape, options):
     network, x = build(kind, **options), keyed_input(name, shape)[:1].double()
     before, want = x.clone(), network(x)
-    for cut in CUTS:
-        torch.testing.assert_close(in_strips(network, x, **cut), want, rtol=0, atol=1e-12, msg=str(cut))
+    for tiles in TILES:
+        torch.testing.assert_close(tiled(network, x, **tiles), want, rtol=0, atol=1e-12, msg=str(tiles))
     assert torch.equal(x, before)
 
 
 @sides
 @torch.no_grad()
-def test_float32_and_half_precision_are_as_near_to_the_truth_as_the_plain_modules(
-    kind, in_strips, name, shape
-):
+def test_float32_and_half_precision_are_as_near_to_the_truth_as_the_plain_modules(kind, tiled, name, shape):
     x = keyed_input(name, shape)
     truth = build(kind)(x.double())
     for dtype, most in ((torch.float32, 5e-6), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
         network = build(kind, dtype)
         usual = (network(x.to(dtype)) - truth).abs()
-        for cut in ({"rows": 3}, {}):
-            got = in_strips(network, x.to(dtype), **cut)
+        for tiles in ({"rows": 3}, {}):
+            got = tiled(network, x.to(dtype), **tiles)
             assert got.dtype == dtype
             error = (got - truth).abs()
             assert error.max() < most
@@ -91,7 +89,7 @@ def test_float32_and_half_precision_are_as_near_to_the_truth_as_the_plain_module
 
 @sides
 @torch.no_grad()
-def test_shortcuts_of_3x3_are_served(kind, in_strips, name, shape):
+def test_shortcuts_of_3x3_are_supported(kind, tiled, name, shape):
     """No configuration of the autoencoder asks for them; the block knows them."""
     network = kind(**BASE)
     for level in network.down if kind is Encoder else network.up:
@@ -103,38 +101,38 @@ def test_shortcuts_of_3x3_are_served(kind, in_strips, name, shape):
     network, x = fill(network, "strips.").double(), keyed_input(name, shape).double()
     assert any("conv_shortcut" in key for key in network.state_dict())
     for rows in (1, 2, 5, None):
-        torch.testing.assert_close(in_strips(network, x, rows=rows), network(x), rtol=0, atol=1e-12)
+        torch.testing.assert_close(tiled(network, x, rows=rows), network(x), rtol=0, atol=1e-12)
 
 
 @sides
 @torch.no_grad()
-def test_a_picture_does_not_depend_on_its_neighbours(kind, in_strips, name, shape):
+def test_a_picture_does_not_depend_on_its_neighbours(kind, tiled, name, shape):
     network, x = build(kind, torch.float32), keyed_input(name, shape)
-    together = in_strips(network, x, rows=3)
+    together = tiled(network, x, rows=3)
     for i in range(shape[0]):
-        assert torch.equal(together[i : i + 1], in_strips(network, x[i : i + 1], rows=3))
+        assert torch.equal(together[i : i + 1], tiled(network, x[i : i + 1], rows=3))
 
 
 @sides
 @torch.no_grad()
-def test_statistics_survive_a_mean_far_from_zero(kind, in_strips, name, shape):
+def test_statistics_survive_a_mean_far_from_zero(kind, tiled, name, shape):
     """A mean square less a squared mean would keep no digit of a variance of 1 beside a mean of 3000."""
     network, x = build(kind), keyed_input(name, shape).double()
     network.conv_in.bias += 3000
     truth = network(x)
     usual = (network.float()(x.float()) - truth).abs().max()
-    error = (in_strips(network, x.float(), rows=3) - truth).abs().max()
+    error = (tiled(network, x.float(), rows=3) - truth).abs().max()
     assert error < 1.5 * usual < 0.05
 
 
 @sides
 @torch.no_grad()
-def test_channels_last_weights_keep_the_maps_in_their_layout(kind, in_strips, name, shape):
+def test_channels_last_weights_keep_the_maps_in_their_layout(kind, tiled, name, shape):
     network, x = build(kind), keyed_input(name, shape).double()
     want = network(x)
     network.to(memory_format=torch.channels_last)
     for rows in (2, None):
-        torch.testing.assert_close(in_strips(network, x, rows=rows), want, rtol=0, atol=1e-12)
+        torch.testing.assert_close(tiled(network, x, rows=rows), want, rtol=0, atol=1e-12)
     maps = build(Decoder, give_pre_end=True).to(memory_format=torch.channels_last)
     z = keyed_input("z", (1, 4, 5, 3)).double()
     assert decode_tiled(maps, z, rows=2).is_contiguous(memory_format=torch.channels_last)
@@ -142,11 +140,11 @@ def test_channels_last_weights_keep_the_maps_in_their_layout(kind, in_strips, na
 
 @sides
 @torch.no_grad()
-def test_autocast_gives_what_it_gives_the_plain_modules(kind, in_strips, name, shape):
+def test_autocast_gives_what_it_gives_the_plain_modules(kind, tiled, name, shape):
     network, x = build(kind, torch.float32), keyed_input(name, shape)
     truth = network(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        usual, got = network(x), in_strips(network, x, rows=3)
+        usual, got = network(x), tiled(network, x, rows=3)
     assert got.dtype == usual.dtype == torch.bfloat16
     assert (got - truth).abs().mean() < 1.2 * (usual - truth).abs().mean()
 
@@ -178,19 +176,19 @@ WIDE = {**BASE, "ch": 8, "ch_mult": (1, 2, 4, 4), "num_groups": 4}  # the widths
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(
-    ("kind", "in_strips", "shape", "maps", "usual"),
+    ("kind", "tiled", "shape", "maps", "usual"),
     [
         (Decoder, decode_tiled, (1, 4, 18, 9), 2.5, 6),
         (Encoder, encode_tiled, (1, 3, 144, 72), 2.0, 4),
     ],
     ids=SIDE_NAMES,
 )
-def test_so_many_maps_of_the_first_level_are_alive_at_most(kind, in_strips, shape, maps, usual, layout):
-    """What comes in is alive, too, and four strips of 4 of 144 rows, of 2 ch channels at most."""
+def test_so_many_maps_of_the_first_level_are_alive_at_most(kind, tiled, shape, maps, usual, layout):
+    """What comes in is alive, too, and four tiles of 4 of 144 rows, of 2 ch channels at most."""
     network = fill(kind(**WIDE)).to(memory_format=layout)
     x = keyed_input("x", shape)
     one_map = 8 * 144 * 72 * 4  # ch, height, width, float32
-    peak, _ = peak_of(lambda: in_strips(network, x, rows=4))
+    peak, _ = peak_of(lambda: tiled(network, x, rows=4))
     assert maps * one_map < peak - x.nbytes < (maps + 4 * 4 / 144 * 2) * one_map
     plain_peak, _ = peak_of(lambda: network(x))
     assert plain_peak >= usual * one_map
@@ -218,7 +216,7 @@ def test_the_attention_matrix_never_exists_as_a_whole():
 
 
 @pytest.mark.parametrize(
-    ("kind", "in_strips", "shape", "mebibytes"),
+    ("kind", "tiled", "shape", "mebibytes"),
     [
         (Decoder, decode_tiled, (1, 4, 128, 128), 680),
         (Encoder, encode_tiled, (1, 3, 1024, 1024), 588),
@@ -226,12 +224,12 @@ def test_the_attention_matrix_never_exists_as_a_whole():
     ids=SIDE_NAMES,
 )
 @pytest.mark.slow
-def test_stable_diffusion_at_1024_pixels_in_half_precision(kind, in_strips, shape, mebibytes):
+def test_stable_diffusion_at_1024_pixels_in_half_precision(kind, tiled, shape, mebibytes):
     """On the meta device, by shapes alone, with the unfused attention that it has."""
     with torch.device("meta"):
         network = kind(**{**BASE, "ch": 128, "ch_mult": (1, 2, 4, 4), "num_groups": 32}).half().eval()
         x = torch.empty(shape, dtype=torch.half)
-    peak, _ = peak_of(lambda: in_strips(network, x))
+    peak, _ = peak_of(lambda: tiled(network, x))
     assert peak <= mebibytes << 20
 
 
@@ -240,9 +238,9 @@ def test_stable_diffusion_at_1024_pixels_in_half_precision(kind, in_strips, shap
 
 @sides
 @pytest.mark.parametrize("rows", [0, -3, 2.0, True])
-def test_strips_need_a_row(kind, in_strips, name, shape, rows):
+def test_tiles_need_a_row(kind, tiled, name, shape, rows):
     with pytest.raises(UsageError, match=rf"^rows should be a whole number from 1 on, got {rows}$"):
-        in_strips(build(kind), keyed_input(name, shape), rows=rows)
+        tiled(build(kind), keyed_input(name, shape), rows=rows)
 
 
 def test_strip_bytes_of_nothing_are_refused():
@@ -252,11 +250,11 @@ def test_strip_bytes_of_nothing_are_refused():
 
 @sides
 @pytest.mark.parametrize("wrong", [(4, 5, 3), (2, 4, 0, 3)])
-def test_what_is_no_batch_of_maps_is_refused(kind, in_strips, name, shape, wrong):
+def test_what_is_no_batch_of_maps_is_refused(kind, tiled, name, shape, wrong):
     with pytest.raises(
         UsageError, match=r"maps \(b, c, h, w\), got a shape of \(" + ", ".join(map(str, wrong))
     ):
-        in_strips(build(kind), torch.zeros(wrong))
+        tiled(build(kind), torch.zeros(wrong))
 
 
 def test_pictures_that_vanish_on_the_way_down_are_refused():
@@ -267,12 +265,14 @@ def test_pictures_that_vanish_on_the_way_down_are_refused():
 
 
 @sides
-def test_gradients_are_refused_where_they_are_asked_for(kind, in_strips, name, shape):
+def test_gradients_are_refused_where_they_are_asked_for(kind, tiled, name, shape):
     network, x = build(kind), keyed_input(name, shape).double().requires_grad_()
-    with pytest.raises(UsageError, match=f"^strips give no gradients; .* call the {kind.__name__} itself$"):
-        in_strips(network, x)
+    with pytest.raises(
+        UsageError, match=f"^VAE tiling gives no gradients; .* call the {kind.__name__} itself$"
+    ):
+        tiled(network, x)
     with torch.no_grad():
-        torch.testing.assert_close(in_strips(network, x, rows=2), network(x), rtol=0, atol=1e-12)
+        torch.testing.assert_close(tiled(network, x, rows=2), network(x), rtol=0, atol=1e-12)
 
 
 class Tiled(nn.Conv2d):
@@ -311,33 +311,35 @@ def dropout(network):
 
 @sides
 @pytest.mark.parametrize("change", [subclass, instance_forward, hook, early_hook, circular, dropout])
-def test_a_changed_part_is_refused_not_passed_over(kind, in_strips, name, shape, change):
+def test_a_changed_part_is_refused_not_passed_over(kind, tiled, name, shape, change):
     network = build(kind)
     found = change(network)
     with pytest.raises(UsageError, match=f"plain parts, got {found}; call the {kind.__name__} itself$"):
-        in_strips(network, keyed_input(name, shape).double())
+        tiled(network, keyed_input(name, shape).double())
 
 
 @sides
-def test_a_patched_class_and_a_rebound_global_are_refused(kind, in_strips, name, shape, monkeypatch):
+def test_a_patched_class_and_a_rebound_global_are_refused(kind, tiled, name, shape, monkeypatch):
     """Both are how other people's code changes CompVis's modules."""
     network, x = build(kind), keyed_input(name, shape).double()
     with monkeypatch.context() as patch:
         patch.setattr(plain.AttnBlock, "forward", lambda self, x: x)
         with pytest.raises(UsageError, match="got a changed AttnBlock at 'mid.attn_1'"):
-            in_strips(network, x)
+            tiled(network, x)
     with monkeypatch.context() as patch:
         patch.setattr(plain, "nonlinearity", torch.relu)
         with pytest.raises(UsageError, match="got a changed nonlinearity at '(mid|down)[.]"):
-            in_strips(network, x)
-    assert torch.isfinite(in_strips(network, x)).all()
+            tiled(network, x)
+    assert torch.isfinite(tiled(network, x)).all()
 
 
 @sides
-def test_another_network_is_refused_by_name(kind, in_strips, name, shape):
+def test_another_network_is_refused_by_name(kind, tiled, name, shape):
     other = Encoder if kind is Decoder else Decoder
-    with pytest.raises(UsageError, match=f"^strips are for a plain {kind.__name__}, got {other.__name__}$"):
-        in_strips(build(other), keyed_input(name, shape).double())
+    with pytest.raises(
+        UsageError, match=f"^VAE tiling is for a plain {kind.__name__}, got {other.__name__}$"
+    ):
+        tiled(build(other), keyed_input(name, shape).double())
 
 
 # --- as part of optimize() ------------------------------------------------------------------------
@@ -352,7 +354,7 @@ def autoencoder():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Names of the halves that went through strips."""
+    """Names of the halves that were computed by tiling."""
     found = []
     for name in ("decode_tiled", "encode_tiled"):
         own = getattr(vae_tiling, name)
@@ -365,7 +367,7 @@ def calls(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.slow
-def test_an_optimized_autoencoder_works_in_strips(autoencoder, calls, compile):
+def test_an_optimized_autoencoder_computes_by_tiling(autoencoder, calls, compile):
     x, z = keyed_input("strips.x", (2, 3, 20, 28)), keyed_input("strips.z", (3, 4, 5, 7))
     want = autoencoder.encode(x).mean, autoencoder.decode(z)
     optimize(autoencoder, compile=compile, tiled_vae=True)
@@ -378,7 +380,7 @@ def test_an_optimized_autoencoder_works_in_strips(autoencoder, calls, compile):
     assert not any("forward" in vars(part) or part._compiled_call_impl for part in autoencoder.modules())
 
 
-def test_what_strips_refuse_goes_the_plain_way(autoencoder, calls):
+def test_what_tiling_does_not_support_falls_back(autoencoder, calls):
     z = keyed_input("strips.z", (1, 4, 5, 7))
     with torch.no_grad():
         want = autoencoder.decode(z)

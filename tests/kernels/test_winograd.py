@@ -60,9 +60,9 @@ def test_portions_of_rows_join_without_a_seam(monkeypatch):
     row, found = 16 * 7 * 32 * 4, []
     with torch.no_grad():
         for portion in (1, 2 * row, 100 * row):
-            monkeypatch.setattr(winograd, "PORTION", portion)
+            monkeypatch.setattr(winograd, "CHUNK_BYTES", portion)
             found.append(winograd.convolve(x, winograd.pack(layer.weight, 7), layer.bias, 32, None))
-    assert winograd.portion(x, 32) == 100
+    assert winograd.tile_rows_at_once(x, 32) == 100
     torch.testing.assert_close(found[0], found[2], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found[1], found[2], rtol=1e-6, atol=1e-6)
 

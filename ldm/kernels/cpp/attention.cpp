@@ -1,4 +1,4 @@
-// Attention, with products of bfloat16 by AMX tiles where the processor has them, else by AVX512-BF16.
+// Attention; bfloat16 products by AMX tiles where the processor has them, else by AVX512-BF16.
 
 #include "common.h"
 
@@ -19,8 +19,8 @@ struct Group<bf16> {
   static constexpr int size = 2;
 };
 
-// A word of 32 bits, one float or two of bfloat16, in all places of a vector.
-inline vf all_places(const void* word) {
+// Broadcast a 32-bit word, one float or two of bfloat16, to a whole vector.
+inline vf broadcast(const void* word) {
   float bits;
   std::memcpy(&bits, word, 4);
   return splat(bits);
@@ -48,7 +48,7 @@ inline void block(const T* a, int64_t lda, const T* b, int64_t b_block, int64_t 
     vf columns[J];
     for (int j = 0; j < J; ++j) columns[j] = load(reinterpret_cast<const float*>(b + j * b_block + p * L));
     for (int r = 0; r < R; ++r) {
-      const vf row = all_places(a + r * lda + p);
+      const vf row = broadcast(a + r * lda + p);
       for (int j = 0; j < J; ++j) acc[r][j] = multiply<T>(row, columns[j], acc[r][j]);
     }
   }
@@ -148,7 +148,7 @@ void product<bf16>(const bf16* a, int64_t lda, const bf16* b, int64_t b_block, i
 
 #endif
 
-// Up to 16 words of 32 bits, and zeros after them.
+// Load up to 16 32-bit words, zero-padded.
 inline vu load_words(const void* p, int64_t bytes) {
   vu v = {};
   if (bytes >= 64) {
@@ -164,7 +164,7 @@ inline vu load_words(const void* p, int64_t bytes) {
   return v;
 }
 
-// The first n of 16 numbers.
+// Store the first n of 16 numbers.
 inline void store_some(float* p, vf v, int64_t n) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
@@ -182,7 +182,7 @@ inline void store_some(bf16* p, vf v, int64_t n) {
 #endif
 }
 
-// Turn 16 rows of 16 words into columns: interleaving row i with row i + 8, four times.
+// Transpose 16 x 16 words: row i is interleaved with row i + 8, four times.
 inline void transpose(vu* rows) {
   vu other[16];
   for (int round = 0; round < 4; ++round) {
@@ -197,20 +197,20 @@ inline void transpose(vu* rows) {
 
 // --- attention ----------------------------------------------------------------------------------
 //
-// All of it is turned round, keys as rows and queries as columns, so that what is done for each query (maximum, sum,
-// scaling) is done for 16 of them in one vector.
+// The products are K Q^T and V^T W, keys as rows and queries as columns, so that what is done for each query (maximum,
+// sum, scaling) is done for 16 of them in one vector.
 
-constexpr int64_t CHUNK = 64;  // keys at a time: their scores, and what makes them, stay in the first cache
+constexpr int64_t CHUNK = 64;  // keys at a time: their scores and operands fit the L1 cache
 constexpr int64_t MAX_FEATURES = 512;
-constexpr int64_t MAX_GROUPS = 4, NEAR = 1 << 20;
-constexpr float SLACK = 2;  // powers of two by which a score may exceed what was the maximum before sums are scaled anew
+constexpr int64_t MAX_GROUPS = 4, L2_BYTES = 1 << 20;
+constexpr float SLACK = 2;  // powers of two by which a score may exceed the running maximum before sums are rescaled
 
 template <class T>
 inline void clear(T* p, int64_t n) {
   std::memset(p, 0, n * sizeof(T));
 }
 
-// exp2v takes numbers alone, so rows that hold others, whose exponents are all ones, are found beforehand.
+// exp2v takes finite numbers only, so rows with others, whose exponent bits are all ones, are found beforehand.
 inline bool finite(const bf16* p, int64_t n) {
   uint16_t most = 0;
   for (int64_t i = 0; i < n; ++i) most = std::max<uint16_t>(most, p[i].bits & 0x7f80);
@@ -236,16 +236,16 @@ struct Shape {
 #endif
   static constexpr int64_t blocks = Group<T>::size == 2 ? 2 : 3;  // vectors of queries at a time
   static constexpr int64_t rows = blocks * L;
-  int64_t depth() const { return up(features, step); }  // of the first product's reduction
-  int64_t width() const { return up(features, L); }     // of the second one's rows
+  int64_t depth() const { return up(features, step); }  // reduction length of the first product
+  int64_t width() const { return up(features, L); }     // rows of the second product
   int64_t padded_keys() const { return up(keys, 2 * L); }
   int64_t key_size() const { return padded_keys() * depth(); }
   int64_t value_size() const { return up(keys, CHUNK) * width(); }
-  // Groups of queries that share a look at the keys: more than one where the keys do not stay in the second cache.
-  int64_t groups() const { return (key_size() + value_size()) * (int64_t)sizeof(T) > NEAR ? MAX_GROUPS : 1; }
+  // Groups of queries that share each load of the keys: more than one where the keys do not fit the L2 cache.
+  int64_t groups() const { return (key_size() + value_size()) * (int64_t)sizeof(T) > L2_BYTES ? MAX_GROUPS : 1; }
 };
 
-// Keys as rows of the first product, with zeros after them. False if not all are finite.
+// Pack keys as rows of the first product, zero-padded. False if not all are finite.
 template <class T>
 bool pack_keys(const Shape<T>& s, const T* k, int64_t stride, T* packed) {
   bool fine = true;
@@ -258,7 +258,7 @@ bool pack_keys(const Shape<T>& s, const T* k, int64_t stride, T* packed) {
   return fine;
 }
 
-// Words of 32 bits from d on of what stands at key m, or at keys m and m + 1 where two make a word.
+// 32-bit words of the value of key m, from feature d on; for bfloat16 each word pairs keys m and m + 1.
 inline vu value_words(const float* v, int64_t stride, int64_t m, int64_t keys, int64_t left) {
   return m < keys ? load_words(v + m * stride, left * 4) : vu{};
 }
@@ -269,7 +269,7 @@ inline vu value_words(const bf16* v, int64_t stride, int64_t m, int64_t keys, in
   return __builtin_convertvector(pair[0], vu) | __builtin_convertvector(pair[1], vu) << 16;
 }
 
-// Values as rows of the second product, features by keys: [chunk][width][CHUNK].
+// Pack values as rows of the second product, features by keys: [chunk][width][CHUNK].
 template <class T>
 void pack_values(const Shape<T>& s, const T* v, int64_t stride, T* packed) {
   constexpr int G = Group<T>::size;
@@ -284,7 +284,7 @@ void pack_values(const Shape<T>& s, const T* v, int64_t stride, T* packed) {
     }
 }
 
-// Queries as columns of the first product: [block][depth / G][16][G].
+// Pack queries as columns of the first product: [block][depth / G][16][G].
 template <class T>
 void pack_queries(const Shape<T>& s, const T* q, int64_t stride, int64_t count, T* packed) {
   const int64_t depth = s.depth(), bytes = s.features * sizeof(T);
@@ -301,7 +301,7 @@ void pack_queries(const Shape<T>& s, const T* q, int64_t stride, int64_t count, 
     }
 }
 
-// Weights of two keys for 16 queries, as columns of the second product.
+// Store the weights of two keys for 16 queries, as columns of the second product.
 inline void store_pair(float* p, vf a, vf b) {
   store(p, a);
   store(p + L, b);
@@ -335,16 +335,15 @@ inline bool any(vi mask) {
 #endif
 }
 
-// Some groups of blocks of queries: running maximum and sum for each, as flash attention keeps them (arXiv:2205.14135);
-// the maximum is followed only where scores would grow out of reach otherwise. All groups meet a chunk of keys while it
-// is near, one after the other.
+// Flash attention (arXiv:2205.14135) of a few groups of query blocks, with a running maximum and sum for each query;
+// the maximum is updated only where exp would overflow otherwise. All groups use a chunk of keys while it is cached.
 template <class T, int GROUPS>
 void attend_groups(const Shape<T>& s, const T* q, int64_t q_stride, int64_t count, const T* keys, bool fine,
                    const T* values, T* out, int64_t out_stride, float scale, float* scratch) {
   constexpr int64_t SCORES = CHUNK * L, MOST = Shape<T>::blocks, ROWS = Shape<T>::rows;
   const int64_t depth = s.depth(), width = s.width(), groups = GROUPS == 1 ? 1 : (count + ROWS - 1) / ROWS;
   float* scores = scratch;                // [block][CHUNK][16]; the weights overwrite them, in T
-  float* other = scores + MOST * SCORES;  // the same of what comes next
+  float* other = scores + MOST * SCORES;  // the same of the next chunk or group
   float* all_sums = other + MOST * SCORES;                            // [group][block][width][16]
   T* all_left = reinterpret_cast<T*>(all_sums + groups * ROWS * width);  // [group][block][depth / G][16][G]
   vf tops[GROUPS][MOST], totals[GROUPS][MOST];
@@ -357,7 +356,7 @@ void attend_groups(const Shape<T>& s, const T* q, int64_t q_stride, int64_t coun
     pack_queries(s, q + g * ROWS * q_stride, q_stride, rows, all_left + g * ROWS * depth);
     for (int64_t j = 0; j < MOST; ++j) tops[g][j] = lowest, totals[g][j] = vf{};
   }
-  const auto score = [&](int64_t g, int64_t m, int64_t rows, float* to) {  // some keys, in rows of to, and a group
+  const auto score = [&](int64_t g, int64_t m, int64_t rows, float* to) {  // scores of some keys (rows of `to`) and a group of queries
     product<T>(keys + m * depth, depth, all_left + g * ROWS * depth, depth * L, rows, blocks_of(g), depth, to, SCORES,
                false);
   };
@@ -366,7 +365,7 @@ void attend_groups(const Shape<T>& s, const T* q, int64_t q_stride, int64_t coun
     const int64_t m0 = turn / groups * CHUNK, group = turn % groups, blocks = blocks_of(group);
     const int64_t here = s.keys - m0 < CHUNK ? s.keys - m0 : CHUNK, padded = up(here, 2 * L);
     const int64_t next = (turn + 1) / groups * CHUNK, next_group = (turn + 1) % groups;
-    const int64_t after = s.padded_keys() - next;  // keys from the next turn's on
+    const int64_t after = s.padded_keys() - next;  // keys from the next turn on
     float* sums = all_sums + group * ROWS * width;
     vf top[MOST], total[MOST];  // copies, so that they stay in registers
     for (int64_t j = 0; j < MOST; ++j) top[j] = tops[group][j], total[j] = totals[group][j];
@@ -387,16 +386,16 @@ void attend_groups(const Shape<T>& s, const T* q, int64_t q_stride, int64_t coun
       }
     }
     for (int64_t part = 0; part < padded; part += L) {
-      if (part < after) score(next_group, next + part, L, other + part * L);  // tiles work while vectors do what follows
+      if (part < after) score(next_group, next + part, L, other + part * L);  // tiles compute while the vector units do what follows
       for (int64_t j = 0; j < blocks; ++j) {
         float* column = scores + j * SCORES + part * L;
         T* weights = reinterpret_cast<T*>(scores + j * SCORES) + part * L;
-        if (part >= here) {  // rows for the second product's step alone
+        if (part >= here) {  // padding to the step of the second product
           clear(weights, L * L);
           continue;
         }
         vf base = top[j], sum[2] = {};
-        for (int64_t m = 0; m < L; m += 2) {  // next to nothing where there is no key, whose value is zero
+        for (int64_t m = 0; m < L; m += 2) {  // almost zero beyond the last key, where values are zero
           vf a = exp2v<degree>(load(column + m * L) * factor - base);
           vf b = exp2v<degree>(load(column + m * L + L) * factor - base);
           sum[0] += a;
@@ -441,14 +440,14 @@ int64_t attention_bytes(const Shape<T>& s, int threads) {
   return pairs * (s.key_size() + s.value_size()) * (int64_t)sizeof(T) + threads * scratch_floats<T>(s) * 4 + pairs;
 }
 
-// q, k, v and out are (batch, tokens, heads, features), features and heads lying together.
+// q, k, v and out are (batch, tokens, heads, features), contiguous in heads and features.
 template <class T>
 void attention(const Shape<T>& s, const T* q, int64_t q_stride, const T* k, int64_t k_stride, const T* v, int64_t v_stride,
                T* out, int64_t out_stride, float scale, char* workspace, int threads) {
   const int64_t pairs = s.batch * s.heads, rows = s.groups() * s.rows, tasks = (s.queries + rows - 1) / rows;
   float* scratch = reinterpret_cast<float*>(workspace);
   T* packed = reinterpret_cast<T*>(scratch + threads * scratch_floats<T>(s));
-  char* fine = reinterpret_cast<char*>(packed + pairs * (s.key_size() + s.value_size()));  // (pairs,): of the keys
+  char* fine = reinterpret_cast<char*>(packed + pairs * (s.key_size() + s.value_size()));  // (pairs,)
   const auto attend = s.groups() == 1 ? attend_groups<T, 1> : attend_groups<T, MAX_GROUPS>;
 #pragma omp parallel num_threads(threads)
   {
@@ -479,7 +478,7 @@ void attention(const Shape<T>& s, const T* q, int64_t q_stride, const T* k, int6
 
 bool allow_tiles() {
 #if defined(LDM_AMX)
-  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM of the tiles' data
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM of XTILEDATA
 #else
   return true;
 #endif
@@ -489,7 +488,7 @@ bool allow_tiles() {
 
 extern "C" {
 
-// 0: cannot run here; 1: products of bfloat16 by the plain path; 2: by AVX512-BF16; 3: by AMX.
+// 0: AMX is not permitted; bfloat16 products 1: by plain vectors, 2: by AVX512-BF16, 3: by AMX.
 int ldm_level() {
   if (!allow_tiles()) return 0;
 #if defined(LDM_AMX)

@@ -6,10 +6,10 @@ namespace {
 
 // --- group norm with SiLU -----------------------------------------------------------------------
 
-// Cells whose sums are kept in float before they enter a sum in double: few, for digits, but no more than so many portions
-// of them, for those are read once more, channel by channel.
+// Cells whose sums are accumulated in float before they enter a sum in double: few, for accuracy, but in no more chunks
+// than MAX_CHUNKS, for the chunks' sums are read once more, channel by channel.
 constexpr int64_t MIN_CELLS = 64, MAX_CHUNKS = 256;
-constexpr int64_t AHEAD = 16;  // cells between the one that is worked on and the one that is fetched
+constexpr int64_t AHEAD = 16;  // cells between the current one and the prefetched one
 
 inline int64_t chunk_cells(int64_t cells) {
   const int64_t share = (cells + MAX_CHUNKS - 1) / MAX_CHUNKS;
@@ -22,14 +22,14 @@ inline int64_t norm_floats(int64_t batch, int64_t cells, int64_t channels) {
   return batch * channels * (2 * norm_chunks(cells) + 2);
 }
 
-// Fetch a row of cells that is wanted soon: the processor's own guesses end at each page, and at rows that are not whole.
+// Prefetch a row of cells: the hardware prefetcher stops at page ends and at partial rows.
 template <class T>
 inline void fetch(const T* row, int64_t channels) {
   for (int64_t c = 0; c < channels; c += (int64_t)(64 / sizeof(T))) __builtin_prefetch(row + c);
 }
 
 // Sums and squares of `vectors` vectors of channels over cells start .. end - 1, of their distance from the first cell;
-// added to what is there already, unless these are the first.
+// added to earlier ones, unless these are the first.
 template <int vectors, class T>
 inline void add_up(const T* origin, int64_t start, int64_t end, int64_t channels, bool is_first, float* sum,
                    float* square) {
@@ -50,9 +50,9 @@ inline void add_up(const T* origin, int64_t start, int64_t end, int64_t channels
   }
 }
 
-// x and out are (batch, cells, channels) and may be one. What is normalised is x + shift, shift (batch, channels) or
+// x and out are (batch, cells, channels) and may be the same. What is normalised is x + shift, shift (batch, channels) or
 // none; weight and bias are (channels,), or (batch, channels) where affine_stride is channels instead of 0. Sums are of
-// the distance from the first cell's value, so that a mean far from zero costs no digits.
+// the distance from the first cell's value, so that a mean far from zero costs no accuracy.
 template <class T>
 void group_norm(int64_t batch, int64_t cells, int64_t channels, int64_t groups, const T* x, const float* shift,
                 const float* weight, const float* bias, int64_t affine_stride, float eps, bool with_silu, T* out,
@@ -68,7 +68,7 @@ void group_norm(int64_t batch, int64_t cells, int64_t channels, int64_t groups, 
       const int64_t last = first + size < cells ? first + size : cells;
       const T* origin = x + b * cells * channels;
       float *sum = partial + task * 2 * channels, *square = sum + channels;
-      for (int64_t start = first; start < last; start += MIN_CELLS) {  // that many rows stay in the first cache
+      for (int64_t start = first; start < last; start += MIN_CELLS) {  // so many rows fit the L1 cache
         const int64_t end = start + MIN_CELLS < last ? start + MIN_CELLS : last;
         int64_t c = 0;
         for (; c + 8 * L <= channels; c += 8 * L)
@@ -79,7 +79,7 @@ void group_norm(int64_t batch, int64_t cells, int64_t channels, int64_t groups, 
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < batch * groups; ++task) {
       const int64_t b = task / groups, g = task % groups;
-      // Means and squares of single channels are joined into the group's (Chan, Golub and LeVeque 1979).
+      // Means and squares of single channels are combined into the group's (Chan, Golub and LeVeque 1979).
       double mean = 0, squares = 0, means[2] = {};
       for (int64_t c = g * share; c < (g + 1) * share; ++c) {
         double s = 0, q = 0;

@@ -1,13 +1,13 @@
-// The gate of GEGLU, and the laying out of doubled maps.
+// GEGLU's gate, and interleaving the phases of upsampled maps.
 
 #include "common.h"
 
 namespace {
 
-// --- doubling -----------------------------------------------------------------------------------
+// --- upsampling ---------------------------------------------------------------------------------
 
-// Spread the four phases of doubled maps: y (batch, height + 1, width + 1, 4 channels) into out (batch, 2 height, 2 width,
-// channels). Phase 2 i + j holds the cells of odd (1) or even (0) rows i and columns j.
+// Interleave the four phases of upsampled maps: y (batch, height + 1, width + 1, 4 channels) into out (batch, 2 height,
+// 2 width, channels). Phase 2 i + j holds the cells of odd (1) or even (0) rows i and columns j.
 template <class T>
 void interleave_phases(int64_t batch, int64_t height, int64_t width, int64_t channels, const T* y, T* out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -1,14 +1,12 @@
-// What surrounds the products of a 3x3 convolution by Winograd's minimal filtering, for float.
+// Input and output transforms of 3x3 Winograd convolution, for float.
 
 #include "common.h"
 
 namespace {
 
-// --- 3x3 convolutions by Winograd's minimal filtering --------------------------------------------
-//
-// F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308): a tile of 2x2 results takes 16 products of channels instead of 36.
-// The products are matrix products, one for each of 16 places, which the caller has done between these two functions.
-// Tiles are counted through rows of tiles of the whole batch: row r is row r % tile_rows of picture r / tile_rows.
+// F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308): a tile of 2x2 outputs takes 16 products of channels instead of 36.
+// They are matrix products, one for each of 16 positions, which the caller computes between these two functions.
+// Rows of tiles are counted through the whole batch: row r is row r % tile_rows of image r / tile_rows.
 
 struct Map {
   int64_t height, width;
@@ -16,7 +14,7 @@ struct Map {
   int64_t tile_columns() const { return (width + 1) / 2; }
 };
 
-// x is (batch, height, width, channels); out is (16, rows * tile_columns, channels): B^T d B of each patch of 4x4.
+// x is (batch, height, width, channels); out is (16, rows * tile_columns, channels): B^T d B of each 4x4 input tile.
 void winograd_input(Map map, int64_t channels, int64_t first, int64_t rows, const float* x, float* out, int threads) {
   const int64_t across = map.tile_columns(), tiles = rows * across, plane = tiles * channels;
 #pragma omp parallel for num_threads(threads) schedule(static)
