@@ -16,7 +16,7 @@ from ldm.models.diffusion.gaussian_diffusion import (
     check_labels_of,
 )
 from ldm.models.diffusion.respace import SpacedDiffusion, space_timesteps
-from ldm.models.diffusion.samplers import alpha_bar_table, ask_both
+from ldm.models.diffusion.samplers import alpha_bar_table, predict_both
 from ldm.process.guidance import first_tensor, guide
 
 # How far a model's alphas_cumprod may be from what its betas add up to: both may have been through half precision.
@@ -73,7 +73,9 @@ class GuidedNetwork:
         """Predict for samples x (b, c, ...) at levels t (b,)."""
         if self.scale == 1:
             return self._ask(x, t, self.conditioning)
-        uncond, cond = ask_both(self._ask, x, t, self.unconditional, self.conditioning, self.separate_passes)
+        uncond, cond = predict_both(
+            self._ask, x, t, self.unconditional, self.conditioning, self.separate_passes
+        )
         c = x.shape[1]
         return torch.cat([guide(uncond[:, :c], cond[:, :c], self.scale), cond[:, c:]], dim=1)
 

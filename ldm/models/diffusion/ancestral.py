@@ -58,9 +58,9 @@ class AncestralSampling:
         x_prev = gaussian.draw_prev(mean, log_variance, noise_like(x.shape, x.device, repeat_noise), t)
         return (x_prev, *x0) if return_x0 else x_prev
 
-    def _walk(
+    def _loop(
         self,
-        take: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+        sample_prev: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
         x_T: Tensor,
         timesteps: int,
         *,
@@ -70,10 +70,10 @@ class AncestralSampling:
         callback: Callable[[int], Any] | None = None,
         img_callback: Callable[[Tensor, int], Any] | None = None,
     ) -> tuple[Tensor, list[Step]]:
-        """Walk x_T down all levels below `timesteps`; the other arguments are those of progressive_denoising.
+        """Sample from x_T through all levels below `timesteps`; the other arguments are those of progressive_denoising.
 
         Args:
-            take: from samples, their level (b,) and the same as a number to (x_{t-1}, predicted clean samples).
+            sample_prev: from samples, their level (b,) and the same as a number to (x_{t-1}, predicted clean samples).
 
         Returns:
             the samples, and the steps whose results are kept: the first, and every log_every_t-th level's.
@@ -84,7 +84,7 @@ class AncestralSampling:
 
         def step(x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
             t = torch.full((len(x_t),), level.t, device=x_t.device, dtype=torch.long)
-            x_t, pred_x0 = take(x_t, t, level.t)
+            x_t, pred_x0 = sample_prev(x_t, t, level.t)
             # After the step, where CompVis's DDIM blends before it; each kept, for its seeds' images.
             return (x_t if mask is None else self.q_sample(x0, t) * mask + (1.0 - mask) * x_t), pred_x0
 
@@ -109,11 +109,11 @@ class AncestralSampling:
             the noise first.
         """
 
-        def take(x_t: Tensor, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        def sample_prev(x_t: Tensor, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
             return self.p_sample(x_t, t, clip_denoised=self.clip_denoised, return_x0=True)
 
         x_T = torch.randn(tuple(shape), device=self.device)
-        samples, kept = self._walk(take, x_T, self.num_timesteps)
+        samples, kept = self._loop(sample_prev, x_T, self.num_timesteps)
         return (samples, [x_T, *(step.x_t for step in kept)]) if return_intermediates else samples
 
     @torch.no_grad()
@@ -205,22 +205,22 @@ class LatentAncestralSampling:
             return x_prev, extra[0].argmax(dim=1)
         return (x_prev, extra[0]) if return_x0 else x_prev
 
-    def _taker(
+    def _make_step(
         self, cond: Any, temperature: float | Sequence[float] = 1.0, **options: Any
     ) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
-        """Make the step of a walk: p_sample with the arguments that are the same at every level."""
+        """Make the step of `_loop`: p_sample with the arguments that are the same at every level."""
 
-        def take(x_t: Tensor, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        def sample_prev(x_t: Tensor, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
             # The original noises the condition it noised the step before; each step's own level was meant.
             c = self._noise_condition(cond, t) if self.shorten_cond_schedule else cond
-            heat = temperature if isinstance(temperature, int | float) else temperature[level]
+            scale = temperature if isinstance(temperature, int | float) else temperature[level]
             return self.p_sample(
-                x_t, c, t, clip_denoised=self.clip_denoised, return_x0=True, temperature=heat, **options
+                x_t, c, t, clip_denoised=self.clip_denoised, return_x0=True, temperature=scale, **options
             )
 
-        return take
+        return sample_prev
 
-    def _levels_to_walk(self, timesteps: int | None, start_T: int | None) -> int:
+    def _count_levels(self, timesteps: int | None, start_T: int | None) -> int:
         timesteps = default(timesteps, self.num_timesteps)
         timesteps = timesteps if start_T is None else min(timesteps, start_T)
         if not 1 <= timesteps <= self.num_timesteps:
@@ -263,9 +263,9 @@ class LatentAncestralSampling:
         Returns:
             samples (b, c, h, w), and the predicted clean samples every log_every_t levels.
         """
-        timesteps = self._levels_to_walk(None, start_T)
+        timesteps = self._count_levels(None, start_T)
         full = tuple(shape) if batch_size is None else (batch_size, *tuple(shape)[-3:])
-        take = self._taker(
+        sample_prev = self._make_step(
             first_of(cond, full[0]),
             temperature,
             quantize_denoised=quantize_denoised,
@@ -273,8 +273,8 @@ class LatentAncestralSampling:
             score_corrector=score_corrector,
             corrector_kwargs=corrector_kwargs,
         )
-        samples, kept = self._walk(
-            take,
+        samples, kept = self._loop(
+            sample_prev,
             torch.randn(full, device=self.device) if x_T is None else x_T,
             timesteps,
             mask=mask,
@@ -309,10 +309,10 @@ class LatentAncestralSampling:
         Returns:
             samples; with return_intermediates also the samples every log_every_t levels, the noise first.
         """
-        timesteps = self._levels_to_walk(timesteps, start_T)
+        timesteps = self._count_levels(timesteps, start_T)
         x_T = torch.randn(tuple(shape), device=self.device) if x_T is None else x_T
-        samples, kept = self._walk(
-            self._taker(cond, quantize_denoised=quantize_denoised),
+        samples, kept = self._loop(
+            self._make_step(cond, quantize_denoised=quantize_denoised),
             x_T,
             timesteps,
             mask=mask,

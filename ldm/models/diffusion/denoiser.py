@@ -19,7 +19,7 @@ from ldm.process.prediction import to_eps, to_x0
 WHOLE_INTERVAL = (0.0, 1.0)
 
 
-def ask_both(
+def predict_both(
     model: Callable[[Tensor, Tensor, Any], Tensor],
     x: Tensor,
     t: Tensor,
@@ -98,7 +98,7 @@ class Denoiser:
         if not isinstance(t, Tensor):
             dtype = torch.long if isinstance(t, int) else torch.float32
             t = torch.full(x.shape[:1], t, device=x.device, dtype=dtype)
-        output = self._ask(x, t, guided)
+        output = self._output(x, t, guided)
         if self.score_corrector is not None:
             output = self.score_corrector.modify_score(
                 self.model, output, x, t, self.conditioning, **self.corrector_kwargs
@@ -120,10 +120,10 @@ class Denoiser:
             return True
         return within if within.any() else False
 
-    def _ask(self, x: Tensor, t: Tensor, guided: bool | Tensor) -> Tensor:
+    def _output(self, x: Tensor, t: Tensor, guided: bool | Tensor) -> Tensor:
         if guided is False:
             return self.model.apply_model(x, t, self.conditioning)
-        uncond, cond = ask_both(
+        uncond, cond = predict_both(
             self.model.apply_model, x, t, self.unconditional, self.conditioning, self.separate_passes
         )
         answer = guide(uncond, cond, self.scale, self.rescale)

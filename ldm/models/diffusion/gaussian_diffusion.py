@@ -326,7 +326,7 @@ class GaussianDiffusion:
             UsageError: t out of range, or labels y that the network has not.
             MismatchError: an answer with another number of channels than the types need.
         """
-        answer = self._ask(model, x, t, model_kwargs)
+        answer = self._output(model, x, t, model_kwargs)
         output, variance, log_variance = self._variance(answer, x, t)
         if self.model_mean_type == ModelMeanType.PREVIOUS_X:
             pred_xstart = self._predict_xstart_from_xprev(x_t=x, t=t, xprev=output)
@@ -346,7 +346,9 @@ class GaussianDiffusion:
             "pred_xstart": pred_xstart,
         }
 
-    def _ask(self, model: Callable, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None) -> Tensor:
+    def _output(
+        self, model: Callable, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None
+    ) -> Tensor:
         """Run the network, and check that its output has the channels that the variance's type needs."""
         self._check_levels(t, x)
         kwargs = model_kwargs or {}
@@ -362,7 +364,7 @@ class GaussianDiffusion:
         return answer
 
     def _variance(self, answer: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Split an answer into the network's output, and the variance and log variance of the step."""
+        """Split a network's output into its prediction, and the variance and log variance of the step."""
         kind = self.model_var_type
         if kind == ModelVarType.FIXED_SMALL:
             variance, log_variance = self.posterior_variance, self.posterior_log_variance_clipped
@@ -497,10 +499,10 @@ class GaussianDiffusion:
             progress: show a bar.
         """
 
-        def take(x: Tensor, t: Tensor) -> dict[str, Tensor]:
+        def sample_prev(x: Tensor, t: Tensor) -> dict[str, Tensor]:
             return self.p_sample(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
 
-        return self._walk(take, model, shape, noise, device, progress)
+        return self._loop(sample_prev, model, shape, noise, device, progress)
 
     @_in_either_order
     def ddim_sample(
@@ -609,28 +611,28 @@ class GaussianDiffusion:
     ) -> Iterator[dict[str, Tensor]]:
         """Yield what ddim_sample gives at each level; arguments as for p_sample_loop_progressive."""
 
-        def take(x: Tensor, t: Tensor) -> dict[str, Tensor]:
+        def sample_prev(x: Tensor, t: Tensor) -> dict[str, Tensor]:
             return self.ddim_sample(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
 
-        return self._walk(take, model, shape, noise, device, progress)
+        return self._loop(sample_prev, model, shape, noise, device, progress)
 
-    def _walk(
+    def _loop(
         self,
-        take: Callable[[Tensor, Tensor], dict[str, Tensor]],
+        sample_prev: Callable[[Tensor, Tensor], dict[str, Tensor]],
         model: Callable,
         shape: Sequence[int],
         noise: Tensor | None,
         device: torch.device | str | None,
         progress: bool,
     ) -> Iterator[dict[str, Tensor]]:
-        """Walk noise down the whole chain, taking a step at each level."""
+        """Sample from noise through the whole chain, one step at each level."""
         if noise is not None and noise.shape != torch.Size(shape):
             raise MismatchError(f"noise should have shape {tuple(shape)}, got {tuple(noise.shape)}")
         device = _device(model, noise) if device is None else device
         x = torch.randn(*shape, device=device) if noise is None else noise
 
         def step(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-            out = take(x, torch.full((len(x),), level.t, device=device))
+            out = sample_prev(x, torch.full((len(x),), level.t, device=device))
             return out["sample"], out["pred_xstart"]
 
         levels = make_plan(np.arange(self.num_timesteps), self.alphas_cumprod, 1.0, 0.0)[::-1]
@@ -690,7 +692,7 @@ class GaussianDiffusion:
             scale = self.num_timesteps if self.loss_type == LossType.RESCALED_KL else 1
             return {"loss": bound["output"] * scale}
 
-        answer = self._ask(model, x_t, t, model_kwargs)
+        answer = self._output(model, x_t, t, model_kwargs)
         terms = {}
         if self.model_var_type in LEARNED:
             output, values = answer.chunk(2, dim=1)
@@ -703,7 +705,7 @@ class GaussianDiffusion:
         return {"loss": terms["mse"] + terms.get("vb", 0), **terms}
 
     def _target(self, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """What the network should have answered."""
+        """The output that the network is trained towards."""
         if self.model_mean_type == ModelMeanType.PREVIOUS_X:
             return self.q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)[0]
         if self.model_mean_type == ModelMeanType.VELOCITY:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UsageError, nearest, shown
-from ldm.models.diffusion.denoiser import WHOLE_INTERVAL, Denoiser, ask_both, check_interval
+from ldm.models.diffusion.denoiser import WHOLE_INTERVAL, Denoiser, check_interval, predict_both
 from ldm.models.diffusion.levels import (
     Level,
     Noise,
@@ -60,7 +60,7 @@ __all__ = [
     "Step",
     "WHOLE_INTERVAL",
     "alpha_bar_table",
-    "ask_both",
+    "predict_both",
     "check_eta",
     "check_interval",
     "check_levels",
