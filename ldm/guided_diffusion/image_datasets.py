@@ -16,7 +16,7 @@ from ldm.errors import AbsentError, FormatError, LdmError, UnsafeFileError, Usag
 from ldm.guided_diffusion import dist_util
 from ldm.images import MORE_FORMATS, open_image, to_rgb
 from ldm.limits import whole
-from ldm.training.listing import SUFFIXES
+from ldm.training.listing import SUFFIXES, class_name
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -73,7 +73,7 @@ def load_data(
         raise AbsentError(f"data_dir '{folder}' holds no pictures ({', '.join(SUFFIXES)})")
     classes = None
     if class_cond:
-        names = [Path(path).name.split("_")[0] for path in files]
+        names = [class_name(Path(path), folder, "prefix") for path in files]
         numbers = {name: i for i, name in enumerate(sorted(set(names)))}
         classes = [numbers[name] for name in names]
         without = [path for path in files if "_" not in Path(path).name]
@@ -102,7 +102,9 @@ def needs_training(module: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "ldm":
             raise
-        raise UsageError(f"training needs {error.name}; pip install 'faithful-ldm[train]'") from error
+        raise UsageError(
+            f"pictures of a folder and training need {error.name}; pip install 'faithful-ldm[train]'"
+        ) from error
 
 
 def _list_image_files_recursively(data_dir: str | os.PathLike) -> list[str]:

@@ -17,8 +17,10 @@ from torch import Tensor
 from ldm.batches import in_batches
 from ldm.errors import AbsentError, MismatchError, NumericError, UsageError, escaped
 from ldm.generate import ImageNoise
+from ldm.guided_diffusion.image_datasets import needs_training
 from ldm.guided_diffusion.models import Conditions, LatentModel, Model
 from ldm.images import save_file
+from ldm.training.listing import class_name
 
 SHAPES_SEED = 2_000_003  # of scenes that no configuration here trains or validates on
 
@@ -76,24 +78,21 @@ def folder_to_measure(model: Model, folder: str | os.PathLike, at_most: int) -> 
     """
     if not Path(folder).is_dir():
         raise AbsentError(f"picture folder '{escaped(folder)}' does not exist; check --data_dir")
-    try:
-        from ldm.training.folder import ImageFolder
-    except ImportError as error:
-        raise UsageError(f"--data_dir needs {error.name}: pip install faithful-ldm[train]") from None
-
-    pictures = ImageFolder(folder, image_size=model.size, needs_captions=False)
-    count = min(len(pictures), at_most)
-    labels = None
+    label = None if model.num_classes is None else "prefix"
+    pictures = needs_training("folder").ImageFolder(
+        folder, image_size=model.size, needs_captions=False, label=label
+    )
+    samples, labels = pictures.samples[:at_most], None
     if model.num_classes is not None:
-        names = [path.name.split("_")[0] for path, _ in pictures.samples]
-        classes = sorted(set(names))
-        if len(classes) > model.num_classes:
+        if len(pictures.classes) > model.num_classes:
             raise MismatchError(
-                f"'{escaped(folder)}' holds {len(classes)} classes by the names up to '_', the model has "
+                f"'{escaped(folder)}' holds {len(pictures.classes)} classes by the names up to '_', the model has "
                 f"{model.num_classes}; name the pictures <class>_<anything>"
             )
-        labels = torch.tensor([classes.index(name) for name in names[:count]])
-    captions = [caption for _, caption in pictures.samples[:count]]
+        labels = torch.tensor(
+            [pictures.classes.index(class_name(path, pictures.folder, label)) for path, _ in samples]
+        )
+    captions = [caption for _, caption in samples]
     return Pictures(lambda i: _channels_first(pictures[i]["image"]), captions, labels)
 
 

@@ -1,6 +1,6 @@
-"""The former place of ldm.guided_diffusion's models, sampling and likelihood: their names, for code that has them."""
+"""The former place of what models, sampling and likelihood hold, for code that imports it from here."""
 
-from ldm.guided_diffusion.likelihood import (
+from ldm.guided_diffusion.likelihood import (  # noqa: F401
     SHAPES_SEED,
     Pictures,
     folder_to_measure,
@@ -8,7 +8,7 @@ from ldm.guided_diffusion.likelihood import (
     save_measures,
     shapes_to_measure,
 )
-from ldm.guided_diffusion.models import (
+from ldm.guided_diffusion.models import (  # noqa: F401
     Classifier,
     LatentModel,
     Model,
@@ -16,25 +16,5 @@ from ldm.guided_diffusion.models import (
     choose_labels,
     open_model,
 )
-from ldm.guided_diffusion.sampling import SamplingOptions as Recipe
-from ldm.guided_diffusion.sampling import advice, read_samples, sample, save_samples
-
-__all__ = [
-    "SHAPES_SEED",
-    "Classifier",
-    "LatentModel",
-    "Model",
-    "Pictures",
-    "PixelModel",
-    "Recipe",
-    "advice",
-    "choose_labels",
-    "folder_to_measure",
-    "measure",
-    "open_model",
-    "read_samples",
-    "sample",
-    "save_measures",
-    "save_samples",
-    "shapes_to_measure",
-]
+from ldm.guided_diffusion.sampling import SamplingOptions as Recipe  # noqa: F401
+from ldm.guided_diffusion.sampling import advice, read_samples, sample, save_samples  # noqa: F401
