@@ -11,7 +11,7 @@ try:
 except ModuleNotFoundError:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ldm.cli import check, number, paint, painting_parser, run
+from ldm.cli import number, paint, painting_parser, run
 from ldm.limits import SHARE
 
 
@@ -25,11 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         "--strength", type=number(*SHARE), default=0.75, help="how much of it is forgotten: 0 returns it"
     )
     args = parser.parse_args(argv)
-    check(args)
-
-    from ldm.images import open_image
-
-    paint(args, {"image": open_image(args.init_img), "strength": args.strength})
+    paint(args, {"image": args.init_img, "strength": args.strength})
 
 
 if __name__ == "__main__":

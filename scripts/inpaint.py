@@ -12,7 +12,7 @@ try:
 except ModuleNotFoundError:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ldm.cli import FORMATS, check, number, paint, painting_parser, run
+from ldm.cli import FORMATS, number, paint, painting_parser, run
 from ldm.errors import AbsentError, UsageError
 from ldm.limits import SHARE
 
@@ -46,27 +46,22 @@ def main(argv: list[str] | None = None) -> None:
     if args.prompt is None and args.from_file is None:
         args.prompt = ""  # as CompVis's, which knows no prompts: fill in what fits
 
-    check(args)
-
-    from ldm.images import open_image, save_png
-    from ldm.metadata import png_info
-
     pairs = pairs_in(args.indir) if args.indir is not None else [(args.init_img, args.mask)]
-    wishes = [
-        {"image": open_image(image), "mask": open_image(mask), "strength": args.strength}
-        for image, mask in pairs
-    ]
+    sources = [{"image": image, "mask": mask, "strength": args.strength} for image, mask in pairs]
     if args.indir is None:
-        paint(args, *wishes)
+        paint(args, *sources)
         return
 
-    def save(result, wish: int) -> list[Path]:
-        name = (Path(args.outdir) / pairs[wish][0].name).with_suffix(FORMATS[args.format])
+    def save(result, source: int) -> list[Path]:
+        from ldm.images import save_png
+        from ldm.metadata import png_info
+
+        name = (Path(args.outdir) / pairs[source][0].name).with_suffix(FORMATS[args.format])
         infos = [None if args.no_metadata else png_info(result.metadata(i)) for i in range(len(result))]
         return [save_png(image, name, info, rename=True) for image, info in zip(result, infos, strict=True)]
 
     args.skip_grid = True
-    paint(args, *wishes, save=save)
+    paint(args, *sources, save=save)
 
 
 if __name__ == "__main__":

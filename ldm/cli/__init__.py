@@ -1,7 +1,8 @@
 """What the command-line scripts share."""
 
 from ldm.cli.guided import diffusion_parser, given_flags
-from ldm.cli.painting import FORMATS, check, paint, painting_parser
+from ldm.cli.painting import check, paint
+from ldm.cli.painting_options import FORMATS, painting_parser
 from ldm.cli.parser import Parser, integer, number, seed
 from ldm.cli.prompts import LINE_OPTIONS, Line, read_prompts
 from ldm.cli.running import printable, run, say

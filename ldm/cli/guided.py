@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ldm.cli.painting import SEED_HELP, add_optimize
+from ldm.cli.painting_options import SEED_HELP, add_optimize
 from ldm.cli.parser import Parser, integer, seed
-
-if TYPE_CHECKING:
-    pass
+from ldm.limits import BATCH_SIZE
 
 
 def diffusion_parser(name: str, about: str, *, outdir: str, classifies: bool) -> Parser:
@@ -31,7 +29,9 @@ def diffusion_parser(name: str, about: str, *, outdir: str, classifies: bool) ->
     model.add_argument("--config", help="a latent model's YAML file (default: config.yaml beside it)")
     model.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto for the best there is")
     add_optimize(model)
-    p.add_argument("--batch_size", type=integer(1, 1024), default=16, help="at once; changes nothing else")
+    p.add_argument(
+        "--batch_size", type=integer(*BATCH_SIZE), default=16, help="at once; changes nothing else"
+    )
     p.add_argument("--seed", type=seed, default=42, help=SEED_HELP)
     p.add_argument("--outdir", "-l", "--logdir", default=outdir, help="folder for what is written")
     flags = p.add_argument_group(
