@@ -25,6 +25,7 @@ ROOMS = (
         "config",
         "devices",
         "helpers",
+        "improved_calls",
         "paths",
         "lr_scheduler",
         "containers",

@@ -7,11 +7,8 @@ behind it.
 
 import copy
 import enum
-import functools
-import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from numbers import Real
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 
 from ldm.errors import MismatchError, UsageError
 from ldm.helpers import mean_flat, upload
+from ldm.improved_calls import in_either_order
 from ldm.models.diffusion.levels import Level, make_plan, run_levels
 from ldm.modules.diffusionmodules.util import check_label_range, extract_into_tensor
 from ldm.process import gaussian, guidance, prediction, schedule
@@ -103,55 +101,6 @@ def _extract_into_tensor(arr: np.ndarray, timesteps: Tensor, broadcast_shape: Se
     """Look levels (b,) up in a table (T,) and spread the answers over a batch of this shape, in float32."""
     row = torch.from_numpy(arr).float().to(timesteps.device)
     return extract_into_tensor(row, timesteps.long(), broadcast_shape).expand(*broadcast_shape)
-
-
-# What can stand in each place that the two orders of arguments share.
-_FITS: dict[str, Callable[[Any], bool]] = {
-    "cond_fn": lambda value: value is None or (callable(value) and not isinstance(value, Mapping)),
-    "model_kwargs": lambda value: value is None or isinstance(value, Mapping),
-    "device": lambda value: (
-        value is None
-        or isinstance(value, str | torch.device)
-        or (isinstance(value, int) and not isinstance(value, bool))
-    ),
-    "progress": lambda value: isinstance(value, bool),
-    "eta": lambda value: isinstance(value, Real) and not isinstance(value, bool),
-}
-
-
-def _in_either_order(method: Callable) -> Callable:
-    """Take the arguments of a method by position in guided-diffusion's order or in improved-diffusion's.
-
-    The latter has no cond_fn, so what follows denoised_fn tells them apart by kind.
-
-    Raises:
-        UsageError: arguments by position that are in neither order.
-    """
-    names = list(inspect.signature(method).parameters)[1:]
-    place = names.index("cond_fn")
-    orders = (names, names[:place] + names[place + 1 :])
-
-    @functools.wraps(method)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) > place:
-            fits = [
-                order
-                for order in orders
-                if len(args) <= len(order)
-                and not {*order[place : len(args)]} & kwargs.keys()
-                and all(_FITS[name](value) for name, value in zip(order[place:], args[place:], strict=False))
-            ]
-            if not fits:
-                came = ", ".join(type(value).__name__ for value in args[place:])
-                raise UsageError(
-                    f"{method.__name__} takes {', '.join(names[place:])} after denoised_fn, or (improved-diffusion) "
-                    f"the same without cond_fn, each once; got {came}. Give them by name"
-                )
-            kwargs = {**dict(zip(fits[0][place:], args[place:], strict=False)), **kwargs}
-            args = args[:place]
-        return method(self, *args, **kwargs)
-
-    return call
 
 
 class GaussianDiffusion:
@@ -434,7 +383,7 @@ class GaussianDiffusion:
 
     # -- sampling ------------------------------------------------------------------------------------------
 
-    @_in_either_order
+    @in_either_order
     def p_sample(
         self,
         model: Callable,
@@ -458,7 +407,7 @@ class GaussianDiffusion:
         sample = gaussian.draw_prev(mean, out["log_variance"], noise, t)
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
-    @_in_either_order
+    @in_either_order
     def p_sample_loop(
         self,
         model: Callable,
@@ -477,7 +426,7 @@ class GaussianDiffusion:
         )
         return _last(steps)["sample"]
 
-    @_in_either_order
+    @in_either_order
     def p_sample_loop_progressive(
         self,
         model: Callable,
@@ -504,7 +453,7 @@ class GaussianDiffusion:
 
         return self._loop(sample_prev, model, shape, noise, device, progress)
 
-    @_in_either_order
+    @in_either_order
     def ddim_sample(
         self,
         model: Callable,
@@ -575,7 +524,7 @@ class GaussianDiffusion:
         )
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
-    @_in_either_order
+    @in_either_order
     def ddim_sample_loop(
         self,
         model: Callable,
@@ -595,7 +544,7 @@ class GaussianDiffusion:
         )
         return _last(steps)["sample"]
 
-    @_in_either_order
+    @in_either_order
     def ddim_sample_loop_progressive(
         self,
         model: Callable,

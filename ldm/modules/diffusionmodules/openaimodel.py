@@ -8,8 +8,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial, wraps
-from numbers import Real
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ldm.errors import MismatchError, UsageError
 from ldm.helpers import exists, leaves_others_to_subclasses
+from ldm.improved_calls import takes_improved_diffusions_call
 from ldm.modules.attention import SpatialTransformer, attend
 from ldm.modules.diffusionmodules.util import (
     SiLU,  # noqa: F401  (part of the public interface of improved-diffusion's UNet)
@@ -571,45 +571,6 @@ class _AttentionMaker:
         )
 
 
-# The arguments of improved-diffusion's UNet in its order, which is the declared one without image_size and two more.
-_IMPROVED_ORDER = (
-    "in_channels model_channels out_channels num_res_blocks attention_resolutions dropout channel_mult conv_resample "
-    "dims num_classes use_checkpoint num_heads num_heads_upsample use_scale_shift_norm"
-).split()
-_REQUIRED = ["image_size", *_IMPROVED_ORDER[:5]]
-
-
-def _takes_improved_diffusions_call(init: Callable[..., None]) -> Callable[..., None]:
-    """Let a UNet be built as improved-diffusion builds it: without image_size, and with one head by default.
-
-    A call is improved-diffusion's where it gives all that is required but image_size, or where the arguments by
-    position have a number, its dropout, in the place of attention_resolutions. Every other call is as declared.
-    """
-
-    @wraps(init)
-    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
-        def gives(names: list[str]) -> bool:
-            """Whether the arguments by position and by name give each of the names once."""
-            return all((i < len(args)) != (name in kwargs) for i, name in enumerate(names))
-
-        is_whole = gives(_REQUIRED) and not (len(args) > 5 and isinstance(args[5], Real))
-        resolutions = args[4] if len(args) > 4 else kwargs.get("attention_resolutions")
-        may_be_improved = gives(_IMPROVED_ORDER[:5]) and not isinstance(resolutions, Real)
-        if not is_whole and may_be_improved and "image_size" not in kwargs:
-            if len(args) > len(_IMPROVED_ORDER):
-                raise TypeError(
-                    f"improved-diffusion's {type(self).__name__} takes {len(_IMPROVED_ORDER)} arguments"
-                )
-            given = dict(zip(_IMPROVED_ORDER, args, strict=False))
-            if twice := given.keys() & kwargs.keys():
-                raise TypeError(f"{type(self).__name__} got several values for {', '.join(sorted(twice))}")
-            heads = {} if {"num_heads", "num_head_channels"} & {*given, *kwargs} else {"num_heads": 1}
-            args, kwargs = (None,), {**given, **heads, **kwargs}
-        init(self, *args, **kwargs)
-
-    return construct
-
-
 class UNetModel(_UNetBase):
     """The UNet of latent diffusion: residual blocks and attention at several resolutions, with skips.
 
@@ -642,7 +603,7 @@ class UNetModel(_UNetBase):
 
     # long: half of it is CompVis's signature of 27 options and the handing on of each by its name.
     @leaves_others_to_subclasses
-    @_takes_improved_diffusions_call
+    @takes_improved_diffusions_call
     def __init__(
         self,
         image_size: int | tuple[int, int] | None,
@@ -903,7 +864,7 @@ class SuperResModel(UNetModel):
         The others are UNetModel's.
     """
 
-    @_takes_improved_diffusions_call
+    @takes_improved_diffusions_call
     def __init__(self, image_size: int, in_channels: int, *args: Any, **kwargs: Any):
         super().__init__(image_size, in_channels * 2, *args, **kwargs)
 
