@@ -22,6 +22,9 @@ from ldm.adapters.tome import check_merging
 from ldm.devices import check_low_vram, dtype_name, pick_device, pick_dtype  # noqa: F401
 from ldm.errors import UsageError, shown
 from ldm.limits import (
+    AUTO,
+    AUTO_AT_MOST,
+    AUTO_CELLS,
     BATCH_SIZE,
     CELLS,
     GUIDANCE_SCALE,
@@ -133,7 +136,7 @@ def check_request(
     eta: float = 0.0,
     seed: int | str | Sequence[int] | None = None,
     num_images: int = 1,
-    batch_size: int = 4,
+    batch_size: int | Literal["auto"] = 4,
     rng: Literal["image", "compvis"] = "image",
     fixed_code: bool = False,
     output_type: Literal["pil", "np", "pt", "latent"] = "pil",
@@ -163,7 +166,8 @@ def check_request(
         eta: 0 to 1, fresh noise in each DDIM step.
         seed: image i has seed + i; a list names each; None, -1 and "random" draw one, which the result tells.
             0 to 2^64 - 1, of which the generator on the CPU keeps 32 bits: 2^32 + 5 paints what 5 paints.
-        batch_size: how many are painted at once; no image depends on it but for rounding (rng="image").
+        batch_size: how many are painted at once; no image depends on it but for rounding (rng="image"). "auto" is
+            fast for many small pictures: as many as have together the latent cells of one of 512 x 512, 16 at most.
         rng: "image" draws image i from its own CPU generator; "compvis" seeds the global generators
             once, at the call, and draws whole batches in the original's order: picture encoding, x_T,
             then each step. With "compvis" a picture depends on its place in its batch.
@@ -175,12 +179,16 @@ def check_request(
         UsageError: a value out of range, or of another kind.
     """
     rng = choice("rng", rng, ("image", "compvis"))
-    batch_size = whole("batch_size", batch_size, *BATCH_SIZE)
     if not isinstance(fixed_code, bool | np.bool_):
         raise UsageError(f"fixed_code must be True or False, got {shown(fixed_code)}")
     if guidance_scale is None:
         guidance_scale = defaults.guidance_scale
     is_inpainting(model)  # refuses UNets of other kinds
+    f = downsampling(model)
+    picture = check_picture(image, mask, strength, width, height, f, defaults)
+    if isinstance(batch_size, str) and batch_size == AUTO:
+        batch_size = auto_batch_size(picture["height"] // f, picture["width"] // f)
+    batch_size = whole("batch_size", batch_size, *BATCH_SIZE)
     prompts, negatives = list_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
     check_embeds(prompt_embeds, negative_prompt_embeds, context_width(model))
     num_images = whole("num_images", num_images, *NUM_IMAGES)
@@ -189,7 +197,6 @@ def check_request(
         seeds = [seeds[0]] * len(seeds)
     elif fixed_code:
         seeds = [seeds[i % batch_size] for i in range(len(seeds))]
-    picture = check_picture(image, mask, strength, width, height, downsampling(model), defaults)
     unet = model.model.diffusion_model
     cache_interval, cache_depth = check_cache(unet, cache_interval, cache_depth)
     merge_ratio, merge_seed = check_merging(unet, merge_ratio, merge_seed)
@@ -220,6 +227,14 @@ def check_request(
         embeds=prompt_embeds,
         negative_embeds=negative_prompt_embeds,
     )
+
+
+def auto_batch_size(height: int, width: int) -> int:
+    """Choose how many pictures of (height, width) latent cells are painted at once, the same on every machine.
+
+    So a picture that is painted again meets the same neighbours, whose number its last bits depend on.
+    """
+    return max(1, min(AUTO_AT_MOST, AUTO_CELLS // (height * width)))
 
 
 def check_sampling(

@@ -210,6 +210,24 @@ def test_a_seed_can_be_drawn_by_every_usual_name(sd, seed):
     assert mixed[0].seed == 7 and mixed[1].seed not in (-1, 7, 8)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "batch"),
+    [
+        (64, 64, 16),
+        (128, 128, 16),
+        (256, 128, 8),
+        (256, 320, 3),
+        (512, 512, 1),
+        (520, 512, 1),
+        (2048, 2048, 1),
+    ],
+)
+def test_a_batch_that_is_chosen_fills_the_latents_of_one_large_picture(sd, height, width, batch):
+    request = sd.plan([PROMPT, "b"], height=height, width=width, num_images=9, batch_size="auto", seed=5)
+    assert request.batch_size == batch
+    assert [spec.seed for spec in request.images] == list(range(5, 23))
+
+
 def test_numbers_of_numpy_are_numbers(sd):
     job = sd.plan(
         PROMPT,
@@ -500,6 +518,7 @@ def both(embeds):
         ({"seed": "abc"}, "got 'abc'"),
         ({"num_images": 0}, "num_images must be"),
         ({"batch_size": 0}, "batch_size must be"),
+        ({"batch_size": "Auto"}, "batch_size must be"),
         ({"rng": "gpu"}, "rng must be one of image, compvis; got 'gpu'"),
         ({"output_type": "jpg"}, "output_type must be one of pil, np, pt, latent; got 'jpg'"),
         ({"negative_prompt": ["a", "b"]}, "one for each of 1 prompts, got 2"),

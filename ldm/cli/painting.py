@@ -18,12 +18,14 @@ from ldm.cli.painting_options import (
     DEFAULT_PROMPT,
     FORMATS,
     GRID_AT_MOST,
+    GRID_ROW,
     KNOBS,
     PRECISIONS,
 )
 from ldm.cli.prompts import Line, read_prompts
 from ldm.cli.running import say
 from ldm.errors import AbsentError, UsageError, nearest_file, refuse_elsewhere, shown
+from ldm.limits import AUTO
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +172,7 @@ def lines_of(args: argparse.Namespace) -> list[Line]:
     prompt = args.prompt
     if prompt is None:
         prompt = DEFAULT_PROMPT if args.ckpt is None else COMPVIS_PROMPT
-    return [Line(prompt, {"batch_size": args.n_samples})]
+    return [Line(prompt, {} if args.n_samples == AUTO else {"batch_size": args.n_samples})]
 
 
 def lay_out(
@@ -246,7 +248,7 @@ def _save_grids(
     from ldm.images import grid, save_numbered
     from ldm.metadata import Painted, png_info
 
-    nrow = args.n_rows or args.n_samples
+    nrow = args.n_rows or (GRID_ROW if args.n_samples == AUTO else args.n_samples)
     at_most = max(nrow, GRID_AT_MOST // nrow * nrow)
     for start in range(0, len(finished), at_most):
         part = finished[start : start + at_most]

@@ -16,6 +16,7 @@ PRECISIONS = {"full": "float32", "half": "float16", "bfloat16": "bfloat16"}
 DEFAULT_PROMPT = "a large red circle above a small blue square on a white background"
 COMPVIS_PROMPT = "a painting of a virus monster playing guitar"
 GRID_AT_MOST = 64  # pictures in one grid
+GRID_ROW = 8  # pictures in its row, where no option says
 SEED_HELP = "picture i has seed + i; -1 or 'random' draws one; 32 bits count: 2^32 + 5 paints what 5 paints"
 # What trades a little fidelity for time, in the words of StableDiffusion.plan: docs/knobs.md.
 KNOBS = ("guidance_interval", "cache_interval", "cache_depth", "merge_ratio", "merge_seed")
@@ -83,6 +84,11 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
     return p
 
 
+def _batch_size(text: str) -> int | str:
+    """Read a batch size as an argparse type: a whole number or "auto"."""
+    return text if text == limits.AUTO else integer(*limits.BATCH_SIZE)(text)
+
+
 def _add_prompts(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prompt",
@@ -102,9 +108,9 @@ def _add_prompts(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--n_samples",
         "--batch_size",
-        type=integer(*limits.BATCH_SIZE),
+        type=_batch_size,
         default=1,
-        help="pictures painted at once",
+        help="pictures painted at once; auto: so many as are fast, which rounds otherwise than one at a time",
     )
     group.add_argument(
         "--n_iter", type=integer(*limits.N_ITER), default=1, help="how often to paint n_samples"

@@ -242,6 +242,17 @@ def test_five_prompts_make_five_pictures_a_round(model, home, end, batch):
     assert [one["seed"] for one in told] == list(range(42, 52)) and len(files("o")) == 10
 
 
+def test_lines_with_the_same_options_share_a_batch_that_is_chosen(model, home, end):
+    Path("p.txt").write_text("a cat\n--prompt a dog --seed 7\nb\n--prompt c --width 72\nd\n")
+    argv = ["--from-file", "p.txt", "--steps", 1, "--batch_size", "auto", "--n_iter", 2, "--outdir", "o"]
+    assert end("txt2img", *model, *argv)[0] == 0
+    told = [ldm.read_metadata(f"o/samples/{i:05}.png") for i in range(10)]
+    assert [one["seed"] for one in told] == [42, 7, 43, 44, 45, 46, 8, 47, 48, 49]
+    assert [one["batch_size"] for one in told] == [3, 3, 3, 1, 4, 4, 4, 4, 1, 1]
+    assert Image.open("o/grid-0000.png").size == (8 * 74 + 2, 2 * 66 + 2)
+    assert end("txt2img", *model, "--n_samples", "many", "--outdir", "o")[0] == 2
+
+
 def test_option_lines_and_json_lines_say_the_same(model, home, end):
     Path("p.txt").write_text(
         '--prompt "a cat" --negative_prompt "no \\"dogs\\"" --steps 2 --seed 5 --width 72 --cfg_scale 3 '
