@@ -37,10 +37,10 @@ def pick_device(device: str | torch.device | None = None, *, or_meta: bool = Fal
 
 
 def check_low_vram(device: torch.device) -> torch.device:
-    """Give back a device that weights may visit part by part.
+    """Return a device that weights may be offloaded from, to CPU memory.
 
     Raises:
-        UsageError: its memory is the one in which the weights lie anyway.
+        UsageError: it is the CPU, whose memory the weights are in anyway.
     """
     if device.type == "cpu":
         raise UsageError("low_vram is for a GPU that a model does not fit on, got device cpu; leave it out")

@@ -114,7 +114,7 @@ class StableDiffusion:
                 plain ones, and the average beside them if the configuration keeps one, which then paints.
             tokenizer: a folder or vocabulary file; None takes the one that ships with ldm.
             vae_dtype: what the VAE computes in. A half-precision decoder that overflows is put into float32.
-            low_vram: leave the weights in the machine's memory and let them visit the device part by part.
+            low_vram: sequential CPU offload: the weights stay in CPU memory and are copied to the device part by part.
             ignore: names, beginnings of names or shell patterns of tensors in the file to leave out.
 
         Raises:
@@ -182,7 +182,7 @@ class StableDiffusion:
     ) -> StableDiffusion:
         """Move the model, or change what UNet and text encoder compute in; the VAE keeps its own precision.
 
-        Weights that visit a device in turn (low_vram) stay where they are moved to; call `optimize` again.
+        Sequential CPU offload (low_vram) ends; call `optimize` again.
         """
         from ldm.kernels import offload
 
@@ -215,10 +215,10 @@ class StableDiffusion:
 
         Args:
             compile: by torch.compile; the first calls take minutes.
-            tiled_vae: encode and decode large pictures in strips, in a fraction of the memory and without seams.
-            sliced_vae: encode and decode the pictures of a batch one after the other.
-            low_vram: a device that the weights, which stay where they are, visit part by part.
-            vae_graphs: record the VAE as CUDA graphs, too; each keeps gigabytes.
+            tiled_vae: VAE tiling: encode and decode in a fraction of the memory, exactly and without seams.
+            sliced_vae: VAE slicing: encode and decode the pictures of a batch one after the other.
+            low_vram: sequential CPU offload: a device to copy the weights to part by part; they stay in CPU memory.
+            vae_graphs: capture the VAE as CUDA graphs, too; each keeps gigabytes.
 
         Raises:
             UsageError: low_vram is no GPU, or not there; ways that do not go together.

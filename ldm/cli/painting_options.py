@@ -190,15 +190,15 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--tiled_vae",
         action="store_true",
-        help="--optimize, and large pictures through the VAE in strips, exactly",
+        help="--optimize, with VAE tiling, exact, for large pictures",
     )
     group.add_argument(
-        "--sliced_vae", action="store_true", help="--optimize, and a batch through the VAE picture by picture"
+        "--sliced_vae", action="store_true", help="--optimize, with VAE slicing: picture by picture"
     )
     group.add_argument(
         "--lowvram",
         action="store_true",
-        help="leave the weights in the machine's memory; they visit the GPU part by part (slow)",
+        help="sequential CPU offload: copy the weights to the GPU part by part (slow)",
     )
     group.add_argument(
         "--vae_precision",

@@ -258,7 +258,7 @@ class StableDiffusionPipeline:
     # --- memory ---
 
     def enable_vae_tiling(self) -> None:
-        """Encode and decode large pictures in strips, without seams."""
+        """Encode and decode large pictures tile by tile, exactly and without seams."""
         self._set_memory(tiled_vae=True)
 
     def disable_vae_tiling(self) -> None:
