@@ -35,7 +35,7 @@ from ldm.models.diffusion.samplers import (
 from ldm.models.introspect import downsampling, dtype_of, is_inpainting
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.request import ImageSpec, Request
-from ldm.results import GenerationParameters, GenerationResult, Progress, painted
+from ldm.results import GenerationParameters, GenerationResult, Progress, painted, versions
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -434,16 +434,12 @@ def finish_batch(
 
 def computed_with(model: LatentDiffusion, autocast: torch.dtype | None) -> dict[str, Any]:
     """Say what a picture was computed with: device, dtypes, threads, torch's version and ours."""
-    from ldm import __version__
-
     mixed = f", autocast {dtype_name(autocast)}" if autocast else ""
     return {
         "device": str(model.device),
         "dtype": dtype_name(dtype_of(model)) + mixed,
         "vae_dtype": dtype_name(dtype_of(model.first_stage_model)),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "version": __version__,
+        **versions(),
     }
 
 

@@ -147,6 +147,13 @@ class GenerationResult:
         return buffer.getvalue()
 
 
+def versions() -> dict[str, Any]:
+    """Say what else decides a picture's last bits: the number of threads, torch's version and ours."""
+    from ldm import __version__
+
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "version": __version__}
+
+
 def metadata_of(parameters: GenerationParameters, model_file: Path | None) -> dict[str, Any]:
     """Collect what goes into the PNG of an image, its model's hash included."""
     return asdict(parameters) | {"model_hash": file_hash(model_file)}

@@ -12,7 +12,7 @@ from ldm.limits import BATCH_SIZE
 
 
 def diffusion_parser(name: str, about: str, *, outdir: str, classifies: bool) -> Parser:
-    """Make the parser of a script that walks OpenAI's chains, with every flag that describes a network.
+    """Make the parser of a script that samples or measures by OpenAI's chains, with every flag of a network.
 
     Args:
         classifies: offer a classifier's flags as well.

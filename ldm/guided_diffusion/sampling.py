@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm import __version__
 from ldm.advice import about_seeds, about_size, about_steps, about_syntax, about_words
 from ldm.batches import in_batches
 from ldm.devices import dtype_name
@@ -28,7 +27,7 @@ from ldm.guided_diffusion.script_util import COLOURS
 from ldm.images import grid, save_file, save_png
 from ldm.metadata import png_info
 from ldm.models.introspect import downsampling
-from ldm.results import GenerationResult, Progress, painted
+from ldm.results import GenerationResult, Progress, painted, versions
 
 MAX_IN_GRID = 64
 MAX_BASE_BYTES = 4 * 2**30  # 10,000 pictures of 256 pixels are half of it
@@ -176,9 +175,7 @@ def _parameters(
         "model": model.name,
         "device": str(model.device),
         "dtype": dtype_name(model.dtype),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "version": __version__,
+        **versions(),
     }
     return [
         SampleParameters(
