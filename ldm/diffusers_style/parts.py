@@ -125,6 +125,19 @@ class UNet(Part):
             time_cond_proj_dim=None,
         )
 
+    @property
+    def attn_processors(self) -> dict[str, Any]:
+        """What answers in each attention, by diffusers' names; see ldm.modules.processors."""
+        return self.inner.attn_processors
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Let an attention processor answer in all attentions, or one in each by the names of attn_processors.
+
+        Raises:
+            UsageError: a dictionary with another number of processors, or with a name that is none of those.
+        """
+        self.inner.set_attn_processor(processor)
+
     def forward(
         self,
         sample: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.errors import MismatchError
 from ldm.helpers import default, exists
+from ldm.modules.attention_interface import ProcessorInterface
 from ldm.modules.diffusionmodules.util import checkpoint, zero_module
 
 # Bytes. As large as those of a UNet's first level for one guided picture of 512 pixels in half precision.
@@ -169,8 +170,11 @@ class SpatialSelfAttention(nn.Module):
         return x + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(ProcessorInterface, nn.Module):
     """Attention from x to a context, or to x itself where none is given.
+
+    Attributes:
+        processor: answers in the attention's place, by diffusers' contract (ldm.modules.processors); None = nobody.
 
     Args:
         query_dim: features of x.
@@ -199,8 +203,13 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context_dim, inner_dim, bias=False)
         self.to_v = nn.Linear(context_dim, inner_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Dropout(dropout))
+        self.processor = None
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if self.processor is not None:
+            hidden = mask if mask is None else rearrange(~mask.bool(), "b ... -> b 1 (...)")
+            bias = mask if mask is None else x.new_zeros(hidden.shape).masked_fill_(hidden, max_neg_value(x))
+            return self.processor(self, x, encoder_hidden_states=context, attention_mask=bias)
         context = default(context, x)
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (rearrange(y, "b n (k d) -> b k n d", k=self.heads) for y in (q, k, v))

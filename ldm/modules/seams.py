@@ -126,8 +126,8 @@ def swap(module: nn.Module, name: str, parameter: nn.Parameter) -> Undo:
 
 
 def fill(module: nn.Module, slot: str, value: Any) -> Undo:
-    """Set a slot of a module, which is an attribute whose default its class has; no submodule, no key comes of it."""
-    if not hasattr(type(module), slot):
+    """Set a slot of a module, an attribute that it has; no submodule and no key comes of it."""
+    if not hasattr(module, slot):
         raise UsageError(f"a {type(module).__name__} has no slot {slot!r}")
     table = vars(module)
     before, table[slot] = table.get(slot, _ABSENT), value
@@ -316,7 +316,7 @@ def on(module: nn.Module) -> Presence:
         )
     is_known = own.get("forward") is not forward
     for slot in SLOTS:
-        for value in _entries(own.get(slot)):
+        for value in _entries(own.get(slot) or own["_modules"].get(slot)):
             is_known = True
             state, reason = _with_state(state, reason, value)
     return Presence("known", state, reason) if is_known else PLAIN

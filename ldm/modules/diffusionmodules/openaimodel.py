@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ldm.errors import MismatchError, UsageError
 from ldm.helpers import exists, leaves_others_to_subclasses
 from ldm.improved_calls import takes_improved_diffusions_call
+from ldm.modules import processors
 from ldm.modules.attention import SpatialTransformer, attend
 from ldm.modules.diffusionmodules.util import (
     SiLU,  # noqa: F401  (part of the public interface of improved-diffusion's UNet)
@@ -708,6 +709,19 @@ class UNetModel(_UNetBase):
         )
         if self.predict_codebook_ids:
             self.id_predictor = nn.Sequential(normalization(ch), conv_nd(dims, model_channels, n_embed, 1))
+
+    @property
+    def attn_processors(self) -> dict[str, Any]:
+        """What answers in each attention, by diffusers' names and in its order; see ldm.modules.processors."""
+        return processors.attn_processors(self)
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Let an attention processor answer in all attentions, or one each; see ldm.modules.processors.
+
+        Raises:
+            UsageError: a dictionary with another number of processors, or with a name that is none of attn_processors.
+        """
+        processors.set_attn_processor(self, processor)
 
     def forward(
         self,
