@@ -304,12 +304,8 @@ class VQModel(_FirstStage):
         if not self.use_ema:
             yield
             return
-        self.model_ema.store(self.parameters())
-        self.model_ema.copy_to(self)
-        try:
+        with self.model_ema.scope(self):
             yield
-        finally:
-            self.model_ema.restore(self.parameters())
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Take the new weights into the average, after an optimizer step."""

@@ -1,9 +1,14 @@
 """A moving average of a model's weights, with CompVis's names for the buffers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ldm.errors import MismatchError, UsageError
+from ldm.modules.seams import Change, Rank, StepInfo, attached, state_of
 
 
 class LitEma(nn.Module):
@@ -24,6 +29,7 @@ class LitEma(nn.Module):
         if not 0.0 <= decay <= 1.0:
             raise UsageError(f"decay should lie in [0, 1], got {decay}")
         self.m_name2s_name: dict[str, str] = {}
+        self._changes: dict[str, tuple[int, Any, Change]] = {}
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int))
         for name, parameter in model.named_parameters():
@@ -77,6 +83,39 @@ class LitEma(nn.Module):
         for name, parameter in model.named_parameters():
             if name in self.m_name2s_name:
                 getattr(self, self.m_name2s_name[name]).copy_(parameter)
+
+    # --- as an attachment, of rank WEIGHTS ---
+
+    rank = Rank.WEIGHTS
+
+    def changes(self, network: nn.Module) -> dict[str, Change]:
+        """Put the average in the place of each weight: itself where the dtype is its own, else a copy.
+
+        Returns:
+            the change of each parameter that is averaged, the same object until the average moves.
+        """
+        for name, shadow_name in self.m_name2s_name.items():
+            shadow = getattr(self, shadow_name)
+            made = self._changes.get(name)
+            if made is None or made[:2] != (id(shadow), state_of(shadow)):
+                whole = nn.Parameter(shadow, requires_grad=False)
+                change = Change(whole.detach().to, whole)
+                self._changes[name] = (id(shadow), state_of(shadow), change)
+        return {name: self._changes[name][2] for name in self.m_name2s_name}
+
+    def at(self, step: StepInfo) -> None:
+        """Do nothing: the average is the same at every step."""
+
+    @contextmanager
+    def scope(self, network: nn.Module) -> Iterator[None]:
+        """Let a network compute with the averaged weights until the end of the block; its own objects come back."""
+        with attached(network, self):
+            yield
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy makes changes of its own average
+        return {**vars(self), "_changes": {}}
+
+    # --- by copying, as CompVis's callers do it ---
 
     def store(self, parameters) -> None:
         """Remember these parameters until restore()."""

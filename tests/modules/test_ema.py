@@ -1,5 +1,7 @@
 """The moving average against the recorded original, and where the original fails."""
 
+import copy
+
 import pytest
 import torch
 from keyed import keyed_input, weight
@@ -82,3 +84,28 @@ def test_store_copy_restore_and_reseed():
 def test_decay_outside_its_range_is_refused():
     with pytest.raises(UsageError, match=r"decay should lie in \[0, 1\], got 1.5"):
         LitEma(nn.Linear(3, 2), decay=1.5)
+
+
+def test_within_its_scope_a_network_computes_with_the_average_and_gets_its_own_objects_back():
+    network = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    average = LitEma(network, use_num_upates=False)
+    for p in network.parameters():
+        p.data.add_(1.0)
+    before = dict(network.named_parameters())
+    for _ in range(2):
+        with average.scope(network):
+            for name, p in network.named_parameters():
+                shadow = getattr(average, average.m_name2s_name[name])
+                assert p.data_ptr() == shadow.data_ptr() and not p.requires_grad  # nothing is copied
+            first = network[0].weight
+        assert all(p is before[name] for name, p in network.named_parameters())
+        with average.scope(network):
+            assert network[0].weight is first  # so what was made of it serves again
+        average(network)
+    copied = copy.deepcopy(average)
+    copied.get_buffer("0weight").zero_()
+    with copied.scope(network):
+        assert network[0].weight.abs().max() == 0
+    network.half()
+    with average.scope(network):
+        assert network[0].weight.dtype == torch.float16

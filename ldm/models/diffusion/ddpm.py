@@ -500,14 +500,12 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         if not self.use_ema:
             yield
             return
-        self.model_ema.store(self.model.parameters())
-        self.model_ema.copy_to(self.model)
         if context is not None:
             logger.info("%s: switched to averaged weights", context)
         try:
-            yield
+            with self.model_ema.scope(self.model):
+                yield
         finally:
-            self.model_ema.restore(self.model.parameters())
             if context is not None:
                 logger.info("%s: restored the training weights", context)
 
