@@ -16,16 +16,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ldm.kernels.fused import FUSED
-from ldm.kernels.fused_module import ForwardWrapper, FusedModule, WeightCache, code_of
+from ldm.kernels.fused_module import ForwardWrapper, FusedModule, WeightCache
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel, check_labels
+from ldm.modules.seams import PLAIN, SLOTS, Execution, Presence, code_of, on, say_once
 
 log = logging.getLogger(__name__)
 
 VAE = (Encoder, Decoder)
-MAX_SHAPES = 8  # graphs kept for a network; the least recently used goes first
+MAX_SHAPES = 8  # graphs kept for a network and its weights; the least recently used goes first
+MAX_STATES = (
+    3  # combinations of weights whose graphs are kept, so that a LoRA that goes on and off is captured once
+)
 # A capture costs three calls and memory, so a shape is captured at its third call. The calls before let libraries
 # choose their algorithms and Triton compile.
 CALLS_TO_CAPTURE = 3
@@ -33,15 +38,9 @@ WARM_UP = 1  # a call outside inference mode: torch.compile makes other code for
 # A graph whose replay differs more from the eager call, relative to the largest number, is not used.
 MAX_DIFFERENCE = 0.05
 
-Out = Tensor | tuple[Tensor, ...]
-Run = Callable[[list[Tensor]], Out]
+Run = Callable[[list[Tensor]], Any]  # gives a tensor, or a tuple of them
 
 _lock = threading.RLock()
-
-
-def _each(function: Callable[[Tensor], Tensor], out: Out) -> Out:
-    """Apply a function to a tensor, or to each of a tuple."""
-    return tuple(map(function, out)) if isinstance(out, tuple) else function(out)
 
 
 class _DeviceState:
@@ -98,9 +97,10 @@ def capture_cuda(run: Run, inputs: list[Tensor]) -> Run:
             state.graphs.clear()  # their pool may still count as being captured into
             raise
         state.graphs.add(graph)
-        _each(lambda y: y.fill_(float("nan")), out)  # so that a replay that writes nothing is seen
+        for made in tree_leaves(out):
+            made.fill_(float("nan"))  # so that a replay that writes nothing is seen
 
-    def replay(inputs: list[Tensor]) -> Out:
+    def replay(inputs: list[Tensor]) -> Tensor:
         with _lock, torch.cuda.device(device):
             stream = torch.cuda.current_stream()
             if state.last_replay is not None:
@@ -108,7 +108,7 @@ def capture_cuda(run: Run, inputs: list[Tensor]) -> Run:
             for mine, given in zip(static_inputs, inputs, strict=True):
                 mine.copy_(given)
             graph.replay()
-            copied = _each(Tensor.clone, out)
+            copied = tree_map(torch.clone, out)
             state.last_replay = stream.record_event()
         return copied
 
@@ -136,9 +136,9 @@ class Fingerprint:
     def __init__(self, root: nn.Module):
         self._modules = list(root.modules())
         self._own = [vars(module) for module in self._modules]
-        # Not the root's: whoever wraps that calls us from it.
-        self._inner = self._own[1:]
         self._kinds = tuple(dict.fromkeys(map(type, self._modules)))
+        slotted = (any(hasattr(module, slot) for slot in SLOTS) for module in self._modules)
+        self._with_slots = list(itertools.compress(zip(self._modules, self._own, strict=True), slotted))
         self._tables = [
             own[name] for own in self._own for name in ("_modules", "_parameters", "_buffers")
         ]  # the dictionaries in which a module keeps its parts
@@ -149,18 +149,42 @@ class Fingerprint:
         self._counting = [x for x in self._tensors if not x.is_inference()]  # others have no version
         self._state = self._current()
 
-    def is_hooked(self) -> bool:
-        """Whether a part of the module has a hook or a forward that is not of this room, which a replay would skip."""
-        if any(map(_hooks_of, self._own)) or any(map(_pre_hooks_of, self._own)):
-            return True
-        return not all(issubclass(kind, FusedModule | None) for kind in set(map(type, self._forwards())))
+    def attached(self) -> Presence:
+        """What is attached to the module and its parts: foreign, or all that is known with its state.
+
+        A hook on the module itself is no matter: it is called around a replay as around a call.
+        """
+        if any(map(_hooks_of, self._own[1:])) or any(map(_pre_hooks_of, self._own[1:])):
+            return self._find_foreign()
+        if not all(issubclass(kind, FusedModule | None) for kind in set(map(type, self._forwards()[1:]))):
+            return self._find_foreign()
+        state: tuple[Any, ...] = ()
+        for module, own in self._with_slots:
+            if any(map(own.get, SLOTS)) or own["_modules"].get("processor") is not None:
+                presence = on(module)
+                if presence.state is None:
+                    return presence
+                state += presence.state
+        return Presence("known", state) if state else PLAIN
+
+    def _find_foreign(self) -> Presence:
+        """Name the first part with a hook or a forward that is not of this room, which a replay would skip."""
+        for module, own in zip(self._modules[1:], self._own[1:], strict=True):
+            ours = isinstance(own.get("forward"), Execution | None)
+            if not ours or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                return on(module)
+        return PLAIN
 
     def is_stale(self) -> bool:
         """Whether a part, class, fused module or weight was replaced, moved or written to."""
         return self._current() != self._state
 
+    def is_past(self) -> bool:
+        """Whether one of the weights themselves was moved or written to: what they were does not come back."""
+        return self._weights() != self._state[-3:]
+
     def _forwards(self) -> list[Any]:
-        return [own.get("forward") for own in self._inner]
+        return [own.get("forward") for own in self._own]
 
     def _current(self) -> tuple[list[Any], ...]:
         return (
@@ -170,6 +194,11 @@ class Fingerprint:
             self._forwards(),
             list(map(len, self._tables)),
             list(map(id, _chained(map(dict.values, self._full)))),
+            *self._weights(),
+        )
+
+    def _weights(self) -> tuple[list[Any], list[Any], list[Any]]:
+        return (
             list(map(Tensor.data_ptr, self._tensors)),
             list(map(_dtype_of, self._tensors)),
             list(map(_version_of, self._counting)),
@@ -194,11 +223,11 @@ def _signature(value: Any) -> Any:
     return [] if isinstance(value, Tensor) else value
 
 
-def _difference(replayed: Tensor, called: Tensor) -> float:
-    """Measure the largest difference, relative to the largest number; infinite where other values are NaN."""
-    if not torch.equal(replayed.isnan(), called.isnan()):
-        return torch.inf
-    return float((replayed - called).abs().nan_to_num(0.0).max() / called.abs().nan_to_num(0.0).max())
+def _difference(got: Tensor, want: Tensor) -> float:
+    """Measure how far numbers are apart, relative to the largest; infinite where others are NaN."""
+    if not torch.equal(got.isnan(), want.isnan()):
+        return float("inf")
+    return float((got - want).abs().nan_to_num(0.0).max() / want.abs().nan_to_num(0.0).max())
 
 
 class _Entry:
@@ -230,8 +259,7 @@ class GraphedModule(ForwardWrapper):
         self._reset()
 
     def _reset(self) -> None:
-        self._fingerprint: Fingerprint | None = None
-        self._shapes: OrderedDict[Any, _Entry] = OrderedDict()
+        self._states: list[tuple[Fingerprint, OrderedDict[Any, _Entry]]] = []  # the one used last comes first
 
     def __getstate__(self) -> dict[str, Any]:  # copies begin without graphs
         return {"module": self.module, "inner": self.inner, "capture": self.capture}
@@ -240,16 +268,16 @@ class GraphedModule(ForwardWrapper):
         vars(self).update(state)
         self._reset()
 
-    def try_forward(self, *args: Any, **kwargs: Any) -> Out:
-        names = (*range(len(args)), *kwargs)
-        values = (*args, *kwargs.values())
+    def try_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        values, form = tree_flatten((args, kwargs))
         given = [value for value in values if type(value) is Tensor]
-        key = tuple(zip(names, map(_signature, values), strict=True))
+        key = (form, *map(_signature, values))
 
-        def run(tensors: list[Tensor]) -> Out:
+        def run(tensors: list[Tensor]) -> Any:
             rest = iter(tensors)
             new = [next(rest) if type(value) is Tensor else value for value in values]
-            return self.fallback(*new[: len(args)], **dict(zip(kwargs, new[len(args) :], strict=True)))
+            args, kwargs = tree_unflatten(new, form)
+            return self.fallback(*args, **kwargs)
 
         with _lock:
             entry = self._entry_of(key) if given and self._can_capture(given[0].device) else None
@@ -273,22 +301,25 @@ class GraphedModule(ForwardWrapper):
 
     def _entry_of(self, key: Any) -> _Entry | None:
         """Find the entry of a signature; None where nothing may be captured or replayed."""
-        fingerprint = self._fingerprint or Fingerprint(self.module)
-        if fingerprint.is_hooked():
+        self._states = [(known, shapes) for known, shapes in self._states if not known.is_past()]
+        place = next((i for i, (known, _) in enumerate(self._states) if not known.is_stale()), None)
+        if place is None:
+            self._states.insert(0, (Fingerprint(self.module), OrderedDict()))
+            del self._states[MAX_STATES:]
+        elif place:
+            self._states.insert(0, self._states.pop(place))
+        fingerprint, shapes = self._states[0]
+        presence = fingerprint.attached()
+        if presence.state is None:
+            say_once(self.module, "no CUDA graph is used, which costs speed", presence.reason)
             return None
-        if fingerprint.is_stale():
-            fingerprint = Fingerprint(self.module)
-            if fingerprint.is_hooked():
-                return None
-            self._reset()  # graphs of other weights, and their memory
         try:
-            entry = self._shapes.setdefault(key, _Entry())
+            entry = shapes.setdefault((*key, presence.state), _Entry())
         except TypeError:  # an argument that cannot be a key
             return None
-        self._fingerprint = fingerprint
-        self._shapes.move_to_end(key)
-        while len(self._shapes) > MAX_SHAPES:
-            self._shapes.popitem(last=False)
+        shapes.move_to_end((*key, presence.state))
+        while len(shapes) > MAX_SHAPES:
+            shapes.popitem(last=False)
         return entry
 
     def _can_capture(self, device: torch.device) -> bool:
@@ -299,7 +330,7 @@ class GraphedModule(ForwardWrapper):
             return False
         return not torch.cuda.is_current_stream_capturing()  # a capture of ours within another one
 
-    def _capture(self, run: Run, given: list[Tensor], called: Out) -> Run | None:
+    def _capture(self, run: Run, given: list[Tensor], called: Tensor) -> Run | None:
         """Capture and check; None, with a warning in the log, if that fails: then calls of this shape stay eager."""
         name = type(self.module).__name__
         try:
@@ -313,8 +344,7 @@ class GraphedModule(ForwardWrapper):
             words = str(reason).strip() or type(reason).__name__
             log.warning("no CUDA graph of %s is used: %s", name, words.splitlines()[0])
             return None
-        pairs = [(replayed, called)] if isinstance(called, Tensor) else zip(replayed, called, strict=True)
-        difference = max(_difference(*pair) for pair in pairs)
+        difference = max(map(_difference, tree_leaves(replayed), tree_leaves(called)))
         if difference > MAX_DIFFERENCE:
             log.warning("no CUDA graph of %s is used: its replay differs by %.2g", name, difference)
             return None

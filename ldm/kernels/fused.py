@@ -21,7 +21,6 @@ from ldm.kernels.fused_module import (
     fused_parts,
     is_supported,
     is_unmodified,
-    register,
 )
 from ldm.kernels.upsample_conv import phase_weights
 from ldm.modules.attention import (
@@ -34,6 +33,7 @@ from ldm.modules.attention import (
 from ldm.modules.diffusionmodules import model as vae
 from ldm.modules.diffusionmodules import openaimodel as unet
 from ldm.modules.diffusionmodules.util import GroupNorm32
+from ldm.modules.seams import register
 
 # --- single layers --------------------------------------------------------------------------------
 
@@ -257,7 +257,7 @@ class FusedCrossAttention(FusedModule):
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, add: Tensor | None = None
     ) -> Tensor | None:
         m = self.module
-        if mask is not None or not is_supported(x) or x.dim() != 3:
+        if m.processor is not None or mask is not None or not is_supported(x) or x.dim() != 3:
             return None
         q, k, v = self._self_qkv(x) if context is None else (m.to_q(x), *self._context_kv(context))
         if not backend_of(x).supports_attention(q, k, v, m.heads):
@@ -356,7 +356,11 @@ class FusedTransformerBlock(FusedModule):
     def self_attention(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Add self-attention."""
         m = self.module
-        return self._add(m.attn1, m.norm1(x), x, context if m.disable_self_attn else None)
+        context = context if m.disable_self_attn else None
+        if m.around is None:
+            return self._add(m.attn1, m.norm1(x), x, context)
+        before, behind = m.around(x)
+        return behind(m.attn1(before(m.norm1(x)), context=context)) + x
 
     def cross_attention_and_feed_forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Add cross-attention and the feed-forward."""
@@ -384,6 +388,8 @@ class FusedSpatialTransformer(FusedModule):
         x = x.contiguous(memory_format=torch.channels_last)
         if not (norm.supports(x) and proj_in.supports(x)):
             return None
+        if m.entering is not None:
+            m.entering(x)
         context = context.to(x.dtype)
         (b, _, h, w), batch = x.shape, context.shape[0]
         tokens = proj_in.convolve(norm.normalise(x)).permute(0, 2, 3, 1).reshape(b, h * w, -1)
@@ -404,6 +410,8 @@ class FusedSpatialTransformer(FusedModule):
             not m.use_linear
             and is_unmodified(m)
             and not m.transformer_blocks[0].disable_self_attn
+            # A processor may tell the rows of the halves apart.
+            and m.transformer_blocks[0].attn1.processor is None
             and all(map(is_unmodified, parts))
         )
 

@@ -7,8 +7,9 @@ one for each kind of device. The fused forwards themselves are in fused.py.
 """
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ldm.kernels import cpu, cuda
 from ldm.kernels.backend import Backend
+from ldm.modules.seams import Execution, is_registered, on, state_of
 
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": cuda}
 
@@ -23,73 +25,69 @@ BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": cuda}
 # --- values computed from weights -----------------------------------------------------------------
 
 
-def cache_key(x: Tensor | None) -> tuple[Any, ...]:
-    """What changes when a tensor is written to or replaced."""
-    if x is None:
-        return (None,)
-    return (x.data_ptr(), x.device, x.shape, x.dtype, None if x.is_inference() else x._version)
-
-
-def _nothing() -> None:
-    return None
-
-
 class WeightCache:
-    """A value computed from weights (packed, cast or copied ones), until one of them changes. A copy of it is empty.
+    """Values computed from weights (packed, cast or copied ones), until one of them changes. A copy of it is empty.
+
+    The last few combinations of weights are remembered, so that weights that are swapped in and out again (a LoRA, a
+    moving average) are packed once each.
 
     Attributes:
-        value: the last one; None at first.
+        value: the one given last; None at first.
     """
 
+    MAX_ENTRIES = 3
+
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
-        # By reference, too: a new tensor may get the address of one that is gone.
-        self._tensors: list[Callable[[], Tensor | None]] = []
+        self._entries: OrderedDict[tuple[int, ...], _Cached] = OrderedDict()
         self.value: Any = None
 
     def get(self, compute: Callable[[], Any], *tensors: Tensor | None) -> Any:
         """Give the value computed from these tensors, computing it if they are others or have changed."""
-        key = tuple(map(cache_key, tensors))
-        same = key == self._key and all(ref() is x for ref, x in zip(self._tensors, tensors, strict=True))
-        if not same:
-            self._key, self.value = key, compute()
-            self._tensors = [_nothing if x is None else weakref.ref(x) for x in tensors]
-        return self.value
+        key = tuple(map(id, tensors))
+        states = tuple(map(state_of, tensors))
+        entry = self._entries.get(key)
+        # By reference, too: a new tensor may get the id and the address of one that is gone.
+        if entry is None or entry.states != states or not entry.is_of(tensors):
+            for stale in [k for k, other in self._entries.items() if not other.is_alive()]:
+                del self._entries[stale]
+            refs = tuple(None if x is None else weakref.ref(x) for x in tensors)
+            entry = self._entries[key] = _Cached(compute(), states, refs)
+            while len(self._entries) > self.MAX_ENTRIES:
+                self._entries.popitem(last=False)
+        if len(self._entries) > 1:
+            self._entries.move_to_end(key)
+        self.value = entry.value
+        return entry.value
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
 
 
+class _Cached(NamedTuple):
+    value: Any
+    states: tuple[Any, ...]
+    refs: tuple[weakref.ref[Tensor] | None, ...]
+
+    def is_of(self, tensors: tuple[Tensor | None, ...]) -> bool:
+        return all(
+            x is None if ref is None else ref() is x for ref, x in zip(self.refs, tensors, strict=True)
+        )
+
+    def is_alive(self) -> bool:
+        """Whether its tensors are there and as they were; others never come back."""
+        present = [None if ref is None else ref() for ref in self.refs]
+        return self.is_of(tuple(present)) and all(
+            x is None if ref is None else x is not None and state_of(x) == state
+            for ref, x, state in zip(self.refs, present, self.states, strict=True)
+        )
+
+
 # --- what may be fused ----------------------------------------------------------------------------
-
-# The forwards of classes as they were when fused.py was imported; a class that is patched later is left to its patch.
-_ORIGINAL_CODE: dict[type[nn.Module], tuple[Any, Any]] = {}
-
-
-def code_of(kind: type[nn.Module]) -> tuple[Any, Any]:
-    """What a class computes with: CompVis's blocks call a `_forward`, which others patch or override, too."""
-    return kind.forward, getattr(kind, "_forward", None)
-
-
-def register(*kinds: type[nn.Module]) -> None:
-    """Know classes by their code as it is now."""
-    _ORIGINAL_CODE.update((kind, code_of(kind)) for kind in kinds)
-
-
-def _has_original_code(kind: type[nn.Module]) -> bool:
-    return _ORIGINAL_CODE.get(kind) == code_of(kind)
 
 
 def is_unmodified(module: nn.Module) -> bool:
-    """Whether a module computes by code that is known here, in eval mode and without hooks."""
-    own = vars(module).get("forward")
-    return (
-        (own is None or isinstance(own, FusedModule))
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and _has_original_code(type(module))
-        and not module.training
-    )
+    """Whether a module computes by code that is known here, in eval mode and without hooks; see ldm.modules.seams."""
+    return not module.training and on(module).kind != "foreign"
 
 
 def _in_plain_inference() -> bool:
@@ -116,7 +114,7 @@ def is_supported(x: Any) -> bool:
 # --- forwards -------------------------------------------------------------------------------------
 
 
-class FusedModule:
+class FusedModule(Execution):
     """A module's forward for plain inference; the module's own forward is the fallback."""
 
     def __init__(self, module: nn.Module):
@@ -124,7 +122,7 @@ class FusedModule:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
-        if not module.training and _has_original_code(type(module)) and _in_plain_inference():
+        if not module.training and is_registered(type(module)) and _in_plain_inference():
             out = self.try_forward(*args, **kwargs)
             if out is not None:
                 return out

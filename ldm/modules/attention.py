@@ -5,6 +5,7 @@ ordinary call of a CrossAttention.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -224,7 +225,14 @@ MemoryEfficientCrossAttention = CrossAttention
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, attention to the context, feed-forward; each normalised first and added to its input."""
+    """Self-attention, attention to the context, feed-forward; each normalised first and added to its input.
+
+    Attributes:
+        around: a slot (ldm.modules.seams): given the block's tokens (b, n, dim), it gives two functions that are
+            applied before and behind the self-attention, such as merging and unmerging; None = nothing.
+    """
+
+    around: Callable[[Tensor], tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] | None = None
 
     ATTENTION_MODES = {"softmax": CrossAttention, "softmax-xformers": MemoryEfficientCrossAttention}
 
@@ -255,7 +263,12 @@ class BasicTransformerBlock(nn.Module):
         return checkpoint(self._forward, (x, context), self.parameters(), self.checkpoint)
 
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        x = self.attn1(self.norm1(x), context=context if self.disable_self_attn else None) + x
+        seen = context if self.disable_self_attn else None
+        if self.around is None:
+            x = self.attn1(self.norm1(x), context=seen) + x
+        else:
+            before, behind = self.around(x)
+            x = behind(self.attn1(before(self.norm1(x)), context=seen)) + x
         x = self.attn2(self.norm2(x), context=context) + x
         return self.ff(self.norm3(x)) + x
 
@@ -272,8 +285,13 @@ class SpatialTransformer(nn.Module):
         use_linear: project by linear layers instead of 1x1 convolutions.
         use_checkpoint: recompute the blocks in the backward pass instead of keeping their activations.
 
+    Attributes:
+        entering: a slot (ldm.modules.seams): called with the map that comes in; None = nobody.
+
     forward takes x (b, in_channels, h, w) and context (b, n, context_dim), or a list of one for each block.
     """
+
+    entering: Callable[[Tensor], None] | None = None
 
     def __init__(
         self,
@@ -322,6 +340,8 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_module(proj_out)
 
     def forward(self, x: Tensor, context: Tensor | list[Tensor] | None = None) -> Tensor:
+        if self.entering is not None:
+            self.entering(x)
         contexts = context if isinstance(context, list) else [context] * len(self.transformer_blocks)
         contexts = [seen if seen is None else seen.to(x.dtype) for seen in contexts]
         height, width = x.shape[2:]

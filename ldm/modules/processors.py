@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UsageError, shown
 from ldm.modules.attention import CrossAttention, attend
+from ldm.modules.seams import state_of
 
 if TYPE_CHECKING:
     from ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -119,8 +120,8 @@ class IPAttnProcessor(nn.Module):
         return _answer(attn, out, hidden_states)
 
     def state(self) -> Hashable:
-        """Say what a captured graph of it depends on besides its weights."""
-        return ("IPAttnProcessor", self.scale, self.num_tokens)
+        """Say what a captured graph of it depends on."""
+        return ("IPAttnProcessor", self.scale, self.num_tokens, *map(state_of, self.parameters()))
 
 
 def _tokens_of(hidden_states: Tensor) -> Tensor:

@@ -20,10 +20,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ldm.adapters.deepcache import DeepCache
 from ldm.errors import UsageError
-from ldm.kernels import cuda_graphs, fused, optimize, restore, vae_tiling
+from ldm.kernels import cuda_graphs, fused, fused_module, optimize, restore, vae_tiling
 from ldm.kernels.cuda_graphs import GraphedModule
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.processors import IPAttnProcessor
+from ldm.modules.seams import Change, Rank, attached
+from ldm.modules.seams import fill as fill_slot
 
 # Of one level: make_fx takes a second for two.
 UNET = {**LARGER, "channel_mult": [1], "attention_resolutions": [1]}
@@ -265,11 +268,20 @@ def test_training_and_gradients_go_the_plain_way(unet):
     assert captured == []
 
 
-def test_arguments_without_a_form_go_the_plain_way(unet):
-    block = unet.middle_block[1]
+def test_tensors_within_an_argument_are_inputs_too(unet):
     inputs = given()
-    inputs["context"] = [inputs["context"]] * len(block.transformer_blocks)  # a list, one for each block
-    close(unet(**inputs), fallback(unet, **inputs))
+    for scale in (1.0, 0.5):
+        contexts = [scale * inputs["context"]] * len(
+            unet.middle_block[1].transformer_blocks
+        )  # one for each block
+        close(unet(**inputs | {"context": contexts}), fallback(unet, **inputs | {"context": contexts}))
+    assert captured == [[(2, 4, 6, 4), (2,), (2, 7, 24)]]
+
+
+def test_arguments_without_a_form_go_the_plain_way(unet):
+    inputs = given()
+    odd = inputs["context"].as_subclass(type("Odd", (torch.Tensor,), {}))
+    close(unet(**inputs | {"context": odd}), fallback(unet, **inputs))
     assert captured == []
 
 
@@ -367,7 +379,7 @@ def tensors_in(value):
     return [value] if isinstance(value, torch.Tensor) else []
 
 
-def test_what_a_graph_reads_lives_as_long_as_the_graph(unet):
+def test_what_a_graph_reads_lives_as_long_as_the_graph(unet, monkeypatch):
     """What fused modules computed from weights, too, even if they have computed it anew since."""
     restore(unet)
     fused.attach(unet)
@@ -376,16 +388,97 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(unet):
     unet(**inputs)
     read = [weakref.ref(x) for x in tensors_in(cuda_graphs.cached_values(unet))]
     assert len(read) > 10
-    hook = unet.middle_block.register_forward_hook(lambda *_: None)
-    for weight in unet.parameters():
-        weight.mul_(1.1)
-    close(unet(**inputs), fallback(unet, **inputs))
+    monkeypatch.setattr(fused_module.WeightCache, "MAX_ENTRIES", 1)
+    doubled = Doubled(unet)
+    with attached(unet, doubled):
+        close(unet(**inputs), fallback(unet, **inputs))
     gc.collect()
     assert all(ref() is not None for ref in read)
-    hook.remove()
+    for weight in unet.parameters():
+        weight.mul_(1.1)
     unet(**inputs)
     gc.collect()
     assert all(ref() is None for ref in read)
+
+
+class Doubled:
+    """All weights of a network, doubled."""
+
+    rank = Rank.WEIGHTS
+
+    def __init__(self, network):
+        self.by_name = {name: Change(lambda w: 2 * w) for name, _ in network.named_parameters()}
+
+    def changes(self, network):
+        return self.by_name
+
+
+def test_weights_that_go_on_and_off_are_captured_once_each(answering):
+    inputs, doubled, other = given(), Doubled(answering), Doubled(answering)
+    want = answering(**inputs)
+    for times, change in ((2, doubled), (3, other), (3, doubled), (3, other), (3, doubled)):
+        with attached(answering, change):
+            close(answering(**inputs), fallback(answering, **inputs))
+        assert torch.equal(answering(**inputs), want) and len(captured) == times
+
+
+def test_only_the_weights_used_last_keep_their_graphs(answering, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "MAX_STATES", 2)
+    inputs, changes = given(), [Doubled(answering) for _ in range(2)]
+    for present in ([], changes[:1], [], changes[1:], [], changes[:1]):
+        with attached(answering, *present):
+            close(answering(**inputs), fallback(answering, **inputs))
+    assert len(captured) == 4 and len(answering.forward._states) == 2
+
+
+def test_what_is_attached_with_a_state_is_captured_with_it(answering, caplog):
+    inputs, attn = given(), answering.middle_block[1].transformer_blocks[0].attn2
+    want = answering(**inputs)
+    for scale, times in ((0.0, 2), (1.0, 3), (0.0, 3)):
+        undo = fill_slot(attn, "processor", IPAttnProcessor(attn.inner_dim, 24, scale=scale, num_tokens=3))
+        fill(attn.processor, "graphs.ip.")
+        close(answering(**inputs), fallback(answering, **inputs))
+        assert len(captured) >= times
+        undo()
+        assert torch.equal(answering(**inputs), want)
+    assert not caplog.messages
+
+
+def test_what_has_no_state_is_called_and_said_once(answering, caplog):
+    inputs, attn = given(), answering.middle_block[1].transformer_blocks[0].attn2
+    asked = []
+
+    def theirs(attn, x, encoder_hidden_states=None, attention_mask=None):
+        asked.append(attn)
+        return x
+
+    attn.set_processor(theirs)
+    for _ in range(3):
+        answering(**inputs)
+    assert len(asked) == 3 and captured == []
+    assert len(caplog.messages) == 1 and "theirs" in caplog.messages[0]
+    attn.set_processor(None)
+    answering(**inputs)
+    assert len(captured) == 1 and len(caplog.messages) == 1
+
+
+def test_a_hook_on_a_part_is_called_and_said_once_and_one_on_the_network_itself_costs_nothing(
+    answering, caplog
+):
+    inputs, called = given(), []
+    handles = [answering.register_forward_hook(lambda *_: called.append("network"))]
+    for _ in range(3):
+        answering(**inputs)
+    assert called == ["network"] * 3 and len(captured) == 1 and not caplog.messages
+    handles.append(answering.out[2].register_forward_hook(lambda *_: called.append("part")))
+    for _ in range(2):
+        answering(**inputs)
+    assert called[3:] == ["part", "network"] * 2 and len(captured) == 1
+    assert len(caplog.messages) == 1 and "a hook on a Conv2d" in caplog.messages[0]
+    for handle in handles:
+        handle.remove()
+    answering(**inputs)
+    assert len(captured) == 1
 
 
 def test_graphs_of_other_weights_go_first(answering):
@@ -394,7 +487,7 @@ def test_graphs_of_other_weights_go_first(answering):
     answering(**two)
     answering.out[2].weight.mul_(2)
     close(answering(**two), fallback(answering, **two))
-    assert len(answering.forward._shapes) == 1
+    assert [len(shapes) for _, shapes in answering.forward._states] == [1]
     close(answering(**one), fallback(answering, **one))
     assert len(captured) == 4
 
@@ -429,7 +522,7 @@ def test_a_model_that_went_back_to_the_cpu_goes_the_plain_way(caplog):
     cuda_graphs.attach(unet)  # as optimize() does on a GPU
     inputs = given()
     close(unet(**inputs), fallback(unet, **inputs))
-    assert not unet.forward._shapes and not caplog.messages
+    assert not unet.forward._states and not caplog.messages
 
 
 @pytest.mark.parametrize(

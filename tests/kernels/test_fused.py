@@ -14,12 +14,12 @@ from torch import nn
 
 from ldm.config import instantiate_from_config
 from ldm.kernels import fused, malloc, native, optimize, restore
-from ldm.kernels.fused_module import cache_key
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules import attention
 from ldm.modules.attention import CrossAttention
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, UNetModel
+from ldm.modules.seams import state_of
 
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {
@@ -239,7 +239,7 @@ def test_another_weight_where_one_lay_is_noticed():
     before = dict(unet.named_parameters())
     replace_weights_in_place(unet, 1.1)
     for name, weight in unet.named_parameters():
-        assert weight is not before[name] and cache_key(weight) == cache_key(before[name])
+        assert weight is not before[name] and state_of(weight) == state_of(before[name])
     changed = unet(**given)
     close(changed, restore(unet)(**given))
 
