@@ -497,6 +497,9 @@ class FusedUNet(FusedModule):
         timesteps: Tensor | None = None,
         context: Any = None,
         y: Any = None,
+        *,
+        control: Any = None,
+        only_mid_control: bool = False,
         depth: int = 0,
         deep: Tensor | None = None,
     ) -> Any:
@@ -517,11 +520,12 @@ class FusedUNet(FusedModule):
             and torch.equal(timesteps[:half], timesteps[half:])
         ):
             return None
+        control = m._control(control, only_mid_control)
         emb = m._embed(x, timesteps, None)
         skips: list[Tensor] = []
-        h = m.run_blocks(m._torso_input(x[:half]), emb[:half], context, skips, stop=first + 1)
+        h = m.run_blocks(m._torso_input(x[:half]), emb[:half], context, skips, control, stop=first + 1)
         skips = [skip if len(skip) == len(h) else torch.cat([skip, skip]) for skip in skips]
-        return m._run_from(first + 1, h, emb, context, skips, depth, x.dtype)
+        return m._run_from(first + 1, h, emb, context, skips, control, depth, x.dtype)
 
     @staticmethod
     def _first_context_block(m: unet.UNetModel) -> int:

@@ -25,7 +25,7 @@ from ldm.kernels.cuda_graphs import GraphedModule
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.processors import IPAttnProcessor
-from ldm.modules.seams import Change, Rank, attached
+from ldm.modules.seams import Change, Rank, attached, forget_said
 from ldm.modules.seams import fill as fill_slot
 
 # Of one level: make_fx takes a second for two.
@@ -36,6 +36,7 @@ captured = []
 @pytest.fixture(autouse=True)
 def without_gradients(monkeypatch):
     captured.clear()
+    forget_said()
     monkeypatch.setattr(cuda_graphs, "CALLS_TO_CAPTURE", 1)  # but where the count of calls is the subject
     with torch.no_grad():
         yield
@@ -148,10 +149,10 @@ def test_whole_and_shallow_steps_of_deepcache_are_captured():
     for network in (copy.deepcopy(unet), unet):
         if network is unet:
             cuda_graphs.attach(unet, capture_shapes)
-        cache = DeepCache(network, 2)
+        cache = DeepCache(2)
         runs.append([])
         for scale in (1.0, 0.5, 2.0, 3.0):
-            with cache.attached():
+            with attached(network, cache):
                 runs[-1].append(network(**given(scale=scale)))
             cache.next_level()
     for got, want in zip(*reversed(runs), strict=True):
@@ -276,6 +277,17 @@ def test_tensors_within_an_argument_are_inputs_too(unet):
         )  # one for each block
         close(unet(**inputs | {"context": contexts}), fallback(unet, **inputs | {"context": contexts}))
     assert captured == [[(2, 4, 6, 4), (2,), (2, 7, 24)]]
+
+
+def test_a_control_is_an_input_of_its_graph(unet):
+    inputs = given()
+    shapes = [(2, UNET["model_channels"], 6, 4)] * (len(unet.input_blocks) + 1)
+    for scale in (1.0, 0.5):
+        control = [scale * keyed_input(f"graphs.control{i}", s) for i, s in enumerate(shapes)]
+        close(unet(**inputs, control=control), fallback(unet, **inputs, control=control))
+    assert len(captured) == 1 and len(captured[0]) == 3 + len(shapes)
+    unet(**inputs)
+    assert len(captured) == 2
 
 
 def test_arguments_without_a_form_go_the_plain_way(unet):

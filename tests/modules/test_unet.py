@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from compat.control import ControlledUnetModel
 from keyed import fill, keyed_input
 from safetensors.torch import load_file
 from tiny_networks import UNET
@@ -254,3 +255,40 @@ def test_every_parameter_gets_a_gradient():
     x, context = keyed_input("x", (2, 4, 6, 10)), keyed_input("context", (2, 7, 24))
     unet(x, torch.tensor([3, 757]), context=context, y=torch.tensor([0, 2])).square().sum().backward()
     assert [n for n, p in unet.named_parameters() if p.grad is None] == []
+
+
+# --- control ---
+
+
+@torch.no_grad()
+def test_a_control_is_added_where_cldm_adds_it_and_its_parts_sum():
+    """Against the loop of ControlNet's own UNet, which the tests' ControlledUnetModel writes out."""
+
+    theirs = fill(ControlledUnetModel(**UNET), "control.")
+    ours = fill(UNetModel(**UNET), "control.")
+    asked = (
+        keyed_input("control.x", (2, 4, 8, 8)),
+        torch.tensor([3, 700]),
+        keyed_input("control.c", (2, 7, 24)),
+    )
+    skips: list[torch.Tensor] = []
+    ours.run_blocks(
+        asked[0],
+        ours._embed(*asked[:2], None),
+        asked[2],
+        skips,
+        ours._control(None, False),
+        stop=len(ours.input_blocks),
+    )
+    shapes = [tuple(h.shape) for h in skips] + [tuple(skips[-1].shape)]
+    one, two = ([keyed_input(f"control.{n}{i}", s) for i, s in enumerate(shapes)] for n in "ab")
+    for options in ({}, {"only_mid_control": True}):
+        got = ours(*asked, control=one, **options)
+        torch.testing.assert_close(got, theirs(*asked, control=list(one), **options), rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours(*asked, control=[0 * x for x in one]), ours(*asked))
+    # What a shallow step takes of a control is its own blocks' part.
+    whole, deep = ours(*asked, control=one, depth=1)
+    assert torch.equal(ours(*asked, control=one, depth=1, deep=deep), whole)
+    assert not torch.equal(ours(*asked, control=two, depth=1, deep=deep), whole)
+    with pytest.raises(MismatchError, match=f"should have {len(one)} maps.* got {len(one) - 1}"):
+        ours(*asked, control=one[1:])

@@ -6,7 +6,7 @@ they are halved or doubled.
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -729,16 +729,22 @@ class UNetModel(_UNetBase):
         timesteps: Tensor | None = None,
         context: Any = None,
         y: Tensor | None = None,
+        *,
+        control: Sequence[Tensor] | None = None,
+        only_mid_control: bool = False,
         depth: int = 0,
         deep: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Predict from maps and their levels; a keyword of another network (ControlNet's `control`) is a TypeError.
+        """Predict from maps and their levels; a keyword of another network is a TypeError.
 
         Args:
             x: (b, in_channels, *space).
             timesteps: (b,) levels, fractional ones allowed.
             context: (b, n, context_dim), or one for each transformer block.
             y: (b,) labels, or (b, 1) numbers where num_classes is "continuous".
+            control: maps to add to what the input blocks hand over to the output blocks, one each in the order of the
+                input blocks, and last one for the middle block's (ControlNet, arXiv:2302.05543); None = nothing.
+            only_mid_control: add only the last one.
             depth: how many input blocks from the first on, and as many output blocks from the last backwards, are the
                 shallow ones; the others are the deep ones. 0 = all are deep.
             deep: what the deep blocks gave at an earlier call of this depth, (b, c, *small space): only the shallow
@@ -749,7 +755,7 @@ class UNetModel(_UNetBase):
             blocks gave.
 
         Raises:
-            MismatchError: y is missing, not wanted, or not one label for each map.
+            MismatchError: y is missing, not wanted, or not one label for each map; a control of another number of maps.
             UsageError: a label that the model does not have; a depth that is not from 0 (with `deep`, from 1) to the
                 number of input blocks.
         """
@@ -758,12 +764,26 @@ class UNetModel(_UNetBase):
             raise UsageError(
                 f"depth should be from {int(deep is not None)} to {blocks} for this UNet, got {depth}"
             )
+        control = self._control(control, only_mid_control)
         emb = self._embed(x, timesteps, y)
         skips: list[Tensor] = []
         if deep is None:
-            return self._run_from(0, self._torso_input(x), emb, context, skips, depth, x.dtype)
-        self.run_blocks(self._torso_input(x), emb, context, skips, stop=depth)
-        return self._finish(self.run_blocks(deep, emb, context, skips, start=2 * blocks + 1 - depth), x.dtype)
+            return self._run_from(0, self._torso_input(x), emb, context, skips, control, depth, x.dtype)
+        self.run_blocks(self._torso_input(x), emb, context, skips, control, stop=depth)
+        shallow = 2 * blocks + 1 - depth
+        return self._finish(self.run_blocks(deep, emb, context, skips, control, start=shallow), x.dtype)
+
+    def _control(self, control: Sequence[Tensor] | None, only_mid: bool) -> list[Tensor | None]:
+        """Give what is added for each input block and the middle one; None = nothing."""
+        wanted = len(self.input_blocks) + 1
+        if control is None:
+            return [None] * wanted
+        if len(control) != wanted:
+            raise MismatchError(
+                f"a control for this UNet should have {wanted} maps, one for each input block and one for the middle, "
+                f"got {len(control)}"
+            )
+        return [None] * (wanted - 1) + [control[-1]] if only_mid else list(control)
 
     def run_blocks(
         self,
@@ -771,6 +791,7 @@ class UNetModel(_UNetBase):
         emb: Tensor,
         context: Any,
         skips: list[Tensor],
+        control: list[Tensor | None],
         start: int = 0,
         stop: int | None = None,
     ) -> Tensor:
@@ -782,6 +803,7 @@ class UNetModel(_UNetBase):
             context: as for forward.
             skips: what the input blocks before `start` gave, less what the output blocks before it took; those that run
                 add to its end and take from there.
+            control: what is added for each input block, where its output block takes it, and for the middle one.
             start, stop: the first block, and the one that no longer runs; None = all from `start` on.
 
         Returns:
@@ -794,8 +816,11 @@ class UNetModel(_UNetBase):
                 h = block(h, emb, context)
                 if i < middle:
                     skips.append(h)
+                else:
+                    h = _with(h, control[middle])
                 continue
-            h = torch.cat([h, skips.pop()], dim=1)
+            skip = _with(skips.pop(), control[2 * middle - i])
+            h = torch.cat([h, skip], dim=1)
             reach = skips[-1].shape[2:] if skips else h.shape[2:]
             # Sides that do not halve evenly: the map has to reach its skip's size, not twice its own.
             uneven = any(r not in (s, 2 * s) for r, s in zip(reach, h.shape[2:], strict=True))
@@ -823,18 +848,23 @@ class UNetModel(_UNetBase):
         emb: Tensor,
         context: Any,
         skips: list[Tensor],
+        control: list[Tensor | None],
         depth: int,
         dtype: torch.dtype,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run all blocks from `start` on, none of which is among the last `depth`, and give what forward gives."""
         shallow = 2 * len(self.input_blocks) + 1 - depth
-        deep = self.run_blocks(h, emb, context, skips, start, shallow)
-        answer = self._finish(self.run_blocks(deep, emb, context, skips, shallow), dtype)
+        deep = self.run_blocks(h, emb, context, skips, control, start, shallow)
+        answer = self._finish(self.run_blocks(deep, emb, context, skips, control, shallow), dtype)
         return (answer, deep) if depth else answer
 
     def _finish(self, h: Tensor, dtype: torch.dtype) -> Tensor:
         """Give the answer from what the last block gave."""
         return self._answer(self.id_predictor if self.predict_codebook_ids else self.out, h, dtype)
+
+
+def _with(h: Tensor, control: Tensor | None) -> Tensor:
+    return h if control is None else h + control.to(h.dtype)
 
 
 # Labels on a GPU that were right: how often they had been written to then, and the number of classes.
