@@ -6,11 +6,11 @@ what comes out is in ldm.results.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ from ldm.models.diffusion.samplers import (
 )
 from ldm.models.introspect import downsampling, dtype_of, is_inpainting
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.seams import StepInfo, attached
 from ldm.request import ImageSpec, Request
 from ldm.results import GenerationParameters, GenerationResult, Progress, painted, versions
 
@@ -217,6 +218,7 @@ def denoise(
     sampler: str,
     steps: int,
     autocast: torch.dtype | None = None,
+    adapters: Sequence[Any] = (),
     cache_interval: int = 1,
     cache_depth: int = 1,
     merge_ratio: float = 0.0,
@@ -227,6 +229,7 @@ def denoise(
 
     Args:
         x_T: (b, c, h, w) noise, or noised latents with run_last.
+        adapters: what is attached to the UNet at each of its calls (ldm.modules.seams.Attachment), of ldm.adapters.
         cache_interval, cache_depth: see ldm.adapters.deepcache.DeepCache; 1 = everything at every level.
         merge_ratio, merge_seed: see ldm.adapters.tome.TokenMerging; 0 = every token.
         options: those of ldm.models.diffusion.samplers.sample_steps.
@@ -234,12 +237,10 @@ def denoise(
     Raises:
         NumericError: latents that are not finite; checked at the first and last step, on a CPU at each.
     """
-    unet = model.model.diffusion_model
-    cache = DeepCache(unet, cache_interval, cache_depth)
-    merging = TokenMerging(unet, merge_ratio, merge_seed)
-    seen = _WithAttachments(model, autocast, cache, merging)
+    attachments = [*adapters, DeepCache(cache_interval, cache_depth), TokenMerging(merge_ratio, merge_seed)]
+    seen = _WithAttachments(model, autocast, attachments)
     for step in sample_steps(sampler, seen, x_T, conditioning, steps=steps, **options):
-        cache.next_level()
+        seen.step = StepInfo(step.index + 1, step.total)
         # On a GPU a check waits for the work that is queued, so only the first and last step are looked at.
         on_show = step.index in (0, step.total - 1) or step.x_t.device.type == "cpu"
         if on_show and not torch.isfinite(step.x_t).all():
@@ -291,15 +292,17 @@ class _WithAttachments:
     Args:
         autocast: dtype of torch.autocast; None = none.
         attachments: attached to the UNet during each call and only then: between two steps the model may be used for
-            anything else.
+            anything else. Each has a run of its own (`begin`), so that two streams do not see each other.
+
+    Attributes:
+        step: where the sampler is.
     """
 
-    def __init__(
-        self, model: LatentDiffusion, autocast: torch.dtype | None, *attachments: DeepCache | TokenMerging
-    ):
+    def __init__(self, model: LatentDiffusion, autocast: torch.dtype | None, attachments: Sequence[Any]):
         self._model = model
         self._autocast = autocast
-        self._attachments = attachments
+        self._attachments = [getattr(one, "begin", lambda one=one: one)() for one in attachments]
+        self.step = StepInfo(0, 1)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -307,10 +310,12 @@ class _WithAttachments:
     def apply_model(self, x: Tensor, t: Tensor, cond: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Predict as the model does."""
         on = self._autocast is not None
-        with contextlib.ExitStack() as stack:
-            for attachment in self._attachments:
-                stack.enter_context(attachment.attached())
-            stack.enter_context(torch.autocast(x.device.type, dtype=self._autocast, enabled=on))
+        for attachment in self._attachments:
+            attachment.at(replace(self.step, t=t))
+        with (
+            attached(self._model.model.diffusion_model, *self._attachments),
+            torch.autocast(x.device.type, dtype=self._autocast, enabled=on),
+        ):
             return self._model.apply_model(x, t, cond, *args, **kwargs)
 
 

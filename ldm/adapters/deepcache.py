@@ -4,17 +4,16 @@ From step to step the outermost blocks' features change most, and the deep ones'
 levels only, and the shallow ones with the cached deep features in between. The numbers change: it is lossy.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ldm.errors import UsageError
-from ldm.kernels.fused_module import FusedModule
 from ldm.limits import CACHE_INTERVAL, whole
 from ldm.modules.diffusionmodules.openaimodel import SuperResModel, UNetModel
+from ldm.modules.seams import Execution, Rank, StepInfo, Undo, Wrapped, wrap
 
 
 def check_unet(unet: nn.Module, knob: str) -> None:
@@ -47,9 +46,15 @@ def check_cache(unet: nn.Module, cache_interval: int, cache_depth: int) -> tuple
 
 def _check_forward(unet: nn.Module) -> None:
     check_unet(unet, "cache_interval > 1")
-    own = type(unet).forward in (UNetModel.forward, SuperResModel.forward)
-    # What `ldm.kernels.optimize` puts there gives the plain code's numbers and calls the blocks as they are.
-    if not own or not isinstance(vars(unet).get("forward"), FusedModule | None):
+    forward = vars(unet).get("forward")
+    while isinstance(forward, Wrapped):
+        if isinstance(getattr(forward.around, "__self__", None), DeepCache):
+            raise UsageError("this UNet has a DeepCache already; leave one of the two off")
+        forward = forward.inner
+    # What `ldm.kernels.optimize` puts there gives the plain code's numbers and takes its arguments.
+    if type(unet).forward not in (UNetModel.forward, SuperResModel.forward) or not isinstance(
+        forward, Execution | None
+    ):
         raise UsageError(
             f"cache_interval > 1 needs the UNet's own forward, but this {type(unet).__name__} has another one; "
             "leave it off"
@@ -63,56 +68,63 @@ class _Cached(NamedTuple):
 
 
 class DeepCache:
-    """Cached deep features of a UNet, for one run of a sampler; a run needs a fresh object.
+    """Cached deep features of a UNet.
 
-    Within `attached()` the UNet uses cached features where it can; outside it is unchanged. A level's calls are
-    distinguished by their order, so that separate passes and tiles each get their own features, and features are used
-    only for a call of the same shape, dtype and device as theirs.
+    Attach it with ldm.modules.seams.attached, or give it to `adapters=`. A level's calls are distinguished by
+    their order, so that separate passes and tiles each get their own features, and features are used only for a
+    call of the same shape, dtype and device as theirs.
 
     Attributes:
         interval, depth: as given.
 
     Args:
-        unet: any UNetModel or SuperResModel.
         cache_interval: all blocks run at every so many-th level; 1 = always, and nothing is attached.
         cache_depth: how many input blocks from the first on, and as many output blocks from the last
             backwards, are computed at the levels between: 1 to all of them.
 
     Raises:
-        UsageError: a number out of range; another network, one with a forward of its own (ControlNet's calls
-            the blocks itself), or a compiled one, where cache_interval > 1.
+        UsageError: a number out of range; when attached, another network, one with a forward of its own (ControlNet's
+            calls the blocks itself), or a compiled one, where cache_interval > 1.
     """
 
-    def __init__(self, unet: nn.Module, cache_interval: int = 1, cache_depth: int = 1):
-        self.unet = unet
-        self.interval, self.depth = check_cache(unet, cache_interval, cache_depth)
-        self._level, self._calls = 0, 0
+    rank = Rank.SHORTCUTS
+
+    def __init__(self, cache_interval: int, cache_depth: int = 1):
+        self.interval = whole("cache_interval", cache_interval, *CACHE_INTERVAL)
+        self.depth = whole("cache_depth", cache_depth, 1, 1000)
+        self._level, self._calls, self._index = 0, 0, None
         self._cached: dict[int, _Cached] = {}
 
+    def __repr__(self) -> str:
+        return f"DeepCache({self.interval}, {self.depth})"
+
+    def begin(self) -> "DeepCache":
+        """Return one for one run of a sampler, without features."""
+        return DeepCache(self.interval, self.depth)
+
+    def check(self, unet: nn.Module) -> None:
+        """Raise UsageError if it cannot be attached to a network."""
+        check_cache(unet, self.interval, self.depth)
+
+    def describe(self) -> dict[str, Any]:
+        """Say what goes into a picture's metadata."""
+        return {"cache_interval": self.interval, "cache_depth": self.depth}
+
+    def attach(self, network: nn.Module) -> Undo:
+        """Let a UNet use cached features where it can."""
+        self.check(network)
+        return wrap(network, self._answer) if self.interval > 1 else lambda: None
+
+    def at(self, step: StepInfo) -> None:
+        """Go on to the next level where the sampler has."""
+        if self._index is not None and step.index != self._index:
+            self.next_level()
+        self._index = step.index
+
     def next_level(self) -> None:
-        """Go on to the next level: to be called after each of the sampler's steps."""
+        """Go on to the next level: for callers of samplers that call no `at`, after each step."""
         self._level, self._calls = self._level + 1, 0
         self._cached = {i: one for i, one in self._cached.items() if self._level - one.level < self.interval}
-
-    @contextlib.contextmanager
-    def attached(self) -> Iterator[None]:
-        """Let the UNet use cached features, on this object only and until the end of the block."""
-        if self.interval == 1:
-            yield
-            return
-        _check_forward(self.unet)
-        before, unet = vars(self.unet).get("forward"), self.unet.forward
-
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return self._answer(unet, x, *args, **kwargs)
-
-        self.unet.forward = forward
-        try:
-            yield
-        finally:
-            del self.unet.forward
-            if before is not None:
-                self.unet.forward = before
 
     def _answer(self, unet: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         place, self._calls = self._calls, self._calls + 1

@@ -5,14 +5,13 @@ resemble; afterwards each takes the answer of the one that it went into. The num
 lossy.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ldm.adapters.deepcache import check_compiled, check_unet
 from ldm.errors import UsageError, shown
@@ -20,6 +19,7 @@ from ldm.helpers import upload
 from ldm.limits import MERGE_RATIO, SEED, about_whole, is_whole, real
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
+from ldm.modules.seams import Rank, StepInfo, Undo, fill
 
 
 def destinations(height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
@@ -40,15 +40,20 @@ def destinations(height: int, width: int, generator: torch.Generator | None = No
     return (rows * width + columns).flatten()
 
 
-def match(tokens: Tensor, into: Tensor, count: int) -> Tensor:
-    """Bipartite soft matching: decide which tokens are merged into which.
+def other_places(n: int, into: Tensor) -> Tensor:
+    """List the places among n that are no destinations, (n - d,) int64."""
+    return torch.ones(n, dtype=torch.bool).index_fill_(0, into, False).nonzero().flatten()
+
+
+def match(tokens: Tensor, into: Tensor, others: Tensor, count: int) -> Tensor:
+    """Decide which tokens go where: bipartite soft matching.
 
     Every token that is no destination is paired with the destination of the nearest direction (greatest cosine);
     the `count` closest pairs are merged.
 
     Args:
         tokens: (b, n, c) features to compare.
-        into: (d,) int64, the destinations, on the CPU: a copy from a GPU would make it wait.
+        into: (d,) int64, the destinations; others: (n - d,), all other places; on the tokens' device.
         count: how many are merged, 0 to n - d.
 
     Returns:
@@ -56,9 +61,7 @@ def match(tokens: Tensor, into: Tensor, count: int) -> Tensor:
         merged come first, then the destinations in their order.
     """
     b, n, _ = tokens.shape
-    others = torch.ones(n, dtype=torch.bool).index_fill_(0, into, False).nonzero().flatten()
     d, s = len(into), len(others)
-    into, others = (upload(places, tokens.device) for places in (into, others))
     unit = F.normalize(tokens, dim=-1)
     similarity, nearest = (unit[:, others] @ unit[:, into].transpose(1, 2)).max(dim=-1)  # (b, s) each
     ranking = similarity.argsort(dim=-1, descending=True, stable=True)
@@ -125,74 +128,107 @@ def check_merging(unet: nn.Module, merge_ratio: float, merge_seed: int | None) -
     Raises:
         UsageError: as TokenMerging.
     """
+    ratio, seed = check_ratio(merge_ratio, merge_seed)
+    if ratio > 0:
+        mergeable_blocks(unet)
+    return ratio, seed
+
+
+def check_ratio(merge_ratio: float, merge_seed: int | None) -> tuple[float, int | None]:
+    """Return what TokenMerging takes for some UNet, or raise UsageError."""
     ratio = real("merge_ratio", merge_ratio, *MERGE_RATIO)
     if merge_seed is not None and not is_whole(merge_seed, *SEED):
         raise UsageError(f"merge_seed must be {about_whole(*SEED)} or None, got {shown(merge_seed)}")
-    if ratio > 0:
-        mergeable_blocks(unet)
     return ratio, None if merge_seed is None else int(merge_seed)
 
 
 class TokenMerging:
-    """Merged tokens in a UNet's finest self-attentions, for one run of a sampler.
+    """Merged tokens in a UNet's finest self-attentions.
 
-    Within `attached()` the tokens of each BasicTransformerBlock at the highest resolution that has any are
-    merged before its self-attention and unmerged behind it; outside the UNet is as it ever was.
+    Attach it with ldm.modules.seams.attached, or give it to `adapters=`. The tokens of each
+    BasicTransformerBlock at the highest resolution that has any are merged before its self-attention and
+    unmerged behind it.
 
     Attributes:
         ratio, seed: as given.
 
     Args:
-        unet: a UNetModel with spatial transformers.
         merge_ratio: share of the tokens that are merged, 0 to 0.75; 0 = none, and nothing is attached.
         merge_seed: draws the destinations, anew for every block of every step; None = the top left token of
             each cell of 2 x 2, always.
 
     Raises:
-        UsageError: a number out of range; another network or a compiled one, or none of its finest
+        UsageError: a number out of range; when attached, another network or a compiled one, or none of its finest
             transformers attends to itself, where merge_ratio > 0.
     """
 
-    def __init__(self, unet: nn.Module, merge_ratio: float = 0.0, merge_seed: int | None = None):
-        self.ratio, self.seed = check_merging(unet, merge_ratio, merge_seed)
+    rank = Rank.ATTENTION
+
+    def __init__(self, merge_ratio: float, merge_seed: int | None = None):
+        self.ratio, self.seed = check_ratio(merge_ratio, merge_seed)
         self._generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
-        self._blocks = mergeable_blocks(unet) if self.ratio > 0 else []
+        self._places: dict[Any, tuple[Tensor, Tensor]] = {}
 
-    @contextlib.contextmanager
-    def attached(self) -> Iterator[None]:
-        """Let the UNet merge tokens, on this object only and until the end of the block."""
-        with contextlib.ExitStack() as hooks:
-            for transformer, blocks in self._blocks:
-                for handle in self._hook(transformer, blocks):
-                    hooks.callback(handle.remove)
-            yield
+    def __repr__(self) -> str:
+        return f"TokenMerging({self.ratio:g}, {self.seed})"
 
-    def _hook(
-        self, transformer: SpatialTransformer, blocks: list[BasicTransformerBlock]
-    ) -> Iterator[RemovableHandle]:
-        size: tuple[int, ...] = ()
-        place: Tensor | None = None
-        count = 0
+    def begin(self) -> "TokenMerging":
+        """Return one for one run of a sampler, whose draws begin anew."""
+        return TokenMerging(self.ratio, self.seed)
 
-        def see_map(module: nn.Module, given: tuple) -> None:
-            nonlocal size
-            size = tuple(given[0].shape[2:])
+    def check(self, unet: nn.Module) -> None:
+        """Raise UsageError if it cannot be attached to a network."""
+        if self.ratio > 0:
+            mergeable_blocks(unet)
 
-        def see_tokens(module: nn.Module, given: tuple) -> None:
-            nonlocal place, count
+    def describe(self) -> dict[str, Any]:
+        """Say what goes into a picture's metadata."""
+        return {"merge_ratio": self.ratio, "merge_seed": self.seed}
+
+    def attach(self, network: nn.Module) -> Undo:
+        """Let a UNet merge tokens."""
+        undo: list[Undo] = []
+        for transformer, blocks in mergeable_blocks(network) if self.ratio > 0 else []:
+            merge = _Merge(self)
+            undo.append(fill(transformer, "entering", merge.entering))
+            undo += [fill(block, "around", merge.around) for block in blocks]
+        return lambda: [one() for one in reversed(undo)] and None
+
+    def at(self, step: StepInfo) -> None:
+        """Do nothing: tokens are merged at every step."""
+
+    def state(self) -> Hashable | None:
+        """Say what a captured graph depends on; None with a seed, whose draws a replay would not make."""
+        return ("TokenMerging", self.ratio) if self.seed is None else None
+
+    def places(self, size: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Give the destinations of a map and its other places, on a device."""
+        known = self._places.get((size, device))
+        if known is None or self._generator is not None:
             into = destinations(*size, self._generator)
-            count = min(int(self.ratio * math.prod(size)), math.prod(size) - len(into))
-            place = match(given[0], into, count) if count else None
+            both = (into, other_places(math.prod(size), into))
+            known = self._places[size, device] = tuple(upload(places, device) for places in both)
+        return known
 
-        def before(module: nn.Module, given: tuple) -> tuple:
-            return given if place is None else (merge(given[0], place, count), *given[1:])
 
-        def behind(module: nn.Module, given: tuple, output: Tensor) -> Tensor:
-            return output if place is None else unmerge(output, place)
+class _Merge:
+    """Merging in one spatial transformer: it learns the map's size there, and merges in its blocks."""
 
-        yield transformer.register_forward_pre_hook(see_map)
-        for block in blocks:
-            # The paper compares the tokens as they come into the block, before its first norm.
-            yield block.register_forward_pre_hook(see_tokens)
-            yield block.attn1.register_forward_pre_hook(before)
-            yield block.attn1.register_forward_hook(behind)
+    def __init__(self, merging: TokenMerging):
+        self._merging = merging
+        self._size: tuple[int, ...] = ()
+
+    def entering(self, x: Tensor) -> None:
+        self._size = tuple(x.shape[2:])
+
+    def around(self, tokens: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        # The paper compares the tokens as they come into the block, before its first norm.
+        into, others = self._merging.places(self._size, tokens.device)
+        count = min(int(self._merging.ratio * math.prod(self._size)), len(others))
+        if not count:
+            return (lambda y: y), (lambda y: y)
+        place = match(tokens, into, others, count)
+        return (lambda y: merge(y, place, count)), (lambda y: unmerge(y, place))
+
+    def state(self) -> Hashable | None:
+        return self._merging.state()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ldm.errors import UsageError
+from ldm.modules.seams import forget_said
 
 __all__ = ["optimize", "restore"]
 
@@ -51,6 +52,7 @@ def optimize(
     from ldm.kernels import cuda_graphs, fused, malloc, offload, regional_compile, vae_tiling
 
     restore(model)
+    forget_said()
     ways = {"tiled_vae": tiled_vae, "sliced_vae": sliced_vae, "vae_graphs": vae_graphs}
     for name, is_wanted in ways.items():
         if is_wanted and not vae_tiling.halves(model):

@@ -136,6 +136,7 @@ class Fingerprint:
     def __init__(self, root: nn.Module):
         self._modules = list(root.modules())
         self._own = [vars(module) for module in self._modules]
+        self._inner = self._own[1:]  # whoever hooks or wraps the root calls us from there
         self._kinds = tuple(dict.fromkeys(map(type, self._modules)))
         slotted = (any(hasattr(module, slot) for slot in SLOTS) for module in self._modules)
         self._with_slots = list(itertools.compress(zip(self._modules, self._own, strict=True), slotted))
@@ -154,9 +155,9 @@ class Fingerprint:
 
         A hook on the module itself is no matter: it is called around a replay as around a call.
         """
-        if any(map(_hooks_of, self._own[1:])) or any(map(_pre_hooks_of, self._own[1:])):
+        if any(map(_hooks_of, self._inner)) or any(map(_pre_hooks_of, self._inner)):
             return self._find_foreign()
-        if not all(issubclass(kind, FusedModule | None) for kind in set(map(type, self._forwards()[1:]))):
+        if not all(issubclass(kind, FusedModule | None) for kind in set(map(type, self._forwards()))):
             return self._find_foreign()
         state: tuple[Any, ...] = ()
         for module, own in self._with_slots:
@@ -169,7 +170,7 @@ class Fingerprint:
 
     def _find_foreign(self) -> Presence:
         """Name the first part with a hook or a forward that is not of this room, which a replay would skip."""
-        for module, own in zip(self._modules[1:], self._own[1:], strict=True):
+        for module, own in zip(self._modules[1:], self._inner, strict=True):
             ours = isinstance(own.get("forward"), Execution | None)
             if not ours or own["_forward_hooks"] or own["_forward_pre_hooks"]:
                 return on(module)
@@ -184,7 +185,7 @@ class Fingerprint:
         return self._weights() != self._state[-3:]
 
     def _forwards(self) -> list[Any]:
-        return [own.get("forward") for own in self._own]
+        return [own.get("forward") for own in self._inner]
 
     def _current(self) -> tuple[list[Any], ...]:
         return (
@@ -311,7 +312,7 @@ class GraphedModule(ForwardWrapper):
         fingerprint, shapes = self._states[0]
         presence = fingerprint.attached()
         if presence.state is None:
-            say_once(self.module, "no CUDA graph is used, which costs speed", presence.reason)
+            say_once("no CUDA graph is used, which costs speed", presence.reason)
             return None
         try:
             entry = shapes.setdefault((*key, presence.state), _Entry())

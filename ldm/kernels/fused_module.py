@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ldm.kernels import cpu, cuda
 from ldm.kernels.backend import Backend
-from ldm.modules.seams import Execution, is_registered, on, state_of
+from ldm.modules.seams import Execution, is_registered, on, say_once, state_of
 
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": cuda}
 
@@ -157,7 +157,13 @@ class ForwardWrapper(FusedModule):
 def fused_part(module: nn.Module) -> Any:
     """Give the fused module of a part, to be called without the part's own __call__; None if the part is modified."""
     own = vars(module).get("forward")
-    return own if isinstance(own, FusedModule) and is_unmodified(module) else None
+    if not isinstance(own, FusedModule) or module.training:
+        return None
+    presence = on(module)
+    if presence.kind == "foreign":
+        say_once("optimize() leaves a part to the plain code, which costs speed", presence.reason)
+        return None
+    return own
 
 
 def fused_parts(*modules: nn.Module) -> list[Any] | None:

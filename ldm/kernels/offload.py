@@ -18,6 +18,7 @@ from ldm.kernels.fused_module import WeightCache
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.modules import AbstractEncoder
+from ldm.modules.seams import Undo, swap
 
 WHOLE = (Decoder, Encoder, AbstractEncoder, nn.Sequential)  # one part each; others are divided further
 
@@ -39,7 +40,7 @@ class _Part:
         self.module, self.device = module, device
         self._copies = WeightCache()
         self.ready: torch.cuda.Event | None = None
-        self._home: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._undo: list[Undo] = []
         if device.type == "cuda":  # copies from pinned memory are asynchronous
             for p in self.weights:
                 p.data = pinned(p.data)
@@ -77,17 +78,14 @@ class _Part:
             for x in self.copies.values():
                 x.record_stream(here)
         for module in self.module.modules():
-            for name, p in module._parameters.items():
+            for name, p in list(module._parameters.items()):
                 if p is not None:
-                    self._home.append((module._parameters, name, p))
-        for place, name, p in self._home:
-            place[name] = self.copies[p]
+                    self._undo.append(swap(module, name, self.copies[p]))
 
     def offload(self) -> None:
         """Put the weights back and free the copies."""
-        for place, name, p in self._home:
-            place[name] = p
-        self._home = []
+        while self._undo:
+            self._undo.pop()()
         self.drop_copies()
 
     def drop_copies(self) -> None:

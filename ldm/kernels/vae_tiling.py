@@ -31,29 +31,28 @@ from ldm.modules.diffusionmodules.model import (
     ResnetBlock,
     Upsample,
 )
+from ldm.modules.seams import on, register
 
 TILE_BYTES = 16 << 20  # about four tiles live at once: a tenth of what the maps of a 1024 x 1024 image take
 
 # Modules that are computed here. One that is subclassed, hooked or patched computes something else.
-_SUPPORTED = {
-    kind: kind.forward
-    for kind in (
-        Encoder,
-        Decoder,
-        plain._Level,
-        plain._Middle,
-        ResnetBlock,
-        AttnBlock,
-        LinAttnBlock,
-        Downsample,
-        Upsample,
-        nn.Conv2d,
-        nn.Dropout,
-        nn.GroupNorm,
-        nn.Identity,
-        nn.ModuleList,
-    )
-}
+_SUPPORTED = (
+    Encoder,
+    Decoder,
+    plain._Level,
+    plain._Middle,
+    ResnetBlock,
+    AttnBlock,
+    LinAttnBlock,
+    Downsample,
+    Upsample,
+    nn.Conv2d,
+    nn.Dropout,
+    nn.GroupNorm,
+    nn.Identity,
+    nn.ModuleList,
+)
+register(*_SUPPORTED)
 _NONLINEARITY = plain.nonlinearity
 
 
@@ -182,10 +181,7 @@ def _checked(network: nn.Module, kind: type, x: Tensor, rows: int | None, tile_b
 
 def _modification(part: nn.Module) -> str | None:
     """Name what makes a module compute otherwise than the code below assumes, if anything does."""
-    own = vars(part).get("forward")
-    is_patched = own is not None and not isinstance(own, TiledForward)
-    is_hooked = part._forward_hooks or part._forward_pre_hooks
-    if is_patched or is_hooked or _SUPPORTED.get(type(part)) is not type(part).forward:
+    if type(part) not in _SUPPORTED or on(part).kind == "foreign":
         return f"a changed {type(part).__name__}"
     if isinstance(part, ResnetBlock) and plain.nonlinearity is not _NONLINEARITY:
         return "a changed nonlinearity"

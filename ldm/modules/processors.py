@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ldm.errors import UsageError, shown
 from ldm.modules.attention import CrossAttention, attend
 from ldm.modules.seams import state_of
-
-if TYPE_CHECKING:
-    from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 Processor = Callable[..., Tensor]
 
@@ -138,7 +135,7 @@ def _answer(attn: CrossAttention, out: Tensor, given: Tensor) -> Tensor:
 # --- a UNet's dictionary ----------------------------------------------------------------------------
 
 
-def named_attentions(unet: UNetModel) -> dict[str, CrossAttention]:
+def named_attentions(unet: nn.Module) -> dict[str, CrossAttention]:
     """List a UNet's attentions by diffusers' names and in its order: the path down, the path up, the middle.
 
     Returns:
@@ -168,7 +165,7 @@ def named_attentions(unet: UNetModel) -> dict[str, CrossAttention]:
     return named
 
 
-def attn_processors(unet: UNetModel) -> dict[str, Any]:
+def attn_processors(unet: nn.Module) -> dict[str, Any]:
     """List what answers in each attention; an AttnProcessor where that is the attention itself."""
     return {
         f"{name}.processor": AttnProcessor() if attn.processor is None else attn.processor
@@ -176,7 +173,7 @@ def attn_processors(unet: UNetModel) -> dict[str, Any]:
     }
 
 
-def set_attn_processor(unet: UNetModel, processor: Processor | Mapping[str, Processor]) -> None:
+def set_attn_processor(unet: nn.Module, processor: Processor | Mapping[str, Processor]) -> None:
     """Let processors answer in a UNet's attentions: one for all, or one for each by the names of attn_processors.
 
     Raises:

@@ -287,7 +287,8 @@ def code_of(kind: type[nn.Module]) -> tuple[Any, Any]:
 
 def register(*kinds: type[nn.Module]) -> None:
     """Know classes as they are now; one that is patched later is foreign."""
-    _code.update((kind, code_of(kind)) for kind in kinds)
+    for kind in kinds:
+        _code.setdefault(kind, code_of(kind))
 
 
 def is_registered(kind: type[nn.Module]) -> bool:
@@ -341,12 +342,16 @@ def _with_state(state: Any, reason: str, value: Any) -> tuple[Any, str]:
     return (*state, mine), reason
 
 
-_said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_said: set[tuple[str, str]] = set()
 
 
-def say_once(root: nn.Module, loss: str, reason: str) -> None:
-    """Write into the log, once for each network and reason, what speed is lost and why."""
-    said = _said.setdefault(root, set())
-    if reason not in said:
-        said.add(reason)
+def say_once(loss: str, reason: str) -> None:
+    """Write into the log, once for each reason, what speed is lost and why; until forget_said."""
+    if (loss, reason) not in _said:
+        _said.add((loss, reason))
         log.warning("%s: %s", loss, reason)
+
+
+def forget_said() -> None:
+    """Let every reason be written once more: for a model that is optimized anew."""
+    _said.clear()

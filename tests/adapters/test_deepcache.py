@@ -20,6 +20,7 @@ from ldm.errors import UsageError
 from ldm.generate import denoise
 from ldm.kernels import restore
 from ldm.kernels.fused_module import FusedModule
+from ldm.modules import seams
 from ldm.modules.diffusionmodules.openaimodel import SuperResModel, UNetModel
 from ldm.pipeline import StableDiffusion
 
@@ -67,7 +68,7 @@ def question(name="q", batch=2, height=5, width=9, t=(3.0, 757.5)):
 
 
 def attached(cache, unet, **asked):
-    with torch.no_grad(), cache.attached():
+    with torch.no_grad(), seams.attached(unet, cache):
         return unet(**asked)
 
 
@@ -109,7 +110,7 @@ def test_every_geometry_answers_the_same_question_from_memory_bit_for_bit(name):
     want = unet(**asked)
     blocks = len(unet.output_blocks)
     for depth in (1, blocks // 2, blocks):
-        cache = DeepCache(unet, 2, depth)
+        cache = DeepCache(2, depth)
         with Count(unet.middle_block) as middle, Count(unet.input_blocks[0]) as first:
             assert torch.equal(attached(cache, unet, **asked), want)
             cache.next_level()
@@ -122,7 +123,7 @@ def test_an_upsampler_is_served_as_well():
     unet = fill(SuperResModel(**{**PLAIN, "in_channels": 3, "out_channels": 3}), "s.")
     asked = {"low_res": keyed_input("low", (2, 3, 3, 4)), **question()}
     asked["x"] = keyed_input("x", (2, 3, 6, 8))
-    want, cache = unet(**asked), DeepCache(unet, 2)
+    want, cache = unet(**asked), DeepCache(2)
     for _ in range(2):
         assert torch.equal(attached(cache, unet, **asked), want)
         cache.next_level()
@@ -131,7 +132,7 @@ def test_an_upsampler_is_served_as_well():
 @pytest.mark.parametrize("depth", [1, 2, 5, 6])
 @torch.no_grad()
 def test_only_the_shallow_blocks_are_asked_in_between(unet, depth):
-    cache, asked = DeepCache(unet, 3, depth), question()
+    cache, asked = DeepCache(3, depth), question()
     attached(cache, unet, **asked)
     cache.next_level()
     blocks = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
@@ -147,7 +148,7 @@ def test_only_the_shallow_blocks_are_asked_in_between(unet, depth):
 def test_what_the_shallow_part_sees_is_of_today_and_the_rest_of_before(unet):
     """Another input: neither today's whole answer nor yesterday's, but the last block's of the two together."""
     old, new = question("old"), question("new", t=(200.0, 301.0))
-    cache = DeepCache(unet, 2, 1)
+    cache = DeepCache(2, 1)
     seen = []
     hook = unet.output_blocks[-1].register_forward_pre_hook(lambda m, given: seen.append(given[0]))
     attached(cache, unet, **old)
@@ -167,7 +168,7 @@ def test_features_that_never_change_lose_nothing(depth):
     """Where the deep part ends in a deaf upsampler, kept features are right for ever, and so is every answer."""
     unet = fill(UNetModel(**PLAIN), "u.")
     unet.output_blocks[-depth - 1][-1].conv.weight.zero_()
-    cache = DeepCache(unet, 1000, depth)
+    cache = DeepCache(1000, depth)
     with Count(unet.middle_block) as middle:
         answers = []
         for i in range(4):
@@ -183,7 +184,7 @@ def test_features_that_never_change_lose_nothing(depth):
 
 @pytest.mark.parametrize("interval", [1, 2, 3, 7])
 def test_every_nth_level_is_whole(unet, interval):
-    cache = DeepCache(unet, interval)
+    cache = DeepCache(interval)
     with Count(unet.middle_block) as middle:
         whole = []
         for level in range(7):
@@ -196,7 +197,7 @@ def test_every_nth_level_is_whole(unet, interval):
 def test_the_questions_of_a_level_keep_their_own_features(unet):
     """Separate passes: conditional and unconditional, each of the same shape, asked in the same order."""
     first, second = question("one"), question("two")
-    cache = DeepCache(unet, 2)
+    cache = DeepCache(2)
     for _ in range(2):
         for asked in (first, second):
             with torch.no_grad():
@@ -205,7 +206,7 @@ def test_the_questions_of_a_level_keep_their_own_features(unet):
 
 
 def test_another_shape_is_asked_in_full_and_counts_its_levels_from_there(unet):
-    cache = DeepCache(unet, 3)
+    cache = DeepCache(3)
     with Count(unet.middle_block) as middle:
         for level, batch in enumerate([4, 4, 2, 2, 2, 2, 4]):
             attached(cache, unet, **question(f"{level}", batch=batch))
@@ -214,7 +215,7 @@ def test_another_shape_is_asked_in_full_and_counts_its_levels_from_there(unet):
 
 
 def test_another_dtype_is_asked_in_full(unet):
-    cache = DeepCache(unet, 2)
+    cache = DeepCache(2)
     asked = question()
     attached(cache, unet, **asked)
     cache.next_level()
@@ -225,7 +226,7 @@ def test_another_dtype_is_asked_in_full(unet):
 
 def test_old_features_are_let_go(unet):
     """A first level of two questions (PLMS's) leaves no second features behind for good."""
-    cache = DeepCache(unet, 2)
+    cache = DeepCache(2)
     attached(cache, unet, **question("a"))
     attached(cache, unet, **question("b"))
     cache.next_level()
@@ -236,8 +237,8 @@ def test_old_features_are_let_go(unet):
 
 
 def test_gradients_are_not_kept(unet):
-    cache = DeepCache(unet, 2)
-    with cache.attached():
+    cache = DeepCache(2)
+    with seams.attached(unet, cache):
         unet(**question())
     assert not cache._cached[0].features.requires_grad
 
@@ -249,7 +250,7 @@ def test_gradients_are_not_kept(unet):
 def test_outside_the_unet_is_as_it_was(unet):
     asked, other = question("a"), question("b")
     plain, before = unet(**other), set(vars(unet))
-    cache = DeepCache(unet, 2)
+    cache = DeepCache(2)
     attached(cache, unet, **asked)
     cache.next_level()
     assert torch.equal(unet(**other), plain)  # though features of another question lie ready
@@ -261,7 +262,7 @@ def test_outside_the_unet_is_as_it_was(unet):
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_an_error_inside_leaves_nothing_behind(unet, kept):
-    cache, asked = DeepCache(unet, 2), question()
+    cache, asked = DeepCache(2), question()
     if kept:
         attached(cache, unet, **asked)
         cache.next_level()
@@ -269,7 +270,7 @@ def test_an_error_inside_leaves_nothing_behind(unet, kept):
         attached(cache, unet, **{**asked, "timesteps": torch.zeros(3)})
     assert "forward" not in vars(unet) and not unet.output_blocks[-2]._forward_hooks
     with torch.no_grad():
-        assert torch.equal(attached(DeepCache(unet, 2), unet, **asked), unet(**asked))
+        assert torch.equal(attached(DeepCache(2), unet, **asked), unet(**asked))
 
 
 # --- runs ---
@@ -380,13 +381,13 @@ def test_an_optimized_model_takes_the_knobs_as_the_plain_one(sd, knobs):
         ((2.0,), "got 2.0"),
         ((True,), "got True"),
         (("2",), "got '2'"),
-        ((2, 0), "cache_depth must be a whole number from 1 to 6, got 0"),
+        ((2, 0), "cache_depth must be a whole number from 1 to 1000, got 0"),
         ((1, 7), "cache_depth must be a whole number from 1 to 6, got 7"),
     ],
 )
 def test_numbers_out_of_range_are_refused(unet, options, words):
     with pytest.raises(UsageError, match=re.escape(words)):
-        DeepCache(unet, *options)
+        DeepCache(*options).check(unet)
 
 
 @pytest.mark.slow
@@ -405,15 +406,16 @@ def test_networks_that_it_cannot_serve_are_refused():
         (own, "needs the UNet's own forward, but this UNetModel has another one"),
         (compiled, "cache_interval > 1 needs the plain UNetModel, but this one was compiled"),
     ):
-        with pytest.raises(UsageError, match=words):
-            DeepCache(network, 2)
-        DeepCache(network, 1)
+        with pytest.raises(UsageError, match=words), seams.attached(network, DeepCache(2)):
+            pass
+        with seams.attached(network, DeepCache(1)):
+            pass
 
 
 def test_two_cannot_be_attached_at_once(unet):
-    one, two = DeepCache(unet, 2), DeepCache(unet, 2)
-    with one.attached(), pytest.raises(UsageError, match="has another one"), two.attached():
-        pass
+    with pytest.raises(UsageError, match="has a DeepCache already"):
+        with seams.attached(unet, DeepCache(2), DeepCache(2)):
+            pass
     assert "forward" not in vars(unet)
 
 
@@ -469,8 +471,8 @@ def test_a_shallow_step_costs_what_the_page_says():
     assert [depth for depth, _ in lines] == list("1234")
     for depth, cells in lines:
         told = [float(cell.rstrip(" %x")) for cell in cells.split("|")]
-        cache = DeepCache(unet, 2, int(depth))
-        with cache.attached():
+        cache = DeepCache(2, int(depth))
+        with seams.attached(unet, cache):
             whole = operations()
             cache.next_level()
             share = operations() / whole

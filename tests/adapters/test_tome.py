@@ -12,10 +12,19 @@ from tiny import tiny_model
 from tiny_networks import UNET
 from torch import nn
 
-from ldm.adapters.tome import TokenMerging, destinations, finest_transformers, match, merge, unmerge
+from ldm.adapters.tome import (
+    TokenMerging,
+    destinations,
+    finest_transformers,
+    match,
+    merge,
+    other_places,
+    unmerge,
+)
 from ldm.errors import UsageError
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.seams import attached
 from ldm.pipeline import StableDiffusion
 
 CONFIGS = {
@@ -42,14 +51,18 @@ def tokens(b=2, height=5, width=9, c=7):
     return keyed_input("tokens", (b, height * width, c))
 
 
+def matched(x, into, count):
+    return match(x, into, other_places(x.shape[1], into), count)
+
+
 def cell(place, width):
     return place // width // 2, place % width // 2
 
 
 def ask(unet, merging=None, height=5, width=9):
-    merging = merging or TokenMerging(unet)
+    merging = merging or TokenMerging(0.0)
     x, context = keyed_input("x", (2, 4, height, width)), keyed_input("c", (2, 7, 24))
-    with torch.no_grad(), merging.attached():
+    with torch.no_grad(), attached(unet, merging):
         return unet(x, torch.tensor([3.0, 757.5]), context=context)
 
 
@@ -102,7 +115,7 @@ def test_without_a_seed_it_is_the_top_left_and_with_one_any_but_the_same_again()
 def test_what_is_merged_is_what_is_most_alike(count):
     """Against the definition, token by token."""
     x, into = tokens(), destinations(5, 9)
-    place = match(x, into, count)
+    place = matched(x, into, count)
     others = [i for i in range(45) if i not in into]
     for row in range(2):
         unit = torch.nn.functional.normalize(x[row].double(), dim=-1)
@@ -123,7 +136,7 @@ def test_what_is_merged_is_what_is_most_alike(count):
 @pytest.mark.parametrize("count", [0, 7, 30])
 def test_merging_so_many_tokens_leaves_the_others(count):
     x = tokens()
-    place = match(x, destinations(5, 9), count)
+    place = matched(x, destinations(5, 9), count)
     merged = merge(x, place, count)
     assert merged.shape == (2, 45 - count, 7)
     assert all(set(row.tolist()) == set(range(45 - count)) for row in place)
@@ -132,7 +145,7 @@ def test_merging_so_many_tokens_leaves_the_others(count):
 @pytest.mark.parametrize("count", [1, 17, 30])
 def test_the_mean_is_kept_by_weight_and_a_merge_is_a_projection(count):
     x = tokens().double()
-    place = match(x, destinations(5, 9), count)
+    place = matched(x, destinations(5, 9), count)
     merged = merge(x, place, count)
     size = torch.stack([torch.bincount(row, minlength=45 - count) for row in place])
     mean = (merged * size[..., None]).sum(1) / 45
@@ -144,15 +157,15 @@ def test_the_mean_is_kept_by_weight_and_a_merge_is_a_projection(count):
 
 def test_tokens_that_are_all_alike_come_back_as_they_were():
     x = keyed_input("one", (2, 1, 7)).expand(2, 45, 7)
-    place = match(x, destinations(5, 9), 30)
+    place = matched(x, destinations(5, 9), 30)
     torch.testing.assert_close(unmerge(merge(x, place, 30), place), x, rtol=0, atol=1e-6)
 
 
 def test_each_row_of_a_batch_is_matched_by_itself():
     x = tokens(b=3)
     into = destinations(5, 9)
-    together = match(x, into, 20)
-    assert all(torch.equal(together[i], match(x[i : i + 1], into, 20)[0]) for i in range(3))
+    together = matched(x, into, 20)
+    assert all(torch.equal(together[i], matched(x[i : i + 1], into, 20)[0]) for i in range(3))
     assert not torch.equal(together[0], together[1])
 
 
@@ -195,15 +208,15 @@ def test_resolutions_are_those_of_the_blocks(name):
 def test_the_finest_self_attentions_alone_see_fewer_tokens(unet, ratio, fine):
     """A map of 5 x 9: of its 45 tokens 15 are destinations, so that at most 30 can go. The next is 3 x 5."""
     with Seen(unet) as seen:
-        out = ask(unet, TokenMerging(unet, ratio))
+        out = ask(unet, TokenMerging(ratio))
     assert sorted(seen) == sorted([15] * 4 + [fine] * 3) and out.shape == (2, 5, 5, 9)
 
 
 @pytest.mark.parametrize("ratio", [0, 0.0, 0.02])
 def test_where_nothing_is_merged_the_answer_is_the_same_bit_for_bit(unet, ratio):
     plain = ask(unet)
-    assert torch.equal(ask(unet, TokenMerging(unet, ratio)), plain)
-    difference = (ask(unet, TokenMerging(unet, 0.3)) - plain).abs().max() / plain.abs().max()
+    assert torch.equal(ask(unet, TokenMerging(ratio)), plain)
+    difference = (ask(unet, TokenMerging(0.3)) - plain).abs().max() / plain.abs().max()
     assert 1e-3 < difference < 1
 
 
@@ -216,7 +229,7 @@ def test_attention_over_equal_groups_loses_nothing(unet):
     context = keyed_input("c", (2, 7, 24))
     with Seen(unet) as seen:
         plain = transformer(x, context)
-        with TokenMerging(unet, 0.75).attached():
+        with attached(unet, TokenMerging(0.75)):
             merged = transformer(x, context)
     assert seen == [60, 15]
     torch.testing.assert_close(merged, plain, rtol=0, atol=1e-5)
@@ -225,10 +238,10 @@ def test_attention_over_equal_groups_loses_nothing(unet):
 @pytest.mark.parametrize("seed", [None, 3])
 def test_outside_the_unet_is_as_it_was(unet, seed):
     plain = ask(unet)
-    merging = TokenMerging(unet, 0.5, seed)
+    merging = TokenMerging(0.5, seed)
     ask(unet, merging)
     assert torch.equal(ask(unet), plain)
-    with pytest.raises(RuntimeError), torch.no_grad(), merging.attached():
+    with pytest.raises(RuntimeError), torch.no_grad(), attached(unet, merging):
         unet(torch.zeros(2, 4, 5, 9), torch.zeros(2), context=torch.zeros(2, 7, 23))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
     assert torch.equal(ask(unet), plain)
@@ -238,7 +251,7 @@ def test_blocks_that_only_look_at_the_context_are_left_alone():
     """Their first attention has the context for keys, which are not tokens of the map."""
     unet = fill(UNetModel(**UNET, disable_self_attentions=[True, False]), "u.")
     with pytest.raises(UsageError, match="whose finest spatial transformers attend to themselves, and none"):
-        TokenMerging(unet, 0.5)
+        TokenMerging(0.5).check(unet)
 
 
 # --- runs ---
@@ -296,7 +309,7 @@ def test_the_three_knobs_turn_together(sd):
 )
 def test_numbers_out_of_range_are_refused(unet, options, words):
     with pytest.raises(UsageError, match=re.escape(words)):
-        TokenMerging(unet, *options)
+        TokenMerging(*options)
 
 
 def test_networks_that_it_cannot_serve_are_refused():
@@ -309,5 +322,5 @@ def test_networks_that_it_cannot_serve_are_refused():
         (bare, "attend to themselves, and none of this one do"),
     ):
         with pytest.raises(UsageError, match=words):
-            TokenMerging(network, 0.5)
-        TokenMerging(network, 0.0)
+            TokenMerging(0.5).check(network)
+        TokenMerging(0.0).check(network)

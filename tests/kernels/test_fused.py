@@ -357,6 +357,20 @@ def test_hooks_on_any_part_fire():
     assert sorted(fired) == times
 
 
+@torch.no_grad()
+def test_a_part_that_somebody_hooked_is_said_once(caplog):
+    unet = fill(UNetModel(**UNET), "hooked.")
+    optimize(unet)
+    asked = keyed_input("hooked.x", (2, 4, 8, 8)), torch.tensor([3, 700]), keyed_input("hooked.c", (2, 7, 24))
+    unet(*asked)
+    assert not caplog.messages
+    for block in unet.output_blocks:
+        block[1].transformer_blocks[0].attn2.register_forward_hook(lambda *_: None)
+    for _ in range(2):
+        unet(*asked)
+    assert len(caplog.messages) == 1 and "a hook on a CrossAttention" in caplog.messages[0]
+
+
 class Added(nn.Module):
     """A low-rank adapter in the place of a layer."""
 
