@@ -21,7 +21,7 @@ from ldm.diffusers_style.scheduler import Config, DDIMScheduler, draw_noise, ref
 from ldm.errors import AbsentError, MismatchError, UsageError
 from ldm.generate import decode, encode_prompt
 from ldm.kernels import restore
-from ldm.limits import choice, real, whole
+from ldm.limits import GUIDANCE_SCALE, SHARE, STEPS, choice, real, whole
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.introspect import downsampling, is_inpainting, native_size
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
@@ -447,7 +447,6 @@ class StableDiffusionPipeline:
 
     # --- a run ---
 
-    # long: its signature and the checks of it are diffusers', which is what callers count on.
     @torch.no_grad()
     def __call__(
         self,
@@ -490,19 +489,17 @@ class StableDiffusionPipeline:
             UsageError: a keyword or value that does not fit. NumericError: NaN.
         """
         self._refuse_others(others)
-        f, c = self.vae_scale_factor, self.sd.model.channels
-        if isinstance(latents, Tensor) and latents.dim() == 4:
-            own = latents.shape[2] * f, latents.shape[3] * f
-        else:
-            own = native_size(self.sd.model)
-        height, width = check_size("height", height or own[0], f), check_size("width", width or own[1], f)
+        height, width = self._size(height, width, latents)
         steps = whole("num_inference_steps", num_inference_steps, 1, self.sd.model.num_timesteps)
-        scale, mix = (
-            real("guidance_scale", guidance_scale, 0, 100),
-            real("guidance_rescale", guidance_rescale, 0, 1),
-        )
+        scale = real("guidance_scale", guidance_scale, *GUIDANCE_SCALE)
+        mix = real("guidance_rescale", guidance_rescale, *SHARE)
         choice("output_type", output_type, ("pil", "np", "pt", "latent"))
-        whole("callback_steps", callback_steps, 1, 1000)
+        whole("callback_steps", callback_steps, *STEPS)
+        refuse_unknown(
+            "callback_on_step_end_tensor_inputs",
+            dict.fromkeys(callback_on_step_end_tensor_inputs),
+            ["latents", "prompt_embeds", "negative_prompt_embeds"],
+        )
         guided, device = scale > 1, self.device
 
         embeds, negative = self.encode_prompt(
@@ -514,30 +511,19 @@ class StableDiffusionPipeline:
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
         )
-        count = len(embeds)
+        shape = (len(embeds), self.sd.model.channels, height, width)
         embeds = torch.cat([negative, embeds]) if guided else embeds
         self.scheduler.set_timesteps(steps, device=device)
-        latents = self.prepare_latents(count, c, height, width, torch.float32, device, generator, latents)
-        options = self.prepare_extra_step_kwargs(generator, real("eta", eta, 0, 1))
+        latents = self.prepare_latents(*shape, torch.float32, device, generator, latents)
+        options = self.prepare_extra_step_kwargs(generator, real("eta", eta, *SHARE))
 
         self._interrupt = False
         with self._bar(len(self.scheduler.timesteps)) as advance:
             for i, t in enumerate(self.scheduler.timesteps):
-                x = torch.cat([latents] * 2) if guided else latents
-                eps = self.unet(
-                    self.scheduler.scale_model_input(x, t), t, encoder_hidden_states=embeds
-                ).sample
-                if guided:
-                    uncond, cond = eps.chunk(2)
-                    eps = guide(uncond, cond, scale, mix)
+                eps = self._predict(latents, t, embeds, scale, mix)
                 latents = self.scheduler.step(eps, t, latents, **options)[0]
                 if callback_on_step_end is not None:
                     known = {"latents": latents, "prompt_embeds": embeds, "negative_prompt_embeds": negative}
-                    refuse_unknown(
-                        "callback_on_step_end_tensor_inputs",
-                        dict.fromkeys(callback_on_step_end_tensor_inputs),
-                        list(known),
-                    )
                     given = {name: known[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, i, t, given) or {}
                     latents, embeds = changed.get("latents", latents), changed.get("prompt_embeds", embeds)
@@ -547,6 +533,25 @@ class StableDiffusionPipeline:
                 if self._interrupt:
                     break
         return StableDiffusionPipelineOutput(self._shown(latents, output_type))
+
+    def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
+        """Check a size in pixels; the default is that of the latents given, or the model's own."""
+        f = self.vae_scale_factor
+        if isinstance(latents, Tensor) and latents.dim() == 4:
+            own = latents.shape[2] * f, latents.shape[3] * f
+        else:
+            own = native_size(self.sd.model)
+        return check_size("height", height or own[0], f), check_size("width", width or own[1], f)
+
+    def _predict(self, latents: Tensor, t: Tensor, embeds: Tensor, scale: float, mix: float) -> Tensor:
+        """Predict the noise in latents (b, c, h, w), guided where scale is above 1; embeds are then (2 b, n, d)."""
+        guided = scale > 1
+        x = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
+        eps = self.unet(x, t, encoder_hidden_states=embeds).sample
+        if not guided:
+            return eps
+        uncond, cond = eps.chunk(2)
+        return guide(uncond, cond, scale, mix)
 
     def _refuse_others(self, others: dict[str, Any]) -> None:
         own = [name for name in inspect.signature(self.__call__).parameters if name != "others"]
