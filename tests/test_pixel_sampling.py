@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from tiny_pixels import CHAIN, CHAIN_WORDS, CLASSIFIER, LABELLED, MODEL, UPSAMPLER, script, write_network
 
 from ldm import read_metadata
@@ -165,6 +166,18 @@ def test_features_of_many_prompts_are_not_kept(latent):
     for rows in (range(0, 2), range(2, 4), range(4, 5)):
         latent.condition(conditions, rows)
     assert latent._features.keys() == {"4 rings", ""}
+
+
+def test_pictures_that_cannot_be_read_are_not_measured(labelled, tmp_path, caplog):
+    for i, name in enumerate(("a_0", "b_1", "c_2", "d_3")):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    last = np.asarray(Image.open(tmp_path / "c_2.png"))
+    (tmp_path / "b_1.png").write_bytes((tmp_path / "b_1.png").read_bytes()[:300])
+    found = likelihood.folder_to_measure(labelled, tmp_path, 3)
+    assert len(found) == 2 and found.labels.tolist() == [0, 2]
+    assert (found.read(1).permute(1, 2, 0).numpy() == last.astype(np.float32) / 127.5 - 1).all()
+    assert "1 of 3 pictures cannot be read and are left out" in caplog.text
 
 
 # --- progress ---

@@ -67,6 +67,8 @@ def shapes_to_measure(model: Model, count: int) -> Pictures:
 def folder_to_measure(model: Model, folder: str | os.PathLike, at_most: int) -> Pictures:
     """Take the first pictures of a folder, by name, with their captions where they have some.
 
+    Those that cannot be read are left out, with a warning.
+
     For a model with classes the class is the first part of the file's name, up to "_", as guided-diffusion has it;
     classes are numbered in the order of their names.
 
@@ -82,7 +84,10 @@ def folder_to_measure(model: Model, folder: str | os.PathLike, at_most: int) -> 
     pictures = needs_training("folder").ImageFolder(
         folder, image_size=model.size, needs_captions=False, label=label
     )
-    samples, labels = pictures.samples[:at_most], None
+    # A folder that is trained on puts the next picture in an unreadable one's place: measured, it would count twice.
+    pictures.samples = pictures.samples[:at_most]
+    pictures.look(Path(os.devnull), write=False)
+    samples, labels = pictures.samples, None
     if model.num_classes is not None:
         if len(pictures.classes) > model.num_classes:
             raise MismatchError(
