@@ -234,7 +234,7 @@ def _misfit(error: Exception, cls: type, where: str) -> Exception:
 
 
 def _checked(config: Any, cls: type, where: str) -> dict[str, Any]:
-    """Return a configuration's params as its class wants them, having looked at those of all inside of it as well."""
+    """Return a configuration's params as its class takes them; those of the configurations inside are checked, too."""
     params = config.get("params")
     if params is None:
         return {}
@@ -271,7 +271,7 @@ def _class_if_any(target: str) -> type | None:
 
 
 def handed_on(params: Mapping[str, Any], kind: Any, where: str) -> dict[str, Any]:
-    """Hold a mapping that a constructor hands on whole against the class that takes it; see `ldm.values.check`.
+    """Check a mapping that a constructor passes on whole against the class that takes it; see `ldm.values.check`.
 
     Raises:
         MismatchError: it has a name that the class does not take, or lacks one that the class needs.

@@ -28,7 +28,7 @@ def default(value: Any, fallback: Any) -> Any:
 
 
 def pinned(x: Tensor) -> Tensor:
-    """Copy a tensor into page-locked memory, from which copies to a GPU are made beside all else.
+    """Copy a tensor into page-locked memory, from which copies to a GPU are asynchronous.
 
     Where the system has none left, it is given as it is, and the log says so once.
     """
@@ -77,7 +77,7 @@ def count_params(model: nn.Module, verbose: bool = False) -> int:
 
 
 def leaves_others_to_subclasses(init: Callable[..., None]) -> Callable[..., None]:
-    """Let a constructor pass over keywords that it does not know, where they are those of somebody else's class.
+    """Let a constructor ignore keywords that it does not know, where a subclass from outside of ldm passes them on.
 
     Other people's subclasses take `**kwargs`, read a keyword of their own from it, and hand all of it on. What is
     passed over is said in a warning. The classes of ldm, and subclasses that name all of their keywords, get Python's

@@ -132,8 +132,8 @@ def _is_ours(settings: Mapping[str, Any]) -> bool:
 
 
 def _heed_markers(params: dict[str, Any], source: Weights) -> list[str]:
-    """Let a file say what its network predicts and whether its last level has no signal, where the configuration is
-    silent; returns what is to be said of that."""
+    """Read from a file what its network predicts and whether its last level has no signal, where the configuration
+    does not say; returns what is to be said of that."""
     notes = []
     for key, value, words in (
         ("parameterization", "v", "predicts v"),

@@ -98,7 +98,7 @@ class FolderWeights:
                 self._where[prefix + name] = (weights, name)
 
     def read(self, name: str, scratch: Tensor | None = None) -> Tensor:
-        """Read one tensor into memory of its own, or for a short life into the scratch memory given."""
+        """Read one tensor into memory of its own, or into the scratch buffer given, until the next read into it."""
         weights, inner = self._where[name]
         return weights.read(inner, scratch)
 

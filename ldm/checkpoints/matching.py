@@ -203,7 +203,7 @@ def _to_model(spelling: Mapping[str, str], wanted: Iterable[str]) -> dict[str, s
 
 
 def _leave_out(report: LoadReport, source: Weights, patterns: tuple[str, ...]) -> None:
-    """Ignore what the caller names, and say which of the caller's words name nothing."""
+    """Ignore the tensors that `ignore` names, and warn of patterns that match none."""
     for pattern in patterns:
         found = [name for name in source.infos if fits(name, pattern)]
         report.ignored.update(dict.fromkeys(found, LEFT_OUT))

@@ -1,7 +1,7 @@
 """Files of torch.save, taken as hostile: a zip, or the format before torch 1.6, around a pickle and the values.
 
 What the file holds is known from its pickle (see unpickle.py); values are read when `read` is called, and a zip's
-are held against their checksum then. There is no way to switch this off. A file that is refused here has to be
+are checked against their checksum then. There is no way to switch this off. A file that is refused here has to be
 converted elsewhere, by somebody who trusts it.
 """
 
@@ -505,7 +505,7 @@ class PickleWeights:
         return tensors
 
     def read(self, name: str, scratch: Tensor | None = None) -> Tensor:
-        """Read one tensor into memory of its own, or for a short life into the scratch memory given.
+        """Read one tensor into memory of its own, or into the scratch buffer given, until the next read into it.
 
         Raises:
             FormatError: its values are damaged, or the file was cut meanwhile.

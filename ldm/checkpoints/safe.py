@@ -112,7 +112,7 @@ class SafetensorsWeights:
         self._check_tensors(header, start=8 + length)
 
     def _check_tensors(self, header: dict[str, Any], start: int) -> None:
-        """Hold every entry against the file: dtype, shape and offsets that tile the body exactly."""
+        """Check every entry against the file: dtype, shape and offsets that tile the body exactly."""
         for name, entry in header.items():
             check_name(self.path, name)
             if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:

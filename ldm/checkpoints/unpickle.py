@@ -87,7 +87,7 @@ class Name:
 
 
 class Placeholder:
-    """Stand in for an object that a checkpoint carries beside its weights: its name, nothing else."""
+    """What an object that a checkpoint carries beside its weights becomes: its name, nothing else."""
 
     __slots__ = ("name",)
 
@@ -354,7 +354,7 @@ class Unpickler:
         metadata: Any = None,
         dtype: torch.dtype | None = None,
     ) -> StoredTensor:
-        """Describe a tensor, holding it against its storage: it may neither leave nor repeat it."""
+        """Describe a tensor, checked against its storage: it may neither leave nor repeat it."""
         dtype = dtype or storage.dtype
         if dtype not in DENSE:
             raise self.unsupported(dtype)

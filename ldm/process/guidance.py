@@ -1,4 +1,4 @@
-"""Guidance: joining conditions into one batch and mixing the two answers, and a classifier's push."""
+"""Guidance: joining conditions into one batch and mixing the two outputs, and classifier guidance."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -122,7 +122,7 @@ def section_levels(num_train: int, counts: Sequence[int]) -> np.ndarray:
 
 
 def stride_levels(num_train: int, num_steps: int) -> np.ndarray:
-    """Visit exactly num_steps levels, a whole stride apart, from level 0 on: DDIM's spacing in OpenAI's code.
+    """List exactly num_steps levels, a whole stride apart, from level 0 on: DDIM's spacing in OpenAI's code.
 
     The stride is the smallest that gives this number.
 

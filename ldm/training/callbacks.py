@@ -285,7 +285,7 @@ class ImageLogger(AfterSteps):
         self.source: Any = None
 
     def attach(self, folder: Path, source: Any) -> None:
-        """Say where grids go and what they show (None: the batch just trained on)."""
+        """Set the folder of the grids and what they show (None: the batch just trained on)."""
         self.folder, self.source = folder / "images" / "train", source
 
     def after_step(self, trainer: pl.Trainer, module: Any, batch: Any) -> None:
@@ -349,7 +349,7 @@ class Checkpoints(AfterSteps):
 
     @contextlib.contextmanager
     def minding_signals(self) -> Iterator[None]:
-        """Take signals for wishes, from before the trainer starts until after the last save.
+        """Handle signals, from before the trainer starts until after the last save.
 
         Lightning itself would end the process with code 1 at a Ctrl-C before the first batch or after the last.
         """

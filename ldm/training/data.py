@@ -186,7 +186,7 @@ class Stream(Dataset):
         """
         step = k // (self.batch_size * self.world * self.accumulate)
         index = self.index(k)
-        with told_of(self.source, f"item {index}"):
+        with naming_source(self.source, f"item {index}"):
             if hasattr(self.source, "item"):
                 made = self.source.item(index, np.random.default_rng((self.seed, 2, k)), step)
             else:
@@ -199,7 +199,7 @@ class Stream(Dataset):
         """Make batch `micro` of this process; see `sample` for the errors."""
         first = (micro * self.world + self.rank) * self.batch_size
         samples = [self.sample(first + i) for i in range(self.batch_size)]
-        with told_of(self.source, f"items of batch {micro}"):
+        with naming_source(self.source, f"items of batch {micro}"):
             batch = collate(samples)
         batch["micro"] = micro
         return batch
@@ -258,7 +258,7 @@ class Loader(DataLoader):
 
 
 @contextlib.contextmanager
-def told_of(source: Any, part: str) -> Iterator[None]:
+def naming_source(source: Any, part: str) -> Iterator[None]:
     """Name a data set and a part of it in the errors that it raises, each in one line and of ldm's own kinds.
 
     Its own kind of error decides: a file that is not there is absent, a lack of memory one of resources, one of ldm's
@@ -277,7 +277,7 @@ def told_of(source: Any, part: str) -> Iterator[None]:
 
 
 def is_of_a_lost_loader(error: Exception) -> bool:
-    """Say whether an error means that a loader process died, rather than that its source raised something.
+    """Tell whether an error means that a loader process died, rather than that its source raised something.
 
     torch names the process whose end it has seen. One that dies after it announced a batch and before the batch's
     memory was handed over is seen only as a connection that breaks, below the loader in this process.

@@ -151,7 +151,7 @@ class ImageFolder(Dataset):
         Raises:
             FormatError: no picture can be read.
         """
-        known = _read_account(account)
+        known = _read_record(account)
         seen = dict(self._looked_at(known))
         bad = {path: why for path, _ in self.samples if (why := seen[self._name(path)][2])}
         self._warn("%d of %d pictures cannot be read and are left out", bad)
@@ -277,8 +277,8 @@ class ImageFolder(Dataset):
             )
 
 
-def _read_account(path: Path) -> dict[str, list[Any]]:
-    """Read what a look has left; nothing where there is none, or it is damaged."""
+def _read_record(path: Path) -> dict[str, list[Any]]:
+    """Read the record of an earlier check; {} where there is none, or it is damaged."""
     try:
         seen = json.loads(path.read_text(encoding="utf-8"))
         return {name: list(entry) for name, entry in seen.items() if len(entry) == 3}

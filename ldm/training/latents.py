@@ -1,4 +1,4 @@
-"""Latents made once: with the first stage frozen, encoding a picture again at every step is waste.
+"""Cached latents: with the first stage frozen, each picture is encoded once instead of at every step.
 
 What is kept is the posterior's moments, so that each use draws anew; in half precision, whose rounding is far
 below the posterior's own width. Parts of 4,096 samples are written as they are done, so that a killed run loses
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ldm.errors import UsageError
-from ldm.training.data import Item, collate, told_of
+from ldm.training.data import Item, collate, naming_source
 from ldm.training.objectives import pictures_of
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def encode(model: nn.Module, source: Dataset, indices: range, batch_size: int) -
     moments, captions = [], []
     for start in range(0, len(indices), batch_size):
         taken = indices[start : start + batch_size]
-        with told_of(source, f"items {taken[0]} to {taken[-1]}"):
+        with naming_source(source, f"items {taken[0]} to {taken[-1]}"):
             batch = collate([source[i] for i in taken])
         image = pictures_of(batch, model.first_stage_key, model.first_stage_model)  # channels_last as it lies
         posterior = model.encode_first_stage(image.to(next(model.first_stage_model.parameters()).device))

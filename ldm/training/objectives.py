@@ -20,7 +20,7 @@ Figures = dict[str, Tensor]
 
 
 class Objective(Protocol):
-    """A thing that trains: what a run minimises, measures and shows, for one kind of model.
+    """What a run minimises, measures and shows, for one kind of model.
 
     A model of a kind that is not known here brings its own: `make_objective(memory_format=, sample_steps=)`.
     """
@@ -28,7 +28,7 @@ class Objective(Protocol):
     model: nn.Module
 
     def prepare(self, batch: Batch, draws: Draws, gather: Callable[[Tensor], Tensor]) -> None:
-        """Do what is due before the very first step; `gather` joins (b, ...) of all processes."""
+        """Initialise what needs a batch, before the very first step; `gather` joins (b, ...) of all processes."""
 
     def forward(self, batch: Batch, draws: Draws) -> Any:
         """Compute what every optimizer's loss shares."""
@@ -37,13 +37,13 @@ class Objective(Protocol):
         """Compute the loss () of optimizer `index` from forward's outputs, and the figures to log."""
 
     def after_step(self) -> None:
-        """Do what is due after a step that was taken, such as to move averages."""
+        """Called after each optimizer step, to update moving averages."""
 
     def validate(self, batch: Batch, draws: Draws, step: int) -> dict[str, float]:
         """Measure a batch."""
 
     def pictures(self, batch: Batch, count: int) -> dict[str, Tensor]:
-        """Make what is worth a look: name -> (n, 3, height, width) in [-1, 1]."""
+        """Make pictures for the log: name -> (n, 3, height, width) in [-1, 1]."""
 
 
 def pictures_of(batch: Batch, key: str, first_stage: nn.Module | None = None) -> Tensor:
@@ -171,7 +171,7 @@ class AutoencoderObjective:
             )
 
     def after_step(self) -> None:
-        """Do what is due after a step: nothing."""
+        """Do nothing; there is no moving average."""
 
     @torch.no_grad()
     def validate(self, batch: Batch, draws: Draws, step: int) -> dict[str, float]:
@@ -189,7 +189,7 @@ class AutoencoderObjective:
 
     @torch.no_grad()
     def pictures(self, batch: Batch, count: int) -> dict[str, Tensor]:
-        """Make what is worth a look: inputs and reconstructions, (n, 3, height, width) in [-1, 1]."""
+        """Make pictures for the log: inputs and reconstructions, (n, 3, height, width) in [-1, 1]."""
         image = pictures_of(batch, self.model.image_key, self.model)[:count].to(
             memory_format=self.memory_format
         )
@@ -282,7 +282,7 @@ class DiffusionObjective:
 
     @torch.no_grad()
     def prepare(self, batch: Batch, draws: Draws, gather: Any) -> None:
-        """Do what is due before the very first step.
+        """Initialise what needs a batch, before the very first step.
 
         Start the text encoder as identity_start says, and measure scale_factor = 1 / std of the batch of all processes,
         if the model has scale_by_std. Weights that were loaded are not drawn anew, and a factor that came with them is
@@ -350,7 +350,7 @@ class DiffusionObjective:
 
     @torch.no_grad()
     def pictures(self, batch: Batch, count: int) -> dict[str, Tensor]:
-        """Make what is worth a look: the batch's pictures, their captions, and guided samples for those.
+        """Make pictures for the log: the batch's pictures, their captions, and guided samples for those.
 
         Models that are not conditioned on captions say by their `log_images` what that is.
         """

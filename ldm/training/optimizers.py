@@ -62,7 +62,7 @@ def chosen_precision(given: str | int) -> str:
 
 
 def build_optimizers(model: nn.Module, rate: float, training: dict[str, Any]) -> tuple[list, list]:
-    """Ask the model for its optimizers, replace their kind and their schedules where the configuration says so.
+    """Build the model's own optimizers, replace their kind and their schedules where the configuration says so.
 
     Returns:
         (optimizers, schedulers), one scheduler or None for each optimizer.

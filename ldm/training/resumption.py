@@ -1,4 +1,4 @@
-"""Going on with a run: whether a training state is whole, and which options may have changed since it was written."""
+"""Resuming a run: whether a training state is whole, and which options may have changed since it was written."""
 
 import fnmatch
 import logging
@@ -150,7 +150,7 @@ def check_moments(
     *,
     has_stepped: bool,
 ) -> None:
-    """Hold a saved optimizer state against what the optimizer remembers of its parameters.
+    """Check a saved optimizer state against the shapes of the optimizer's parameters.
 
     Args:
         saved: a state_dict of its kind, of the same groups.
@@ -247,7 +247,7 @@ def differences(old: Any, new: Any, place: str = "") -> Iterator[tuple[str, Any,
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> list[str]:
-    """Hold the options of a run that goes on against those of its checkpoint.
+    """Compare the options of a resumed run with those of its checkpoint.
 
     Returns:
         A line for each that is taken over. Those that can have no effect any more are warned about.

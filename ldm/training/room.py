@@ -1,4 +1,4 @@
-"""Whether a run fits into memory: what it takes at least, and what a device has left."""
+"""Whether a run fits into memory: what it needs at least, and what a device has free."""
 
 import os
 from pathlib import Path

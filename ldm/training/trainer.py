@@ -120,7 +120,7 @@ class Run:
         self.callbacks_config = mapping(lightning.get("callbacks"), "lightning.callbacks")
 
     def _look_at_pictures(self) -> None:
-        """Open every picture of folders before anything is trained; their account is kept in the run folder."""
+        """Open every picture of folders before anything is trained; the record of it is kept in the run folder."""
         source = self.data.train_source
         self.pictures = (
             source if isinstance(source, ImageFolder) else None

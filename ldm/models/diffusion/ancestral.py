@@ -22,7 +22,7 @@ class AncestralSampling:
     def _mean_variance(
         self, model_out: Tensor, x: Tensor, t: Tensor, clip_denoised: bool, quantize: Callable | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Turn the network's answer into the Gaussian of one step back, and the clean sample behind it."""
+        """Turn the network's output into the Gaussian of one step back, and the clean sample behind it."""
         x_recon = prediction.to_x0(self.parameterization, model_out, x, *self._level(t, x))
         if clip_denoised:
             x_recon = x_recon.clamp(-1.0, 1.0)
@@ -357,7 +357,7 @@ class LatentAncestralSampling:
     def sample_log(
         self, cond: Any, batch_size: int, ddim: bool, ddim_steps: int, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        """Make latents for a look, with DDIM in ddim_steps or ancestrally; return (samples, intermediates)."""
+        """Make latents for the log, with DDIM in ddim_steps or ancestrally; return (samples, intermediates)."""
         if not ddim:
             return self.sample(cond, batch_size=batch_size, return_intermediates=True, **kwargs)
         shape = (self.channels, self.image_size, self.image_size)

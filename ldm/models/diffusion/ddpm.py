@@ -406,7 +406,7 @@ class DDPM(AncestralSampling, ImageLog, nn.Module):
         return "train" if self.training else "val"
 
     def p_losses(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, dict]:
-        """Noise pictures to levels t and compare the network's answer with what it should be.
+        """Noise pictures to levels t and compare the network's output with its target.
 
         Returns:
             the loss (), and {"<split>/loss_simple", "<split>/loss_vlb", "<split>/loss"} to log.
@@ -586,7 +586,7 @@ def _seed_averages(model: DDPM, keys: Any) -> None:
 
 
 class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
-    """Diffusion on the latents of a first stage, conditioned on what a condition stage makes of a caption.
+    """Diffusion on the latents of a first stage, conditioned on a condition stage's encoding of captions.
 
     Takes CompVis's keywords, and those of DDPM behind them.
 
@@ -968,7 +968,7 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
     def p_losses(
         self, x_start: Tensor, cond: Any, t: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, dict]:
-        """Noise latents to levels t and compare the network's answer with what it should be.
+        """Noise latents to levels t and compare the network's output with its target.
 
         Returns:
             the loss (), and {"<split>/loss_simple", "<split>/loss_vlb", "<split>/loss"} to log, with
@@ -1164,7 +1164,7 @@ def _check_options(
 
 
 def _dropping_rules(rules: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Hold ucg_training's rules, a {"p": probability, "val": replacement} for each key, against what they may be."""
+    """Check ucg_training's rules, a {"p": probability, "val": replacement} for each key."""
     read = {}
     for key, rule in rules.items():
         where = f"ucg_training.{key}"

@@ -96,7 +96,7 @@ def run_levels(
     step: Callable[[Tensor, Level], tuple[Tensor, Tensor]],
     before: Callable[[Tensor, Level], Tensor] | None = None,
 ) -> Iterator[Step]:
-    """Walk a sample through levels, in the order given, and yield each step. The only loop of this package.
+    """Take a sample through levels, in the order given, and yield each step. The only loop of this package.
 
     Args:
         x: (b, ...) sample at the first level.

@@ -65,7 +65,7 @@ class ScheduleSampler(ABC):
 
 
 def record_losses(sampler: ScheduleSampler, t: Tensor, losses: Tensor) -> None:
-    """Let a sampler that learns from losses (b,) at levels t (b,) do so, and keep those that are not finite from it.
+    """Update a sampler that learns from losses with finite losses (b,) at levels t (b,); drop the others.
 
     The training step that such a loss belongs to is skipped.
     """

@@ -115,7 +115,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path, transformer: nn.Module) -> dict[str, Tensor]:
-    """Read the text encoder's tensors from a safetensors file, each of them accounted for.
+    """Read the text encoder's tensors from a safetensors file; none may be missing or unknown.
 
     Keys may begin with `text_model.` (transformers 4 and v1 checkpoints) or not (transformers 5.6 and later).
     The other half of a whole CLIP, the projections and the constant position_ids are left in the file.

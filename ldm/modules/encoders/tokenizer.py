@@ -259,7 +259,7 @@ def _check_complete(vocab: dict[str, int], needed: set[str], path: Path) -> None
 
 
 def check_tokenizer(tokenizer: CleaningTokenizer, vocab_size: int) -> None:
-    """Hold a tokenizer against what it is for.
+    """Check that a tokenizer fits its text encoder.
 
     With transformers 5 a tokenizer that found no files has two tokens and reads every letter as unknown,
     without an error; no tokenizer of this package goes unchecked.
