@@ -31,7 +31,7 @@ _WORD = re.compile(rf"[^\W_]+(?:['\u2019][^\W_]+)*|[^\w\s{re.escape(string.punct
 def unseen_words(known: frozenset[str], texts: Iterable[str]) -> list[str]:
     """List the words of texts that are not among the known ones, each once, in their order.
 
-    Figures and names that are other programs' syntax, `about_syntax` tells of: the 1.3 of "(red:1.3)" is no word.
+    Figures and names that are other programs' syntax are left to `about_syntax`: the 1.3 of "(red:1.3)" is no word.
     """
     found: dict[str, None] = {}
     for text in dict.fromkeys(texts):

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.checkpoints.write import sync_folder
 from ldm.containers import WANTED, check_tiff, read_exif, read_file, read_xmp
 from ldm.errors import FormatError, NumericError, OutputError, UsageError
 
@@ -313,7 +314,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _turned(image: Image.Image, orientation: int) -> Image.Image:
-    """Undo an EXIF orientation of 2 to 8, and forget what told of it."""
+    """Undo an EXIF orientation of 2 to 8, and remove the texts that gave it."""
     from PIL.Image import Transpose
 
     ways = (
@@ -445,7 +446,7 @@ def _encoded(image: Image.Image, info: PngInfo | None, name: str) -> Callable[[B
         image.save(buffer, format="PNG", pnginfo=info)
     elif info is None:
         image.save(buffer, format=kind, quality=QUALITY, exif=b"")
-    else:  # a picture of ours tells of itself
+    else:  # a Painted one adds its metadata itself
         image.save(buffer, format=kind, quality=QUALITY)
     return lambda file: file.write(buffer.getbuffer())
 
@@ -486,7 +487,7 @@ def _place(write: Callable[[BinaryIO], object], folder: Path, names) -> Path:
                 _claim(part, name)
             except FileExistsError:
                 continue
-            _sync_folder(folder)
+            sync_folder(folder)
             return name
     except OSError as error:
         raise _cannot(folder, error) from None
@@ -506,16 +507,6 @@ def _claim(part: Path, name: Path) -> None:
         # No hard links here (vfat, some network mounts): reserve the name, then move the whole file onto it.
         os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         os.replace(part, name)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the new name itself to disk, where folders can be opened."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 # --- previews -------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def to_infotext(parameters: Mapping[str, Any]) -> str:
     values["rng"] = {"image": "CPU", "compvis": "CompVis"}.get(values.get("rng"), values.get("rng"))
     if not values.get("eta"):
         values["eta"] = None
-    # Knobs that are off say nothing, so that other programs' readers are told of nothing they do not know.
+    # Options that are off are left out, so that other programs' readers meet no key that they do not know.
     low, high = values.get("guidance_interval") or (0, 1)
     values["guidance_interval"] = f"{low} to {high}" if (low, high) != (0, 1) else None
     if values.get("cache_interval", 1) == 1:
@@ -214,28 +214,28 @@ class Painted(Image.Image):
     size) is another picture and says nothing.
 
     Attributes:
-        told: gives the parameters. They are asked for when they are needed: the hash of a model file takes seconds.
+        get_parameters: gives them when they are needed, and no earlier: the hash of a model file takes seconds.
     """
 
-    told: Callable[[], Mapping[str, Any]]
+    get_parameters: Callable[[], Mapping[str, Any]]
 
     @classmethod
-    def of(cls, image: Image.Image, told: Callable[[], Mapping[str, Any]]) -> Painted:
+    def of(cls, image: Image.Image, get_parameters: Callable[[], Mapping[str, Any]]) -> Painted:
         """Take over a picture's pixels."""
         painted = cls()
         painted.__dict__ |= image.__dict__
-        painted.told = told
+        painted.get_parameters = get_parameters
         return painted
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
-        """Save as PIL does; `pnginfo` or `exif` that is given, be it None or empty, replaces what would be told."""
+        """Save as PIL does; `pnginfo` or `exif` that is given, be it None or empty, replaces the metadata."""
         name = fp if isinstance(fp, str | bytes | os.PathLike) else getattr(fp, "name", "")
         name = os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else ""
         kind = (format or _FORMATS.get(PurePath(name).suffix.lower(), "")).upper()
         if kind == "PNG" and "pnginfo" not in params:
-            params["pnginfo"] = png_info(self.told())
+            params["pnginfo"] = png_info(self.get_parameters())
         elif kind in ("JPEG", "WEBP") and "exif" not in params:
-            exif = write_comment(to_infotext(self.told()))
+            exif = write_comment(to_infotext(self.get_parameters()))
             if kind == "JPEG" and len(exif) > MAX_SEGMENT:
                 log.warning(
                     "a JPEG holds texts up to 32,000 characters; this one is saved without its metadata"
@@ -246,7 +246,7 @@ class Painted(Image.Image):
 
     def copy(self) -> Painted:
         """Copy the picture with what it says."""
-        return Painted.of(super().copy(), self.told)
+        return Painted.of(super().copy(), self.get_parameters)
 
     __copy__ = copy
 
@@ -258,17 +258,17 @@ class Painted(Image.Image):
     __hash__ = None
 
     def __getstate__(self) -> list[Any]:
-        return [*super().__getstate__(), self.told]
+        return [*super().__getstate__(), self.get_parameters]
 
     def __setstate__(self, state: list[Any]) -> None:
-        *state, self.told = state
+        *state, self.get_parameters = state
         super().__setstate__(state)
 
 
 def _plain(painted: Painted) -> Image.Image:
     image = Image.Image()
     image.__dict__ |= painted.__dict__
-    del image.told
+    del image.get_parameters
     return image
 
 
@@ -286,7 +286,7 @@ def read_metadata(picture: str | os.PathLike | Image.Image) -> dict[str, Any]:
         AbsentError, FormatError: the file is not there or is no picture. UsageError: neither a path nor a picture.
     """
     if isinstance(picture, Painted):
-        texts = {"ldm": to_chunk(picture.told())}
+        texts = {"ldm": to_chunk(picture.get_parameters())}
     elif isinstance(picture, Image.Image):
         exif = picture.info.get("exif")
         texts = {**(read_exif(exif)[0] if isinstance(exif, bytes) else {}), **picture.info}

@@ -1,4 +1,4 @@
-"""StableDiffusion: a model file loaded, moved, made faster, and asked for pictures."""
+"""StableDiffusion: a model file loaded, moved, made faster, and the methods that paint with it."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def check_request(
         merge_ratio: 0 to 0.75, the share of tokens that are merged before the finest self-attentions;
             merge_seed draws which ones may be merged into. All five: docs/knobs.md.
         eta: 0 to 1, fresh noise in each DDIM step.
-        seed: image i has seed + i; a list names each; None, -1 and "random" draw one, which the result tells.
+        seed: image i has seed + i; a list names each; None, -1 and "random" draw one, which is in the result's seeds.
             0 to 2^64 - 1, of which the generator on the CPU keeps 32 bits: 2^32 + 5 paints what 5 paints.
         batch_size: how many are painted at once; no image depends on it but for rounding (rng="image"). "auto" is
             fast for many small pictures: as many as have together the latent cells of one of 512 x 512, 16 at most.
@@ -338,7 +338,7 @@ def read_pictures(
                 "an image given as a tensor must be floating point from -1 (black) to 1 (white), "
                 f"got {dtype_name(pixels.dtype)} up to {most:g}; bytes x are 2 * (x / 255) - 1"
             )
-        kept = pictures.given_unit(pixels.cpu())
+        original = pictures.given_unit(pixels.cpu())
         pixels = pixels.float().cpu()
     else:
         image = _open("image", image)
@@ -348,7 +348,7 @@ def read_pictures(
         if tuple(sides) != image.size:
             log.info("the picture was resized from %s to %s", image.size, tuple(sides))
         pixels = pictures.to_tensor(pictures.fit_size(pictures.to_rgb(image), f, tuple(sides)))
-        kept = pictures.given_unit(pixels)
+        original = pictures.given_unit(pixels)
     marks = None
     if mask is not None:
         at = (pixels.shape[3], pixels.shape[2])
@@ -363,7 +363,7 @@ def read_pictures(
             marks = pictures.to_mask(mask, at)
         if not marks.any():
             raise UsageError("the mask marks nothing; paint white what is to be repainted")
-    return pixels, kept, marks, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:10]
+    return pixels, original, marks, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:10]
 
 
 def _as_picture(name: str, value: Tensor, channels: int) -> Tensor:

@@ -102,7 +102,7 @@ class GenerationResult:
         return [to_infotext(self.metadata(i)) for i in range(len(self))]
 
     def grid(self, nrow: int | None = None) -> Image.Image:
-        """Lay the pictures out as one, nrow in a row (default: near a square); saved, it tells of its first."""
+        """Lay the pictures out as one, nrow in a row (default: near a square), with the metadata of its first."""
         grid = pictures.grid(self._pil(), nrow)
         return painted([grid], self.parameters[:1], self.model_file)[0]
 
@@ -216,7 +216,7 @@ class Progress:
         return f"Progress(step {self.step} of {self.steps}, {place}{done})"
 
     def preview(self) -> list[Image.Image]:
-        """Paint what is to come, small and at once, by a linear stand-in for the decoder."""
+        """Paint what is to come, small and at once, by a linear approximation of the decoder."""
         return self.preview_of(self.pred_x0)
 
 

@@ -49,7 +49,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.chmod(part, _usual_mode(path))
             os.replace(part, path)
             part = None
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OutputError:
         raise
     except OSError as error:
@@ -85,7 +85,7 @@ def _literal(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Put the new name on disk too; not every system lets a folder be opened for that."""
     with contextlib.suppress(OSError):
         number = os.open(folder, os.O_RDONLY)

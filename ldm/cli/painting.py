@@ -254,5 +254,5 @@ def _save_grids(
         part = finished[start : start + at_most]
         of_first = part[0][1]
         info = None if args.no_metadata else png_info(of_first)
-        whole = Painted.of(grid([image for image, _ in part], nrow), lambda told=of_first: told)
+        whole = Painted.of(grid([image for image, _ in part], nrow), lambda parameters=of_first: parameters)
         say(str(save_numbered(whole, outdir, "grid-{:04}" + FORMATS[args.format], info)))

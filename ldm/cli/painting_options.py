@@ -218,10 +218,10 @@ def _add_output(group: argparse._ArgumentGroup, outdir: str) -> None:
     group.add_argument(
         "--n_rows", type=integer(0, 1024), default=0, help="pictures in a grid row; 0 = n_samples"
     )
-    group.add_argument("--no_metadata", action="store_true", help="pictures tell nothing about their making")
+    group.add_argument("--no_metadata", action="store_true", help="save no metadata in the pictures")
 
 
-# What a picture tells of its making -> the option that says it. What no option says goes to the plan as it is.
+# A parameter in a picture's metadata -> the option that sets it; LIKE_ALSO go to StableDiffusion.plan as they are.
 LIKE = {
     "prompt": "prompt",
     "negative_prompt": "negative_prompt",
@@ -252,13 +252,13 @@ class _PaintingParser(Parser):
     def _repeat(self, found: argparse.Namespace, given: set[str]) -> None:
         from ldm.metadata import read_metadata
 
-        told_by = read_metadata(found.like)
-        if not told_by.get("prompt") and "seed" not in told_by:
+        parameters = read_metadata(found.like)
+        if not parameters.get("prompt") and "seed" not in parameters:
             raise FormatError(
                 f"--like '{found.like}' does not say how it was painted; give a picture that does"
             )
-        if told_by.get("mode") in ("img2img", "inpaint") and not hasattr(found, "strength"):
-            script = told_by["mode"]
+        if parameters.get("mode") in ("img2img", "inpaint") and not hasattr(found, "strength"):
+            script = parameters["mode"]
             raise UsageError(
                 f"--like '{found.like}' was painted from another picture; use {script}.py and give that one "
                 "as --init-img"
@@ -268,15 +268,15 @@ class _PaintingParser(Parser):
         if given & {"plms", "dpm_solver"}:
             given = given | {"sampler"}
         for name, option in LIKE.items():
-            value = told_by.get(name)
+            value = parameters.get(name)
             if option in given or value is None or not hasattr(found, option):
                 continue
             if name == "rng" and value not in RNGS:  # A1111's word for where it draws
                 continue
             setattr(found, option, value)
-        found.like_also = {name: told_by[name] for name in LIKE_ALSO if told_by.get(name) is not None}
-        if told_by.get("rng") == "compvis" and told_by.get("batch_index"):
+        found.like_also = {name: parameters[name] for name in LIKE_ALSO if parameters.get(name) is not None}
+        if parameters.get("rng") == "compvis" and parameters.get("batch_index"):
             say(
-                f"{found.like}: was number {told_by['batch_index'] + 1} of its batch, and depends on that place; what "
-                "is painted here is the first"
+                f"{found.like}: was number {parameters['batch_index'] + 1} of its batch, and depends on that place; "
+                "what is painted here is the first"
             )

@@ -197,11 +197,11 @@ class StableDiffusionPipeline:
                 f"DDIMScheduler.from_config(pipe.scheduler.config); got {type(scheduler).__name__}"
             )
         config = getattr(scheduler, "config", {})
-        told = config.get("prediction_type", "epsilon") if isinstance(config, dict) else "epsilon"
-        if told != "epsilon":
+        prediction = config.get("prediction_type", "epsilon") if isinstance(config, dict) else "epsilon"
+        if prediction != "epsilon":
             raise UsageError(
                 f"this pipeline's UNet answers with noise, whatever it was trained for, but the scheduler's "
-                f"prediction_type is {told!r:.40}; make it with from_config(pipe.scheduler.config)"
+                f"prediction_type is {prediction!r:.40}; make it with from_config(pipe.scheduler.config)"
             )
         table, own = getattr(scheduler, "alphas_cumprod", None), self.sd.model.alphas_cumprod.cpu()
         if isinstance(table, Tensor) and (
@@ -286,13 +286,13 @@ class StableDiffusionPipeline:
     enable_sequential_cpu_offload = enable_model_cpu_offload
 
     def _set_memory(self, **options: Any) -> None:
-        """Change what optimize() was asked for by this pipeline's switches; with all of them off, undo it."""
-        asked = {name: value for name, value in {**self._memory_options, **options}.items() if value}
-        if asked:
-            self.sd.optimize(**asked)
+        """Change the options of optimize() that this pipeline's switches set; with all of them off, undo it."""
+        wanted = {name: value for name, value in {**self._memory_options, **options}.items() if value}
+        if wanted:
+            self.sd.optimize(**wanted)
         elif self._memory_options:
             restore(self.sd.model)
-        self._memory_options = asked
+        self._memory_options = wanted
 
     def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True) -> None:
         """Write a folder in diffusers' layout; see StableDiffusion.save.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm.checkpoints import folders
 from ldm.errors import UsageError, nearest
+from ldm.limits import SHARE, real
 from ldm.models.diffusion import scheduler
 from ldm.process.prediction import to_eps, to_x0
 from ldm.process.schedule import NoiseSchedule
@@ -205,12 +206,11 @@ class DDIMScheduler(scheduler.DDIMScheduler):
         """
         if self.num_inference_steps is None:
             raise UsageError("step needs to know how many steps there are; call set_timesteps(n) first")
-        if not 0 <= eta <= 1:
-            raise UsageError(f"eta must be from 0 to 1, got {eta}")
-        told = timestep.item() if isinstance(timestep, Tensor) else timestep  # one wait for a GPU, not three
-        t = int(told)
-        if t != told or not 0 <= t < len(self):
-            raise UsageError(f"level {told:g} is no level of this schedule, 0 to {len(self) - 1}")
+        real("eta", eta, *SHARE)
+        level = timestep.item() if isinstance(timestep, Tensor) else timestep  # one wait for a GPU, not three
+        t = int(level)
+        if t != level or not 0 <= t < len(self):
+            raise UsageError(f"level {level:g} is no level of this schedule, 0 to {len(self) - 1}")
         lower = t - len(self) // self.num_inference_steps
         alpha_bar, below = self._alpha_bar[t], self._alpha_bar[lower] if lower >= 0 else self._final
         kind = folders.PREDICTIONS[self.config.prediction_type]

@@ -185,7 +185,7 @@ def test_what_a_scheduler_cannot_do_is_said(act, words):
 def test_steps_from_no_level_are_refused(t, eta):
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(10)
-    with pytest.raises(UsageError, match="is no level of this schedule|eta must be from 0 to 1"):
+    with pytest.raises(UsageError, match="is no level of this schedule|eta must be a number from 0 to 1"):
         scheduler.step(torch.ones(1, 1), t, torch.ones(1, 1), eta=eta)
 
 
