@@ -269,6 +269,11 @@ class GraphedModule(ForwardWrapper):
         vars(self).update(state)
         self._reset()
 
+    @property
+    def captured(self) -> list[bool]:
+        """Whether each signature of a call of the network, as it is now, has a graph; that of the last call is last."""
+        return [entry.replay is not None for _, shapes in self._states[:1] for entry in shapes.values()]
+
     def try_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         values, form = tree_flatten((args, kwargs))
         given = [value for value in values if type(value) is Tensor]
