@@ -182,7 +182,7 @@ def _check_tables(model: nn.Module, report: LoadReport, source: Weights) -> None
         theirs = source.read(name)
         if ours is None:
             continue
-        if theirs.dtype.itemsize == 1:  # 8 bits say too little of a schedule to hold it against another
+        if theirs.dtype.itemsize == 1:  # too few digits to compare schedules
             continue
         ours = torch.as_tensor(ours, dtype=torch.float64)
         if ours.numel() != theirs.numel():

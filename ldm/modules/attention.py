@@ -175,7 +175,7 @@ class CrossAttention(ProcessorInterface, nn.Module):
     """Attention from x to a context, or to x itself where none is given.
 
     Attributes:
-        processor: answers in the attention's place, by diffusers' contract (ldm.modules.processors); None = nobody.
+        processor: called in place of the attention, by diffusers' contract (ldm.modules.processors), or None.
 
     Args:
         query_dim: features of x.
@@ -286,7 +286,7 @@ class SpatialTransformer(nn.Module):
         use_checkpoint: recompute the blocks in the backward pass instead of keeping their activations.
 
     Attributes:
-        entering: a slot (ldm.modules.seams): called with the map that comes in; None = nobody.
+        entering: a slot (ldm.modules.seams): called with the input map, or None.
 
     forward takes x (b, in_channels, h, w) and context (b, n, context_dim), or a list of one for each block.
     """
