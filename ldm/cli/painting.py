@@ -136,7 +136,6 @@ def check(args: argparse.Namespace, *sources: dict[str, Any]) -> list[Group]:
             "--lowvram moves weights that --compile's code expects to stay; leave one of the two out"
         )
     if args.config is not None:
-        refuse_elsewhere("--config", args.config, hub=False)
         find_config(args.config)
     for name in ("ckpt", "vae", "tokenizer", "from_file"):  # open_image says so of pictures
         given = getattr(args, name)
@@ -255,4 +254,5 @@ def _save_grids(
         of_first = part[0][1]
         info = None if args.no_metadata else png_info(of_first)
         whole = Painted.of(grid([image for image, _ in part], nrow), lambda parameters=of_first: parameters)
-        say(str(save_numbered(whole, outdir, "grid-{:04}" + FORMATS[args.format], info)))
+        path = save_numbered(whole, outdir, "grid-{:04}" + FORMATS[args.format], info)
+        say(f"{path}")
