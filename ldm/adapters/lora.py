@@ -77,8 +77,8 @@ WeightFunction = Callable[[Tensor], Tensor]
 @torch.no_grad()
 def _changed(delta: WeightFunction, strength: float, weight: Tensor) -> Tensor:
     """W + strength * dW, computed in float32 and given in W's dtype; float64 is kept for the sum."""
-    wide = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
-    return (wide + strength * delta(wide.float())).to(weight.dtype)
+    wide = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32, copy=True)
+    return wide.add_(delta(wide.float()), alpha=strength).to(weight.dtype)
 
 
 class LoraFile:
@@ -140,7 +140,8 @@ class LoraFile:
     def _keys(self, infos: Mapping[str, TensorInfo]) -> dict[str, Key]:
         """Take all keys apart; MismatchError for what is no LoRA of Stable Diffusion v1, by its name."""
         family = family_of(infos)
-        if family not in ("LoRA", "unknown") and not any(_has_own_role(name) for name in infos):
+        alike = family in ("LoRA", "unknown") or any(_has_own_role(name) for name in infos)
+        if not alike or family in ("IP-Adapter", "ControlNet"):  # which may hold factors of their own
             words = REFUSED.get(family, "a full Stable Diffusion v1 model")
             raise self.misfit(f"a LoRA was wanted, and this is {words}")
         if found := foreign_base(infos):

@@ -129,6 +129,7 @@ _FOREIGN = {
         r"|transformer_blocks[._]\d+[._](attn[._]|ff_context|norm1_context)",
         "Stable Diffusion XL": r"(^|[._])(te2|text_encoder_2|clip_g|add_embedding|label_emb)[._]"
         r"|transformer_blocks[._][1-9]\d*[._]attn[12]",
+        "AnimateDiff's motion modules": r"(^|[._])(motion_modules|temporal_transformer)[._]",
         "Stable Diffusion v2": r"text_model[._]encoder[._]layers[._](1[2-9]|2\d)[._]",
     }.items()
 }

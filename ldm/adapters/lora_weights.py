@@ -94,14 +94,16 @@ def scale_of(parts: Parts, rank: int | None) -> float:
 
 
 def _finished(parts: Parts, delta: Tensor, weight: Tensor, rank: int | None) -> Tensor:
-    """Add the tensor `bias`, which is of the weight's shape (A1111), scale, and let DoRA take the sum.
+    """Add the tensor `bias`, which is of the weight's shape (A1111), scale in place, and let DoRA take the sum.
 
     LoHa and LoKr are scaled once, as LyCORIS's forward, A1111 and ComfyUI do; its get_merged_weight does it twice.
     """
     delta = delta.reshape(weight.shape)
     if "bias" in parts:
         delta = delta + parts["bias"].float().reshape(weight.shape)
-    delta = delta * scale_of(parts, rank)
+    delta.mul_(
+        scale_of(parts, rank)
+    )  # in memory of its own; new memory for each step would take as long as the product
     return dora(parts["dora_scale"].float(), weight, delta) if "dora_scale" in parts else delta
 
 
@@ -252,7 +254,7 @@ def lokr_sizes(parts: Parts, kernel: int) -> tuple[int, int]:
 
 def full_delta(parts: Parts, weight: Tensor) -> Tensor:
     """The difference itself."""
-    return _finished(parts, parts["diff"].float(), weight, None)
+    return parts["diff"].float().reshape(weight.shape) * scale_of(parts, None)
 
 
 def full_sizes(parts: Parts, kernel: int) -> tuple[int, int]:

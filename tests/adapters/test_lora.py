@@ -193,11 +193,22 @@ def test_norms_biases_and_whole_differences_change_weights_and_biases(tmp_path, 
             + ("out.2.weight", "out.2.bias")
         }
     )
-    for key, name in lora.report(model).assigned.items():
+    for key, name in 2 * list(
+        lora.report(model).assigned.items()
+    ):  # twice: the file's tensors stay as they are
         old = weight_of(*shapes[name])
         torch.testing.assert_close(
             changes[name](old), old - 0.5 * 0.3 * keyed_input(f"file.{key}", tensors[key])
         )
+
+
+def test_an_inpainting_model_s_first_convolution_changes_in_its_first_4_channels(tmp_path, model):
+    path = write_lora(tmp_path / "in.safetensors", SOUND)
+    name = f"{UNET}input_blocks.0.0.weight"
+    wide = weight_of(320, 9, 3, 3)
+    changed = LoRA(path, 0.5).deltas(skeleton(v1_shapes(in_channels=9)))[name](wide)
+    assert torch.equal(changed[:, 4:], wide[:, 4:])
+    torch.testing.assert_close(changed[:, :4], LoRA(path, 0.5).deltas(model)[name](wide[:, :4]))
 
 
 # --- strengths -----------------------------------------------------------------------------------------------------
@@ -222,15 +233,13 @@ def test_strengths_of_unet_and_text_encoder(file, model):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_weights_keep_their_dtype_and_are_rounded_once(file, model, dtype):
     weight = weight_of(320, 1280).to(dtype)
-    change = LoRA(file, 0.7).deltas(model)[f"{FF}.weight"]
-    changed = change(weight)
+    kept = weight.clone()
+    changed = LoRA(file, 0.7).deltas(model)[f"{FF}.weight"](weight)
+    assert torch.equal(weight, kept)
     assert changed.dtype == dtype and not changed.requires_grad
-    exact = weight.double() + 0.7 * (change(torch.zeros(320, 1280)).double() / 0.7)
-    if dtype is torch.float64:
-        torch.testing.assert_close(changed, exact, rtol=1e-12, atol=1e-12)
-    else:
-        wide = (weight.float() + change(torch.zeros(320, 1280))).to(dtype)
-        assert torch.equal(changed, wide)
+    delta = LoRA(file).deltas(model)[f"{FF}.weight"](torch.zeros(320, 1280))
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    assert torch.equal(changed, torch.add(weight.to(wide), delta, alpha=0.7).to(dtype))
 
 
 def test_what_has_no_strength_changes_nothing(file, model):
@@ -393,6 +402,11 @@ BAD_FILES = [
     ({"emb_params": (3, 768)}, MismatchError, "this is a textual-inversion embedding"),
     ({FULL: (8, 4, 3, 3), "first_stage_model.quant_conv.weight": (8, 8)}, MismatchError, "and this is a "),
     ({"control_model.input_hint_block.0.weight": (16, 3, 3, 3)}, MismatchError, "this is a ControlNet"),
+    (
+        {"ip_adapter.1.to_k_ip.weight": (8, 8), "ip_adapter.0.to_q_lora.down.weight": (4, 8)},
+        MismatchError,
+        "this is an IP-Adapter",
+    ),
     (
         {**SOUND, "lora_unet_conv_in.lora_sideways.weight": (2, 2)},
         MismatchError,

@@ -141,6 +141,11 @@ FOREIGN = [
     ("transformer.transformer_blocks.0.attn.add_k_proj.lora_A.weight", (4, 8), "Stable Diffusion 3"),
     ("lora_unet_double_blocks_0_img_attn_qkv.alpha", (), "Flux"),
     ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", (4, 8), "Flux"),
+    (
+        "down_blocks.0.motion_modules.0.temporal_transformer.proj_in.lora.down.weight",
+        (4, 320),
+        "AnimateDiff's motion modules",
+    ),
     (f"lora_unet_{DOWN}.lora_down.weight", (4, 768), None),
     (f"lora_unet_{DOWN}.lora_up.weight", (1024, 4), None),
     (
