@@ -170,7 +170,7 @@ def lora_sizes(parts: Parts, kernel: int) -> tuple[int, int]:
 
 def _tucker(core: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """A core (r, r, k, k) with factors (r, out) and (r, in) as (out, in, k, k); LyCORIS's Tucker form."""
-    return torch.einsum("ijkl,ip,jr->prkl", core.float(), rows.float(), columns.float())
+    return torch.einsum("ijkl,ip,jr->prkl", core.float(), _matrix(rows), _matrix(columns))
 
 
 def loha_delta(parts: Parts, weight: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def loha_sizes(parts: Parts, kernel: int) -> tuple[int, int]:
             sizes.add((len(a), b[0].numel()))
         else:
             _require(core.dim() == 4 and core.shape[:2] == (len(a), len(b)), parts, *roles)
-            sizes.add((a.shape[1], b.shape[1] * math.prod(core.shape[2:])))
+            sizes.add((a[0].numel(), b[0].numel() * math.prod(core.shape[2:])))
     _require(len(sizes) == 1, parts, *roles)
     return sizes.pop()
 
@@ -216,9 +216,10 @@ def _lokr_half(parts: Parts, one: str) -> Tensor:
 
 def lokr_delta(parts: Parts, weight: Tensor) -> Tensor:
     """The Kronecker product of w1 and w2, each whole or as a product; alpha counts only if one is a product."""
-    first, second = _lokr_half(parts, "1"), _lokr_half(parts, "2")
-    first = first.reshape(*first.shape, *(1,) * (second.dim() - first.dim()))
-    return _finished(parts, torch.kron(first, second.contiguous()), weight, lokr_rank(parts))
+    first, second = _matrix(_lokr_half(parts, "1")), _matrix(_lokr_half(parts, "2"))
+    # Not torch.kron, which fails on the strides of some convolutions of 1 x 1.
+    product = first[:, None, :, None] * second[None, :, None, :]
+    return _finished(parts, product, weight, lokr_rank(parts))
 
 
 def lokr_rank(parts: Parts) -> int | None:
@@ -503,6 +504,8 @@ def check_fit(family: Family, parts: Parts, shape: tuple[int, ...]) -> tuple[int
     Raises:
         UnfitError: they are for a weight of another shape.
     """
+    if len(shape) < 2 and family not in (FULL, NORM, IA3):
+        raise UnfitError(f"{family.name} is for matrices and convolutions, not a weight of {_sizes(shape)}")
     rows, columns = family.sizes(parts, math.prod(shape[2:]))
     shape = _plain_shape(shape, columns)
     if rows not in (None, shape[0]) or columns not in (None, math.prod(shape[1:])):

@@ -181,6 +181,55 @@ def test_kronecker_s_norm_is_the_product_of_the_norms():
     assert math.isclose(delta.norm(), parts["lokr_w1"].norm() * parts["lokr_w2"].norm(), rel_tol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_core_of_any_kernel_makes_kronecker_s_second_factor(kernel):
+    first, core = keyed_input("k1", (3, 2)), keyed_input("t2", (1, 1, kernel, kernel))
+    rows, columns = keyed_input("a", (1, 5)), keyed_input("b", (1, 7))
+    parts = {"lokr_w1": first, "lokr_t2": core, "lokr_w2_a": rows, "lokr_w2_b": columns}
+    delta = weight_delta(family_of(parts), parts, torch.zeros(15, 14, kernel, kernel))
+    wanted = torch.einsum("ac,b,d,kl->abcdkl", first, rows[0], columns[0], core[0, 0])
+    torch.testing.assert_close(delta, wanted.reshape(15, 14, kernel, kernel))
+
+
+def test_factors_may_be_written_as_convolutions():
+    shapes = {"hada_w1_a": (2, 5), "hada_w1_b": (2, 7), "hada_w2_a": (2, 5), "hada_w2_b": (2, 7)}
+    parts = {role: keyed_input(role, shape) for role, shape in shapes.items()}
+    parts |= {role: keyed_input(role, (2, 2, 3, 3)) for role in ("hada_t1", "hada_t2")}
+    weight = torch.zeros(5, 7, 3, 3)
+    flat = weight_delta(family_of(parts), parts, weight)
+    as_convolutions = {
+        role: part.reshape(*part.shape, *(1,) * (4 - part.dim())) for role, part in parts.items()
+    }
+    assert torch.equal(weight_delta(family_of(as_convolutions), as_convolutions, weight), flat)
+
+
+@pytest.mark.parametrize(
+    ("parts", "fits"),
+    [
+        ({"w_norm": (6,)}, True),
+        ({"diff": (6,)}, True),
+        ({"weight": (6,), "on_input": (1,)}, True),
+        ({"lora_up": (6, 2), "lora_down": (2, 1)}, False),
+        ({"oft_blocks": (3, 2, 2)}, False),
+        ({"oft_blocks": (1, 3, 2, 2)}, False),
+        ({"oft_diag": (3, 2, 2)}, False),
+        ({"lokr_w1": (2, 1), "lokr_w2": (3, 1)}, False),
+    ],
+)
+def test_a_norm_s_weight_is_no_matrix(parts, fits):
+    parts = {
+        role: torch.zeros(shape) if role == "on_input" else torch.ones(shape) for role, shape in parts.items()
+    }
+    family, weight = family_of(parts), torch.ones(6)
+    if fits:
+        assert torch.equal(weight_delta(family, parts, weight), torch.ones(6))
+    else:
+        with pytest.raises(
+            UnfitError, match=f"{family.name} is for matrices and convolutions, not a weight of 6"
+        ):
+            weight_delta(family, parts, weight)
+
+
 @pytest.mark.parametrize(
     "parts",
     [
