@@ -21,6 +21,7 @@ from torch import Tensor
 from ldm import images as pictures
 from ldm.adapters.deepcache import DeepCache
 from ldm.adapters.tome import TokenMerging
+from ldm.adapters.use import described, text_scope, unet_attachments
 from ldm.devices import dtype_name
 from ldm.errors import (
     NumericError,
@@ -96,12 +97,15 @@ def encode_prompts(
     wanted = {text for spec in batch for text in (spec.prompt, spec.negative_prompt)}
     for text in known.keys() - wanted:  # a list of many prompts must not fill the memory
         del known[text]
-    context = encode_prompt(model, [spec.prompt for spec in batch], known)
-    unconditional = encode_prompt(model, [spec.negative_prompt for spec in batch], known) if guided else None
-    dropped_words = getattr(model.cond_stage_model, "dropped_words", lambda text: [])
-    dropped = [
-        dropped_words(spec.prompt) + (dropped_words(spec.negative_prompt) if guided else []) for spec in batch
-    ]
+    negatives = [spec.negative_prompt for spec in batch]
+    with text_scope(model, request.adapters):
+        context = encode_prompt(model, [spec.prompt for spec in batch], known)
+        unconditional = encode_prompt(model, negatives, known) if guided else None
+        dropped_words = getattr(model.cond_stage_model, "dropped_words", lambda text: [])
+        dropped = [
+            dropped_words(spec.prompt) + (dropped_words(spec.negative_prompt) if guided else [])
+            for spec in batch
+        ]
     return context, unconditional, dropped
 
 
@@ -310,9 +314,12 @@ class _WithAttachments:
     def apply_model(self, x: Tensor, t: Tensor, cond: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Predict as the model does."""
         on = self._autocast is not None
+        # A model that keeps a moving average paints with it, as CompVis's scripts do.
+        averages = [self._model.model_ema] if self._model.use_ema else []
         for attachment in self._attachments:
             attachment.at(replace(self.step, t=t))
         with (
+            attached(self._model.model, *averages),
             attached(self._model.model.diffusion_model, *self._attachments),
             torch.autocast(x.device.type, dtype=self._autocast, enabled=on),
         ):
@@ -377,6 +384,7 @@ def paint_batch(
 
     # From noise to latents.
     options |= {option: getattr(request, option) for option in DENOISE_OPTIONS}
+    options["adapters"] = unet_attachments(request.adapters)
     for step in denoise(
         model, x_T, context, unconditional_conditioning=unconditional, autocast=autocast, **options
     ):
@@ -413,6 +421,7 @@ def finish_batch(
         **{option: getattr(request, option) for option in (*SHARED_OPTIONS, *DENOISE_OPTIONS)},
         "guidance_interval": list(request.guidance_interval),
         "init_image_hash": request.image_hash,
+        "adapters": described(request.adapters),
         "batch_size": b,
         "model": name,
         **computed_with(model, autocast),

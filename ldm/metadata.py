@@ -50,9 +50,12 @@ KEYS = (
     ("Cache depth", "cache_depth"),
     ("Token merging ratio", "merge_ratio"),
     ("Token merging seed", "merge_seed"),
+    ("Lora hashes", "lora_hashes"),
+    ("TI hashes", "ti_hashes"),
     ("RNG", "rng"),
     ("Version", "version"),
 )
+HASHES = {"Lora hashes": "LoRA", "TI hashes": "Embedding"}  # that are written only: a hash names no file here
 SAMPLER_WORDS = {
     "ddim": "DDIM",
     "plms": "PLMS",
@@ -106,6 +109,9 @@ def to_infotext(parameters: Mapping[str, Any]) -> str:
         values["cache_interval"] = values["cache_depth"] = None
     if not values.get("merge_ratio"):
         values["merge_ratio"] = values["merge_seed"] = None
+    for key, kind in HASHES.items():
+        ours = [one for one in values.get("adapters") or () if one.get("kind") == kind]
+        values[dict(KEYS)[key]] = ", ".join(f"{one['name']}: {one['hash']}" for one in ours) or None
     if values.get("version"):
         values["version"] = f"ldm {values['version']}"
     options = ", ".join(f"{key}: {quote(values[name])}" for key, name in KEYS if values.get(name) is not None)
@@ -140,7 +146,7 @@ def from_infotext(text: str) -> dict[str, Any]:
         value = unquote(raw.strip())
         if key == "Size" and (size := _SIZE.fullmatch(value)):
             found["width"], found["height"] = int(size[1]), int(size[2])
-        elif key in ours and key != "Size":
+        elif key in ours and key not in ("Size", *HASHES):
             found |= _typed(ours[key], words.get(value, value) if key == "Sampler" else value)
         else:
             extra[key] = value

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ldm import images as pictures
+from ldm.adapters.lora import LoRA
+from ldm.adapters.use import check_adapters
 from ldm.advice import FOREIGN_SYNTAX, advice, by_sampler
 from ldm.batches import in_batches
 from ldm.checkpoints.sampling import SamplingDefaults
@@ -50,6 +52,7 @@ class StableDiffusion:
         vae_dtype: what the VAE computes in.
         defaults: what is done where the caller says nothing: the model's own advice, which its configuration may
             hold under `sampling:`, filled up with Stable Diffusion v1's guidance 7.5, 50 steps and the model's size.
+        adapters: what every picture is painted with, besides those of its call; load_lora adds to it.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class StableDiffusion:
             size=advised.size or native_size(model),
             least_steps=by_sampler(advised.least_steps),
         )
-        self._averaged = False
+        self.adapters: list[Any] = []
         self._warned_of: set[str] = set()  # kinds of foreign prompt syntax that were warned of
         self._latent_rgb: tuple[Tensor, Tensor] | None = None
         # Half-precision decoders overflow into black pictures; the VAE is a tenth of the work.
@@ -230,6 +233,25 @@ class StableDiffusion:
         vae = {"tiled_vae": tiled_vae, "sliced_vae": sliced_vae, "vae_graphs": vae_graphs}
         optimize(self.model, compile=compile, low_vram=low_vram, **vae)
         return self
+
+    def load_lora(self, file: str | os.PathLike, weight: float = 1.0, **options: Any) -> LoRA:
+        """Let every picture from now on be painted with a LoRA; `sd.adapters.clear()` takes all off again.
+
+        For one call, give it to that: txt2img(prompt, adapters=[LoRA(file, weight)]).
+
+        Args:
+            file, weight, options: as ldm.adapters.LoRA takes them.
+
+        Returns:
+            the LoRA, the last of `adapters`.
+
+        Raises:
+            As LoRA; MismatchError: it is for another model.
+        """
+        lora = LoRA(file, weight, **options)
+        check_adapters(self.model, [*self.adapters, lora])
+        self.adapters.append(lora)
+        return lora
 
     def save(self, path: str | os.PathLike) -> list[Path]:
         """Write the model for use: `name.safetensors` as one v1 file, or a name without an ending as a folder.
@@ -387,25 +409,23 @@ class StableDiffusion:
         Raises:
             UsageError: a value out of range, or of another kind.
         """
-        return check_request(self.model, self.defaults, prompt, **options)
+        given = options.pop("adapters", ())
+        if self.adapters and isinstance(given, list | tuple):  # another kind is refused below
+            given = (*self.adapters, *given)
+        return check_request(self.model, self.defaults, prompt, adapters=given, **options)
 
     @torch.no_grad()
     def paint(self, request: Request) -> Iterator[Progress]:
         """Paint what plan() checked, batch by batch; a batch that does not fit into memory is halved. See stream()."""
-        if self._averaged:
-            raise UsageError(
-                "this model's moving average paints another stream; finish or close that one first"
-            )
         if request.rng == "compvis":
             seed_everything(request.images[0].seed)
         shared: dict[str, Any] = {}  # what later batches use again
 
         def work(batch: Sequence[ImageSpec], index: int, count: int) -> Iterator[Progress]:
             progress = partial(Progress, batch=index, batches=count, preview_of=self._preview)
-            with self._averages():
-                yield from paint_batch(
-                    self.model, request, batch, shared, progress, self.name, self.file, self.autocast
-                )
+            return paint_batch(
+                self.model, request, batch, shared, progress, self.name, self.file, self.autocast
+            )
 
         def refusal(count: int) -> str:
             return (
@@ -417,19 +437,6 @@ class StableDiffusion:
         yield from in_batches(
             request.images, request.batch_size, work, refusal=refusal, may_halve=request.rng != "compvis"
         )
-
-    @contextlib.contextmanager
-    def _averages(self) -> Iterator[None]:
-        """Paint with the moving average where a model keeps one, as CompVis's scripts do.
-
-        The scope has one place for the present weights, so that a second stream within it would lose them.
-        """
-        self._averaged = self.model.use_ema
-        try:
-            with self.model.ema_scope():
-                yield
-        finally:
-            self._averaged = False
 
 
 # These methods take check_request's options: they are written down once, and help() and completion show them at each.

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ldm import images as pictures
-from ldm.adapters.deepcache import check_cache
-from ldm.adapters.tome import check_merging
+from ldm.adapters.deepcache import DeepCache, check_cache
+from ldm.adapters.tome import TokenMerging, check_merging
+from ldm.adapters.use import PromptWords, check_adapters
 
 # Some of these are for those who import them from here, or from ldm.wish as this module was called.
 from ldm.devices import check_low_vram, dtype_name, pick_device, pick_dtype  # noqa: F401
@@ -103,6 +104,7 @@ class Request:
     output_type: Literal["pil", "np", "pt", "latent"]
     embeds: Tensor | None
     negative_embeds: Tensor | None
+    adapters: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         how = f"{self.sampler}, {self.steps} steps, guidance_scale {self.guidance_scale:g}"
@@ -142,6 +144,7 @@ def check_request(
     output_type: Literal["pil", "np", "pt", "latent"] = "pil",
     prompt_embeds: Tensor | None = None,
     negative_prompt_embeds: Tensor | None = None,
+    adapters: Sequence[Any] = (),
 ) -> Request:
     """Check every part of a request against a model, without painting.
 
@@ -174,9 +177,11 @@ def check_request(
         fixed_code: begin every batch with the same noise, CompVis's --fixed_code.
         output_type: "pil"; "np" (n, height, width, 3) and "pt" (n, 3, height, width) in [0, 1]; "latent".
         prompt_embeds, negative_prompt_embeds: (n, tokens, d) text features that replace the prompts'.
+        adapters: of ldm.adapters: LoRA, Embedding, TokenMerging, DeepCache, any number; docs/adapters.md.
 
     Raises:
         UsageError: a value out of range, or of another kind.
+        MismatchError: an adapter that is for another model.
     """
     rng = choice("rng", rng, ("image", "compvis"))
     if not isinstance(fixed_code, bool | np.bool_):
@@ -197,9 +202,8 @@ def check_request(
         seeds = [seeds[0]] * len(seeds)
     elif fixed_code:
         seeds = [seeds[i % batch_size] for i in range(len(seeds))]
-    unet = model.model.diffusion_model
-    cache_interval, cache_depth = check_cache(unet, cache_interval, cache_depth)
-    merge_ratio, merge_seed = check_merging(unet, merge_ratio, merge_seed)
+    words = [*prompts, *negatives] if prompt_embeds is None else []
+    adapting = check_adapting(model, words, adapters, cache_interval, cache_depth, merge_ratio, merge_seed)
     return Request(
         images=[
             ImageSpec(
@@ -217,16 +221,69 @@ def check_request(
         guidance_scale=real("guidance_scale", guidance_scale, *GUIDANCE_SCALE),
         guidance_rescale=real("guidance_rescale", guidance_rescale, *SHARE),
         guidance_interval=check_interval(guidance_interval),
-        cache_interval=cache_interval,
-        cache_depth=cache_depth,
-        merge_ratio=merge_ratio,
-        merge_seed=merge_seed,
+        **adapting,
         rng=rng,
         fixed_code=fixed_code,
         output_type=choice("output_type", output_type, ("pil", "np", "pt", "latent")),
         embeds=prompt_embeds,
         negative_embeds=negative_prompt_embeds,
     )
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def check_adapting(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    adapters: Any,
+    cache_interval: Any,
+    cache_depth: Any,
+    merge_ratio: Any,
+    merge_seed: Any,
+) -> dict[str, Any]:
+    """Check what is attached to the model, and warn of embeddings that none of the prompts names: they do nothing.
+
+    TokenMerging and DeepCache among the adapters become the options that they stand for.
+
+    Raises:
+        UsageError: one of these twice, or beside its option.
+    """
+    unet = model.model.diffusion_model
+    others: list[Any] = []
+    knobs: dict[str, tuple[Any, Any]] = {}
+    for one in check_adapters(model, adapters):
+        if isinstance(one, TokenMerging):
+            name, values, option, is_off = "merge", (one.ratio, one.seed), "merge_ratio", merge_ratio == 0
+        elif isinstance(one, DeepCache):
+            name, values, option, is_off = (
+                "cache",
+                (one.interval, one.depth),
+                "cache_interval",
+                cache_interval == 1,
+            )
+        else:
+            others.append(one)
+            continue
+        if name in knobs or not is_off:
+            raise UsageError(
+                f"{type(one).__name__} is given twice, in adapters or as {option}; leave one out"
+            )
+        knobs[name] = values
+    merge_ratio, merge_seed = check_merging(unet, *knobs.get("merge", (merge_ratio, merge_seed)))
+    cache_interval, cache_depth = check_cache(unet, *knobs.get("cache", (cache_interval, cache_depth)))
+    words = PromptWords.of(model, others) if prompts else None
+    for embedding in [] if words is None else words.unnamed(model.cond_stage_model, prompts):
+        log.warning(
+            "no prompt names the embedding %s; write %s", embedding.file, " or ".join(embedding.names)
+        )
+    return {
+        "adapters": tuple(others),
+        "cache_interval": cache_interval,
+        "cache_depth": cache_depth,
+        "merge_ratio": merge_ratio,
+        "merge_seed": merge_seed,
+    }
 
 
 def auto_batch_size(height: int, width: int) -> int:

@@ -57,6 +57,7 @@ class GenerationParameters:
     threads: int
     torch: str
     version: str
+    adapters: list[dict[str, Any]] = field(default_factory=list)  # kind, name, weight, hash ... of each
 
 
 @dataclass

@@ -1287,15 +1287,18 @@ def test_the_moving_average_paints_where_a_model_keeps_one(sd):
     assert model.model.diffusion_model.out[2].bias.mean() > 4  # and is back in its place
 
 
-def test_a_second_stream_cannot_lose_the_present_weights(sd):
+def test_streams_of_a_model_with_an_average_may_take_turns(sd):
     painter = StableDiffusion(averaged(sd))
-    first, second = (painter.stream(PROMPT, steps=2) for _ in range(2))
-    next(first)
-    with pytest.raises(UsageError, match="finish or close that one first"):
-        next(second)
-    first.close()
-    assert painter.model.model.diffusion_model.out[2].bias.mean() > 4
-    assert len(painter.txt2img(PROMPT, steps=2)) == 1
+    weights = dict(painter.model.model.named_parameters())
+    alone = [painter.txt2img(PROMPT, steps=3, seed=seed, output_type="latent").latents for seed in (1, 2)]
+    streams = [painter.stream(PROMPT, steps=3, seed=seed, output_type="latent") for seed in (1, 2)]
+    ends: list = [None, None]
+    for _ in range(4):
+        for i, stream in enumerate(streams):
+            ends[i] = next(stream)
+            assert all(p is weights[name] for name, p in painter.model.model.named_parameters())
+    for end, want in zip(ends, alone, strict=True):
+        assert torch.equal(end.result.latents, want)
 
 
 # --- results ---

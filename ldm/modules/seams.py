@@ -90,7 +90,7 @@ class Change:
     """What becomes of one weight.
 
     Args:
-        apply: takes the weight in float32 and gives the new one, of the same shape.
+        apply: takes the weight in float32 and gives the new one, of the same shape (a vocabulary may grow).
         whole: what apply gives, whatever it takes; used as it is where nothing is to be done before or behind.
     """
 
@@ -210,8 +210,11 @@ def _fold(weight: nn.Parameter, changes: tuple[Change, ...]) -> nn.Parameter:
             wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
             for change in changes:
                 wide = change.apply(wide)
-            new = torch.empty_like(weight.detach())  # with the layout that the old one has
-            made[key] = nn.Parameter(new.copy_(wide), requires_grad=False)
+            if wide.shape == weight.shape:  # with the layout that the old one has
+                new = torch.empty_like(weight.detach()).copy_(wide)
+            else:
+                new = wide.to(weight.dtype)
+            made[key] = nn.Parameter(new, requires_grad=False)
     made.move_to_end(key)
     while len(made) > MOST_FOLDED:
         made.popitem(last=False)

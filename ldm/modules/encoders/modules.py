@@ -1,7 +1,9 @@
 """Conditioning: CLIP's and BERT's text encoders, and CompVis's small encoders for classes and images."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,6 +183,9 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         layer_idx: for "hidden": 0 = the embeddings, up to the number of layers; negative counts from the end.
         tokenizer: where the tokenizer is, if not in the folder or inside ldm (see `find_tokenizer`).
 
+    Attributes:
+        extra_tokens: a slot (ldm.modules.seams): an ExtraTokens, whose numbers follow the vocabulary's; None = none.
+
     Raises:
         UsageError: layer, layer_idx or max_length out of range.
         AbsentError: unknown version, or no tokenizer.
@@ -211,6 +216,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         self.max_length = max_length
         self.layer = layer
         self.layer_idx = layer_idx
+        self.extra_tokens = None
         self.tokenizer = find_tokenizer(
             tokenizer, beside=found.beside, vocab_size=config.vocab_size, max_length=max_length
         )
@@ -292,16 +298,22 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not texts:
             raise UsageError(f"prompts must be a string or a list of strings, got {text!r:.80}")
-        encoding = self.tokenizer(
-            list(texts),
-            truncation=True,
-            max_length=self.max_length,
-            return_length=True,
-            return_overflowing_tokens=False,
-            padding="max_length",
-            return_tensors="pt",
-        )
-        full = encoding["attention_mask"].bool().all(dim=1).tolist()  # only such a prompt can be too long
+        if self.extra_tokens is None:
+            encoding = self.tokenizer(
+                list(texts),
+                truncation=True,
+                max_length=self.max_length,
+                return_length=True,
+                return_overflowing_tokens=False,
+                padding="max_length",
+                return_tensors="pt",
+            )
+            ids = encoding["input_ids"]
+            full = encoding["attention_mask"].bool().all(dim=1).tolist()  # only such a prompt can be too long
+        else:
+            rows = [self.word_ids(one) for one in texts]
+            ids = torch.tensor([self._with_marks(row) for row in rows])
+            full = [len(row) > self.max_length - 2 for row in rows]
         for prompt in dict.fromkeys(prompt for prompt, is_full in zip(texts, full, strict=True) if is_full):
             if dropped := self.dropped_words(prompt):
                 named = " ".join(dropped[:_NAMED_WORDS])
@@ -309,19 +321,42 @@ class FrozenCLIPEmbedder(AbstractEncoder):
                 logger.warning(
                     "a prompt is longer than %d tokens, dropped: %s%s", self.max_length - 2, named, more
                 )
-        return encoding["input_ids"]
+        return ids
+
+    def word_ids(self, text: str) -> list[int]:
+        """Turn a prompt into the token numbers of its words, without marks and however many."""
+        ids = self.tokenizer(text, truncation=False, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids if self.extra_tokens is None else self.extra_tokens.replace(ids)
+
+    def _with_marks(self, ids: list[int]) -> list[int]:
+        most, tokenizer = self.max_length - 2, self.tokenizer
+        padding = [tokenizer.pad_token_id] * (most - len(ids))
+        return [tokenizer.bos_token_id, *ids[:most], tokenizer.eos_token_id, *padding]
 
     def dropped_words(self, text: str) -> list[str]:
         """List the words of a prompt that do not fit whole into max_length, as the tokenizer reads them."""
-        ids = self.tokenizer(text, truncation=False, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self.word_ids(text)
         start = self.max_length - 2
         if len(ids) <= start:
             return []
-        tokens = self.tokenizer.convert_ids_to_tokens(ids[: start + 1])
+        extra = (lambda number: None) if self.extra_tokens is None else self.extra_tokens.name_of
+        if extra(ids[start]) is not None:
+            while start > 0 and extra(ids[start - 1]) == extra(ids[start]):
+                start -= 1  # the cut is inside an embedding
+        else:
+            while start > 0 and not self._ends_word(ids[start - 1]):
+                start -= 1  # the cut is inside a word: what is left of it means something else
+        words: list[str] = []
+        for name, run in itertools.groupby(ids[start:], extra):
+            decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
+            words += decode(list(run)).split() if name is None else [name]
+        return words
+
+    def _ends_word(self, number: int) -> bool:
+        if self.extra_tokens is not None and self.extra_tokens.name_of(number) is not None:
+            return True
         marks = (self.tokenizer.bos_token, self.tokenizer.eos_token)
-        while start > 0 and not tokens[start - 1].endswith((WORD_END, *marks)):
-            start -= 1  # the cut is inside a word: what is left of it means something else
-        return self.tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False).split()
+        return self.tokenizer.convert_ids_to_tokens([number])[0].endswith((WORD_END, *marks))
 
 
 class _OnWeights(AbstractEncoder):

@@ -1,0 +1,182 @@
+"""Adapters of a request: whether they fit a model, and what of each is attached to which network."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.adapters.embedding import Embedding
+from ldm.adapters.lora import LoRA
+from ldm.errors import MismatchError, UsageError, escaped, shown
+from ldm.modules.encoders.extra_tokens import ExtraTokens
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.seams import Change, Rank, StepInfo, Undo, attached, fill
+
+MOST_ADAPTERS = 100
+
+
+def check_adapters(model: nn.Module, adapters: Any) -> tuple[Any, ...]:
+    """Return adapters that fit a LatentDiffusion, in their order.
+
+    Raises:
+        UsageError: no sequence of adapters, too many, two that go by the same name in a prompt, or one that this
+            model's networks cannot take.
+        MismatchError: a LoRA with modules that the model does not have, or an embedding of another width.
+    """
+    if isinstance(adapters, str | os.PathLike) or not isinstance(adapters, Sequence):
+        raise UsageError(
+            f"adapters must be a list such as [LoRA('style.safetensors', 0.8)] of ldm.adapters, got {shown(adapters)}"
+        )
+    if len(adapters) > MOST_ADAPTERS:
+        raise UsageError(f"at most {MOST_ADAPTERS} adapters work together, got {len(adapters)}")
+    for one in adapters:
+        if isinstance(one, LoRA):
+            one.deltas(model)
+        elif isinstance(one, Embedding):
+            continue  # together, below
+        elif callable(getattr(one, "attach", None)) and hasattr(one, "rank"):
+            getattr(one, "check", lambda unet: None)(model.model.diffusion_model)
+        else:
+            hint = "; a file is LoRA(file) or Embedding(file)" if isinstance(one, str | os.PathLike) else ""
+            raise UsageError(
+                f"adapters must be those of ldm.adapters, or have a rank and attach, got {shown(one)}{hint}"
+            )
+    PromptWords.of(model, adapters)
+    return tuple(adapters)
+
+
+def described(adapters: Iterable[Any]) -> list[dict[str, Any]]:
+    """Say what of adapters goes into a picture's metadata: the kind of each, and what it says of itself."""
+    return [
+        {"kind": type(one).__name__, **getattr(one, "describe", lambda one=one: {"is": shown(one)})()}
+        for one in adapters
+    ]
+
+
+def unet_attachments(adapters: Iterable[Any]) -> list[Any]:
+    """List what is attached to the UNet."""
+    return [one for one in adapters if not isinstance(one, Embedding)]
+
+
+@contextlib.contextmanager
+def text_scope(model: nn.Module, adapters: Sequence[Any]) -> Iterator[None]:
+    """Let a model encode prompts with its LoRAs and embeddings until the end of the block."""
+    words = PromptWords.of(model, adapters)
+    parts = [one for one in adapters if isinstance(one, LoRA)] + ([] if words is None else words.attachments)
+    if not parts:
+        yield
+        return
+    with attached(model.cond_stage_model, *parts):
+        yield
+
+
+@dataclass(frozen=True)
+class PromptWords:
+    """Embeddings as words of a prompt: their vectors behind the vocabulary's, and their names.
+
+    Attributes:
+        embeddings: in the order of their vectors.
+        tokens: their names' token numbers.
+        attachments: to attach to the text encoder.
+    """
+
+    embeddings: tuple[Embedding, ...]
+    tokens: ExtraTokens
+    attachments: list[Any]
+
+    @classmethod
+    def of(cls, model: nn.Module, adapters: Iterable[Any]) -> PromptWords | None:
+        """Make the words of the embeddings among some adapters; None if there are none.
+
+        Raises:
+            UsageError: the model has no text encoder for them, or two go by the same token.
+            MismatchError: vectors of another width.
+        """
+        embeddings = tuple(one for one in adapters if isinstance(one, Embedding))
+        if not embeddings:
+            return None
+        encoder = model.cond_stage_model
+        if not isinstance(encoder, FrozenCLIPEmbedder):
+            raise UsageError(
+                f"embeddings are for CLIP's text encoder, this model has a {type(encoder).__name__}; leave them out"
+            )
+        name, table = _table_of(encoder)
+        names: dict[tuple[int, ...], tuple[str, list[int]]] = {}
+        owners: dict[tuple[int, ...], Embedding] = {}
+        first = len(table)
+        for embedding in embeddings:
+            if embedding.vectors.shape[1] != table.shape[1]:
+                raise MismatchError(
+                    f"'{escaped(embedding.file)}' has vectors of width {embedding.vectors.shape[1]}, the text "
+                    f"encoder's have width {table.shape[1]}"
+                )
+            numbers = list(range(first, first + len(embedding.vectors)))
+            first += len(embedding.vectors)
+            for word in embedding.names:
+                ids = tuple(encoder.tokenizer(word, add_special_tokens=False)["input_ids"])
+                owner = owners.setdefault(ids, embedding)
+                if owner is embedding:
+                    names[ids] = (word, numbers)
+                elif word == embedding.token:
+                    raise UsageError(
+                        f"'{escaped(owner.file)}' and '{escaped(embedding.file)}' both go by {shown(word)} in a "
+                        "prompt; give one another token"
+                    )
+        tokens = ExtraTokens(names)
+        vectors = torch.cat([embedding.vectors for embedding in embeddings])
+        return cls(embeddings, tokens, [_Vectors(name, vectors), _Names(tokens)])
+
+    def unnamed(self, encoder: FrozenCLIPEmbedder, prompts: Iterable[str]) -> list[Embedding]:
+        """List the embeddings that none of these prompts names."""
+        found: set[int] = set()
+        with attached(encoder, _Names(self.tokens)):
+            for prompt in dict.fromkeys(prompts):
+                found.update(encoder.word_ids(prompt))
+        unnamed, number = [], len(_table_of(encoder)[1])
+        for embedding in self.embeddings:
+            if number not in found:
+                unnamed.append(embedding)
+            number += len(embedding.vectors)
+        return unnamed
+
+
+def _table_of(encoder: FrozenCLIPEmbedder) -> tuple[str, Tensor]:
+    """Find the vocabulary's vectors, (tokens, width), and their name among the encoder's parameters."""
+    name = next(name for name, _ in encoder.named_parameters() if name.endswith("token_embedding.weight"))
+    return name, encoder.get_parameter(name)
+
+
+class _Vectors:
+    """Vectors behind those of a vocabulary, as an attachment."""
+
+    rank = Rank.WEIGHTS
+
+    def __init__(self, name: str, vectors: Tensor):
+        self._changes = {name: Change(lambda table: torch.cat([table, vectors.to(table)]))}
+
+    def changes(self, network: nn.Module) -> dict[str, Change]:
+        return self._changes
+
+    def at(self, step: StepInfo) -> None:
+        """Do nothing: prompts are encoded before the first step."""
+
+
+class _Names:
+    """Names of embeddings, as an attachment."""
+
+    rank = Rank.ATTENTION
+
+    def __init__(self, tokens: ExtraTokens):
+        self._tokens = tokens
+
+    def attach(self, network: nn.Module) -> Undo:
+        return fill(network, "extra_tokens", self._tokens)
+
+    def at(self, step: StepInfo) -> None:
+        """Do nothing: prompts are encoded before the first step."""
