@@ -91,6 +91,7 @@ TEXT_LAYOUTS = {
     "diffusers": "text_encoder.text_model.encoder.layers.3.self_attn.q_proj.lora_linear_layer.{}.weight",
     "PEFT in diffusers": "text_encoder.text_model.encoder.layers.3.self_attn.q_proj.lora_{AB}.weight",
     "PEFT": "base_model.model.text_model.encoder.layers.3.self_attn.q_proj.lora_{AB}.weight",
+    "PEFT of transformers 5": "base_model.model.encoder.layers.3.self_attn.q_proj.lora_{AB}.weight",
     "ComfyUI": "clip_l.transformer.text_model.encoder.layers.3.self_attn.q_proj.lora_{}.weight",
 }
 TEXT_LAYOUT_MODULE = f"{TEXT}encoder.layers.3.self_attn.q_proj"

@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -387,6 +387,16 @@ class LoRA:
             for role, key in change.keys.items():
                 report.assigned[key] = f"{module}.{'bias' if role in lora_weights.OF_BIAS else 'weight'}"
         return report
+
+    def begin(self) -> "LoRA":
+        """Return one for one run of a sampler, which stands at a step of its own; folded weights are shared."""
+        run = replace(self)
+        object.__setattr__(run, "_given", self._given)
+        return run
+
+    def check(self, network: nn.Module) -> None:
+        """Raise MismatchError if it does not fit a network."""
+        self.deltas(network)
 
     def changes(self, network: nn.Module) -> Mapping[str, Change]:
         """The same as `deltas`, at the sampler's step, as `ldm.modules.seams.attached` wants it."""

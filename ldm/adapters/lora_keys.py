@@ -40,6 +40,7 @@ _PREFIX = re.compile(
     r"|transformer[._](?=text_model[._]))"
     r"|(?:lora|lycoris)_(?=[a-z])"
 )
+_TEXT_BODY = re.compile(r"(encoder_layers|embeddings|final_layer_norm)(_|$)")
 _PROCESSOR = re.compile(r"_processor(?=_|$)")
 
 
@@ -71,7 +72,10 @@ def split_key(name: str) -> Key | None:
     while prefix := _PREFIX.match(body):
         network = "unet" if prefix["unet"] else "text" if prefix["text"] else network
         body = body[prefix.end() :]
-    return Key(network, _PROCESSOR.sub("", body.replace(".", "_")), role or MAGNITUDE, module)
+    body = _PROCESSOR.sub("", body.replace(".", "_"))
+    if network is None and _TEXT_BODY.match(body):  # PEFT's prefix says nothing; no UNet has such a module
+        network = "text"
+    return Key(network, body, role or MAGNITUDE, module)
 
 
 class ModuleNames:

@@ -327,6 +327,22 @@ def test_the_same_changes_come_again_until_the_sampler_leaves_its_share(unet, tm
     assert lora.changes(unet) is before
 
 
+def test_two_runs_do_not_see_each_other_s_steps(unet, tmp_path):
+    """But they share what was folded."""
+    lora = LoRA(tiny_file(tmp_path / "one.safetensors", 1)[0], 0.5, end=0.5, blocks={"M00": 2})
+    one, two = lora.begin(), lora.begin()
+    one.at(StepInfo(0, 8))
+    two.at(StepInfo(7, 8))
+    assert one.changes(unet) is lora.changes(unet) and len(one.changes(unet)) == 1
+    assert two.changes(unet) == {} and (two.weight, two.blocks, two.file) == (0.5, {"M00": 2.0}, lora.file)
+
+
+def test_check(unet, file, tmp_path):
+    LoRA(tiny_file(tmp_path / "one.safetensors", 1)[0], 0).check(unet)
+    with pytest.raises(MismatchError, match="style.safetensors': .* not in the model|does not fit"):
+        LoRA(file, 0).check(unet)
+
+
 def test_the_text_encoder_s_changes_stay_the_same_objects(file, model):
     """For what has been folded lives as long as they do."""
     lora = LoRA(file, end=0.5)
