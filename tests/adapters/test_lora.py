@@ -1,5 +1,6 @@
 """LoRA files of every layout are read whole, or refused in one line; and change a model's weights as they say."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -314,6 +315,19 @@ def test_loras_fold_in_order_on_a_network_and_come_off_whole(unet, tmp_path):
     assert module.weight is old
     with attached(unet, LoRA(first, 0.0)):
         assert module.weight is old
+
+
+def test_a_network_answers_as_one_whose_weights_were_changed(unet, tmp_path):
+    lora = LoRA(tiny_file(tmp_path / "one.safetensors", 1)[0], -1.5)
+    merged = copy.deepcopy(unet)
+    for name, change in lora.deltas(merged).items():
+        merged.get_parameter(name).copy_(change(merged.get_parameter(name)))
+    x, t, context = keyed_input("x", (1, 4, 8, 8)), torch.tensor([7]), keyed_input("c", (1, 5, 24))
+    before = unet(x, t, context)
+    with attached(unet, lora):
+        answer = unet(x, t, context)
+    assert torch.equal(answer, merged(x, t, context)) and (answer - before).abs().max() > 1e-3
+    assert torch.equal(unet(x, t, context), before)
 
 
 def test_the_same_changes_come_again_until_the_sampler_leaves_its_share(unet, tmp_path):
