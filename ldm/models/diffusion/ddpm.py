@@ -26,7 +26,10 @@ from ldm.models.autoencoder import VQModelInterface
 from ldm.models.diffusion.ancestral import AncestralSampling, LatentAncestralSampling, first_of
 from ldm.models.diffusion.image_log import ImageLog, LatentImageLog
 from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.distributions.distributions import (
+    DiagonalGaussianDistribution,
+    normal_kl,  # noqa: F401  (CompVis's file has it, which other people's code imports from here)
+)
 from ldm.modules.ema import LitEma
 from ldm.process import gaussian, prediction
 from ldm.process.likelihood import prior_bits_per_dim
