@@ -1,0 +1,368 @@
+"""Tables of sigmas: the noise levels that a run visits, by the names of k-diffusion, A1111 and ComfyUI.
+
+sigma is noise over signal, sqrt((1 - alpha_bar) / alpha_bar), k-diffusion's unit. A model's own sigmas, ascending, are
+`NoiseSchedule.sigma`; level t of the model has the t-th. Everything here is float64. The programs work in float32 and
+agree to a few of its last bits.
+"""
+
+import inspect
+import math
+import re
+from collections.abc import Callable
+from numbers import Real
+
+import numpy as np
+
+from ldm.errors import UsageError, nearest, shown
+from ldm.process.spacing import CONTINUOUS_METHODS, check_steps, continuous_levels
+
+# Align Your Steps, 10 steps for Stable Diffusion v1 (arXiv:2404.14507, with the digits of its how-to page), and the
+# last level of A1111, which has no 11th in the published list.
+ALIGN_YOUR_STEPS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
+
+
+# --- between sigma and the other ways to name a level ----------------------------------------------
+
+
+def sigma_of_alpha_bar(alpha_bar: np.ndarray) -> np.ndarray:
+    """Noise over signal of levels; infinite without signal."""
+    with np.errstate(divide="ignore"):
+        return np.sqrt((1 - alpha_bar) / alpha_bar)
+
+
+def alpha_bar_of_sigma(sigma: np.ndarray) -> np.ndarray:
+    """The fraction of signal variance that levels of these sigmas have, 1 at 0."""
+    return 1 / (1 + np.square(sigma))
+
+
+def log_snr_of_sigma(sigma: np.ndarray) -> np.ndarray:
+    """log(alpha_bar / (1 - alpha_bar)) = -2 log sigma; infinite at sigma 0."""
+    with np.errstate(divide="ignore"):
+        return -2 * np.log(sigma)
+
+
+def sigma_of_t(t: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+    """Interpolate sigma between whole levels, linear in its logarithm: k-diffusion's t_to_sigma.
+
+    Args:
+        t: in levels, fractional; beyond the ends the ends are taken.
+        sigmas: (T,) of the model, ascending, positive and finite.
+    """
+    return np.exp(np.interp(t, np.arange(len(sigmas)), np.log(sigmas)))
+
+
+def t_of_sigma(sigma: np.ndarray, sigmas: np.ndarray, *, discrete: bool = False) -> np.ndarray:
+    """Find the level of a sigma: the inverse of sigma_of_t, k-diffusion's sigma_to_t.
+
+    Args:
+        sigma: positive; beyond the model's ends the ends are taken.
+        sigmas: (T,) of the model, ascending, positive and finite.
+        discrete: the whole level nearest in log sigma (the lower of two as near), int64, instead of a fraction.
+    """
+    if discrete:
+        distances = np.abs(np.log(np.asarray(sigma, dtype=np.float64))[..., None] - np.log(sigmas))
+        return distances.argmin(-1)
+    return np.interp(np.log(sigma), np.log(sigmas), np.arange(len(sigmas)))
+
+
+# --- the tables: n (steps), the model's sigmas (T,), the ends of the run, options; descending -------
+
+
+def _karras(n: int, sigmas: np.ndarray, low: float, high: float, *, rho: float = 7.0) -> np.ndarray:
+    """Evenly spaced in sigma^(1 / rho): Eq. 5 of arXiv:2206.00364."""
+    return _to_zero(np.linspace(high ** (1 / rho), low ** (1 / rho), n) ** rho)
+
+
+def _exponential(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Evenly spaced in log sigma: k-diffusion's get_sigmas_exponential."""
+    return _to_zero(np.exp(np.linspace(math.log(high), math.log(low), n)))
+
+
+def _polyexponential(n: int, sigmas: np.ndarray, low: float, high: float, *, rho: float = 1.0) -> np.ndarray:
+    """A polynomial in log sigma: k-diffusion's get_sigmas_polyexponential."""
+    ramp = np.linspace(1, 0, n) ** rho
+    return _to_zero(np.exp(ramp * (math.log(high) - math.log(low)) + math.log(low)))
+
+
+def _vp(
+    n: int, sigmas: np.ndarray, low: float, high: float, *, beta_d: float = 19.9, beta_min: float = 0.1
+) -> np.ndarray:
+    """The continuous VP process, evenly in time from 1 to 0.001: k-diffusion's get_sigmas_vp.
+
+    Its ends are the process's own, about 152 and 0.01, and not the model's.
+    """
+    t = np.linspace(1, 1e-3, n)
+    return _to_zero(np.sqrt(np.expm1(beta_d * t**2 / 2 + beta_min * t)))
+
+
+def _normal(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Evenly in time, both ends: ComfyUI's and A1111's "normal", A1111's "uniform", k-diffusion's get_sigmas."""
+    return _to_zero(sigma_of_t(np.linspace(*t_of_sigma(np.array([high, low]), sigmas), n), sigmas))
+
+
+def _sgm_uniform(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Evenly in time, without the lower end: of Stability AI's generative-models."""
+    return _to_zero(sigma_of_t(np.linspace(*t_of_sigma(np.array([high, low]), sigmas), n + 1)[:-1], sigmas))
+
+
+def _simple(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Whole levels a T / n apart, rounded towards the noise, from the top: ComfyUI's "simple"."""
+    stride = len(sigmas) / n
+    return _to_zero(sigmas[[-(1 + int(i * stride)) for i in range(n)]])
+
+
+def _ddim(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Whole levels 1, 1 + T // n, ...: "ddim" in A1111, "ddim_uniform" in ComfyUI.
+
+    More than n steps where n does not divide T: 12 for 11 of 1000.
+    """
+    return _to_zero(sigmas[1 :: max(len(sigmas) // n, 1)][::-1])
+
+
+def _beta(
+    n: int, sigmas: np.ndarray, low: float, high: float, *, alpha: float = 0.6, beta: float = 0.6
+) -> np.ndarray:
+    """Whole levels at the quantiles of a beta distribution (arXiv:2407.12173), as ComfyUI has them.
+
+    Levels that repeat are dropped, so that many steps come out fewer.
+    """
+    share = beta_quantile(1 - np.linspace(0, 1, n, endpoint=False), alpha, beta)
+    levels = np.rint(share * (len(sigmas) - 1)).astype(np.int64)
+    return _to_zero(sigmas[levels[np.append(True, np.diff(levels) != 0)]])
+
+
+def _beta_sigma(
+    n: int, sigmas: np.ndarray, low: float, high: float, *, alpha: float = 0.6, beta: float = 0.6
+) -> np.ndarray:
+    """The same quantiles, of sigma itself: A1111's "beta"."""
+    return _to_zero(low + beta_quantile(1 - np.linspace(0, 1, n), alpha, beta) * (high - low))
+
+
+def _kl_optimal(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Evenly in arctan sigma: theorem 3.1 of Align Your Steps (arXiv:2404.14507), then 0, as ComfyUI has it."""
+    return _to_zero(np.tan(np.linspace(math.atan(high), math.atan(low), n)))
+
+
+def _kl_optimal_open(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
+    """The same with n + 1 values and no 0: A1111's "kl_optimal", which ends at the lowest sigma."""
+    return np.tan(np.linspace(math.atan(high), math.atan(low), n + 1))
+
+
+def _align_your_steps(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Align Your Steps for Stable Diffusion v1, interpolated in log sigma for other n, as A1111 has it.
+
+    One step is taken from the list's lowest level, there as here.
+    """
+    if n == len(ALIGN_YOUR_STEPS):
+        return _to_zero(np.array(ALIGN_YOUR_STEPS))
+    # From the lower end, as there: it shows where n is 1.
+    log_sigmas = np.log(ALIGN_YOUR_STEPS[::-1])
+    at = np.linspace(0, 1, n)
+    return _to_zero(np.exp(np.interp(at, np.linspace(0, 1, len(log_sigmas)), log_sigmas))[::-1])
+
+
+def _turbo(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
+    """The first n of ten whole levels T / 10 apart from the top, for distilled models: ComfyUI's SDTurboScheduler."""
+    if n > 10:
+        raise UsageError(f"the sigmas 'turbo' have at most 10 steps, got {n}")
+    levels = np.arange(10, 0, -1) * len(sigmas) // 10 - 1
+    return _to_zero(sigmas[levels[:n]])
+
+
+def _lcm(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
+    """n of the 50 whole levels that latent consistency models were distilled on: stable-diffusion.cpp's "lcm"."""
+    if n > 50:
+        raise UsageError(f"the sigmas 'lcm' have at most 50 steps, got {n}")
+    return _to_zero(sigmas[(50 - np.arange(n) * 50 // n) * len(sigmas) // 50 - 1])
+
+
+def _linear_quadratic(
+    n: int, sigmas: np.ndarray, low: float, high: float, *, threshold: float = 0.025
+) -> np.ndarray:
+    """Half of the steps linear over the noisiest 2.5 percent of sigma, then a parabola: Mochi's, as ComfyUI has it."""
+    if n == 1:
+        return np.array([high, 0.0])
+    linear = n // 2
+    excess, rest = linear - threshold * n, n - linear
+    square = excess / (linear * rest**2)
+    slope = threshold / linear - 2 * excess / rest**2
+    i = np.arange(n)
+    done = np.where(i < linear, i * threshold / linear, square * i**2 + slope * i + square * linear**2)
+    return high * (1 - np.append(done, 1.0))
+
+
+def _smoothstep(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Whole levels along u^2 (3 - 2 u), dense at both ends: stable-diffusion.cpp's "smoothstep"."""
+    u = 1 - np.arange(n) / n
+    return _to_zero(sigmas[np.floor(u * u * (3 - 2 * u) * (len(sigmas) - 1) + 0.5).astype(np.int64)])
+
+
+def _bong_tangent(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Two arcs of arctan that meet halfway in sigma: RES4LYF's "bong_tangent", scaled as in stable-diffusion.cpp."""
+    steps = n + 2
+    pivot, slope = int(steps * 0.6), 0.2 / (steps / 40)
+
+    def arc(count: int, pivot: int, start: float, end: float) -> np.ndarray:
+        share = np.arctan(-slope * (np.arange(count) - pivot))
+        spread = share[0] - share[-1]
+        if count == 1:
+            return np.array([start])
+        return (share - share[-1]) / spread * (start - end) + end
+
+    middle = (low + high) / 2
+    values = np.append(arc(pivot, pivot, high, middle)[:-1], arc(steps - pivot, 0, middle, low))
+    return _to_zero(values[:n])
+
+
+def _continuous(method: str) -> Callable[..., np.ndarray]:
+    def table(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
+        return sigma_of_alpha_bar(continuous_levels(method, n, alpha_bar_of_sigma(sigmas))[1])[::-1]
+
+    table.__doc__ = (
+        f"DPM-Solver's {method} (ldm.process.spacing.continuous_levels): n + 1 values, no 0 at the end."
+    )
+    return table
+
+
+def _to_zero(sigmas: np.ndarray) -> np.ndarray:
+    return np.append(sigmas, 0.0)
+
+
+# By name, as requests say it. Where A1111 and ComfyUI mean two things by one name, it is ComfyUI's here.
+SIGMA_TABLES: dict[str, Callable[..., np.ndarray]] = {
+    "karras": _karras,
+    "exponential": _exponential,
+    "polyexponential": _polyexponential,
+    "vp": _vp,
+    "normal": _normal,
+    "sgm_uniform": _sgm_uniform,
+    "simple": _simple,
+    "ddim_uniform": _ddim,
+    "beta": _beta,
+    "beta_sigma": _beta_sigma,
+    "kl_optimal": _kl_optimal,
+    "kl_optimal_open": _kl_optimal_open,
+    "align_your_steps": _align_your_steps,
+    "turbo": _turbo,
+    "lcm": _lcm,
+    "linear_quadratic": _linear_quadratic,
+    "smoothstep": _smoothstep,
+    "bong_tangent": _bong_tangent,
+    **{method: _continuous(method) for method in CONTINUOUS_METHODS},
+}
+_ALIASES = {"ays": "align_your_steps", "discrete": "normal", "ddim": "ddim_uniform"}
+
+
+def resolve_sigma_table(name: str) -> str | None:
+    """Find a table by any common spelling ("SGM Uniform", "sgm-uniform", "AYS"); None if there is none."""
+    spellings = _ALIASES | {_reduce(key): key for key in SIGMA_TABLES}
+    return spellings.get(_reduce(name)) if isinstance(name, str) else None
+
+
+def sigma_table(
+    name: str,
+    num_steps: int,
+    sigmas: np.ndarray,
+    *,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    discard_next_to_last: bool = False,
+    **options: float,
+) -> np.ndarray:
+    """Make the sigmas of a run of num_steps steps, descending, the last one mostly 0 (clean).
+
+    Args:
+        name: of SIGMA_TABLES, in any common spelling.
+        num_steps: 1 to the model's number of levels. "ddim_uniform" and "beta" may come out otherwise, as they do in
+            the programs that they are from.
+        sigmas: (T,) of the model, ascending.
+        sigma_min, sigma_max: ends of the run instead of the model's; the tables of whole levels pay no attention to
+            them, in A1111 as here.
+        discard_next_to_last: make one step more and leave out the last sigma above 0: A1111's option, and what DPM2
+            needs there.
+        options: of the table: rho of "karras" and "polyexponential", alpha and beta of "beta" and "beta_sigma",
+            threshold of "linear_quadratic", beta_d and beta_min of "vp".
+
+    Returns:
+        (num_steps + 1,) float64.
+
+    Raises:
+        UsageError: an unknown name or option, num_steps out of range, ends in the wrong order or not positive and
+            finite.
+    """
+    found = resolve_sigma_table(name)
+    if found is None:
+        near = nearest(_reduce(name), SIGMA_TABLES, 0.7) if isinstance(name, str) else None
+        hint = f" (did you mean {near}?)" if near else ""
+        raise UsageError(f"the sigmas must be one of {', '.join(SIGMA_TABLES)}; got {shown(name)}{hint}")
+    make, sigmas = SIGMA_TABLES[found], np.asarray(sigmas, dtype=np.float64)
+    parameters = inspect.signature(make).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    if unknown := sorted(options.keys() - set(known)):
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise UsageError(f"the sigmas '{found}' have no option {', '.join(unknown)}; {has}")
+    for option, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0.01 <= value <= 100:
+            raise UsageError(f"{option} of the sigmas '{found}' must be from 0.01 to 100, got {shown(value)}")
+    low = sigmas[0] if sigma_min is None else sigma_min
+    high = sigmas[-1] if sigma_max is None else sigma_max
+    if not 0 < low < high < math.inf and len(sigmas) > 1:
+        raise UsageError(
+            f"sigmas must go from above 0 up to a finite one, got {shown(low)} and {shown(high)}"
+        )
+    n = check_steps(num_steps, len(sigmas))
+    made = make(n + bool(discard_next_to_last), sigmas, float(low), float(high), **options)
+    return np.delete(made, -2) if discard_next_to_last else made
+
+
+def check_sigmas(values: object) -> np.ndarray:
+    """Return an explicit list of sigmas, as float64, or raise UsageError unless it falls from sigma to sigma.
+
+    Two values at least, finite, the last 0 or above.
+    """
+    try:
+        sigmas = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        sigmas = np.zeros(0)
+    if sigmas.ndim != 1 or len(sigmas) < 2 or not (np.diff(sigmas) < 0).all() or not 0 <= sigmas[-1]:
+        raise UsageError(f"a list of sigmas must hold two at least, each below the last, got {shown(values)}")
+    if not np.isfinite(sigmas[0]):
+        raise UsageError(f"a list of sigmas must begin at a finite one, got {shown(values)}")
+    return sigmas
+
+
+def beta_quantile(p: np.ndarray, a: float, b: float) -> np.ndarray:
+    """Invert the distribution function of the beta distribution, to about 1e-15.
+
+    Bisection over I_x(a, b) = x^a (1 - x)^b / (a B(a, b)) sum_k x^k prod_(j <= k) (a + b + j) / (a + 1 + j) (DLMF
+    8.17.8) where I is at most its value at x = 1 / 2; above that, the distribution is mirrored.
+    """
+    p = np.asarray(p, dtype=np.float64)
+    half = _beta_below_half(a, b)(np.array([0.5]))
+    lower = (p <= half) & (p < 1)
+    mirrored = _bisect(_beta_below_half(b, a), np.where(lower, 0, 1 - p))
+    return np.where(lower, _bisect(_beta_below_half(a, b), np.where(lower, p, 0)), 1 - mirrored)
+
+
+def _beta_below_half(a: float, b: float) -> Callable[[np.ndarray], np.ndarray]:
+    """The distribution function of the beta distribution for x (n,) in [0, 1 / 2]."""
+    scale = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)) / a
+    series = [1.0]
+    while series[-1] * 0.5 ** len(series) > 1e-17 or len(series) < b:  # terms grow while k < b - 2
+        k = len(series) - 1
+        series.append(series[-1] * (a + b + k) / (a + 1 + k))
+    powers = np.arange(len(series))
+    return lambda x: scale * x**a * (1 - x) ** b * (x[:, None] ** powers @ np.array(series))
+
+
+def _bisect(rising: Callable[[np.ndarray], np.ndarray], wanted: np.ndarray) -> np.ndarray:
+    low, high = np.zeros_like(wanted), np.full_like(wanted, 0.5)
+    for _ in range(60):
+        middle = (low + high) / 2
+        under = rising(middle) < wanted
+        low, high = np.where(under, middle, low), np.where(under, high, middle)
+    return (low + high) / 2
+
+
+def _reduce(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
