@@ -7,7 +7,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoints.sampling import SamplingDefaults
 from ldm.errors import MismatchError, UsageError
@@ -121,16 +121,34 @@ def _words_alone(text: str) -> str:
     return text
 
 
+# Kind -> what there is here for it; the others are said in words.
+_HERE = {
+    "a network to load": "give --lora FILE:weight, in Python adapters=[LoRA(file, weight)] of ldm.adapters",
+    "an embedding": "give --embedding FILE, in Python adapters=[Embedding(file)] of ldm.adapters",
+}
+
+
 def about_syntax(texts: Iterable[str]) -> dict[str, str]:
     """Say of each kind of foreign syntax in texts, kind -> a line, that it is painted as plain text."""
     lines: dict[str, str] = {}
     for text in dict.fromkeys(texts):
         for kind, piece in foreign_syntax(text).items():
             shown = piece if len(piece) <= SHOWN_FOUND else f"{piece[: SHOWN_FOUND - 3]}..."
+            instead = _HERE.get(kind, "say it in words")
             lines.setdefault(
-                kind, f"'{shown}' is {kind} to other programs; here it is read as plain text: say it in words"
+                kind, f"'{shown}' is {kind} to other programs; here it is read as plain text: {instead}"
             )
     return lines
+
+
+def without_names(texts: Iterable[str], adapters: Iterable[Any]) -> list[str]:
+    """Take the names of embeddings that are given out of texts: they are known, and no other program's syntax."""
+    names = [name for one in adapters for name in getattr(one, "names", ())]
+    if not names:
+        return list(texts)
+    longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    pattern = re.compile(rf"(?<!\w)(?:{longest_first})(?!\w)", re.IGNORECASE)
+    return [pattern.sub(" ", text) for text in texts]
 
 
 # --- sizes, steps, strengths, seeds -----------------------------------------------------------------
@@ -197,9 +215,10 @@ def advice(requests: Sequence[Request], defaults: SamplingDefaults, *, on_cpu: b
     lines: dict[str, str | None] = {}
     for request in requests:
         if request.embeds is None:
-            texts |= dict.fromkeys(spec.prompt for spec in request.images)
+            own = dict.fromkeys(spec.prompt for spec in request.images)
             if request.guidance_scale != 1:
-                texts |= dict.fromkeys(spec.negative_prompt for spec in request.images)
+                own |= dict.fromkeys(spec.negative_prompt for spec in request.images)
+            texts |= dict.fromkeys(without_names(own, request.adapters))
         seeds = [spec.seed for spec in request.images] if on_cpu or request.rng == "image" else []
         for kind, line in (
             ("size", about_size(defaults.known_sizes, request.width, request.height)),

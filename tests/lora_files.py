@@ -67,6 +67,24 @@ def write_lora(path, tensors, metadata=None):
     return path
 
 
+def write_lora_for(path, model, scale=0.3, only="", metadata=None):
+    """Write a LoRA of rank 2 and alpha 1 for the attentions and text encoder of a LatentDiffusion, in kohya's names."""
+    tensors = {}
+    for name, layer in model.named_modules():
+        if only not in name or not isinstance(layer, nn.Linear) or not ("attn" in name or "mlp" in name):
+            continue
+        short = name.replace(UNET, "lora_unet_")
+        if name.startswith("cond_stage_model"):
+            short = f"lora_te_text_model_{name[name.index('encoder.layers') :]}"
+        short = short.replace(".", "_")
+        rows, columns = layer.weight.shape
+        tensors[f"{short}.lora_up.weight"] = scale * keyed_input(f"{name}.up", (rows, 2))
+        tensors[f"{short}.lora_down.weight"] = scale * keyed_input(f"{name}.down", (2, columns))
+        tensors[f"{short}.alpha"] = torch.tensor(1.0)
+    save_safetensors(path, tensors, metadata or {})
+    return path
+
+
 # One module that all programs know, as each spells the two factors of its change.
 LAYOUTS = {
     "kohya": "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_{}.weight",

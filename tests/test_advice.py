@@ -13,6 +13,7 @@ from ldm.advice import (
     about_words,
     foreign_syntax,
     unseen_words,
+    without_names,
 )
 
 WEIGHT, DOUBLED, CHANGE, PARTS = (
@@ -276,3 +277,16 @@ def test_sizes_that_a_model_does_not_know(known, width, height, words):
 def test_steps_that_are_too_few_for_a_sampler(sampler, steps, end):
     line = about_steps({"plms": 30, "ddpm": 10, "ddim": 5}, sampler, steps)
     assert line is None if end is None else line.endswith(end)
+
+
+def test_names_of_embeddings_that_are_given_are_no_foreign_words():
+    class Given:
+        names = ("<b-c>", "birb", "embedding:birb")
+
+    texts = ["a Birb, <b-c> and embedding:birb, embedding:other", "birbs", ""]
+    assert without_names(texts, [Given(), object()]) == ["a  ,   and  , embedding:other", "birbs", ""]
+    assert without_names(texts, []) == texts
+    for text, instead in (("<lora:x:1>", "--lora FILE:weight, in Python adapters=[LoRA(file, weight)]"),
+                          ("embedding:x", "--embedding FILE, in Python adapters=[Embedding(file)]")):  # fmt: skip
+        (line,) = about_syntax([text]).values()
+        assert line.endswith(f"here it is read as plain text: give {instead} of ldm.adapters")

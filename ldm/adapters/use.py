@@ -101,11 +101,7 @@ class PromptWords:
         embeddings = tuple(one for one in adapters if isinstance(one, Embedding))
         if not embeddings:
             return None
-        encoder = model.cond_stage_model
-        if not isinstance(encoder, FrozenCLIPEmbedder):
-            raise UsageError(
-                f"embeddings are for CLIP's text encoder, this model has a {type(encoder).__name__}; leave them out"
-            )
+        encoder = _encoder_of(model)
         name, table = _table_of(encoder)
         names: dict[tuple[int, ...], tuple[str, list[int]]] = {}
         owners: dict[tuple[int, ...], Embedding] = {}
@@ -144,6 +140,24 @@ class PromptWords:
                 unnamed.append(embedding)
             number += len(embedding.vectors)
         return unnamed
+
+
+def token_width(model: nn.Module) -> int:
+    """Give the width of the vectors that words become in a model.
+
+    Raises:
+        UsageError: the model has no text encoder for embeddings.
+    """
+    return _table_of(_encoder_of(model))[1].shape[1]
+
+
+def _encoder_of(model: nn.Module) -> FrozenCLIPEmbedder:
+    encoder = model.cond_stage_model
+    if not isinstance(encoder, FrozenCLIPEmbedder):
+        raise UsageError(
+            f"embeddings are for CLIP's text encoder, this model has a {type(encoder).__name__}; leave them out"
+        )
+    return encoder
 
 
 def _table_of(encoder: FrozenCLIPEmbedder) -> tuple[str, Tensor]:

@@ -6,13 +6,15 @@ torch is imported only when painting begins, so that `--help` and a wrong option
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli.adapters import Embeddings, check_there, lacking, read_loras
 from ldm.cli.painting_options import (
     COMPVIS_PROMPT,
     DEFAULT_PROMPT,
@@ -22,9 +24,9 @@ from ldm.cli.painting_options import (
     KNOBS,
     PRECISIONS,
 )
-from ldm.cli.prompts import Line, read_prompts
-from ldm.cli.running import say
-from ldm.errors import AbsentError, UsageError, nearest_file, refuse_elsewhere, shown
+from ldm.cli.prompts import REPEATED, Line, read_prompts
+from ldm.cli.running import printable, say
+from ldm.errors import AbsentError, LdmError, UsageError, nearest_file, refuse_elsewhere, shown
 from ldm.limits import AUTO
 
 if TYPE_CHECKING:
@@ -81,16 +83,16 @@ def paint(args: argparse.Namespace, *sources: dict[str, Any], save: Save | None 
     scale = args.scale
     if scale is None and (sd.report is None or sd.report.sampling.guidance_scale is None):
         scale = args.v1_scale
+    add_embeddings(groups, Embeddings(sd.model))
     requests: list[tuple[int, Request]] = []
     for group in groups:  # all of them are checked before the first picture is begun
         options = {"guidance_scale": scale, **group.options}
-        try:
+        with placed(group):
             request = sd.plan(group.prompts, negative_prompt=group.negatives, seed=group.seeds, **options)
-        except UsageError as error:
-            if any(name in str(error) for name in group.own):
-                raise UsageError(f"{group.place}: {error}") from None
-            raise
         requests.append((group.source, request))
+    adapters = [one for _, request in requests for one in request.adapters]
+    if args.like_adapters and (line := lacking(args.like_adapters, adapters)):
+        say(printable(f"{args.like}: {line}"))
     sd.advise([request for _, request in requests])
     finished: list[tuple[Image.Image, dict[str, Any]]] = []
     for source, request in requests:
@@ -149,9 +151,34 @@ def check(args: argparse.Namespace, *sources: dict[str, Any]) -> list[Group]:
     opened = [
         {what: open_image(source[what]) for what in ("image", "mask") if what in source} for source in sources
     ]
+    known: dict[Any, Any] = {}
+    for group in groups:
+        for option in REPEATED:
+            with placed(group, option):
+                check_there(group.options[option])
     for group in groups:
         group.options |= opened[group.source]
+        with placed(group, "lora"):
+            group.options["adapters"] = read_loras(group.options.pop("lora"), known)
     return groups
+
+
+@contextlib.contextmanager
+def placed(group: Group, *options: str) -> Iterator[None]:
+    """Let an error begin with the line of the prompt file that it comes of.
+
+    Args:
+        options: those that the work within is for, if it is for some only.
+    """
+    try:
+        yield
+    except LdmError as error:
+        if not options:  # an error of an option names it, one of a file the file
+            named = [name for name in group.own if name in str(error)]
+            options = tuple(named) if isinstance(error, UsageError) else REPEATED
+        if any(option in group.own for option in options):
+            raise type(error)(f"{group.place}: {error}") from None
+        raise
 
 
 def sampler_of(args: argparse.Namespace) -> str:
@@ -183,6 +210,7 @@ def lay_out(
     common = {"steps": args.ddim_steps, "sampler": sampler}
     common |= {"height": args.H, "width": args.W, "eta": args.ddim_eta, "rng": args.rng}
     common |= {name: getattr(args, name) for name in KNOBS}
+    common |= {"lora": tuple(args.lora), "embedding": tuple(args.embedding)}
     common |= {"batch_size": args.n_samples, "fixed_code": args.fixed_code, **args.like_also}
 
     def start(seed: int | None) -> int:
@@ -238,6 +266,19 @@ def load_model(args: argparse.Namespace, device: torch.device) -> StableDiffusio
     if any(ways.values()) or (args.optimize and not args.lowvram):  # low_vram alone is the loader's work
         sd.optimize(**ways, low_vram=device if args.lowvram else None)
     return sd
+
+
+def add_embeddings(groups: Sequence[Group], embeddings: Embeddings) -> None:
+    """Give every group those of its embeddings that its prompts name.
+
+    One that no group names goes to the first that has it, so that plan() says so once.
+    """
+    for group in groups:
+        with placed(group, "embedding"):
+            found = embeddings.named(group.options["embedding"], [*group.prompts, *group.negatives])
+        group.options["adapters"] += found
+    for group in groups:
+        group.options["adapters"] += embeddings.pop_unnamed(group.options.pop("embedding"))
 
 
 def _save_grids(

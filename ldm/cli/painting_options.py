@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from ldm import limits
+from ldm.cli.adapters import embedding_flag, lora_flag, told_adapters
 from ldm.cli.parser import Parser, integer, number, seed
 from ldm.cli.prompts import RNGS
 from ldm.cli.running import say
@@ -53,6 +54,9 @@ OTHER_FLAGS = {
     "output_dir": "outdir",
     "out_dir": "outdir",
     "low_vram": "lowvram",
+    "loras": "lora",
+    "embeddings": "embedding",
+    "textual_inversion": "embedding",
 }
 FORMATS = {"png": ".png", "jpg": ".jpg", "jpeg": ".jpg", "webp": ".webp"}
 
@@ -80,6 +84,7 @@ def painting_parser(name: str, about: str, *, outdir: str, scale: float) -> Pars
     _add_sampling(p.add_argument_group("how"), scale)
     _add_knobs(p.add_argument_group("faster, for a little fidelity (docs/knobs.md)"))
     _add_model(p.add_argument_group("with what"))
+    _add_adapters(p.add_argument_group("with what besides (docs/adapters.md)"))
     _add_output(p.add_argument_group("where to"), outdir)
     return p
 
@@ -210,6 +215,17 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--f", type=integer(1, 64), help="pixels a latent cell; checked against the model")
 
 
+def _add_adapters(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--lora", type=lora_flag, action="append", default=[], metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]",
+        help="a LoRA or its kin, at a strength (1 = as trained), in the text encoder at another; may be repeated",
+    )  # fmt: skip
+    group.add_argument(
+        "--embedding", type=embedding_flag, action="append", default=[], metavar="FILE[:TOKEN]",
+        help="a textual inversion and its name in prompts, or a folder of them; may be repeated",
+    )  # fmt: skip
+
+
 def _add_output(group: argparse._ArgumentGroup, outdir: str) -> None:
     group.add_argument("--outdir", default=outdir, help="folder for pictures and grids")
     group.add_argument("--format", choices=tuple(FORMATS), default="png", help="of the pictures and grids")
@@ -244,7 +260,7 @@ class _PaintingParser(Parser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         found = super().parse_args(args, namespace)
-        found.like_also = {}
+        found.like_also, found.like_adapters = {}, []
         if found.like is not None:
             self._repeat(found, self.given(args))
         return found
@@ -275,6 +291,7 @@ class _PaintingParser(Parser):
                 continue
             setattr(found, option, value)
         found.like_also = {name: parameters[name] for name in LIKE_ALSO if parameters.get(name) is not None}
+        found.like_adapters = told_adapters(parameters)
         if parameters.get("rng") == "compvis" and parameters.get("batch_index"):
             say(
                 f"{found.like}: was number {parameters['batch_index'] + 1} of its batch, and depends on that place; "

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from ldm import limits
+from ldm.cli.adapters import embedding_flag, lora_flag
 from ldm.cli.parser import integer, number, seed
 from ldm.cli.running import say
 from ldm.errors import AbsentError, FormatError, UsageError, nearest, shown
@@ -80,7 +81,10 @@ _LINE: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "fixed_code": (_switch, ()),
     "plms": (_switch, ()),
     "dpm_solver": (_switch, ()),
+    "lora": (lora_flag, ("loras",)),
+    "embedding": (embedding_flag, ("embeddings", "textual_inversion")),
 }
+REPEATED = ("lora", "embedding")  # of which a line may have several
 LINE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     name: (ours, kind) for ours, (kind, others) in _LINE.items() for name in (ours, *others)
 }
@@ -182,7 +186,7 @@ def _from_words(line: str) -> Line:
     # A line that begins with one letter, "--H 9 ...", has always been a text.
     if len(name) < 2 or not (name in LINE_OPTIONS or nearest(name, LINE_OPTIONS, 0.75)):
         return Line(prompt_text(line))
-    values: dict[str, list[str]] = {}
+    values: dict[str, list[list[str]]] = {}
     parts: list[str] = []
     never_closed: set[str] = set()  # so that each kind of quote is looked for in vain only once
     at = 0
@@ -190,9 +194,10 @@ def _from_words(line: str) -> Line:
         option, quote = _OPTION.match(line, at), line[at]
         if option:
             name = option[1].replace("-", "_")
-            if name in values:
+            if name in values and not _is_repeated(name):
                 raise UsageError(f"option --{name} was given twice; give it once")
-            parts = values[name] = []
+            parts = []
+            values.setdefault(name, []).append(parts)
             found = option
         else:
             found = _QUOTED[quote].match(line, at) if quote in _QUOTED and quote not in never_closed else None
@@ -203,10 +208,14 @@ def _from_words(line: str) -> Line:
                 found = _WORD.match(line, at)
                 parts.append(found[0])
         at = _SPACE.match(line, found.end()).end()
-    for name, found in values.items():
-        if not found and LINE_OPTIONS.get(name, ("", None))[1] is not _switch:
+    for name, given in values.items():
+        if not all(given) and LINE_OPTIONS.get(name, ("", None))[1] is not _switch:
             raise UsageError(f"wanted a value after --{name}, got none")
-    return _line({name: " ".join(parts) for name, parts in values.items()})
+    return _line({name: [" ".join(parts) for parts in given] for name, given in values.items()})
+
+
+def _is_repeated(name: str) -> bool:
+    return LINE_OPTIONS.get(name, ("",))[0] in REPEATED
 
 
 def _from_json(line: str) -> Line:
@@ -234,8 +243,14 @@ def _from_json(line: str) -> Line:
         raise UsageError(f'wanted a JSON object, such as {{"prompt": "a cat"}}; {error}') from None
     if not isinstance(values, dict):
         raise UsageError(f"wanted a JSON object with a prompt, got {shown(values)}")
-    texts = {}
+    texts: dict[str, list[str]] = {}
     for name, value in values.items():
+        if _is_repeated(name.replace("-", "_")) and value is not None:
+            listed = value if isinstance(value, list) else [value]
+            if not all(isinstance(one, str) for one in listed):
+                raise UsageError(f"{name}: wanted a text or a list of texts, got {shown(value)}")
+            texts[name.replace("-", "_")] = listed
+            continue
         is_text = name.replace("-", "_") in ("prompt", "negative_prompt")
         if name.replace("-", "_") == "guidance_interval" and isinstance(value, list):
             value = " ".join(map(str, value))
@@ -247,14 +262,14 @@ def _from_json(line: str) -> Line:
             value = str(value)
         if isinstance(value, bool) or not isinstance(value, str if is_text else str | int | float):
             raise UsageError(f"{name}: wanted a text{'' if is_text else ' or a number'}, got {shown(value)}")
-        texts[name.replace("-", "_")] = str(value)
+        texts[name.replace("-", "_")] = [str(value)]
     return _line(texts)
 
 
-def _line(values: dict[str, str]) -> Line:
-    """Check the options of a line as those of the command line are checked."""
+def _line(values: dict[str, list[str]]) -> Line:
+    """Check the options of a line, each with the texts given for it, as those of the command line are checked."""
     options: dict[str, Any] = {}
-    for name, value in values.items():
+    for name, texts in values.items():
         if name not in LINE_OPTIONS:
             near = nearest(name, LINE_OPTIONS)
             hint = f"; did you mean {near!r}?" if near else f"; there are {', '.join(_LINE)}"
@@ -263,7 +278,8 @@ def _line(values: dict[str, str]) -> Line:
         if option in options:
             raise UsageError(f"{name}: {option} was given twice, by two names; give one")
         try:
-            options[option] = kind(value)
+            found = tuple(map(kind, texts))
+            options[option] = found if option in REPEATED else found[0]
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"{name}: {error}") from None
     if "prompt" not in options:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from keyed import keyed_input
+from lora_files import write_lora_for
 from tiny import tiny_model
 
 import ldm
@@ -25,37 +26,9 @@ def sd():
     return StableDiffusion(tiny_model())
 
 
-def layers_of(model):
-    return {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear) and ("attn" in name or "mlp" in name)
-    }
-
-
-def write_lora(path, model, scale=0.3, only=""):
-    tensors = {}
-    for name, layer in layers_of(model).items():
-        if only in name:
-            short = name.replace("model.diffusion_model.", "lora_unet_")
-            if "cond_stage_model" in name:
-                short = (
-                    "lora_te_text_model_"
-                    + name.partition("encoder.")[0][:0]
-                    + name[name.index("encoder.layers") :]
-                )
-            short = short.replace(".", "_")
-            rows, columns = layer.weight.shape
-            tensors[f"{short}.lora_up.weight"] = scale * keyed_input(f"{name}.up", (rows, 2))
-            tensors[f"{short}.lora_down.weight"] = scale * keyed_input(f"{name}.down", (2, columns))
-            tensors[f"{short}.alpha"] = torch.tensor(1.0)
-    save_safetensors(path, tensors, {})
-    return path
-
-
 @pytest.fixture(scope="module")
 def lora(sd, tmp_path_factory):
-    return write_lora(tmp_path_factory.mktemp("lora") / "style.safetensors", sd.model)
+    return write_lora_for(tmp_path_factory.mktemp("lora") / "style.safetensors", sd.model)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +80,7 @@ def test_a_lora_paints_what_its_weights_added_by_hand_paint_and_goes_again(lora,
 
 
 def test_a_lora_of_the_text_encoder_changes_the_context_alone(sd, tmp_path):
-    text = LoRA(write_lora(tmp_path / "text.safetensors", sd.model, only="cond_stage_model"))
+    text = LoRA(write_lora_for(tmp_path / "text.safetensors", sd.model, only="cond_stage_model"))
     plain = sd.model.get_learned_conditioning([PROMPT])
     with text_scope(sd.model, [text]):
         assert (sd.model.get_learned_conditioning([PROMPT]) - plain).abs().max() > 1e-2
@@ -258,7 +231,7 @@ def test_wrong_adapters_are_refused_in_one_line_and_nothing_is_painted(sd, lora,
     save_safetensors(other, {"emb_params": torch.ones(2, 7)}, {})
     twin = tmp_path / "birb.safetensors"
     save_safetensors(twin, {"emb_params": embedding.vectors.clone()}, {})
-    wide = write_lora(tmp_path / "wide.safetensors", sd.model)
+    wide = write_lora_for(tmp_path / "wide.safetensors", sd.model)
     from safetensors.torch import load_file
 
     tensors = load_file(wide)
