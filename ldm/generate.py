@@ -242,7 +242,9 @@ def denoise(
         NumericError: latents that are not finite; checked at the first and last step, on a CPU at each.
     """
     attachments = [*adapters, DeepCache(cache_interval, cache_depth), TokenMerging(merge_ratio, merge_seed)]
-    seen = _WithAttachments(model, autocast, attachments)
+    total = steps if options.get("run_last") is None else options["run_last"]
+    unconditional = options.get("unconditional_conditioning")
+    seen = _WithAttachments(model, autocast, attachments, total, len(x_T), unconditional)
     for step in sample_steps(sampler, seen, x_T, conditioning, steps=steps, **options):
         seen.step = StepInfo(step.index + 1, step.total)
         # On a GPU a check waits for the work that is queued, so only the first and last step are looked at.
@@ -297,16 +299,28 @@ class _WithAttachments:
         autocast: dtype of torch.autocast; None = none.
         attachments: attached to the UNet during each call and only then: between two steps the model may be used for
             anything else. Each has a run of its own (`begin`), so that two streams do not see each other.
+        total: how many steps the sampler takes.
+        batch: how many images there are.
+        unconditional: the condition of calls that are without one; None = nothing is guided.
 
     Attributes:
         step: where the sampler is.
     """
 
-    def __init__(self, model: LatentDiffusion, autocast: torch.dtype | None, attachments: Sequence[Any]):
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        autocast: torch.dtype | None,
+        attachments: Sequence[Any],
+        total: int,
+        batch: int,
+        unconditional: Any,
+    ):
         self._model = model
         self._autocast = autocast
         self._attachments = [getattr(one, "begin", lambda one=one: one)() for one in attachments]
-        self.step = StepInfo(0, 1)
+        self._batch, self._unconditional = batch, unconditional
+        self.step = StepInfo(0, total)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -317,13 +331,21 @@ class _WithAttachments:
         # A model that keeps a moving average paints with it, as CompVis's scripts do.
         averages = [self._model.model_ema] if self._model.use_ema else []
         for attachment in self._attachments:
-            attachment.at(replace(self.step, t=t))
+            attachment.at(replace(self.step, t=t, unconditional=self._rows_without(x, cond)))
         with (
             attached(self._model.model, *averages),
             attached(self._model.model.diffusion_model, *self._attachments),
             torch.autocast(x.device.type, dtype=self._autocast, enabled=on),
         ):
             return self._model.apply_model(x, t, cond, *args, **kwargs)
+
+    def _rows_without(self, x: Tensor, cond: Any) -> int:
+        """Tell how many rows are without the condition: of a call that joins both, the first half."""
+        if self._unconditional is None:
+            return 0
+        if cond is self._unconditional:
+            return len(x)
+        return self._batch if len(x) == 2 * self._batch else 0
 
 
 # --- from prompt to picture -----------------------------------------------------------------------

@@ -49,11 +49,14 @@ class StepInfo:
     Attributes:
         index, total: this step, from 0, of how many.
         t: levels that the network is called with, (b,), fractional ones allowed.
+        unconditional: how many rows of the call, from the first on, are without the condition (of a guided batch its
+            first half).
     """
 
     index: int
     total: int
     t: Tensor | None = None
+    unconditional: int = 0
 
 
 @runtime_checkable
