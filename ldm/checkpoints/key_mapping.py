@@ -83,6 +83,24 @@ def unet_to_diffusers(keys: Iterable[str]) -> dict[str, str]:
     return {key: name for key, name in names.items() if name is not None}
 
 
+def control_to_diffusers(keys: Iterable[str]) -> dict[str, str]:
+    """Name a ControlNet's tensors as diffusers does; CompVis names without "control_model." in."""
+    keys = list(keys)
+    names = unet_to_diffusers(keys)
+    layers = [int(m[1]) for key in keys if (m := re.match(r"input_hint_block\.(\d+)\.", key))]
+    ends = {0: "conv_in", max(layers, default=0): "conv_out"}
+    for key in keys:
+        module, leaf = _module(key)
+        if m := re.fullmatch(r"input_hint_block\.(\d+)", module):
+            layer = int(m[1])  # of two layers the second is an activation
+            names[key] = f"controlnet_cond_embedding.{ends.get(layer, f'blocks.{layer // 2 - 1}')}.{leaf}"
+        elif m := re.fullmatch(r"zero_convs\.(\d+)\.0", module):
+            names[key] = f"controlnet_down_blocks.{m[1]}.{leaf}"
+        elif module == "middle_block_out.0":
+            names[key] = f"controlnet_mid_block.{leaf}"
+    return names
+
+
 def vae_to_diffusers(keys: Iterable[str]) -> dict[str, str]:
     """Name a VAE's tensors as diffusers does; CompVis names without "first_stage_model." in."""
     keys = list(keys)

@@ -1,0 +1,311 @@
+"""ControlNet (arXiv:2302.05543): pictures are painted along the edges, depths or poses of a hint.
+
+    edges = ControlNet("control_v11p_sd15_canny.pth", "edges.png", scale=0.8, end=0.6)
+    sd.txt2img("a house", adapters=[edges])
+
+The hint is what the network was trained on (edges, depths, poses, ...), at any size; programs that make one from a
+photograph are others' business.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ldm import kernels
+from ldm.adapters.controls import (
+    CONTEXTS,
+    ControlFile,
+    Hint,
+    add_maps,
+    check_span,
+    filled,
+    is_within,
+    put,
+)
+from ldm.adapters.deepcache import check_unet
+from ldm.checkpoints import TensorInfo
+from ldm.checkpoints.key_mapping import CONTROL, control_to_diffusers
+from ldm.checkpoints.matching import match
+from ldm.errors import MismatchError, UsageError, shown
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.controlnet import HINT_FACTOR, ControlNetModel, soft_weights
+from ldm.modules.seams import Rank, StepInfo, Undo, execution_of, state_of, wrap
+from ldm.values import check_value
+
+BESIDE = "the model that it was saved with"
+
+
+class ControlNetFile(ControlFile):
+    """A ControlNet's file for Stable Diffusion v1, as cldm or diffusers name its tensors; see ControlFile.
+
+    A whole model that holds one, as the first ones were published, is read for its ControlNet alone. The file of a
+    network's name that holds "shuffle" is of one whose maps are averaged, which no tensor says.
+    """
+
+    family = "ControlNet"
+    wanted = "a ControlNet"
+
+    def __init__(self, path: str | os.PathLike):
+        super().__init__(path)
+        self._networks: WeakKeyDictionary[nn.Module, ControlNetModel] = WeakKeyDictionary()
+
+    def own(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        found = super().own(infos)
+        if any(name.startswith(CONTROL) for name in found):
+            self.ignored = {name: BESIDE for name in found if not name.startswith(CONTROL)}
+        for sign, what in (
+            (
+                r"(^|\.)difference$",
+                "the difference between one and a model; add the model's weights to it first",
+            ),
+            (r"^lora_controlnet$|\.(up|down)$", "a ControlLoRA; get the whole ControlNet"),
+            (
+                r"(^|\.)(add_embedding|label_emb|control_type_embedding|class_embedding)\.",
+                "for Stable Diffusion XL",
+            ),
+        ):
+            if any(re.search(sign, name) for name in found):
+                raise self.misfit(what if what[0] != "f" else f"one {what}")
+        return {name: info for name, info in found.items() if name not in self.ignored}
+
+    def network(self, unet: nn.Module) -> ControlNetModel:
+        """Give the network for a UNet, the same one each time.
+
+        Raises:
+            UsageError: not a UNetModel, one without transformers, or a compiled one.
+            MismatchError: it is for another UNet.
+        """
+        check_unet(unet, "a ControlNet")
+        if unet not in self._networks:
+            self._networks[unet] = self._build(unet)
+        return self._networks[unet]
+
+    def _build(self, unet: nn.Module) -> ControlNetModel:
+        tensors = {name.removeprefix(CONTROL): values for name, values in self.tensors.items()}
+        transformers = [part for part in unet.modules() if isinstance(part, SpatialTransformer)]
+        if not transformers:
+            raise UsageError("a ControlNet needs a UNet with spatial transformers, and this one has none")
+        first = transformers[0].transformer_blocks[0]
+        width = first.attn2.to_k.in_features
+        widths = {values.shape[1] for name, values in tensors.items() if name.endswith("attn2.to_k.weight")}
+        if widths - {width}:
+            other = max(widths)
+            whose = f" of {CONTEXTS[other]}" if other in CONTEXTS else ""
+            raise self.misfit(f"one for a context{whose} {other} wide; the model's is {width} wide")
+        is_diffusers = "controlnet_mid_block.weight" in tensors
+        stem = tensors.get("conv_in.weight" if is_diffusers else "input_blocks.0.0.weight")
+        pixels = tensors.get(
+            "controlnet_cond_embedding.conv_in.weight" if is_diffusers else "input_hint_block.0.weight"
+        )
+
+        def build() -> ControlNetModel:
+            return ControlNetModel(
+                unet.in_channels if stem is None else stem.shape[1],
+                unet.model_channels,
+                3 if pixels is None else pixels.shape[1],
+                unet.num_res_blocks,
+                unet.attention_resolutions,
+                channel_mult=unet.channel_mult,
+                num_heads=unet.num_heads,
+                num_head_channels=unet.num_head_channels,
+                transformer_depth=len(transformers[0].transformer_blocks),
+                context_dim=width,
+            )
+
+        with torch.device("meta"):
+            wanted = {name: tuple(values.shape) for name, values in build().state_dict().items()}
+        theirs = control_to_diffusers(wanted) if is_diffusers else {}
+        try:
+            places = match(
+                self.path,
+                infos={name: TensorInfo(tuple(one.shape), one.dtype) for name, one in tensors.items()},
+                wanted=wanted,
+                rename={name: ours for ours, name in theirs.items()},
+                ignored={},
+                initialised={},
+            )
+        except MismatchError as error:
+            reason = str(error).partition("does not fit the model: ")[2].partition("; ")[0]
+            raise self.misfit(f"one for another UNet: {reason}") from None
+        return filled(build, {ours: tensors[name] for name, ours in places.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class ControlNet:
+    """A ControlNet with its hint, for some of the steps: maps that are added to the UNet's skips. Several add up.
+
+    Args:
+        file: path or ControlNetFile; a ControlNetFile from then on, which serves any number of them.
+        hint: what to paint along: see `controls.Hint`; a Hint from then on.
+        scale: of its maps; 0 = none.
+        start, end: share of the sampler's way, from noise (0) to picture (1): a step has it that lies wholly within.
+        guess: ControlNet's guess mode: rows without the prompt's condition are left alone, and the maps weigh
+            0.825 ** (12 - i), so that a picture follows the hint without a prompt.
+        weights: factors of the maps, one for each input block and one for the middle (13 for Stable Diffusion v1), or
+            "soft" for those of guess mode alone: the prompt is more important. None = 1 each.
+        fit: of a hint of another aspect: "crop" or "stretch".
+        pooled: the maps are averaged over their space, as the "shuffle" ControlNet was trained, and rows without the
+            condition are left alone; None = where the file's name holds "shuffle".
+
+    Raises:
+        UsageError: a number that is not finite or out of range, no hint, or one that is no picture.
+        Others: as ControlNetFile.
+    """
+
+    file: ControlNetFile | str | os.PathLike
+    hint: Any
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    guess: bool = False
+    weights: Sequence[float] | str | None = None
+    fit: str = "crop"
+    pooled: bool | None = None
+    rank: ClassVar[Rank] = Rank.RESIDUALS
+
+    def __post_init__(self) -> None:
+        start, end = check_span(self.start, self.end)
+        weights = self.weights
+        if isinstance(weights, str):
+            if weights != "soft":
+                raise UsageError(f"weights should be numbers, 'soft' or None, got {shown(weights)}")
+        elif weights is not None:
+            weights = tuple(float(one) for one in check_value(weights, Sequence[float], "weights"))
+        checked = {
+            "scale": float(check_value(self.scale, float, "scale")),
+            "start": start,
+            "end": end,
+            "guess": bool(check_value(self.guess, bool, "guess")),
+            "weights": weights,
+            "hint": self.hint if isinstance(self.hint, Hint) else Hint(self.hint, self.fit),
+            "pooled": None if self.pooled is None else bool(check_value(self.pooled, bool, "pooled")),
+        }
+        checked["file"] = self.file if isinstance(self.file, ControlNetFile) else ControlNetFile(self.file)
+        if checked["pooled"] is None:
+            checked["pooled"] = "shuffle" in checked["file"].name.lower()
+        # Where the sampler is; and the hint as the network reads it, which is the same at every step.
+        checked["_step"], checked["_embedded"] = None, {}
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def describe(self) -> dict[str, Any]:
+        """Say what goes into a picture's metadata.
+
+        Returns:
+            name, scale, hint (a hash of it), hash (10 digits of the file's SHA-256, as A1111 writes it), sha256; and
+            start, end, guess, weights, fit and pooled where they are not the usual ones.
+        """
+        found: dict[str, Any] = {"name": self.file.name, "scale": self.scale, "hint": self.hint.hash}
+        usual = {"start": 0.0, "end": 1.0, "guess": False, "weights": None, "pooled": False}
+        found |= {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
+        if self.hint.fit != "crop":
+            found["fit"] = self.hint.fit
+        whole = self.file.hashes[0]
+        return {**found, "hash": whole[:10], "sha256": whole}
+
+    def begin(self) -> "ControlNet":
+        """Return one for one run of a sampler, which stands at a step of its own."""
+        return replace(self)
+
+    def check(self, unet: nn.Module) -> None:
+        """Raise UsageError or MismatchError if it cannot be attached to a network."""
+        maps = len(self.file.network(unet).zero_convs) + 1
+        if isinstance(self.weights, tuple) and len(self.weights) != maps:
+            raise UsageError(
+                f"weights should be {maps} numbers for this UNet, one for each input block and one for the middle, "
+                f"got {len(self.weights)}"
+            )
+
+    def at(self, step: StepInfo) -> None:
+        """Learn where the sampler is."""
+        object.__setattr__(self, "_step", step)
+
+    def attach(self, network: nn.Module) -> Undo:
+        """Let a UNet add its maps; outside of its part of the steps, and at scale 0, nothing is attached."""
+        self.check(network)
+        if self.scale == 0 or not is_within(self._step, self.start, self.end):
+            return lambda: None
+        return wrap(network, _Controlled(self, network))
+
+    def factors(self, maps: int) -> list[float]:
+        """List what the maps are multiplied by."""
+        factors = list(self.weights) if isinstance(self.weights, tuple) else [1.0] * maps
+        if self.guess or self.weights == "soft":
+            factors = [a * b for a, b in zip(factors, soft_weights(maps), strict=True)]
+        return [self.scale * factor for factor in factors]
+
+    def maps(self, unet: nn.Module, x: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor]:
+        """Compute what is added to a UNet's call, from its arguments."""
+        network = self.file.network(unet)
+        put(network, x.device, unet.input_blocks[0][0].weight.dtype)
+        _optimize_like(network, unet)
+        leave = self._step.unconditional if self._step is not None and (self.guess or self.pooled) else 0
+        rows = len(x)
+        if leave == rows:
+            return [None] * (len(network.zero_convs) + 1)
+        embedded = self._rows_of_hint(network, x)[leave:]
+        maps = network(
+            x[leave:, : network.in_channels], None, timesteps[leave:], context[leave:], embedded=embedded
+        )
+        if self.pooled:
+            maps = [one.mean((2, 3), keepdim=True) for one in maps]
+        maps = [one * factor for one, factor in zip(maps, self.factors(len(maps)), strict=True)]
+        if leave:
+            maps = [torch.cat([one.new_zeros(leave, *one.shape[1:]), one]) for one in maps]
+        return maps
+
+    def _rows_of_hint(self, network: ControlNetModel, x: Tensor) -> Tensor:
+        """Give what the network makes of the hints, a row for each of x."""
+        count = len(self.hint.pictures)
+        if len(x) % count:
+            raise UsageError(
+                f"{count} hints should be one for each picture of a batch, got a batch of {len(x)} rows; give one "
+                "hint, or set batch_size"
+            )
+        height, width = (HINT_FACTOR * side for side in x.shape[2:])
+        first = network.input_hint_block[0].weight
+        key = (height, width, x.device, first.dtype, state_of(first))
+        if key not in self._embedded or torch.is_grad_enabled():
+            self._embedded.clear()
+            self._embedded[key] = network.embed_hint(self.hint.sized(height, width).to(first))
+        embedded = self._embedded[key]
+        return (
+            embedded.expand(len(x), -1, -1, -1) if count == 1 else embedded.repeat(len(x) // count, 1, 1, 1)
+        )
+
+
+def _optimize_like(network: nn.Module, unet: nn.Module) -> None:
+    """Fuse the modules of a network where those of the UNet are, and only there."""
+    wanted = execution_of(unet) is not None
+    if wanted != (execution_of(network.input_hint_block[0]) is not None):
+        (kernels.optimize if wanted else kernels.restore)(network)
+
+
+class _Controlled:
+    """A UNet's call with the maps of a ControlNet."""
+
+    def __init__(self, control: ControlNet, unet: nn.Module):
+        self._control, self._unet = control, unet
+
+    def __call__(
+        self,
+        proceed: Callable[..., Any],
+        x: Tensor,
+        timesteps: Tensor | None = None,
+        context: Any = None,
+        *args: Any,
+        control: Sequence[Tensor | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        maps = self._control.maps(self._unet, x, timesteps, context)
+        return proceed(x, timesteps, context, *args, control=add_maps(control, maps), **kwargs)
+
+    def state(self) -> tuple[str]:
+        """Say what a captured graph depends on beside the maps, which are arguments: nothing."""
+        return ("ControlNet",)

@@ -1,0 +1,467 @@
+"""ControlNets: the original's numbers, every layout of file, hints of every kind, and nothing that stays."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from keyed import fill, keyed_input, weight
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import tiny_model
+
+from ldm.adapters import ControlNet, DeepCache, TokenMerging
+from ldm.adapters.controlnet import ControlNetFile
+from ldm.adapters.controls import Hint, is_within
+from ldm.checkpoints import save_safetensors
+from ldm.checkpoints.key_mapping import control_to_diffusers
+from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UsageError
+from ldm.kernels import optimize, restore
+from ldm.modules.diffusionmodules.controlnet import ControlNetModel, soft_weights
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.seams import StepInfo, attached
+from ldm.pipeline import StableDiffusion
+
+X, T, C = keyed_input("c.x", (2, 4, 8, 8)), torch.tensor([5, 700]), keyed_input("c.c", (2, 7, 24))
+HINT_A, HINT_B = ((0.3 * keyed_input(f"c.hint_{one}", (2, 3, 64, 64)) + 0.5).clamp(0, 1) for one in "ab")
+
+
+def close(got, want, rel=1e-5):
+    torch.testing.assert_close(got, want, rtol=rel, atol=rel)
+
+
+@pytest.fixture(scope="module")
+def facts(request):
+    return json.loads((request.path.parents[1] / "golden/controlnet.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def recorded(request):
+    return load_file(request.path.parents[1] / "golden/controlnet.safetensors")
+
+
+@pytest.fixture(scope="module")
+def unet(facts):
+    return fill(UNetModel(**facts["config"]["unet"]), "model.diffusion_model.")
+
+
+def weights_for(unet, prefix="control_model."):
+    """Keyed weights of a ControlNet for a UNet, by the original's names."""
+    width = next(m for name, m in unet.named_modules() if name.endswith("attn2")).to_k.in_features
+    with torch.device("meta"):
+        network = ControlNetModel(
+            unet.in_channels,
+            unet.model_channels,
+            3,
+            unet.num_res_blocks,
+            unet.attention_resolutions,
+            channel_mult=unet.channel_mult,
+            num_heads=unet.num_heads,
+            context_dim=width,
+        )
+    return {key: weight(prefix + key, tuple(x.shape)) for key, x in network.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def tensors(unet):
+    return weights_for(unet)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("control")
+
+
+@pytest.fixture(scope="module")
+def files(unet, tensors, folder):
+    """Two ControlNets for the recorded UNet."""
+    paths = [folder / "a.safetensors", folder / "b.safetensors"]
+    save_safetensors(paths[0], tensors, {})
+    save_safetensors(paths[1], weights_for(unet, "control_model_b."), {})
+    return [ControlNetFile(path) for path in paths]
+
+
+def answer(unet, *controls, step=None, x=X, t=T, c=C, **options):
+    if step is not None:
+        for one in controls:
+            one.at(step)
+    with torch.no_grad(), attached(unet, *controls):
+        return unet(x, t, context=c, **options)
+
+
+# --- numbers ----------------------------------------------------------------------------------------
+
+
+def test_the_answers_are_the_recorded_ones(unet, files, recorded):
+    a, b = files
+    for name, controls, options in (
+        ("none", [], {}),
+        ("one", [ControlNet(a, HINT_A)], {}),
+        ("strength1.5", [ControlNet(a, HINT_A, 1.5)], {}),
+        ("guess", [ControlNet(a, HINT_A, guess=True)], {}),
+        ("guess", [ControlNet(a, HINT_A, weights="soft")], {}),
+        ("two_summed", [ControlNet(a, HINT_A), ControlNet(b, HINT_B)], {}),
+        ("two_weighted", [ControlNet(b, HINT_B, 0.4), ControlNet(a, HINT_A, 0.7)], {}),
+        ("only_mid", [ControlNet(a, HINT_A)], {"only_mid_control": True}),
+    ):
+        close(answer(unet, *controls, **options), recorded[f"control.{name}"])
+    with torch.no_grad():
+        maps = a.network(unet)(X, HINT_A, T, C)
+    for i in (0, 3, 6):
+        close(maps[i], recorded[f"control.a.{i}"])
+
+
+def test_the_factors_of_guess_mode_are_the_recorded_ones(facts):
+    assert soft_weights(7) == pytest.approx(facts["guess_scales"], rel=1e-12)
+    assert soft_weights(13) == pytest.approx(facts["cldm_guess_scales"], rel=1e-12)
+
+
+def test_the_steps_that_are_controlled_are_the_recorded_ones(facts):
+    for total, start, end, keep in facts["keep"]:
+        assert [float(is_within(StepInfo(i, total), start, end)) for i in range(total)] == keep
+
+
+def test_the_names_are_the_originals_and_diffusers_names_lead_there(facts):
+    with torch.device("meta"):
+        network = ControlNetModel(
+            4, 320, 3, 2, [4, 2, 1], channel_mult=(1, 2, 4, 4), num_heads=8, context_dim=768
+        )
+    state = network.state_dict()
+    assert len(state) == 340 and sum(x.numel() for x in state.values()) == 361_279_120
+    assert {ours: theirs for theirs, ours in facts["diffusers_names"].items()} == control_to_diffusers(state)
+
+
+# --- laws -------------------------------------------------------------------------------------------
+
+
+def identity(network):
+    return {
+        name: (id(p), p._version) for name, p in (*network.named_parameters(), *network.named_buffers())
+    } | {name: sorted(vars(m)) for name, m in network.named_modules()}
+
+
+def test_scale_0_and_steps_outside_change_nothing_bit_for_bit(unet, files):
+    plain, before = answer(unet), identity(unet)
+    for control, step in (
+        (ControlNet(files[0], HINT_A, 0), None),
+        (ControlNet(files[0], HINT_A, start=0.5), StepInfo(1, 4)),
+        (ControlNet(files[0], HINT_A, end=0.5), StepInfo(2, 4)),
+        (ControlNet(files[0], HINT_A, guess=True), StepInfo(0, 1, unconditional=2)),
+        (ControlNet(files[0], HINT_A, weights=[0] * 7), None),
+    ):
+        assert torch.equal(answer(unet, control, step=step), plain)
+    assert not torch.equal(answer(unet, ControlNet(files[0], HINT_A, end=0.5), step=StepInfo(1, 4)), plain)
+    assert torch.equal(answer(unet), plain) and identity(unet) == before
+
+
+def test_controls_add_up_and_are_linear_in_scale_and_weights(unet, files):
+    got = []
+
+    def take(proceed, *args, control=None, **kwargs):
+        got.append(control)
+        return proceed(*args, control=control, **kwargs)
+
+    def maps(*controls):
+        unwrap = __import__("ldm").modules.seams.wrap(unet, take)
+        try:
+            answer(unet, *controls)
+        finally:
+            unwrap()
+        return got.pop()
+
+    a, b = (ControlNet(file, hint) for file, hint in zip(files, (HINT_A, HINT_B), strict=True))
+    for both, one, other in zip(maps(a, b), maps(a), maps(b), strict=True):
+        close(both, one + other, 1e-6)
+    factors = [0.5, 0, 2, 1, 0.25, -1, 3]
+    scaled = maps(ControlNet(files[0], HINT_A, 1.5, weights=factors))
+    for got_one, one, factor in zip(scaled, maps(a), factors, strict=True):
+        close(got_one, 1.5 * factor * one, 1e-6)
+    pooled = maps(ControlNet(files[0], HINT_A, pooled=True))
+    for got_one, one in zip(pooled, maps(a), strict=True):
+        close(got_one, one.mean((2, 3), keepdim=True), 1e-6)
+
+
+@pytest.mark.parametrize("options", [{"guess": True}, {"pooled": True}])
+def test_rows_without_the_condition_are_left_alone(unet, files, options):
+    control = ControlNet(files[0], HINT_A[:1], **options)
+    x, t, c = torch.cat([X, X]), torch.cat([T, T]), torch.cat([C.flip(0), C])
+    got = answer(unet, control, step=StepInfo(0, 1, unconditional=2), x=x, t=t, c=c)
+    close(got[:2], answer(unet, c=C.flip(0)))
+    close(got[2:], answer(unet, control, step=StepInfo(0, 1)))
+    assert (got[2:] - answer(unet)).abs().max() > 1e-3
+
+
+def test_a_batch_of_hints_goes_row_by_row_through_both_halves(unet, files):
+    x, t, c = torch.cat([X, X]), torch.cat([T, T]), torch.cat([C.flip(0), C])
+    got = answer(unet, ControlNet(files[0], [HINT_A[0], HINT_A[1]]), x=x, t=t, c=c)
+    for row in range(4):
+        one = ControlNet(files[0], HINT_A[row % 2])
+        close(got[row], answer(unet, one, x=x[row : row + 1], t=t[row : row + 1], c=c[row : row + 1])[0])
+    with pytest.raises(
+        UsageError, match="2 hints should be one for each picture of a batch, got a batch of 3"
+    ):
+        answer(unet, ControlNet(files[0], HINT_A), x=x[:3], t=t[:3], c=c[:3])
+
+
+def test_other_attachments_work_beside_it(unet, files):
+    control = ControlNet(files[0], HINT_A)
+    want = answer(unet, control)
+    cache = DeepCache(2)
+    close(answer(unet, control, cache, step=StepInfo(0, 3)), want)
+    # All inputs are as they were, so the features of the step before are those of this one.
+    close(answer(unet, control, cache, step=StepInfo(1, 3)), want)
+    merged = answer(unet, control, TokenMerging(0.5))
+    assert (merged - want).abs().max() > 1e-4 and (
+        merged - answer(unet, TokenMerging(0.5))
+    ).abs().max() > 1e-3
+
+
+def test_a_network_without_gradients_is_fused_with_the_unet(unet, files):
+    control = ControlNet(files[0], HINT_A)
+    network = files[0].network(unet)
+    want = answer(unet, control)
+    try:
+        optimize(unet)
+        with torch.inference_mode():
+            close(answer(unet, control), want, 2e-5)
+        assert sum("forward" in vars(m) for m in network.modules()) > 50
+    finally:
+        restore(unet)
+    assert torch.equal(answer(unet, control), want)
+    assert not any("forward" in vars(m) for m in network.modules())
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+def full(tensors, prefix=""):
+    return {f"{prefix}{name}": one.clone() for name, one in tensors.items()}
+
+
+def layouts(tensors):
+    theirs = control_to_diffusers(tensors)
+    beside = {"model.diffusion_model.time_embed.0.bias": torch.zeros(3), "betas": torch.zeros(5)}
+    linear = {
+        name: one[:, :, 0, 0] if name.endswith("proj_in.weight") else one for name, one in tensors.items()
+    }
+    return {
+        "with prefix": full(tensors, "control_model."),
+        "pruned": full(tensors),
+        "whole model": {**full(tensors, "control_model."), **beside},
+        "diffusers": {theirs[name]: one.clone() for name, one in tensors.items()},
+        "linear": full(linear),
+    }
+
+
+@pytest.mark.parametrize("layout", ["with prefix", "pruned", "whole model", "diffusers", "linear"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_each_layout_is_read(unet, files, tensors, tmp_path, layout, suffix):
+    given = layouts(tensors)[layout]
+    path = tmp_path / f"one.{suffix}"
+    if suffix == "pth":
+        torch.save({"state_dict": given} if layout == "whole model" else given, path)
+    else:
+        save_safetensors(path, {name: one.contiguous() for name, one in given.items()}, {})
+    file = ControlNetFile(path)
+    assert len(file.ignored) == (2 if layout == "whole model" else 0)
+    state = file.network(unet).state_dict()
+    assert all(torch.equal(state[name], one) for name, one in tensors.items()) and len(state) == len(tensors)
+
+
+def test_a_diffusers_folder_and_half_precision_are_read(unet, tensors, files, tmp_path):
+    theirs = control_to_diffusers(tensors)
+    name = "diffusion_pytorch_model.fp16.safetensors"
+    save_safetensors(tmp_path / name, {theirs[k]: v.half() for k, v in tensors.items()}, {})
+    got, want = (answer(unet, ControlNet(one, HINT_A)) for one in (tmp_path, files[0]))
+    assert 0 < (got - want).abs().max() < 5e-3 * want.abs().max()
+    with pytest.raises(AbsentError, match="no diffusion_pytorch_model.safetensors or .bin in"):
+        ControlNet(tmp_path / "..", HINT_A)
+
+
+def test_a_shuffle_file_is_pooled_by_its_name(files, tensors, folder):
+    save_safetensors(folder / "control_v11e_sd15_shuffle.safetensors", tensors, {})
+    file = ControlNetFile(folder / "control_v11e_sd15_shuffle.safetensors")
+    assert ControlNet(file, HINT_A).pooled and not ControlNet(file, HINT_A, pooled=False).pooled
+    assert not ControlNet(files[0], HINT_A).pooled
+
+
+# --- hints ------------------------------------------------------------------------------------------
+
+
+def test_hints_of_every_kind_are_the_same_numbers(tmp_path):
+    pixels = (255 * keyed_input("pixels", (9, 14, 3)).clamp(0, 1)).numpy().astype(np.uint8)
+    want = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "hint.png")
+    alpha = Image.fromarray(np.dstack([pixels, np.full((9, 14), 255, np.uint8)]))
+    hints = [
+        Hint(one) for one in (picture, tmp_path / "hint.png", str(tmp_path / "hint.png"), want, [want], alpha)
+    ]
+    for hint in hints:
+        assert torch.equal(hint.sized(9, 14), want[None]) and hint.hash == hints[0].hash
+    clear = Image.new("RGBA", (14, 9), (0, 0, 0, 0))
+    assert torch.equal(Hint(clear).sized(9, 14), torch.ones(1, 3, 9, 14))
+    grey = Image.fromarray(pixels[..., 0])
+    assert torch.equal(Hint(grey).sized(9, 14), (want[:1]).expand(1, 3, 9, 14))
+    assert Hint([picture, want]).sized(9, 14).shape == (2, 3, 9, 14)
+    assert Hint(want.flip(1)).hash != hints[0].hash
+
+
+def test_a_hint_is_cropped_in_its_middle_or_stretched(caplog):
+    ramp = torch.linspace(0, 1, 40).expand(3, 20, 40)  # from left to right
+    assert torch.equal(Hint(ramp).sized(20, 20), ramp[None, :, :, 10:30])
+    assert "40 x 20 pixels has another aspect than the picture of 20 x 20: its middle, 20 x 20" in caplog.text
+    caplog.clear()
+    stretched = Hint(ramp, "stretch").sized(20, 20)
+    assert stretched[0, 0, 0, 0] < 0.02 and stretched[0, 0, 0, -1] > 0.98
+    assert Hint(ramp).sized(10, 20).shape == (1, 3, 10, 20) and not caplog.records
+    for size in ((64, 24), (24, 64), (8, 8)):
+        for fit in ("crop", "stretch"):
+            sized = Hint(HINT_A, fit).sized(*size)
+            assert sized.shape == (2, 3, *size) and sized.min() >= 0 and sized.max() <= 1
+
+
+# --- painting ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return StableDiffusion(tiny_model())
+
+
+@pytest.fixture(scope="module")
+def control(sd, folder):
+    path = folder / "paint.safetensors"
+    save_safetensors(path, weights_for(sd.model.model.diffusion_model), {})
+    return ControlNetFile(path)
+
+
+def paint(sd, *adapters, **options):
+    options = {"seed": 3, "steps": 2, "output_type": "latent", "height": 64, "width": 128, **options}
+    return sd.txt2img("a large red circle", adapters=adapters, **options)
+
+
+def test_pictures_follow_a_hint_and_say_so(sd, control):
+    before = identity(sd.model)
+    plain = paint(sd).latents
+    one = ControlNet(control, HINT_A[0], 0.5, end=0.5, guess=True, fit="stretch")
+    got = paint(sd, one)
+    assert not torch.allclose(got.latents, plain, atol=1e-3)
+    assert torch.equal(paint(sd, one).latents, got.latents)
+    assert torch.equal(paint(sd, ControlNet(control, HINT_A[0], 0)).latents, plain)
+    said = got.parameters[0].adapters[0]
+    assert said["sha256"].startswith(said["hash"]) and len(said["hash"]) == 10
+    assert {name: said[name] for name in ("kind", "name", "scale", "end", "guess", "fit", "hint")} == {
+        "kind": "ControlNet", "name": "paint", "scale": 0.5, "end": 0.5, "guess": True, "fit": "stretch",
+        "hint": one.hint.hash,
+    }  # fmt: skip
+    assert torch.equal(paint(sd).latents, plain) and identity(sd.model) == before
+
+
+def test_guess_mode_is_a_control_of_the_conditional_pass_alone(sd, control):
+    """With guidance 1 there is no other pass; with 3 the law of guidance, step by step."""
+    soft, guess = (ControlNet(control, HINT_A[0], **one) for one in ({"weights": "soft"}, {"guess": True}))
+    fit = {"width": 64, "steps": 1}
+    alone, none = (paint(sd, *one, guidance_scale=1.0, **fit).latents for one in ([guess], []))
+    close(alone, paint(sd, soft, guidance_scale=1.0, **fit).latents)
+    sides = [paint(sd, *one, guidance_scale=0.0, **fit).latents for one in ([guess], [])]
+    close(*sides)  # the unconditional pass alone
+    close(paint(sd, guess, guidance_scale=3.0, **fit).latents - sides[1], 3 * (alone - sides[1]), 1e-4)
+    assert (alone - none).abs().max() > 1e-3
+
+
+def test_the_first_step_knows_how_many_follow(sd, control):
+    """A control of the first half of the steps works at the first one."""
+    first, last = (
+        ControlNet(control, HINT_A[0], start=a, end=b, fit="stretch") for a, b in ((0, 0.5), (0.5, 1))
+    )
+    plain, whole = paint(sd).latents, paint(sd, ControlNet(control, HINT_A[0], fit="stretch")).latents
+    pictures = [plain, whole, paint(sd, first).latents, paint(sd, last).latents]
+    assert all(not torch.allclose(a, b, atol=1e-4) for i, a in enumerate(pictures) for b in pictures[:i])
+
+
+def test_two_streams_do_not_see_each_other(sd, control):
+    sets = ([ControlNet(control, HINT_A[0])], [ControlNet(control, HINT_A[1], end=0.5)], [])
+    alone = [paint(sd, *one, width=64).latents for one in sets]
+    options = {"seed": 3, "steps": 2, "output_type": "latent", "height": 64, "width": 64}
+    streams = [sd.stream("a large red circle", adapters=one, **options) for one in sets]
+    ends = [None] * 3
+    for _ in range(3):
+        ends = [next(stream) for stream in streams]
+    assert all(torch.equal(end.result.latents, want) for end, want in zip(ends, alone, strict=True))
+
+
+# --- refusals ---------------------------------------------------------------------------------------
+
+
+def test_what_is_no_controlnet_of_this_model_is_refused_by_name(sd, unet, tensors, tmp_path):
+    def changed(**other):
+        return {**tensors, **other}
+
+    wide = {k: torch.zeros(len(v), 1024) if k.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) else v
+            for k, v in tensors.items()}  # fmt: skip
+    short = {k: v for k, v in tensors.items() if not k.startswith("zero_convs.5.")}
+    cases = (
+        ({"body.0.block1.weight": torch.zeros(2, 2)}, "this is a T2I-Adapter"),
+        ({"lora_unet_mid_block.lora_up.weight": torch.zeros(2, 2)}, "this is a LoRA"),
+        ({"ip_adapter.1.to_k_ip.weight": torch.zeros(2, 2)}, "this is an IP-Adapter"),
+        (wide, "one for a context of Stable Diffusion v2 1024 wide; the model's is 24 wide"),
+        (changed(**{"label_emb.0.0.weight": torch.zeros(2, 2)}), "this is one for Stable Diffusion XL"),
+        (changed(difference=torch.zeros(1)), "the difference between one and a model"),
+        (changed(lora_controlnet=torch.zeros(1)), "this is a ControlLoRA"),
+        (short, "one for another UNet: 2 of the model's .* tensors missing"),
+        (changed(**{"zero_convs.9.0.bias": torch.zeros(2)}), "one for another UNet: 1 of the file's"),
+        (changed(**{"zero_convs.2.0.bias": torch.zeros(7)}), "one for another UNet: 1 of another shape"),
+    )  # fmt: skip
+    before = identity(unet)
+    for i, (given, words) in enumerate(cases):
+        path = tmp_path / f"{i}.safetensors"
+        save_safetensors(path, {name: one.contiguous() for name, one in given.items()}, {})
+        with pytest.raises(MismatchError, match=words) as error:
+            ControlNet(path, HINT_A).check(unet)
+        assert "a ControlNet was wanted" in str(error.value) and len(str(error.value)) <= 400
+    assert identity(unet) == before
+    with pytest.raises(MismatchError, match="context 24 wide; the model's is 128 wide"):
+        path = tmp_path / "narrow.safetensors"
+        save_safetensors(path, tensors, {})
+        paint(sd, ControlNet(path, HINT_A))
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(FormatError):
+        ControlNet(tmp_path / "cut.safetensors", HINT_A)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"hint": None}, "a hint should be a picture, .* got none"),
+        ({"hint": 5}, "a hint should be a picture"),
+        ({"hint": []}, "a list of hints should hold 1 to 64, got 0"),
+        ({"hint": HINT_A * 255}, "a hint's values should be from 0 to 1, got 0 to 2"),
+        ({"hint": HINT_A - 0.5}, "a hint's values should be from 0 to 1, got -0.5"),
+        ({"hint": HINT_A * float("nan")}, "a hint's values should be from 0 to 1, got nan"),
+        ({"hint": HINT_A[:, :2]}, r"got float32 of shape \(2, 2, 64, 64\)"),
+        ({"hint": (255 * HINT_A).byte()}, "got uint8 of shape"),
+        ({"hint": "absent.png"}, "absent.png"),
+        ({"fit": "pad"}, "fit should be one of crop, stretch, got 'pad'"),
+        ({"scale": float("inf")}, "scale should be a number"),
+        ({"start": 0.6, "end": 0.4}, "start should be below end, got start=0.6 and end=0.4"),
+        ({"start": 0.5, "end": 0.5}, "start should be below end"),
+        ({"end": 1.5}, "end should be a number from 0 to 1, got 1.5"),
+        ({"guess": "yes"}, "guess should be true or false"),
+        ({"weights": "hard"}, "weights should be numbers, 'soft' or None"),
+        ({"weights": [1, 2]}, "weights should be 7 numbers for this UNet"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(unet, files, options, words):
+    with pytest.raises(LdmError, match=words) as error:
+        ControlNet(files[0], **{"hint": HINT_A, **options}).check(unet)
+    assert len(str(error.value)) <= 400 and "\n" not in str(error.value) and error.value.exit_code > 1
+
+
+def test_only_unets_take_one(files):
+    with pytest.raises(UsageError, match="a ControlNet needs a UNetModel, got Linear"):
+        ControlNet(files[0], HINT_A).check(torch.nn.Linear(2, 3))
+    plain = UNetModel(8, 4, 32, 4, 1, [], channel_mult=(1, 2), num_heads=2)
+    middle_only = ControlNet(files[0], HINT_A)
+    with pytest.raises(UsageError, match="needs a UNet with spatial transformers"):
+        middle_only.check(plain)
