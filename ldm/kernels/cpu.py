@@ -1,5 +1,6 @@
 """CPU backend: oneDNN's linear layers and convolutions with packed weights, and the C++ kernels in cpp/."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,14 +23,53 @@ FEED_FORWARD_ROWS = 1024
 mkldnn = torch.ops.mkldnn
 
 
-def pack_linear(weight: Tensor, rows: int) -> Tensor:
+# Multiplications of a product up to which our kernel is the faster one: what oneDNN spends on finding its own, measured
+# within a step and not in a loop over one layer, is more than a small product takes.
+MAX_SMALL = {torch.float32: 1 << 23, torch.bfloat16: 1 << 25}
+
+
+def is_small(weight: Tensor, rows: int) -> bool:
+    """Whether a product of so many rows with a weight (out, in, ...) is one for our kernel in cpp/product.cpp."""
+    return (
+        rows * weight.numel() <= MAX_SMALL[weight.dtype]
+        and weight.shape[0] % native.LANES == 0
+        and native.has_product(weight.dtype)
+    )
+
+
+def _is_one_dtype(x: Tensor, *others: Tensor | None) -> bool:
+    return all(other is None or other.dtype == x.dtype for other in others)
+
+
+class PackedLinear:
+    """A linear layer's weight (out, in), packed when a small or a large product first needs it."""
+
+    def __init__(self, weight: Tensor, rows: int):
+        self.weight = weight
+        self.rows = rows  # of large products, to choose a layout by; others work, too
+
+    @functools.cached_property
+    def small(self) -> native.PackedProduct:
+        return native.pack_product(self.weight)
+
+    @functools.cached_property
+    def large(self) -> Tensor:
+        return mkldnn._reorder_linear_weight(self.weight, self.rows)
+
+
+def pack_linear(weight: Tensor, rows: int) -> PackedLinear:
     """Pack a linear layer's weight (out, in) for products with so many rows."""
-    return mkldnn._reorder_linear_weight(weight, rows)
+    return PackedLinear(weight, rows)
 
 
-def multiply(x: Tensor, packed: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
+def multiply(x: Tensor, packed: PackedLinear, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
     """Compute x W^T + bias + add with a weight of `pack_linear`; x is (..., in)."""
     x = x.contiguous()
+    width = packed.weight.shape[1]
+    small = width % 32 == 0 and is_small(packed.weight, x.numel() // width)
+    if small and _is_one_dtype(x, bias, add):
+        return native.linear(x, packed.small, bias, None if add is None else add.contiguous())
+    packed = packed.large
     if add is not None:
         return mkldnn._linear_pointwise.binary(x, add, packed, bias, "add")
     return mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
@@ -65,6 +105,14 @@ def run_conv(
 
 def convolve(conv: nn.Conv2d, x: Tensor, caches: Mapping[str, Any], add: Tensor | None) -> Tensor:
     """Convolve a map (b, c, h, w) as a layer does, by Winograd's algorithm where it pays; see Backend.convolve."""
+    (b, _, h, w), stride = x.shape, conv.stride[0]
+    small = is_small(conv.weight, b * h * w // stride**2) and _is_square(conv)
+    if small and _is_one_dtype(x, conv.bias, add):
+        packed = caches["small"].get(
+            lambda: native.pack_product(conv.weight.detach(), stride, conv.padding[0]), conv.weight
+        )
+        add = None if add is None else add.contiguous(memory_format=torch.channels_last)
+        return native.convolution(x, packed, conv.bias, add)
     if winograd.supports(conv, x):
         tiles = x.shape[0] * x.shape[2] * x.shape[3] // 4
         packed = caches["winograd"].get(lambda: winograd.pack(conv.weight.detach(), tiles), conv.weight)
@@ -72,6 +120,12 @@ def convolve(conv: nn.Conv2d, x: Tensor, caches: Mapping[str, Any], add: Tensor 
     options = (conv.padding, conv.stride, conv.dilation, conv.groups)
     packed = caches["direct"].get(lambda: pack_conv(conv.weight.detach(), *options, x.shape), conv.weight)
     return run_conv(x, packed, conv.bias, *options, add=add)
+
+
+def _is_square(conv: nn.Conv2d) -> bool:
+    """Whether a convolution treats rows as it does columns, without groups and dilation."""
+    sides = (conv.kernel_size, conv.stride, conv.padding)
+    return all(a == b for a, b in sides) and conv.groups == 1 and conv.dilation == (1, 1)
 
 
 def interleave_phases(y: Tensor) -> Tensor:

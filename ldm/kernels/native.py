@@ -8,6 +8,7 @@ import functools
 import logging
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,12 @@ _SIGNATURES = {
     ),
     "ldm_geglu": (None, [_int, _size, _size, _pointer, _pointer, _pointer, _int]),
     "ldm_interleave_phases": (None, [_int, *[_size] * 4, *[_pointer] * 2, _int]),
+    "ldm_product_dtypes": (_int, []),
+    "ldm_linear": (
+        None,
+        [_int, *[_size] * 3, _pointer, _size, *[_pointer] * 3, _size, _int, _pointer, _size, _pointer, _int],
+    ),
+    "ldm_convolution": (None, [_int, *[_size] * 11, *[_pointer] * 6, _int]),
     "ldm_winograd_input": (None, [*[_size] * 5, _pointer, _pointer, _int]),
     "ldm_winograd_output": (None, [*[_size] * 5, *[_pointer] * 4, _int]),
 }
@@ -219,6 +226,113 @@ def geglu(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:
         x.data_ptr(),
         bias.data_ptr(),
         out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+ACTS = {None: 0, "quick_gelu": 1, "gelu": 2}
+_STEP = {torch.float32: 1, torch.bfloat16: 2}  # of the reduction, in one multiplication
+
+
+def has_product(dtype: torch.dtype) -> bool:
+    """Whether this machine has `linear` and `convolution` in a dtype: AVX-512 for float32, AMX for bfloat16."""
+    found = library()
+    return found is not None and dtype in DTYPES and bool(found.ldm_product_dtypes() >> DTYPES[dtype] & 1)
+
+
+class PackedProduct(NamedTuple):
+    """A weight (out, k) laid out for `linear` or `convolution`: 16 rows side by side.
+
+    Attributes:
+        blocks: (out / 16, k' / g, 16, g), k' being k and zeros, g how many steps one multiplication takes.
+        kernel, stride, padding: of a convolution, whose k counts taps before channels.
+    """
+
+    blocks: Tensor
+    outs: int
+    k: int
+    kernel: int = 1
+    stride: int = 1
+    padding: int = 0
+
+
+def pack_product(weight: Tensor, stride: int = 1, padding: int = 0) -> PackedProduct:
+    """Lay a linear layer's weight (out, in) or a convolution's (out, in, side, side) out; 16 divides out."""
+    kernel = weight.shape[-1] if weight.dim() == 4 else 1
+    if weight.dim() == 4:
+        weight = weight.permute(0, 2, 3, 1).flatten(1)
+    outs, step = weight.shape[0], _STEP[weight.dtype]
+    # A tile takes 32 numbers of bfloat16 at a time; of float32 any number will do.
+    weight = torch.nn.functional.pad(weight, (0, -weight.shape[1] % (32 if step == 2 else 1)))
+    k = weight.shape[1]
+    blocks = weight.reshape(outs // LANES, LANES, k // step, step).transpose(1, 2).contiguous()
+    return PackedProduct(blocks, outs, k, kernel, stride, padding)
+
+
+def linear(
+    x: Tensor, weights: PackedProduct, bias: Tensor | None, add: Tensor | None = None, act: str | None = None
+) -> Tensor:
+    """Compute act(x W^T + bias) + add, of few rows.
+
+    Args:
+        x: (..., k), contiguous, k as the weight has it.
+        bias: (out,) of x's dtype, or None.
+        add: (..., out), contiguous, of x's dtype, or None.
+        act: None, "quick_gelu" or "gelu" (the exact one).
+    """
+    dtype, outs, k = DTYPES[x.dtype], weights.outs, weights.k
+    out = torch.empty((*x.shape[:-1], outs), dtype=x.dtype)
+    library().ldm_linear(
+        dtype,
+        x.numel() // k,
+        k,
+        outs,
+        x.data_ptr(),
+        k,
+        weights.blocks.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if add is None else add.data_ptr(),
+        outs,
+        ACTS[act],
+        out.data_ptr(),
+        outs,
+        _workspace(64 * k),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def convolution(x: Tensor, weights: PackedProduct, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
+    """Convolve a small map, zeros around it, and add a map if there is one.
+
+    Args:
+        x: (b, c, h, w), channels last.
+        bias: (out,) of x's dtype, or None.
+        add: of the result's shape and x's dtype, channels last, or None.
+    """
+    (b, c, h, w), side = x.shape, weights.kernel
+    height, width = (1 + (n + 2 * weights.padding - side) // weights.stride for n in (h, w))
+    out = torch.empty((b, weights.outs, height, width), dtype=x.dtype, memory_format=torch.channels_last)
+    library().ldm_convolution(
+        DTYPES[x.dtype],
+        b,
+        h,
+        w,
+        c,
+        side,
+        weights.stride,
+        weights.padding,
+        height,
+        width,
+        weights.k,
+        weights.outs,
+        x.data_ptr(),
+        weights.blocks.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if add is None else add.data_ptr(),
+        out.data_ptr(),
+        _workspace((16 + b * height * width) * weights.k * x.element_size()),
         torch.get_num_threads(),
     )
     return out

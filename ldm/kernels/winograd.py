@@ -16,6 +16,8 @@ FILTER_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.
 # Bytes of transformed tiles at a time: few enough for the cache, and rows enough for one matrix product.
 CHUNK_BYTES = 32 << 20
 MIN_TILES = 64  # below, reading 16/9 of the weights costs more than the saved products
+# Multiplications of a direct convolution, below which those saved do not pay for the calls of sixteen products.
+MIN_MULTIPLICATIONS = 1 << 27
 mkldnn = torch.ops.mkldnn
 
 
@@ -30,6 +32,7 @@ def supports(conv: nn.Conv2d, x: Tensor) -> bool:
         and conv.in_channels % native.LANES == 0
         and conv.out_channels % native.LANES == 0
         and tiles >= MIN_TILES
+        and 4 * tiles * conv.weight.numel() >= MIN_MULTIPLICATIONS
         and native.library() is not None
     )
 

@@ -245,6 +245,88 @@ def test_the_gate_keeps_broken_numbers_and_ends(backend):
     assert out[1, 0] == 50 and abs(out[1, 1]) < 1e-30
 
 
+def product_of(dtype):
+    if not native.has_product(dtype):
+        pytest.skip("this processor has no such product")
+
+
+ACTS = {None: lambda y: y, "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y), "gelu": F.gelu}
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+@pytest.mark.parametrize(
+    ("rows", "k", "out", "act", "bias", "add"),
+    [
+        (1, 32, 16, None, False, False),
+        (2, 64, 48, "quick_gelu", True, False),  # an odd number of blocks
+        (17, 96, 80, "gelu", True, True),  # a tile and one row
+        (31, 32, 112, None, True, True),
+        (48, 160, 64, "quick_gelu", False, True),
+        (101, 128, 240, None, True, False),
+    ],
+)
+def test_a_product_is_the_formula(dtype, rows, k, out, act, bias, add):
+    product_of(dtype)
+    x, weight, b, beside = (
+        keyed_input(f"product.{s}", size).to(dtype)
+        for s, size in (("x", (rows, k)), ("w", (out, k)), ("b", (out,)), ("add", (rows, out)))
+    )
+    want = ACTS[act](F.linear(x.double(), weight.double(), b.double() if bias else None))
+    want = want + beside.double() if add else want
+    packed, given = native.pack_product(weight), (b if bias else None, beside if add else None)
+    close(native.linear(x, packed, *given, act), want, dtype)
+    shaped = native.linear(x[None], packed, given[0], None if given[1] is None else given[1][None], act)
+    assert shaped.shape == (1, rows, out)
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+@pytest.mark.parametrize(
+    ("b", "c", "h", "w", "out", "side", "stride", "padding"),
+    [
+        (2, 32, 5, 7, 48, 3, 1, 1),
+        (3, 4, 6, 5, 16, 3, 2, 1),  # taps that fill no tile
+        (1, 64, 9, 4, 32, 1, 1, 0),
+        (2, 20, 4, 3, 80, 2, 1, 1),
+        (1, 16, 8, 11, 64, 5, 3, 0),
+    ],
+)
+def test_a_small_map_s_convolution_is_the_formula(dtype, b, c, h, w, out, side, stride, padding):
+    product_of(dtype)
+    x, weight, bias = (
+        keyed_input(f"small.{s}", size).to(dtype)
+        for s, size in (("x", (b, c, h, w)), ("w", (out, c, side, side)), ("b", (out,)))
+    )
+    want = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding)
+    add = keyed_input("small.add", tuple(want.shape)).to(dtype).contiguous(memory_format=torch.channels_last)
+    x, packed = x.contiguous(memory_format=torch.channels_last), native.pack_product(weight, stride, padding)
+    close(native.convolution(x, packed, bias), want, dtype)
+    got = native.convolution(x, packed, bias, add)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    close(got, want + add.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+def test_products_do_not_depend_on_the_number_of_threads(dtype):
+    product_of(dtype)
+    x, weight = (keyed_input(f"threads.{s}", (n, 320)).to(dtype) for s, n in (("x", 203), ("w", 176)))
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(native.linear(x, native.pack_product(weight), None))
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("act", list(ACTS), ids=str)
+def test_a_product_hides_no_broken_number(act):
+    x, packed = torch.ones(20, 64), native.pack_product(torch.ones(32, 64))
+    product_of(x.dtype)
+    x[3, 5], x[7, 1] = float("nan"), float("inf")
+    got = native.linear(x, packed, None, None, act)
+    assert got[3].isnan().all() and not got[7].isfinite().any()
+    assert got[[0, 1, 2, 4, 5, 6, 8]].isfinite().all()
+
+
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     native.library.cache_clear()

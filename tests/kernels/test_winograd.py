@@ -6,9 +6,16 @@ import torch.nn.functional as F
 from keyed import keyed_input
 from torch import nn
 
-from ldm.kernels import native, optimize, winograd
+from ldm.kernels import cpu, native, optimize, winograd
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the kernels cannot be built here")
+
+
+@pytest.fixture(autouse=True)
+def of_any_size(monkeypatch):
+    """Let maps as small as the tests' go this way."""
+    monkeypatch.setattr(winograd, "MIN_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(cpu, "MAX_SMALL", {torch.float32: 0, torch.bfloat16: 0})
 
 
 def conv(c, out, **options):
