@@ -8,14 +8,16 @@ does what is missing.
     python bench/speed.py --short                               # within ten minutes on two quiet cores
     python bench/speed.py --list
     python bench/speed.py --rows 'unet/*' 'image/20-b1/*' --dtypes bfloat16 --compile
+    python bench/speed.py --short --peers openvino              # beside one that is not diffusers
     python bench/speed.py --device cuda
 
 How it is measured, part by part, is in bench/speedlib/: what (rows.py), on which networks (models.py), who runs
-(contestants.py, studio.py, training.py, process.py), what is wrong (gate.py), clocks and ratios (timing.py), one row
-from beginning to end (run.py), the files (report.py).
+(contestants.py, studio.py, peers.py, training.py, process.py), what is wrong (gate.py), clocks and ratios
+(timing.py), one row from beginning to end (run.py), the files (report.py).
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the tests have the means to m
 from bench.quality import choose_rows  # noqa: E402
 from bench.speedlib import rows as table  # noqa: E402
 from ldm import cli  # noqa: E402
-from ldm.errors import UsageError  # noqa: E402
+from ldm.errors import AbsentError, UsageError  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +51,13 @@ def make_parser() -> cli.Parser:
     )
     what.add_argument(
         "--contestants", nargs="+", choices=table.CONTESTANTS, help="default: all that there are"
+    )
+    what.add_argument(
+        "--peers",
+        nargs="*",
+        choices=table.PEERS,
+        help="also OpenVINO and diffusers by torch.compile with frozen weights, minutes to compile; without "
+        "names both",
     )
     what.add_argument("--rows", nargs="+", metavar="PATTERN", help="only rows that match, e.g. 'unet/b2/*'")
     what.add_argument(
@@ -101,8 +110,11 @@ def _matches(rows: list["Row"], pattern: str) -> bool:
     return any(fnmatchcase(row.key, pattern) for row in rows)
 
 
-def choose_contestants(asked: list[str] | None) -> list[str]:
+def choose_contestants(asked: list[str] | None, peers: Sequence[str] | None = None) -> list[str]:
     """List who runs; without kernels in this ldm, those who need them do not, and the user is told.
+
+    Args:
+        peers: as --peers has them: None or names; an empty list stands for all.
 
     Raises:
         UsageError: only such were asked for.
@@ -118,7 +130,16 @@ def choose_contestants(asked: list[str] | None) -> list[str]:
             if not names:
                 raise
             cli.say(f"ldm-kernels is left out: {error}")
-    return names
+    chosen = [name for name in table.PEERS if peers is not None and name in (peers or table.PEERS)]
+    if "openvino" in chosen:
+        from bench.speedlib.peers import need_openvino
+
+        try:
+            need_openvino()
+        except AbsentError as error:
+            chosen.remove("openvino")
+            cli.say(f"openvino is left out: {error}")
+    return names + chosen
 
 
 def list_rows(rows: list["Row"], shape: Any) -> None:
@@ -202,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     if opt.list:
         list_rows(rows, shape)
         return
-    names = choose_contestants(opt.contestants)
+    names = choose_contestants(opt.contestants, opt.peers)
     given = (opt.repeats, opt.warmup, opt.budget)
     usual = EFFORT["short" if opt.short else device.type]
     effort = Effort(*(own if one is None else one for one, own in zip(given, usual, strict=True)))

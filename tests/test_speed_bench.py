@@ -10,10 +10,11 @@ import torch
 
 from bench import load, speed
 from bench.speedlib import contestants, gate, models, process, report, timing
+from bench.speedlib import peers as peers_module
 from bench.speedlib import run as run_module
 from bench.speedlib import studio as studio_module
 from bench.speedlib.contestants import Room
-from bench.speedlib.rows import CONTESTANTS, PLAIN, SHORT, THEIRS, Row, all_rows
+from bench.speedlib.rows import CONTESTANTS, PEERS, PLAIN, SHORT, THEIRS, Row, all_rows
 from bench.speedlib.run import Effort, run_row, unable
 from bench.speedlib.studio import Studio
 from bench.speedlib.training import LEARNING_RATE, TrainingRow
@@ -230,6 +231,58 @@ def test_the_short_form_has_the_rows_that_matter_most():
     assert chosen("--short", "--dtypes", "float32", "--compile")[1] == "unet/b2/float32/compiled"
     assert chosen("--short", "--rows", "import") == ["import"]
     assert all(any(key.startswith(p.split("/")[0]) for key in chosen("--short")) for p in SHORT)
+
+
+@pytest.mark.parametrize(
+    ("row", "run"),
+    [
+        (Row("clip", "float32", 64, 2), True),
+        (Row("unet", "bfloat16", 64, 2), True),
+        (Row("vae-decode", "bfloat16", 64), True),
+        (Row("unet", "float16", 64, 2), False),
+        (Row("unet", "bfloat16", 64, 2, compiled=True), False),
+        (Row("vae-encode", "float32", 64), False),
+        (Row("image", "float32", 64, steps=3), False),
+        (Row("load", "float32", 64), False),
+    ],
+    ids=lambda value: getattr(value, "key", None),
+)
+def test_peers_run_in_the_rows_of_single_networks(row, run):
+    assert set(PEERS) & {*row.contestants} == (set(PEERS) if run else set())
+
+
+@pytest.mark.parametrize(
+    ("words", "peers"),
+    [
+        ([], []),
+        (["--peers"], ["openvino", "diffusers-frozen"]),
+        (["--peers", "openvino"], ["openvino"]),
+        (["--peers", "diffusers-frozen"], ["diffusers-frozen"]),
+    ],
+)
+def test_peers_run_where_they_are_asked_for(monkeypatch, words, peers):
+    monkeypatch.setattr(peers_module, "need_openvino", lambda: None)
+    opt = speed.make_parser().parse_args(words)
+    assert speed.choose_contestants(opt.contestants, opt.peers) == [*CONTESTANTS, *peers]
+
+
+def test_without_openvino_a_line_says_so_and_the_others_run(monkeypatch, capsys):
+    monkeypatch.setattr(peers_module.importlib.util, "find_spec", lambda name: None)
+    assert speed.choose_contestants(["ldm"], []) == ["ldm", "diffusers-frozen"]
+    assert capsys.readouterr().out == (
+        "openvino is left out: OpenVINO is not installed; pip install openvino, or leave it out of --peers\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_openvino_computes_what_the_others_do(studio, dtype):
+    pytest.importorskip("openvino")
+    found = run_row(studio, Row("clip", dtype, 64, 2), ["ldm", "diffusers", "openvino"], ONCE, peak=1.0)
+    peer = found["contestants"]["openvino"]
+    assert found["left_out"] == {} and peer["version"] and peer["gate"]["passed"]
+    assert 0 < peer["gate"]["rms_error"] < (1e-5 if dtype == "float32" else 3e-2)
+    assert "openvino / ldm" in found["ratios"] and peer["efficiency"] > 0
 
 
 def test_the_list_shows_each_row_with_its_arithmetic(capsys, tiny):

@@ -63,7 +63,9 @@ def switches(name: str, row: Row, device: torch.device) -> Iterator[None]:
     """Set the process-wide switches that a contestant runs with: torch's own, or the fastest honest ones."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = name not in PLAIN
-    freezes = name == "diffusers-best" and row.compiled and row.part != "train"
+    freezes = name == "diffusers-frozen" or (
+        name == "diffusers-best" and row.compiled and row.part != "train"
+    )
     try:
         with process.inductor_switches(device) if freezes else contextlib.nullcontext():
             yield

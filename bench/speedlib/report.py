@@ -12,7 +12,7 @@ import torch
 from bench.load import versions
 from bench.quality import save_results, write
 from bench.speedlib.models import Geometry
-from bench.speedlib.rows import CONTESTANTS, OURS, THEIRS
+from bench.speedlib.rows import CONTESTANTS, OURS, PEERS, THEIRS
 from ldm.errors import FormatError, MismatchError
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
@@ -157,7 +157,7 @@ def make_table(results: dict[str, Any]) -> str:
     head = ["row", "who", "median", "quartiles", "runs", "error", "of peak", *(f"/ {name}" for name in OURS)]
     text += ["", "| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
     for key, row in results["rows"].items():
-        lines = [_line(row, name) for name in CONTESTANTS if name in row["contestants"]]
+        lines = [_line(row, name) for name in (*CONTESTANTS, *PEERS) if name in row["contestants"]]
         lines += [[name, f"left out: {reason}"] for name, reason in row["left_out"].items()]
         for number, cells in enumerate(lines):
             cells = [f"`{key}`" if number == 0 else "", *cells]
@@ -209,7 +209,9 @@ def headline(row: dict[str, Any]) -> str:
             f"{name} " + (amount(merit, found["figures"][merit]["median"]) if passed else "WRONG, not timed")
         )
     words += [
-        f"{pair} {_ratio(ratio)}" for pair, ratio in row["ratios"].items() if pair.split(" / ")[0] in THEIRS
+        f"{pair} {_ratio(ratio)}"
+        for pair, ratio in row["ratios"].items()
+        if pair.split(" / ")[0] in (*THEIRS, *PEERS)
     ]
     words += [f"{name} left out: {reason}" for name, reason in row["left_out"].items()]
     return "; ".join(words)

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 DTYPES = ("float32", "bfloat16", "float16")
 OURS = ("ldm", "ldm-kernels")
 THEIRS = ("diffusers", "diffusers-best", "diffusers-default")
+# Who runs only where --peers names them (peers.py), and in which parts and dtypes.
+PEERS = ("openvino", "diffusers-frozen")
+PEER_PARTS, PEER_DTYPES = ("clip", "unet", "vae-decode"), ("float32", "bfloat16")
 HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 # Whose float32 is the reference, and whose half precision the yardstick. Alone, our plain code has to do.
 BASELINE = "diffusers" if HAS_DIFFUSERS else "ldm"
-CONTESTANTS = (*OURS, *THEIRS)
+CONTESTANTS = (*OURS, *THEIRS)  # without PEERS
 PLAIN = ("ldm", "diffusers")
 
 NETWORKS = ("clip", "unet", "vae-encode", "vae-decode")  # parts that are one call of one network
@@ -69,7 +72,9 @@ class Row:
         absent = ["diffusers-default"]
         if self.part == "clip" and not self.compiled:
             absent.append("diffusers-best")
-        return tuple(name for name in CONTESTANTS if name not in absent)
+        if self.part not in PEER_PARTS or self.dtype not in PEER_DTYPES or self.compiled:
+            absent += PEERS
+        return tuple(name for name in (*CONTESTANTS, *PEERS) if name not in absent)
 
 
 def all_rows(px: int, device: str, dtypes: Iterable[str], compiled: bool = False) -> list[Row]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.speedlib import gate, models
 from bench.speedlib.contestants import Contestant
-from bench.speedlib.rows import BASELINE, HAS_DIFFUSERS, OURS, PROCESSES, THEIRS, Row
+from bench.speedlib.rows import BASELINE, HAS_DIFFUSERS, OURS, PEERS, PROCESSES, THEIRS, Row
 from bench.speedlib.studio import Studio
 from bench.speedlib.timing import Figures, compare, count_launches, count_syncs, interleave, spread
 from ldm.cli import printable
@@ -125,7 +125,7 @@ def _add_figures(result: dict[str, Any], row: Row, figures: dict[str, list[Figur
         one = result["contestants"][name]
         one["figures"] = {figure: spread([run[figure] for run in runs]) for figure in runs[0]}
         one["runs"] = merits[name]
-    pairs = [(other, our) for our in OURS for other in (*THEIRS, *OURS) if other != our]
+    pairs = [(other, our) for our in OURS for other in (*THEIRS, *PEERS, *OURS) if other != our]
     for other, our in pairs:
         if other in merits and our in merits:
             result["ratios"][f"{other} / {our}"] = compare(merits[other], merits[our])

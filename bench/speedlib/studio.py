@@ -1,6 +1,7 @@
 """Who runs in a row: each library's way through a part, plain and at its strongest, on the same weights and inputs."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from bench.speedlib.rows import BASELINE, OURS, PLAIN, PROCESSES, Row
 from bench.speedlib.timing import Figures
 from bench.speedlib.training import TrainingRow
 from ldm.checkpoints.key_mapping import TEXT, UNET, VAE
+from ldm.errors import UsageError
 
 GATE_STEPS = 2  # of whole pictures at the gate: the same code as any number, before errors have grown
 
@@ -141,18 +143,42 @@ class Studio:
         if name not in PLAIN:
             used = "" if name in OURS else prefix  # kernels are for a whole model
             room.take(sum(w.nbytes for key, w in weights.items() if key.startswith(used)), name)
+        if name == "openvino":
+            return self._openvino(row, prefix, inputs)
         if name in OURS:
             model: Any = models.build_ours(self.shape, weights, self.device)
             if name == "ldm-kernels":
                 process.use_kernels(model, row.compiled, stack)
             calls = OUR_CALLS
         else:
-            build = {"clip": models.build_their_text_encoder, "unet": models.build_their_unet}
-            model = build.get(row.part, models.build_their_vae)(self.shape, weights, self.device)
-            if name == "diffusers-best":
-                process.strengthen(model, row.compiled)
+            model = self._theirs(row.part, weights)
+            if name in ("diffusers-best", "diffusers-frozen"):
+                process.strengthen(model, row.compiled or name == "diffusers-frozen")
             calls = THEIR_CALLS
         return in_process(lambda: calls[row.part](model, inputs), name, row, self.device)
+
+    def _theirs(self, part: str, weights: dict[str, Tensor]) -> torch.nn.Module:
+        build = {"clip": models.build_their_text_encoder, "unet": models.build_their_unet}
+        return build.get(part, models.build_their_vae)(self.shape, weights, self.device)
+
+    def _openvino(self, row: Row, prefix: str, inputs: dict[str, Tensor]) -> Contestant:
+        """Convert the part at hand, in float32: the same numbers, whatever it is to compute in."""
+        from bench.speedlib import peers
+
+        if self.device.type != "cpu":
+            raise UsageError("OpenVINO runs on a CPU here, this row is elsewhere; leave it out of --peers")
+        weights = {
+            name: weight.float()
+            for name, weight in self.weights(row.dtype).items()
+            if name.startswith(prefix)
+        }
+        inputs = {
+            name: value.float() if value.is_floating_point() else value for name, value in inputs.items()
+        }
+        call, version = peers.openvino_call(
+            self._theirs(row.part, weights), THEIR_CALLS[row.part], inputs, row.dtype
+        )
+        return dataclasses.replace(in_process(call, "openvino", row, self.device), notes={"version": version})
 
     # --- whole pictures ---
 
