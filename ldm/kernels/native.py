@@ -245,7 +245,8 @@ class PackedProduct(NamedTuple):
     """A weight (out, k) laid out for `linear` or `convolution`: 16 rows side by side.
 
     Attributes:
-        blocks: (out / 16, k' / g, 16, g), k' being k and zeros, g how many steps one multiplication takes.
+        blocks: (out * k,), in the order of cpp/product.cpp.
+        outs, k: of the weight, k with the zeros that a tile needs after it.
         kernel, stride, padding: of a convolution, whose k counts taps before channels.
     """
 
@@ -266,7 +267,11 @@ def pack_product(weight: Tensor, stride: int = 1, padding: int = 0) -> PackedPro
     # A tile takes 32 numbers of bfloat16 at a time; of float32 any number will do.
     weight = torch.nn.functional.pad(weight, (0, -weight.shape[1] % (32 if step == 2 else 1)))
     k = weight.shape[1]
-    blocks = weight.reshape(outs // LANES, LANES, k // step, step).transpose(1, 2).contiguous()
+    if step == 1:  # up to four blocks side by side
+        groups = [group.t().flatten() for group in weight.split(4 * LANES)]
+        blocks = torch.cat(groups)
+    else:
+        blocks = weight.reshape(outs // LANES, LANES, k // step, step).transpose(1, 2).flatten()
     return PackedProduct(blocks, outs, k, kernel, stride, padding)
 
 

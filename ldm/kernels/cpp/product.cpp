@@ -1,9 +1,9 @@
 // Products of few rows with weights that are laid out beforehand, and convolutions of small maps by them: the time of a
 // small model's step, and of a text encoder, lies here. A general library spends longer on finding its kernel than on these.
 //
-// A product is out (rows, outs) = act(x (rows, k) W^T + bias) + add. Weights are packed in blocks of 16 outs:
-// [block][k / G][16][G], where G is how many steps of the reduction one multiplication takes: 1 for float, 2 for bfloat16.
-// k is a multiple of 32 for bfloat16, which goes through AMX tiles and is not built without them.
+// A product is out (rows, outs) = act(x (rows, k) W^T + bias) + add. Weights are packed in blocks of 16 outs, for bfloat16
+// as [block][k / 2][16][2], pairs of the reduction's steps lying together; for float in groups of up to 4 blocks, as
+// [group][k][block][16]. k is a multiple of 32 for bfloat16, which goes through AMX tiles and is not built without them.
 
 #include "common.h"
 
@@ -36,38 +36,54 @@ struct Product {
 
 // --- float: R rows and J blocks at a time, their sums in registers ---------------------------------
 
+constexpr int64_t NEAR = 128;  // steps of the reduction whose weights for 4 blocks stay in the first cache
+
+// Steps first .. last - 1 of the reduction; what is not done yet lies in out.
 template <int R, int J>
-inline void rows_by_blocks(const Product<float>& p, int64_t row, int64_t block) {
+inline void rows_by_blocks(const Product<float>& p, int64_t row, int64_t block, int64_t first, int64_t last) {
   vf sums[R][J] = {};
+  float* out = p.out + row * p.out_stride + block * L;
+  if (first)
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < J; ++j) sums[r][j] = load(out + r * p.out_stride + j * L);
   const float *x = p.x + row * p.x_stride, *w = p.panel(block);
-  for (int64_t i = 0; i < p.k; ++i) {
+  for (int64_t i = first; i < last; ++i) {
     vf columns[J];
-    for (int j = 0; j < J; ++j) columns[j] = load(w + j * p.k * L + i * L);
+    for (int j = 0; j < J; ++j) columns[j] = load(w + (i * J + j) * L);
     for (int r = 0; r < R; ++r) {
       const vf value = splat(x[r * p.x_stride + i]);
       for (int j = 0; j < J; ++j) sums[r][j] += value * columns[j];
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < J; ++j) p.finish(sums[r][j], row + r, (block + j) * L);
+    for (int j = 0; j < J; ++j) {
+      if (last == p.k)
+        p.finish(sums[r][j], row + r, (block + j) * L);
+      else
+        store(out + r * p.out_stride + j * L, sums[r][j]);
+    }
 }
 
 template <int J>
-void multiply(const Product<float>& p, int64_t first, int64_t last, int64_t block) {
+void multiply(const Product<float>& p, int64_t begin, int64_t end, int64_t block) {
   constexpr int R = 6;
-  for (; first + R <= last; first += R) rows_by_blocks<R, J>(p, first, block);
-  switch (last - first) {
-    case 5: return rows_by_blocks<5, J>(p, first, block);
-    case 4: return rows_by_blocks<4, J>(p, first, block);
-    case 3: return rows_by_blocks<3, J>(p, first, block);
-    case 2: return rows_by_blocks<2, J>(p, first, block);
-    case 1: return rows_by_blocks<1, J>(p, first, block);
+  for (int64_t first = 0; first < p.k; first += NEAR) {
+    const int64_t last = std::min(first + NEAR, p.k);
+    int64_t row = begin;
+    for (; row + R <= end; row += R) rows_by_blocks<R, J>(p, row, block, first, last);
+    switch (end - row) {
+      case 5: rows_by_blocks<5, J>(p, row, block, first, last); break;
+      case 4: rows_by_blocks<4, J>(p, row, block, first, last); break;
+      case 3: rows_by_blocks<3, J>(p, row, block, first, last); break;
+      case 2: rows_by_blocks<2, J>(p, row, block, first, last); break;
+      case 1: rows_by_blocks<1, J>(p, row, block, first, last); break;
+    }
   }
 }
 
 template <class T>
 struct Shares {
-  static constexpr int64_t blocks = 4, rows = 96;  // of one portion of the work
+  static constexpr int64_t blocks = 4, rows = 192;  // of one portion of the work
 };
 template <>
 struct Shares<bf16> {
