@@ -25,11 +25,11 @@ class Backend(Protocol):
     CACHES_CONTEXT: bool
     FEED_FORWARD_ROWS: int
 
-    def pack_linear(self, weight: Tensor, rows: int) -> Tensor:
-        """Pack a linear layer's weight (out, in) for products with so many rows."""
+    def pack_linear(self, weight: Tensor, rows: int) -> Any:
+        """Pack a linear layer's weight (out, in) for products with so many rows, in a form of the backend's own."""
         ...
 
-    def multiply(self, x: Tensor, packed: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
+    def multiply(self, x: Tensor, packed: Any, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
         """Compute x W^T + bias + add with a weight of `pack_linear`; x is (..., in)."""
         ...
 

@@ -57,12 +57,12 @@ class PackedLinear:
         return mkldnn._reorder_linear_weight(self.weight, self.rows)
 
 
-def pack_linear(weight: Tensor, rows: int) -> PackedLinear:
+def pack_linear(weight: Tensor, rows: int) -> Any:
     """Pack a linear layer's weight (out, in) for products with so many rows."""
     return PackedLinear(weight, rows)
 
 
-def multiply(x: Tensor, packed: PackedLinear, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
+def multiply(x: Tensor, packed: Any, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
     """Compute x W^T + bias + add with a weight of `pack_linear`; x is (..., in)."""
     x = x.contiguous()
     width = packed.weight.shape[1]

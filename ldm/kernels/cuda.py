@@ -108,12 +108,12 @@ def gate_error(tokens: Tensor, doubled: int) -> Tensor:
 # --- the backend ---------------------------------------------------------------------------------------
 
 
-def pack_linear(weight: Tensor, rows: int) -> Tensor:
+def pack_linear(weight: Tensor, rows: int) -> Any:
     """Give a linear layer's weight (out, in) as it is."""
     return weight
 
 
-def multiply(x: Tensor, packed: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
+def multiply(x: Tensor, packed: Any, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
     """Compute x W^T + bias + add; x is (..., in)."""
     out = F.linear(x, packed, bias)
     return out if add is None else out.add_(add)
