@@ -29,7 +29,7 @@ _pointer, _size, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, c
 _SIGNATURES = {
     "ldm_level": (_int, []),
     "ldm_attention_bytes": (_size, [_int, *[_size] * 5, _int]),
-    "ldm_attention": (None, [_int, *[_size] * 5, *[_pointer, _size] * 4, _float, _pointer, _int]),
+    "ldm_attention": (None, [_int, *[_size] * 5, *[_pointer, _size] * 4, _float, _int, _pointer, _int]),
     "ldm_norm_bytes": (_size, [_size] * 3),
     "ldm_group_norm": (
         None,
@@ -113,7 +113,17 @@ def supports_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
-    """Compute softmax(scale q k^T) v for each head.
+    """Compute softmax(scale q k^T) v for each head; see `_attention`."""
+    return _attention(q, k, v, heads, scale, causal=False)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
+    """Compute the same where token i sees tokens 0 to i alone, as in a text encoder; n and m are the same."""
+    return _attention(q, k, v, heads, scale, causal=True)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float, causal: bool) -> Tensor:
+    """Attend by the kernel in cpp/attention.cpp.
 
     Args:
         q: (b, n, heads * features).
@@ -128,7 +138,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tens
     shape = (DTYPES[q.dtype], b, heads, n, m, width // heads)
     space = _workspace(found.ldm_attention_bytes(*shape, threads))
     ends = (part for x in (q, k, v, out) for part in (x.data_ptr(), x.stride(1)))
-    found.ldm_attention(*shape, *ends, scale, space, threads)
+    found.ldm_attention(*shape, *ends, scale, causal, space, threads)
     return out
 
 

@@ -53,6 +53,22 @@ def test_attention_is_the_softmax_of_products(dtype, b, n, m, heads, features):
 
 
 @pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+@pytest.mark.parametrize(
+    ("b", "n", "heads", "features"),
+    [(2, 77, 3, 64), (1, 5, 2, 24), (1, 49, 2, 32), (1, 700, 1, 40), (1, 530, 1, 512)],
+)
+def test_causal_attention_sees_no_later_token(dtype, b, n, heads, features):
+    q, k, v = (keyed_input(f"causal.{s}", (b, n, heads * features)).to(dtype) for s in "qkv")
+    q, scale = q * 3, features**-0.5
+    scores = scale * heads_apart(q, heads) @ heads_apart(k, heads).transpose(2, 3)
+    weights = scores.masked_fill(torch.ones(n, n).triu(1).bool(), float("-inf")).softmax(-1)
+    want = (weights @ heads_apart(v, heads)).transpose(1, 2).flatten(2)
+    got = native.causal_attention(q, k, v, heads, scale)
+    close(got, want, dtype)
+    torch.testing.assert_close(got[:, 0], v[:, 0])  # which sees itself alone
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
 def test_attention_of_large_scores_overflows_nothing(dtype):
     """Rows whose largest score comes last, far above the others, and rows of scores that are all alike."""
     m = 300

@@ -229,6 +229,7 @@ inline bool finite(const float* p, int64_t n) {
 template <class T>
 struct Shape {
   int64_t batch, heads, queries, keys, features;
+  bool causal = false;  // query i sees keys 0 to i
 #if defined(LDM_AMX)
   static constexpr int64_t step = Group<T>::size == 2 ? 2 * L : 1;
 #else
@@ -335,11 +336,19 @@ inline bool any(vi mask) {
 #endif
 }
 
+// Take the keys after each query out of a block's scores [key][16 queries], which begin at key m0 and a query.
+inline void hide_later_keys(float* column, int64_t m0, int64_t keys, int64_t query) {
+  const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const vf lowest = splat(-std::numeric_limits<float>::infinity());
+  for (int64_t m = std::max<int64_t>(0, query - m0); m < keys; ++m)
+    store(column + m * L, lanes < (int32_t)(m0 + m - query) ? lowest : load(column + m * L));
+}
+
 // Flash attention (arXiv:2205.14135) of a few groups of query blocks, with a running maximum and sum for each query;
 // the maximum is updated only where exp would overflow otherwise. All groups use a chunk of keys while it is cached.
 template <class T, int GROUPS>
-void attend_groups(const Shape<T>& s, const T* q, int64_t q_stride, int64_t count, const T* keys, bool fine,
-                   const T* values, T* out, int64_t out_stride, float scale, float* scratch) {
+void attend_groups(const Shape<T>& s, int64_t first_query, const T* q, int64_t q_stride, int64_t count, const T* keys,
+                   bool fine, const T* values, T* out, int64_t out_stride, float scale, float* scratch) {
   constexpr int64_t SCORES = CHUNK * L, MOST = Shape<T>::blocks, ROWS = Shape<T>::rows;
   const int64_t depth = s.depth(), width = s.width(), groups = GROUPS == 1 ? 1 : (count + ROWS - 1) / ROWS;
   float* scores = scratch;                // [block][CHUNK][16]; the weights overwrite them, in T
@@ -371,6 +380,7 @@ void attend_groups(const Shape<T>& s, const T* q, int64_t q_stride, int64_t coun
     for (int64_t j = 0; j < MOST; ++j) top[j] = tops[group][j], total[j] = totals[group][j];
     for (int64_t j = 0; j < blocks; ++j) {
       float* column = scores + j * SCORES;
+      if (s.causal) hide_later_keys(column, m0, here, first_query + group * ROWS + j * L);
       for (int64_t m = here; m < padded; ++m) store(column + m * L, lowest);
       vf most[4] = {lowest, lowest, lowest, lowest};
       for (int64_t m = 0; m < padded; m += 4)
@@ -466,7 +476,7 @@ void attention(const Shape<T>& s, const T* q, int64_t q_stride, const T* k, int6
       const int64_t i = task / tasks, b = i / s.heads, h = i % s.heads, first = task % tasks * rows;
       const int64_t count = s.queries - first < rows ? s.queries - first : rows;
       const T* keys = packed + i * (s.key_size() + s.value_size());
-      attend(s, q + (b * s.queries + first) * q_stride + h * s.features, q_stride, count, keys, fine[i],
+      attend(s, first, q + (b * s.queries + first) * q_stride + h * s.features, q_stride, count, keys, fine[i],
              keys + s.key_size(), out + (b * s.queries + first) * out_stride + h * s.features, out_stride, scale,
              scratch + omp_get_thread_num() * scratch_floats<T>(s));
     }
@@ -508,12 +518,12 @@ int64_t ldm_attention_bytes(int dtype, int64_t batch, int64_t heads, int64_t que
 
 void ldm_attention(int dtype, int64_t batch, int64_t heads, int64_t queries, int64_t keys, int64_t features,
                    const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v, int64_t v_stride,
-                   void* out, int64_t out_stride, float scale, void* workspace, int threads) {
+                   void* out, int64_t out_stride, float scale, int causal, void* workspace, int threads) {
   if (dtype)
-    attention<bf16>({batch, heads, queries, keys, features}, (const bf16*)q, q_stride, (const bf16*)k, k_stride,
+    attention<bf16>({batch, heads, queries, keys, features, causal != 0}, (const bf16*)q, q_stride, (const bf16*)k, k_stride,
                     (const bf16*)v, v_stride, (bf16*)out, out_stride, scale, (char*)workspace, threads);
   else
-    attention<float>({batch, heads, queries, keys, features}, (const float*)q, q_stride, (const float*)k, k_stride,
+    attention<float>({batch, heads, queries, keys, features, causal != 0}, (const float*)q, q_stride, (const float*)k, k_stride,
                      (const float*)v, v_stride, (float*)out, out_stride, scale, (char*)workspace, threads);
 }
 }
