@@ -75,6 +75,14 @@ def multiply(x: Tensor, packed: Any, bias: Tensor | None, add: Tensor | None = N
     return mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
 
 
+def multiply_act(x: Tensor, packed: PackedLinear, bias: Tensor, act: str) -> Tensor:
+    """Compute act(x W^T + bias), act being a name of native.ACTIVATIONS; x is (..., in), in a multiple of 32."""
+    if native.has_product(x.dtype) and packed.weight.shape[0] % native.LANES == 0:
+        return native.linear(x.contiguous(), packed.small, bias, None, act)
+    out = multiply(x, packed, bias)
+    return out * torch.sigmoid(1.702 * out) if act == "quick_gelu" else torch.nn.functional.gelu(out)
+
+
 def pack_conv(
     weight: Tensor, padding: Any, stride: Any, dilation: Any, groups: int, size: Sequence[int]
 ) -> Tensor:

@@ -22,6 +22,7 @@ from ldm.kernels.fused_module import (
     is_supported,
     is_unmodified,
 )
+from ldm.kernels.fused_text import FusedCLIPText
 from ldm.kernels.upsample_conv import phase_weights
 from ldm.modules.attention import (
     GEGLU,
@@ -33,6 +34,7 @@ from ldm.modules.attention import (
 from ldm.modules.diffusionmodules import model as vae
 from ldm.modules.diffusionmodules import openaimodel as unet
 from ldm.modules.diffusionmodules.util import GroupNorm32
+from ldm.modules.encoders.modules import CLIPTextTransformer
 from ldm.modules.seams import register
 
 # --- single layers --------------------------------------------------------------------------------
@@ -560,6 +562,7 @@ FUSED: dict[type[nn.Module], type[FusedModule]] = {
     vae.Upsample: FusedUpsample,
     vae.AttnBlock: FusedAttnBlock,
     vae.Decoder: FusedDecoder,
+    CLIPTextTransformer: FusedCLIPText,
 }
 # Those, and the parts of modules whose work is done without calling them.
 register(

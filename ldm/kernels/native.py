@@ -241,7 +241,7 @@ def geglu(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-ACTS = {None: 0, "quick_gelu": 1, "gelu": 2}
+ACTIVATIONS = {None: 0, "quick_gelu": 1, "gelu": 2}
 _STEP = {torch.float32: 1, torch.bfloat16: 2}  # of the reduction, in one multiplication
 
 
@@ -309,7 +309,7 @@ def linear(
         None if bias is None else bias.data_ptr(),
         None if add is None else add.data_ptr(),
         outs,
-        ACTS[act],
+        ACTIVATIONS[act],
         out.data_ptr(),
         outs,
         _workspace(64 * k),

@@ -34,6 +34,11 @@ struct Product {
   }
 };
 
+// Weights come from memory, once for all rows: while some are used, the next ones, which lie behind them, are fetched.
+inline void fetch(const char* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 // --- float: R rows and J blocks at a time, their sums in registers ---------------------------------
 
 constexpr int64_t NEAR = 128;  // steps of the reduction whose weights for 4 blocks stay in the first cache
@@ -70,7 +75,12 @@ void multiply(const Product<float>& p, int64_t begin, int64_t end, int64_t block
   for (int64_t first = 0; first < p.k; first += NEAR) {
     const int64_t last = std::min(first + NEAR, p.k);
     int64_t row = begin;
-    for (; row + R <= end; row += R) rows_by_blocks<R, J>(p, row, block, first, last);
+    const char* next = (const char*)(p.panel(block) + last * J * L);
+    const int64_t part = up(NEAR * J * L * 4 * R / (end - begin), 64);
+    for (; row + R <= end; row += R, next += part) {
+      fetch(next, part);
+      rows_by_blocks<R, J>(p, row, block, first, last);
+    }
     switch (end - row) {
       case 5: rows_by_blocks<5, J>(p, row, block, first, last); break;
       case 4: rows_by_blocks<4, J>(p, row, block, first, last); break;
@@ -117,13 +127,14 @@ inline void configure() {
 // Rows of up to two tiles by one or two blocks. Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights.
 template <int R, int J>
 inline void tiles(const Product<bf16>& p, const bf16* const* x, const int64_t* stride, const int64_t* row,
-                  const int64_t* count, int64_t block) {
+                  const int64_t* count, int64_t block, const char* next, int64_t part) {
   const bf16 *w0 = p.panel(block), *w1 = p.panel(block + J - 1);
   _tile_zero(0);
   if (J == 2) _tile_zero(1);
   if (R == 2) _tile_zero(2);
   if (R == 2 && J == 2) _tile_zero(3);
-  for (int64_t i = 0; i < p.k; i += 2 * L) {
+  for (int64_t i = 0; i < p.k; i += 2 * L, next += part) {
+    fetch(next, part);
     _tile_loadd(6, w0 + i * L, 64);
     _tile_loadd(4, x[0] + i, stride[0] * 2);
     _tile_dpbf16ps(0, 4, 6);
@@ -149,7 +160,10 @@ inline void tiles(const Product<bf16>& p, const bf16* const* x, const int64_t* s
 
 // rest holds the rows of the last tile that is not whole, with zeros after them.
 inline void portion(const Product<bf16>& p, int64_t first, int64_t last, int64_t block, int64_t blocks, const bf16* rest) {
-  for (int64_t at = first; at < last; at += 2 * L) {
+  const int64_t bytes = blocks * p.k * L * 2, turns = (last - first + 2 * L - 1) / (2 * L), steps = p.k / (2 * L);
+  const int64_t part = up(bytes / (turns * steps), 64);
+  const char* next = (const char*)p.panel(block + blocks);
+  for (int64_t at = first; at < last; at += 2 * L, next += part * steps) {
     const bf16* x[2];
     int64_t stride[2], row[2], count[2];
     const int both = last - at > L ? 2 : 1;
@@ -159,10 +173,10 @@ inline void portion(const Product<bf16>& p, int64_t first, int64_t last, int64_t
       x[r] = count[r] < L ? rest : p.x + row[r] * p.x_stride;
       stride[r] = count[r] < L ? p.k : p.x_stride;
     }
-    if (both == 2 && blocks == 2) tiles<2, 2>(p, x, stride, row, count, block);
-    if (both == 2 && blocks == 1) tiles<2, 1>(p, x, stride, row, count, block);
-    if (both == 1 && blocks == 2) tiles<1, 2>(p, x, stride, row, count, block);
-    if (both == 1 && blocks == 1) tiles<1, 1>(p, x, stride, row, count, block);
+    if (both == 2 && blocks == 2) tiles<2, 2>(p, x, stride, row, count, block, next, part);
+    if (both == 2 && blocks == 1) tiles<2, 1>(p, x, stride, row, count, block, next, part);
+    if (both == 1 && blocks == 2) tiles<1, 2>(p, x, stride, row, count, block, next, part);
+    if (both == 1 && blocks == 1) tiles<1, 1>(p, x, stride, row, count, block, next, part);
   }
 }
 #endif
