@@ -13,7 +13,7 @@ does what is missing.
 
 How it is measured, part by part, is in bench/speedlib/: what (rows.py), on which networks (models.py), who runs
 (contestants.py, studio.py, peers.py, training.py, process.py), what is wrong (gate.py), clocks and ratios
-(timing.py), one row from beginning to end (run.py), the files (report.py).
+(timing.py), what the processor's units reach (peak.py), one row from beginning to end (run.py), the files (report.py).
 """
 
 import sys
@@ -175,6 +175,7 @@ def measure_all(
 
     from bench.speedlib import report
     from bench.speedlib.contestants import tidy
+    from bench.speedlib.peak import measure_unit
     from bench.speedlib.run import run_row, unable
     from bench.speedlib.studio import Studio
     from bench.speedlib.timing import measure_copy, measure_gemm
@@ -189,13 +190,15 @@ def measure_all(
                 # Before a dtype's first row, so that peak and rows saw the same state of the machine.
                 dtype = getattr(torch, row.dtype)
                 results["peaks"][row.dtype] = measure_gemm(dtype, device) | {
-                    "attention": report.attention_choices(shape, dtype, device)
+                    "unit": measure_unit(dtype, device),
+                    "attention": report.attention_choices(shape, dtype, device),
                 }
                 results["peaks"]["copy"] = measure_copy(device)
                 measured.add(row.dtype)
-            peak = results["peaks"].get(row.dtype, {}).get("tflops")
+            peak = results["peaks"].get(row.dtype, {})
+            rates = {"gemm": peak.get("tflops"), "unit": peak.get("unit", {}).get("tflops")}
             try:
-                found = run_row(studio, row, names, effort, peak)
+                found = run_row(studio, row, names, effort, **rates)
             except Exception as error:  # no memory, or a rival's failure: the rows to come still run
                 found = unable(row, names, error)
             tidy()

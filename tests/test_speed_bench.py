@@ -1,5 +1,6 @@
 """The speed table: its order, its arithmetic, its gate, and both libraries upon one set of weights."""
 
+import ctypes
 import json
 import sys
 from contextlib import ExitStack
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from bench import load, speed
-from bench.speedlib import contestants, gate, models, process, report, timing
+from bench.speedlib import contestants, gate, models, peak, process, report, timing
 from bench.speedlib import peers as peers_module
 from bench.speedlib import run as run_module
 from bench.speedlib import studio as studio_module
@@ -101,6 +102,49 @@ def test_peaks_are_work_over_time(monkeypatch):
     assert timing.measure_copy(CPU, size=30)["gbps"] == pytest.approx(2 * 30 / 0.5 / 1e9, rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_unit_does_at_least_what_a_product_of_matrices_does(dtype):
+    found = peak.measure_unit(dtype, CPU, seconds=0.01)
+    if "not_measured" in found:
+        pytest.skip(found["not_measured"])
+    assert found["unit"] in ("AVX-512", "AVX512-BF16", "AMX")
+    # By a factor that no busy hour makes: the least of one against half of the best of the other.
+    assert found["tflops"] > 0.5 * timing.measure_gemm(dtype, CPU, side=256)["median"]
+
+
+def test_loops_count_their_operations():
+    library, sink = peak.library(), ctypes.c_double()
+    for kind, per_turn in ((0, 24 * 2 * 16), (1, {3: 4 * 2 * 16 * 16 * 32, 2: 24 * 2 * 32})):
+        unit = library.peak_unit(kind)
+        wanted = per_turn.get(unit, 0) if isinstance(per_turn, dict) else per_turn * bool(unit)
+        sink.value = 0.0
+        assert library.peak_run(kind, 3, 1, ctypes.byref(sink)) == 3 * wanted
+        # Three turns of products of ones, 32 terms each, in two of the tiles; of halves in 24 vectors of 16.
+        if unit in (1, 3):
+            assert sink.value == {1: 3 * 24 * 16 * 0.5, 3: 2 * 3 * 32.0}[unit]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "reason"),
+    [
+        (torch.float16, "cpu", "no unit for float16"),
+        (torch.bfloat16, "cuda", "no loop for cuda"),
+    ],
+)
+def test_what_has_no_loop_is_said_not_to_be_measured(dtype, device, reason):
+    found = peak.measure_unit(dtype, torch.device(device))
+    assert found == {"not_measured": reason}
+    assert report._unit(found) == f", units not measured: {reason}"
+
+
+def test_without_a_compiler_the_units_are_not_measured(monkeypatch, tmp_path):
+    peak.library.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "there is no C++ compiler" in peak.measure_unit(torch.float32, CPU)["not_measured"]
+    peak.library.cache_clear()
+
+
 # --- the gate --------------------------------------------------------------------------------------------
 
 
@@ -165,7 +209,7 @@ def test_a_model_with_one_weight_changed_is_not_timed(studio, monkeypatch, dtype
         return model
 
     monkeypatch.setattr(models, "build_ours", build_wrongly)
-    found = run_row(studio, Row("unet", dtype, 64, 2), PLAIN, ONCE, peak=1.0)
+    found = run_row(studio, Row("unet", dtype, 64, 2), PLAIN, ONCE, gemm=1.0)
     wrong, right = found["contestants"]["ldm"], found["contestants"]["diffusers"]
     assert not wrong["gate"]["passed"] and "figures" not in wrong and "efficiency" not in wrong
     assert right["gate"]["passed"] and right["figures"]["seconds"]["n"] == 1
@@ -278,11 +322,11 @@ def test_without_openvino_a_line_says_so_and_the_others_run(monkeypatch, capsys)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_openvino_computes_what_the_others_do(studio, dtype):
     pytest.importorskip("openvino")
-    found = run_row(studio, Row("clip", dtype, 64, 2), ["ldm", "diffusers", "openvino"], ONCE, peak=1.0)
+    found = run_row(studio, Row("clip", dtype, 64, 2), ["ldm", "diffusers", "openvino"], ONCE, gemm=1.0)
     peer = found["contestants"]["openvino"]
     assert found["left_out"] == {} and peer["version"] and peer["gate"]["passed"]
     assert 0 < peer["gate"]["rms_error"] < (1e-5 if dtype == "float32" else 3e-2)
-    assert "openvino / ldm" in found["ratios"] and peer["efficiency"] > 0
+    assert "openvino / ldm" in found["ratios"] and peer["efficiency"]["gemm"] > 0
 
 
 def test_the_list_shows_each_row_with_its_arithmetic(capsys, tiny):
@@ -382,7 +426,9 @@ def test_a_picture_counts_as_its_parts(tiny):
 )
 @pytest.mark.slow
 def test_ours_and_diffusers_agree_on_every_part(studio, row):
-    found = run_row(studio, row, [name for name in CONTESTANTS if name != "ldm-kernels"], ONCE, peak=2.0)
+    found = run_row(
+        studio, row, [name for name in CONTESTANTS if name != "ldm-kernels"], ONCE, gemm=2.0, unit=5.0
+    )
     assert found["left_out"] == {} and tuple(found["contestants"]) == tuple(
         name for name in row.contestants if name != "ldm-kernels"
     )
@@ -390,7 +436,8 @@ def test_ours_and_diffusers_agree_on_every_part(studio, row):
         assert one["gate"]["max_error"] < 2e-5, name
         assert one["gate"].get("psnr", 99) > 90, name
         seconds = one["figures"]["seconds"]["median"]
-        assert one["efficiency"] == pytest.approx(found["flop"] / seconds / 2e12)
+        rate = found["flop"] / seconds
+        assert one["efficiency"] == pytest.approx({"gemm": rate / 2e12, "unit": rate / 5e12})
     assert found["ratios"]["diffusers / ldm"]["of_medians"] == pytest.approx(
         found["contestants"]["diffusers"]["runs"][0] / found["contestants"]["ldm"]["runs"][0]
     )
@@ -555,6 +602,10 @@ def test_results_of_another_kind_are_not_mixed(tiny, tmp_path):
     row = unable(Row("clip", "float32", 64), ["ldm"], ResourceError("no room"))
     report.save(path, {**held, "rows": {"clip": row}})
     assert report.load_results(path, head)["rows"] == {"clip": row}
+    old = {"clip": {**row, "contestants": {"ldm": {"efficiency": 0.25}}}}
+    path.write_text(json.dumps({**held, "rows": old}))
+    kept = report.load_results(path, head)["rows"]["clip"]["contestants"]["ldm"]
+    assert kept["efficiency"] == {"gemm": 0.25}
     other = {**head, "threads": 7}
     with pytest.raises(MismatchError, match="has results for threads 1, this run is for 7; give another"):
         report.load_results(path, other)

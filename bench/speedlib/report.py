@@ -119,6 +119,10 @@ def load_results(path: Path, head: dict[str, Any], fresh: bool = False) -> dict[
                 f"'{path}' has results for {name} {value}, this run is for {head[name]}; "
                 "give another --results, or --fresh to begin again"
             )
+    for row in results["rows"].values():
+        for found in row["contestants"].values():
+            if isinstance(found.get("efficiency"), float):  # of torch.mm alone, as files had it once
+                found["efficiency"] = {"gemm": found["efficiency"]}
     return {**empty, "peaks": results["peaks"], "rows": results["rows"]}
 
 
@@ -147,14 +151,25 @@ def make_table(results: dict[str, Any]) -> str:
         "",
         f"{found}. Made by `python bench/speed.py`, contestants interleaved within a row. A line gives the",
         "median with its quartiles, how the answer differs from diffusers' float32 (max relative; rms relative;",
-        "dB for pictures), the share of the machine's measured peak that the reference graph's arithmetic makes,",
-        "and its figure divided by ours: above 1, ours takes less. Quartiles of ratios are over the rounds.",
+        "dB for pictures), the share that the reference graph's arithmetic makes of torch.mm's measured rate and of",
+        "that of the processor's own units (bench/peak/peak.cpp, with nothing to load), and its figure divided by",
+        "ours: above 1, ours takes less. Quartiles of ratios are over the rounds.",
         "",
     ]
     for name, peak in results["peaks"].items():
-        rate = f"{peak['gbps']:.1f} GB/s" if name == "copy" else f"{peak['tflops']:.3f} TFLOP/s"
-        text.append(f"- {name}: {rate}")
-    head = ["row", "who", "median", "quartiles", "runs", "error", "of peak", *(f"/ {name}" for name in OURS)]
+        rate = f"{peak['gbps']:.1f} GB/s" if name == "copy" else f"torch.mm {peak['tflops']:.3f} TFLOP/s"
+        text.append(f"- {name}: {rate}{_unit(peak.get('unit'))}")
+    head = [
+        "row",
+        "who",
+        "median",
+        "quartiles",
+        "runs",
+        "error",
+        "of mm",
+        "of units",
+        *(f"/ {name}" for name in OURS),
+    ]
     text += ["", "| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
     for key, row in results["rows"].items():
         lines = [_line(row, name) for name in (*CONTESTANTS, *PEERS) if name in row["contestants"]]
@@ -163,6 +178,15 @@ def make_table(results: dict[str, Any]) -> str:
             cells = [f"`{key}`" if number == 0 else "", *cells]
             text.append("| " + " | ".join(cells + [""] * (len(head) - len(cells))) + " |")
     return "\n".join([*text, ""])
+
+
+def _unit(unit: dict[str, Any] | None) -> str:
+    """Say what the processor's own units reach, or why that is not known."""
+    if unit is None:
+        return ""
+    if "not_measured" in unit:
+        return f", units not measured: {unit['not_measured']}"
+    return f", {unit['unit']} {unit['tflops']:.3f} TFLOP/s"
 
 
 def _line(row: dict[str, Any], name: str) -> list[str]:
@@ -188,9 +212,12 @@ def _line(row: dict[str, Any], name: str) -> list[str]:
             return [name, "**wrong**", f"wanted {gate['rule']}", "", error]
     figures = found["figures"][merit]
     quartiles = f"{amount(merit, figures['q1'])} - {amount(merit, figures['q3'])}"
-    share = f"{100 * found['efficiency']:.1f} %" if "efficiency" in found else "-"
+    shares = [
+        f"{100 * share:.1f} %" if share is not None else "-"
+        for share in (found.get("efficiency", {}).get(kind) for kind in ("gemm", "unit"))
+    ]
     ratios = [_ratio(row["ratios"].get(f"{name} / {our}")) for our in OURS]
-    return [name, amount(merit, figures["median"]), quartiles, str(figures["n"]), error, share, *ratios]
+    return [name, amount(merit, figures["median"]), quartiles, str(figures["n"]), error, *shares, *ratios]
 
 
 def _ratio(ratio: dict[str, Any] | None) -> str:

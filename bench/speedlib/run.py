@@ -32,13 +32,18 @@ class Effort:
 
 
 def run_row(
-    studio: Studio, row: Row, wanted: Sequence[str], effort: Effort, peak: float | None = None
+    studio: Studio,
+    row: Row,
+    wanted: Sequence[str],
+    effort: Effort,
+    gemm: float | None = None,
+    unit: float | None = None,
 ) -> dict[str, Any]:
     """Measure one row: whoever cannot run is left out with the reason, who answers wrongly is not timed.
 
     Args:
         wanted: contestants, in the order of a round.
-        peak: TFLOP/s that the machine reaches in the row's dtype, for efficiency.
+        gemm, unit: TFLOP/s in the row's dtype of torch.mm and of the processor's own units, for efficiency.
     """
     names = [name for name in wanted if name in row.contestants]
     reference = studio.reference(row)
@@ -60,7 +65,7 @@ def run_row(
     _add_figures(result, row, figures)
     if row.part not in PROCESSES and HAS_DIFFUSERS:  # whose graph is counted
         result["flop"] = models.count_flop(studio.shape, row.part, row.batch, px=row.px, steps=row.steps)
-        _add_efficiency(result, figures, peak)
+        _add_efficiency(result, figures, {"gemm": gemm, "unit": unit})
     return result
 
 
@@ -131,11 +136,12 @@ def _add_figures(result: dict[str, Any], row: Row, figures: dict[str, list[Figur
             result["ratios"][f"{other} / {our}"] = compare(merits[other], merits[our])
 
 
-def _add_efficiency(result: dict[str, Any], figures: dict[str, list[Figures]], peak: float | None) -> None:
-    """Say which share of the peak the reference graph's arithmetic makes in each contestant's time."""
-    if peak is None:
-        return
-    result["peak_tflops"] = peak
+def _add_efficiency(
+    result: dict[str, Any], figures: dict[str, list[Figures]], rates: dict[str, float | None]
+) -> None:
+    """Say which share of each rate the reference graph's arithmetic makes in each contestant's time."""
+    result["peak_tflops"] = {kind: rate for kind, rate in rates.items() if rate is not None}
     for name in figures:
         one = result["contestants"][name]
-        one["efficiency"] = result["flop"] / (one["figures"]["seconds"]["median"] * peak * 1e12)
+        done = result["flop"] / one["figures"]["seconds"]["median"]
+        one["efficiency"] = {kind: done / (rate * 1e12) for kind, rate in result["peak_tflops"].items()}
