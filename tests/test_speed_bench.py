@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import load, speed
+from bench import box, load, speed
 from bench.speedlib import contestants, gate, models, peak, process, report, timing
 from bench.speedlib import peers as peers_module
 from bench.speedlib import run as run_module
@@ -646,3 +646,44 @@ def test_files_are_named_by_model_machine_and_torch(tiny, monkeypatch):
     name = f"intel-xeon-gold-6154-cpu-3-00ghz-1-threads-torch{release}.json"
     assert report.default_path(tiny, CPU).name == f"speed-tiny-{name}"
     assert report.default_path(models.geometry("v1"), CPU).name == f"speed-{name}"
+
+
+# --- the model in the box ------------------------------------------------------------------------------------
+
+
+def test_a_step_is_what_more_steps_take_longer():
+    # 40 ms a picture and 7 ms a step, with a busy moment in one round of each.
+    few, many = [0.040 + 5 * 0.007, 0.2, 0.075], [0.040 + 25 * 0.007, 0.215, 0.9]
+    found = box.step_times(few, many, (5, 25))
+    assert found == pytest.approx({"step_ms": 7.0, "step_ms_median": 7.0, "once_ms": 40.0})
+
+
+def test_the_box_s_table_stands_beside_an_earlier_one(tmp_path):
+    row = {"step_ms": 8.0, "step_ms_median": 9.25, "once_ms": 41.0}
+    head = {"machine": "m", "torch": "t", "rounds": 3, "load_average": [0.1, 0.2]}
+    new = {**head, "rows": {"float32, plain, 1 thread": row, "float32, optimized, 1 thread": row}}
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({"rows": {"float32, plain, 1 thread": {**row, "step_ms": 20.0}}}))
+    text = box.make_table(new, box.read_results(old))
+    assert "| float32, plain, 1 thread | 20.0 | 8.0 | 9.2 | 41 | 2.50 |" in text
+    assert "| float32, optimized, 1 thread | - | 8.0 | 9.2 | 41 | - |" in text
+    assert "| float32, plain, 1 thread | 8.0 | 9.2 | 41 |" in box.make_table(new, None)
+    for wrong in ("{}", "[]", '{"rows": {"a": {}}}', "no JSON"):
+        old.write_text(wrong)
+        with pytest.raises(FormatError, match="is no file of bench/box.py's results"):
+            box.read_results(old)
+
+
+def test_the_box_s_shorter_run_comes_first():
+    with pytest.raises(UsageError, match="--steps needs the shorter run first, got 9 9"):
+        box.main(["--steps", "9", "9"])
+
+
+@pytest.mark.slow
+def test_the_box_is_measured_and_written_down(tmp_path):
+    path = tmp_path / "box.json"
+    words = ["--dtypes", "float32", "--threads", "1", "--steps", "5", "6", "--rounds", "1"]
+    box.main([*words, "--results", str(path)])
+    found = json.loads(path.read_text())
+    assert list(found["rows"]) == ["float32, plain, 1 thread", "float32, optimized, 1 thread"]
+    assert "float32, optimized, 1 thread" in path.with_suffix(".md").read_text()

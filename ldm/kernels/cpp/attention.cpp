@@ -459,7 +459,7 @@ void attention(const Shape<T>& s, const T* q, int64_t q_stride, const T* k, int6
   T* packed = reinterpret_cast<T*>(scratch + threads * scratch_floats<T>(s));
   char* fine = reinterpret_cast<char*>(packed + pairs * (s.key_size() + s.value_size()));  // (pairs,)
   const auto attend = s.groups() == 1 ? attend_groups<T, 1> : attend_groups<T, MAX_GROUPS>;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(useful(pairs * s.queries * s.keys * s.features, 1 << 18, threads))
   {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < pairs; ++i) {

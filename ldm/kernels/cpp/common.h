@@ -157,4 +157,9 @@ inline vf gelu(vf x) {
 
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// How many threads some work is shared by: below `worth` for each, waking another and waiting for it costs more than it does.
+inline int useful(int64_t work, int64_t worth, int threads) {
+  return (int)std::max<int64_t>(1, std::min<int64_t>(threads, work / worth));
+}
+
 }  // namespace

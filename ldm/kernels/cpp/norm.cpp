@@ -60,7 +60,7 @@ void group_norm(int64_t batch, int64_t cells, int64_t channels, int64_t groups, 
   const int64_t chunks = norm_chunks(cells), size = chunk_cells(cells), share = channels / groups;
   float* partial = workspace;                            // (batch, chunks, 2, channels)
   float* affine = partial + batch * chunks * 2 * channels;  // (batch, 2, channels): factor and offset of each channel
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(useful(batch * cells * channels, 1 << 15, threads))
   {
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < batch * chunks; ++task) {

@@ -27,7 +27,7 @@ void interleave_phases(int64_t batch, int64_t height, int64_t width, int64_t cha
 // out (rows, width) = first half of (x + bias) times gelu of its second half; x is (rows, 2 width).
 template <class T>
 void geglu(int64_t rows, int64_t width, const T* x, const float* bias, T* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(useful(rows * width, 1 << 14, threads)) schedule(static)
   for (int64_t i = 0; i < rows; ++i) {
     const T *value = x + i * 2 * width, *gate = value + width;
     T* to = out + i * width;

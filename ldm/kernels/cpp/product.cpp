@@ -183,11 +183,7 @@ inline void portion(const Product<bf16>& p, int64_t first, int64_t last, int64_t
 
 // --- both ----------------------------------------------------------------------------------------------
 
-constexpr int64_t WORTH_A_THREAD = 1 << 18;  // multiplications, below which another thread costs more than it does
-
-inline int useful(int64_t multiplications, int threads) {
-  return (int)std::max<int64_t>(1, std::min<int64_t>(threads, multiplications / WORTH_A_THREAD));
-}
+constexpr int64_t WORTH_A_THREAD = 1 << 18;  // multiplications
 
 // Called by every thread of a team; x is whole by then.
 template <class T>
@@ -218,7 +214,7 @@ inline void keep_rest(const Product<T>& p, T* rest) {
 template <class T>
 void linear(const Product<T>& p, T* rest, int threads) {
   keep_rest(p, rest);
-#pragma omp parallel num_threads(useful(p.rows * p.k * p.outs, threads))
+#pragma omp parallel num_threads(useful(p.rows * p.k * p.outs, WORTH_A_THREAD, threads))
   share(p, rest);
 }
 
@@ -232,7 +228,7 @@ void convolution(Product<T> p, const Map& m, const T* x, T* space, int threads) 
   T *rest = space, *lines = space + L * p.k;
   p.x = lines;
   p.x_stride = p.k;
-#pragma omp parallel num_threads(useful(p.rows * p.k * p.outs, threads))
+#pragma omp parallel num_threads(useful(p.rows * p.k * p.outs, WORTH_A_THREAD, threads))
   {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < p.rows; ++row) {
