@@ -219,7 +219,8 @@ def advice(requests: Sequence[Request], defaults: SamplingDefaults, *, on_cpu: b
             if request.guidance_scale != 1:
                 own |= dict.fromkeys(spec.negative_prompt for spec in request.images)
             texts |= dict.fromkeys(without_names(own, request.adapters))
-        seeds = [spec.seed for spec in request.images] if on_cpu or request.rng == "image" else []
+        keeps_32_bits = request.rng == "image" or (request.rng == "compvis" and on_cpu)
+        seeds = [spec.seed for spec in request.images] if keeps_32_bits else []
         for kind, line in (
             ("size", about_size(defaults.known_sizes, request.width, request.height)),
             ("steps", about_steps(defaults.least_steps, request.sampler, request.steps)),

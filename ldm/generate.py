@@ -36,6 +36,7 @@ from ldm.models.diffusion.samplers import (
 from ldm.models.introspect import downsampling, dtype_of, is_inpainting
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.seams import StepInfo, attached
+from ldm.process.philox import cuda_normal
 from ldm.request import ImageSpec, Request
 from ldm.results import GenerationParameters, GenerationResult, Progress, painted, versions
 
@@ -126,12 +127,42 @@ class ImageNoise:
         return upload(noise, like.device)
 
 
+class NvNoise:
+    """The noise of an NVIDIA GPU, on any device: torch.randn there after each image's own seed (rng="nv").
+
+    A1111's web UI has it as "NV", and without that word wherever it ran on such a GPU; see ldm.process.philox. All 64
+    bits of a seed count.
+    """
+
+    def __init__(self, seeds: Sequence[int]):
+        self.seeds = list(seeds)
+        self.draws = 0
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """Draw unit normal noise of this shape, its first dimension being the images."""
+        size = math.prod(like.shape[1:])
+        noise = np.stack([cuda_normal(seed, self.draws, size) for seed in self.seeds])
+        self.draws += 1
+        return upload(torch.from_numpy(noise).reshape(-1, *like.shape[1:]).to(like.dtype), like.device)
+
+
 class CompVisNoise:
     """The global generator of the device, a whole batch at once, in the order in which CompVis's scripts draw."""
 
     def __call__(self, like: Tensor) -> Tensor:
         """Draw unit normal noise of this shape."""
         return torch.randn(like.shape, device=like.device).to(like)
+
+
+def noise_sources(rng: str, seeds: Sequence[int]) -> tuple[Noise, Noise]:
+    """Make what a batch draws its noise from, and what the VAE's encoder does: the same but for rng="nv".
+
+    There the first draw must be x_T's also where a picture was encoded before.
+    """
+    if rng == "nv":
+        return NvNoise(seeds), ImageNoise(seeds)
+    noise = ImageNoise(seeds) if rng == "image" else CompVisNoise()
+    return noise, noise
 
 
 def seed_everything(seed: int) -> None:
@@ -180,7 +211,7 @@ def encode_source(
     Args:
         shared, key: where its latents are kept from one batch to the next, and under which name.
     """
-    if request.rng == "image":
+    if request.rng != "compvis":
         return encode_image(model, image, b, noise)
     if key not in shared:
         count = min(request.batch_size, len(request.images))
@@ -371,7 +402,7 @@ def paint_batch(
         autocast: see denoise.
     """
     b = len(batch)
-    noise = ImageNoise([spec.seed for spec in batch]) if request.rng == "image" else CompVisNoise()
+    noise, encoder_noise = noise_sources(request.rng, [spec.seed for spec in batch])
     context, unconditional, dropped = encode_prompts(model, request, batch, shared.setdefault("features", {}))
     options: dict[str, Any] = {"noise": noise}
 
@@ -389,10 +420,10 @@ def paint_batch(
         if run_last == 0:
             yield finished(None)
             return
-        z = encode_source(model, request, request.image, b, noise, shared, "picture")  # (b, c, h, w)
+        z = encode_source(model, request, request.image, b, encoder_noise, shared, "picture")  # (b, c, h, w)
         options["run_last"] = run_last
     if is_inpainting(model):
-        concat = masked_picture(model, request, b, noise, shared)
+        concat = masked_picture(model, request, b, encoder_noise, shared)
         context = {"c_concat": [concat], "c_crossattn": [context]}
         if unconditional is not None:
             unconditional = {"c_concat": [concat], "c_crossattn": [unconditional]}

@@ -99,7 +99,9 @@ def to_infotext(parameters: Mapping[str, Any]) -> str:
         values["size"] = f"{values['width']}x{values['height']}"
     # A missing RNG is read as GPU. Ours is drawn on the CPU, one generator an image, exactly as A1111's
     # "CPU".
-    values["rng"] = {"image": "CPU", "compvis": "CompVis"}.get(values.get("rng"), values.get("rng"))
+    values["rng"] = {"image": "CPU", "nv": "NV", "compvis": "CompVis"}.get(
+        values.get("rng"), values.get("rng")
+    )
     if not values.get("eta"):
         values["eta"] = None
     # Options that are off are left out, so that other programs' readers meet no key that they do not know.

@@ -32,6 +32,7 @@ from ldm.limits import (
     MAX_PROMPT,
     MAX_SEED,
     NUM_IMAGES,
+    RNGS,
     SHARE,
     about_whole,
     choice,
@@ -99,7 +100,7 @@ class Request:
     merge_ratio: float
     merge_seed: int | None
     eta: float
-    rng: Literal["image", "compvis"]
+    rng: Literal["image", "nv", "compvis"]
     fixed_code: bool
     output_type: Literal["pil", "np", "pt", "latent"]
     embeds: Tensor | None
@@ -139,7 +140,7 @@ def check_request(
     seed: int | str | Sequence[int] | None = None,
     num_images: int = 1,
     batch_size: int | Literal["auto"] = 4,
-    rng: Literal["image", "compvis"] = "image",
+    rng: Literal["image", "nv", "compvis"] = "image",
     fixed_code: bool = False,
     output_type: Literal["pil", "np", "pt", "latent"] = "pil",
     prompt_embeds: Tensor | None = None,
@@ -168,10 +169,12 @@ def check_request(
             merge_seed draws which ones may be merged into. All five: docs/knobs.md.
         eta: 0 to 1, fresh noise in each DDIM step.
         seed: image i has seed + i; a list names each; None, -1 and "random" draw one, which is in the result's seeds.
-            0 to 2^64 - 1, of which the generator on the CPU keeps 32 bits: 2^32 + 5 paints what 5 paints.
-        batch_size: how many are painted at once; no image depends on it but for rounding (rng="image"). "auto" is
+            0 to 2^64 - 1, of which the generator on the CPU keeps 32 bits: 2^32 + 5 paints what 5 paints (not with
+            rng="nv", which keeps all).
+        batch_size: how many are painted at once; no image depends on it but for rounding (not rng="compvis"). "auto" is
             fast for many small pictures: as many as have together the latent cells of one of 512 x 512, 16 at most.
-        rng: "image" draws image i from its own CPU generator; "compvis" seeds the global generators
+        rng: "image" draws image i from its own CPU generator; "nv" draws it as an NVIDIA GPU does, on any
+            device, A1111's "NV" and what its seeds mean on such a GPU; "compvis" seeds the global generators
             once, at the call, and draws whole batches in the original's order: picture encoding, x_T,
             then each step. With "compvis" a picture depends on its place in its batch.
         fixed_code: begin every batch with the same noise, CompVis's --fixed_code.
@@ -183,7 +186,7 @@ def check_request(
         UsageError: a value out of range, or of another kind.
         MismatchError: an adapter that is for another model.
     """
-    rng = choice("rng", rng, ("image", "compvis"))
+    rng = choice("rng", rng, RNGS)
     if not isinstance(fixed_code, bool | np.bool_):
         raise UsageError(f"fixed_code must be True or False, got {shown(fixed_code)}")
     if guidance_scale is None:

@@ -45,7 +45,7 @@ class GenerationParameters:
     width: int
     height: int
     strength: float | None
-    rng: Literal["image", "compvis"]
+    rng: Literal["image", "nv", "compvis"]
     batch_size: int
     batch_index: int  # place within its batch; matters for rng="compvis" only
     dropped_words: list[str]  # of the prompt and the negative prompt, beyond what the text encoder reads

@@ -28,11 +28,12 @@ from ldm.checkpoints.report import LoadReport
 from ldm.checkpoints.sampling import read_sampling
 from ldm.devices import pick_device, pick_dtype
 from ldm.errors import AbsentError, MismatchError, NumericError, ResourceError, UsageError
-from ldm.generate import ImageNoise
+from ldm.generate import ImageNoise, NvNoise
 from ldm.images import to_tensor
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.introspect import downsampling, dtype_of, native_size
 from ldm.pipeline import StableDiffusion
+from ldm.process.philox import cuda_normal
 from ldm.results import file_hash
 
 ALL = ("ddim", "plms", "ddpm", "dpm_solver", "dpmpp_2m")
@@ -189,16 +190,17 @@ def test_the_generator_on_the_cpu_keeps_32_bits_of_a_seed(sd, wide):
     assert torch.equal(a.latents, b.latents) and b.seeds == [wide]
 
 
-@pytest.mark.parametrize("rng", ["image", "compvis"])
+@pytest.mark.parametrize("rng", ["image", "nv", "compvis"])
 def test_a_seed_of_more_bits_is_told_with_the_smaller_one(sd, caplog, rng):
     sd.advise([sd.plan(PROMPT, seed=2**32 - 1, num_images=2, rng=rng), sd.plan(PROMPT, seed=2**32 - 1)])
     told = ["seed 4294967296 paints what seed 0 paints: the generator on the CPU keeps 32 bits"]
     assert caplog.messages == (told if rng == "image" else [])  # compvis's pictures have one seed together
     caplog.clear()
     sd.advise([sd.plan(PROMPT, seed=2**64 - 1, rng=rng)])
-    assert [line.split(":")[0] for line in caplog.messages] == [
-        "seed 18446744073709551615 paints what seed 4294967295 paints"
-    ]
+    told = ["seed 18446744073709551615 paints what seed 4294967295 paints"]
+    assert [line.split(":")[0] for line in caplog.messages] == (
+        [] if rng == "nv" else told
+    )  # it keeps 64 bits
 
 
 @pytest.mark.parametrize("seed", [None, -1, "random", np.int64(-1)])
@@ -247,15 +249,39 @@ def test_noise_of_seed_42_is_the_one_on_record():
     assert hashlib.sha256(noise.numpy().tobytes()).hexdigest().startswith("e97f3de04c7c")
 
 
+@pytest.mark.parametrize("source", [ImageNoise, NvNoise])
 @pytest.mark.parametrize("shape", [(4, 64, 64), (4, 65, 65), (4, 9, 9), (4, 8, 13)])
-def test_noise_of_an_image_does_not_know_its_batch(shape):
+def test_noise_of_an_image_does_not_know_its_batch(shape, source):
     """At sizes, too, where torch.randn of a batch has no such prefix."""
-    batch = ImageNoise([5, 6, 7])
+    batch = source([5, 6, 7])
     first, second = (batch(torch.empty(3, *shape)) for _ in range(2))
+    assert (first - second).abs().max() > 1
     for i in range(3):
-        alone = ImageNoise([5 + i])
+        alone = source([5 + i])
         assert torch.equal(alone(torch.empty(1, *shape))[0], first[i])
         assert torch.equal(alone(torch.empty(1, *shape))[0], second[i])
+
+
+def test_nv_draws_what_a_gpu_draws_draw_by_draw():
+    noise = NvNoise([2**33 + 5, 9])
+    for draw in range(2):
+        made = noise(torch.empty(2, 4, 3, 5, dtype=torch.float64))
+        want = np.stack([cuda_normal(seed, draw, 60) for seed in (2**33 + 5, 9)])
+        assert made.dtype == torch.float64 and np.array_equal(made.numpy().reshape(2, 60), want)
+    assert noise(torch.empty(1, 4, 3, 5)).shape == (2, 4, 3, 5)  # as ImageNoise: one for each seed
+
+
+def test_nv_begins_with_the_first_draw_also_where_a_picture_was_encoded_before(sd):
+    """As in the web UIs. At strength 1 nothing is left of the picture, so that it shows."""
+    options = {"rng": "nv", "seed": 2**33 + 5, "steps": 3, "output_type": "latent"}
+    out = sd.txt2img(PROMPT, width=72, height=64, num_images=2, **options)
+    assert out.parameters[0].rng == "nv" and out.seeds == [2**33 + 5, 2**33 + 6]
+    over = sd.img2img(PROMPT, picture(), strength=1.0, num_images=2, **options)
+    assert torch.equal(over.latents, out.latents)
+    alone = sd.txt2img(PROMPT, width=72, height=64, **options | {"seed": 2**33 + 6})
+    assert far(out.latents[1], alone.latents[0]) <= 5e-6
+    other = sd.txt2img(PROMPT, width=72, height=64, **options | {"rng": "image"})
+    assert far(out.latents[0], other.latents[0]) > 0.1
 
 
 def test_noise_takes_dtype_and_device_after_the_draw():
@@ -519,7 +545,7 @@ def both(embeds):
         ({"num_images": 0}, "num_images must be"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"batch_size": "Auto"}, "batch_size must be"),
-        ({"rng": "gpu"}, "rng must be one of image, compvis; got 'gpu'"),
+        ({"rng": "gpu"}, "rng must be one of image, nv, compvis; got 'gpu'"),
         ({"output_type": "jpg"}, "output_type must be one of pil, np, pt, latent; got 'jpg'"),
         ({"negative_prompt": ["a", "b"]}, "one for each of 1 prompts, got 2"),
         ({"strength": 0.5}, "strength is for a picture"),
@@ -584,7 +610,7 @@ def both(embeds):
         ({"spacing": 3}, "spacing must be a name of ldm.process.spacing, got 3"),
         ({"num_images": 2.0}, "num_images must be a whole number from 1 to 100000, got 2.0"),
         ({"batch_size": "4"}, "batch_size must be a whole number from 1 to 1024, got '4'"),
-        ({"rng": ["image"]}, "rng must be one of image, compvis; got ['image']"),
+        ({"rng": ["image"]}, "rng must be one of image, nv, compvis; got ['image']"),
         ({"output_type": None}, "output_type must be one of pil, np, pt, latent; got None"),
         (
             {"negative_prompt": 5},

@@ -45,6 +45,11 @@ def test_infotext_is_a1111s_to_the_letter():
     )
 
 
+@pytest.mark.parametrize(("rng", "word"), [("image", "CPU"), ("nv", "NV"), ("compvis", "CompVis")])
+def test_where_noise_was_drawn_is_said_in_a1111s_words(rng, word):
+    assert f", RNG: {word}, " in metadata.to_infotext({**FULL, "rng": rng})
+
+
 KNOBS = {
     "guidance_interval": [0.125, 0.8],
     "cache_interval": 3,

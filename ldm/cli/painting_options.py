@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ldm import limits
 from ldm.cli.adapters import embedding_flag, lora_flag, told_adapters
 from ldm.cli.parser import Parser, integer, number, seed
-from ldm.cli.prompts import RNGS
+from ldm.cli.prompts import rng
 from ldm.cli.running import say
 from ldm.errors import FormatError, UsageError
 
@@ -141,8 +141,9 @@ def _add_sampling(group: argparse._ArgumentGroup, scale: float) -> None:
     )
     group.add_argument("--fixed_code", action="store_true", help="begin every batch with the same noise")
     group.add_argument(
-        "--rng", choices=RNGS, default="image",
-        help="a generator for each picture, or one for all in the order of CompVis's scripts",
+        "--rng", type=rng, default="image", metavar="{image,nv,compvis}",
+        help="a generator for each picture; what an NVIDIA GPU draws, as in web UIs (64 bits of a seed); or one for "
+        "all in the order of CompVis's scripts",
     )  # fmt: skip
 
 
@@ -287,8 +288,11 @@ class _PaintingParser(Parser):
             value = parameters.get(name)
             if option in given or value is None or not hasattr(found, option):
                 continue
-            if name == "rng" and value not in RNGS:  # A1111's word for where it draws
-                continue
+            if name == "rng":
+                try:
+                    value = rng(str(value))
+                except argparse.ArgumentTypeError:  # another program's word for where it draws
+                    continue
             setattr(found, option, value)
         found.like_also = {name: parameters[name] for name in LIKE_ALSO if parameters.get(name) is not None}
         found.like_adapters = told_adapters(parameters)

@@ -19,7 +19,6 @@ from ldm.errors import AbsentError, FormatError, UsageError, nearest, shown
 MAX_PROMPT_BYTES = 10 * 2**20
 MAX_PROMPT_LINES = 100_000
 MAX_DIGITS = 100  # of a number in a .jsonl file
-RNGS = ("image", "compvis")
 
 
 def prompt_text(text: str) -> str:
@@ -44,10 +43,12 @@ def _interval(text: str) -> tuple[float, ...]:
     return tuple(map(number(*limits.SHARE), ends))
 
 
-def _rng(text: str) -> str:
-    if text not in RNGS:
-        raise argparse.ArgumentTypeError(f"wanted one of {', '.join(RNGS)}; got {shown(text)}")
-    return text
+def rng(text: str) -> str:
+    """Read where noise is drawn; A1111's words for it, too."""
+    found = {"cpu": "image", "gpu": "nv"}.get(text.lower(), text.lower())
+    if found not in limits.RNGS:
+        raise argparse.ArgumentTypeError(f"wanted one of {', '.join(limits.RNGS)}; got {shown(text)}")
+    return found
 
 
 def _switch(text: str) -> bool:
@@ -77,7 +78,7 @@ _LINE: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "cache_depth": (integer(*limits.CACHE_DEPTH), ()),
     "merge_ratio": (number(*limits.MERGE_RATIO), ()),
     "merge_seed": (integer(*limits.SEED), ()),
-    "rng": (_rng, ()),
+    "rng": (rng, ()),
     "fixed_code": (_switch, ()),
     "plms": (_switch, ()),
     "dpm_solver": (_switch, ()),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tiny import write_tiny
 
 import ldm
@@ -1054,6 +1054,21 @@ def test_like_takes_what_no_option_says_and_what_a_jpeg_tells(model, home, end):
     assert ldm.read_metadata("jpeg/samples/00000.png")["seed"] == 5
 
 
+# (what A1111's text says of its generator, where ours draws then)
+SAID = [("NV", "nv"), ("GPU", "nv"), ("CPU", "image"), ("Quantum", "image")]
+
+
+@pytest.mark.parametrize(("said", "rng"), SAID)
+def test_like_draws_where_the_other_program_drew(model, home, end, said, rng):
+    text = f"x\nSteps: 1, Sampler: DDIM, Seed: 5, Size: 64x64, RNG: {said}, Version: v1.10.1"
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", text)
+    Image.new("RGB", (8, 8)).save("theirs.png", pnginfo=info)
+    assert end("txt2img", *model, "--like", "theirs.png", "--outdir", "again")[0] == 0
+    told = ldm.read_metadata("again/samples/00000.png")
+    assert (told["rng"], told["seed"]) == (rng, 5)
+
+
 def test_like_repeats_img2img_with_its_strength(model, home, end):
     picture("in.png")
     argv = ["--prompt", "x", "--steps", 4, "--strength", 0.5, "--init-img", "in.png"]
@@ -1100,6 +1115,7 @@ def test_a_picture_that_says_nothing_cannot_be_repeated(home, end, name, code, w
         (("merge_ratio",), "merge_ratio", 0.25),
         (("merge_seed",), "merge_seed", 9),
         (("rng",), "rng", "compvis"),
+        (("rng",), "rng", "nv"),
     ],
 )
 def test_a_prompt_files_keys_are_the_flags(home, flags, option, value):
@@ -1163,7 +1179,7 @@ def test_switches_are_keys_too(home, words, json_, options):
     [
         ("--plms a cat --prompt b", "plms: wanted nothing, true or false after it, got 'a cat'"),
         ("--prompt a --plms --sampler ddim", "sampler and plms name two samplers; give one"),
-        ("--prompt a --rng a1111", "rng: wanted one of image, compvis; got 'a1111'"),
+        ("--prompt a --rng a1111", "rng: wanted one of image, nv, compvis; got 'a1111'"),
         ("--prompt a --rng", "wanted a value after --rng, got none"),
         ("--plms --fixed_code", "no prompt"),
     ],
