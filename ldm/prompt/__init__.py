@@ -1,0 +1,1 @@
+"""Prompts in other programs' languages: AUTOMATIC1111's, ComfyUI's and compel's."""
