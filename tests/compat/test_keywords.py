@@ -22,8 +22,8 @@ def model():
 
 
 UNKNOWN = [
-    (lambda m: m.model.diffusion_model(X, T, CONTEXT, control=[X]), "control"),
-    (lambda m: m.model.diffusion_model(X, T, CONTEXT, only_mid_control=True), "only_mid_control"),
+    (lambda m: m.model.diffusion_model(X, T, CONTEXT, controls=[X]), "controls"),
+    (lambda m: m.model.diffusion_model(X, T, CONTEXT, hint=X), "hint"),
     (lambda m: m.model.diffusion_model(X, timestep=T), "timestep"),
     (lambda m: m.model(X, T, c_crossattn=[CONTEXT], c_control=[X]), "c_control"),
     (lambda m: m.apply_model(X, T, CONTEXT, control=[X]), "control"),
@@ -53,8 +53,8 @@ def test_an_upsampler_hands_its_keywords_to_the_unet_which_refuses_them():
         16, 3, model_channels=32, out_channels=3, num_res_blocks=1, attention_resolutions=[], num_heads=1
     )
     x = torch.zeros(1, 3, 16, 16)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'control'"):
-        network(x, T, low_res=x, control=[x])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'controls'"):
+        network(x, T, low_res=x, controls=[x])
 
 
 # (callable, the keywords that CompVis's scripts, its ImageLogger and its own methods give)

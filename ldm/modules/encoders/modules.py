@@ -20,6 +20,7 @@ from ldm.modules.encoders.clip_folder import (
     in_hub_cache,
     read_weights,
 )
+from ldm.modules.encoders.extra_tokens import ExtraTokens
 from ldm.modules.encoders.open_clip_text import CONTEXT, OpenCLIPText, sizes_of
 from ldm.modules.encoders.tokenizer import WORD_END, find_tokenizer
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
@@ -164,7 +165,87 @@ def _drop_position_ids(module: nn.Module, state_dict: dict[str, Any], prefix: st
     state_dict.pop(prefix + "text_model.embeddings.position_ids", None)
 
 
-class FrozenCLIPEmbedder(AbstractEncoder):
+class _ReadsPrompts:
+    """How an encoder with CLIP's tokenizer turns prompts into token numbers.
+
+    Attributes:
+        extra_tokens: a slot (ldm.modules.seams): an ExtraTokens, whose numbers follow the vocabulary's; None = none.
+    """
+
+    tokenizer: Any
+    max_length: int
+    extra_tokens: ExtraTokens | None = None
+
+    def tokenize(self, text: str | Sequence[str]) -> Tensor:
+        """Turn prompts into token numbers (b, max_length): start mark, words, end mark, padding.
+
+        A prompt that is too long is cut before its end mark, and a logged warning names what was dropped.
+        """
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not texts:
+            raise UsageError(f"prompts must be a string or a list of strings, got {text!r:.80}")
+        if self.extra_tokens is None:
+            encoding = self.tokenizer(
+                list(texts),
+                truncation=True,
+                max_length=self.max_length,
+                return_length=True,
+                return_overflowing_tokens=False,
+                padding="max_length",
+                return_tensors="pt",
+            )
+            ids = encoding["input_ids"]
+            full = encoding["attention_mask"].bool().all(dim=1).tolist()  # only such a prompt can be too long
+        else:
+            rows = [self.word_ids(one) for one in texts]
+            ids = torch.tensor([self._with_marks(row) for row in rows])
+            full = [len(row) > self.max_length - 2 for row in rows]
+        for prompt in dict.fromkeys(prompt for prompt, is_full in zip(texts, full, strict=True) if is_full):
+            if dropped := self.dropped_words(prompt):
+                named = " ".join(dropped[:_NAMED_WORDS])
+                more = f" and {len(dropped) - _NAMED_WORDS} more" if len(dropped) > _NAMED_WORDS else ""
+                logger.warning(
+                    "a prompt is longer than %d tokens, dropped: %s%s", self.max_length - 2, named, more
+                )
+        return ids
+
+    def word_ids(self, text: str) -> list[int]:
+        """Turn a prompt into the token numbers of its words, without marks and however many."""
+        ids = self.tokenizer(text, truncation=False, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids if self.extra_tokens is None else self.extra_tokens.replace(ids)
+
+    def _with_marks(self, ids: list[int]) -> list[int]:
+        most, tokenizer = self.max_length - 2, self.tokenizer
+        padding = [tokenizer.pad_token_id] * (most - len(ids))
+        return [tokenizer.bos_token_id, *ids[:most], tokenizer.eos_token_id, *padding]
+
+    def dropped_words(self, text: str) -> list[str]:
+        """List the words of a prompt that do not fit whole into max_length, as the tokenizer reads them."""
+        ids = self.word_ids(text)
+        start = self.max_length - 2
+        if len(ids) <= start:
+            return []
+        extra = (lambda number: None) if self.extra_tokens is None else self.extra_tokens.name_of
+        if extra(ids[start]) is not None:
+            while start > 0 and extra(ids[start - 1]) == extra(ids[start]):
+                start -= 1  # the cut is inside an embedding
+        else:
+            while start > 0 and not self._ends_word(ids[start - 1]):
+                start -= 1  # the cut is inside a word: what is left of it means something else
+        words: list[str] = []
+        for name, run in itertools.groupby(ids[start:], extra):
+            decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
+            words += decode(list(run)).split() if name is None else [name]
+        return words
+
+    def _ends_word(self, number: int) -> bool:
+        if self.extra_tokens is not None and self.extra_tokens.name_of(number) is not None:
+            return True
+        marks = (self.tokenizer.bos_token, self.tokenizer.eos_token)
+        return self.tokenizer.convert_ids_to_tokens([number])[0].endswith((WORD_END, *marks))
+
+
+class FrozenCLIPEmbedder(_ReadsPrompts, AbstractEncoder):
     """CLIP's text encoder with its tokenizer: prompts to context (b, max_length, d).
 
     Weights are those of `<version>/model.safetensors`, or of openai/clip-vit-large-patch14 if the local
@@ -182,9 +263,6 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             (the states before layer `layer_idx`, not normed).
         layer_idx: for "hidden": 0 = the embeddings, up to the number of layers; negative counts from the end.
         tokenizer: where the tokenizer is, if not in the folder or inside ldm (see `find_tokenizer`).
-
-    Attributes:
-        extra_tokens: a slot (ldm.modules.seams): an ExtraTokens, whose numbers follow the vocabulary's; None = none.
 
     Raises:
         UsageError: layer, layer_idx or max_length out of range.
@@ -216,7 +294,6 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         self.max_length = max_length
         self.layer = layer
         self.layer_idx = layer_idx
-        self.extra_tokens = None
         self.tokenizer = find_tokenizer(
             tokenizer, beside=found.beside, vocab_size=config.vocab_size, max_length=max_length
         )
@@ -289,74 +366,6 @@ class FrozenCLIPEmbedder(AbstractEncoder):
     def encode(self, text: str | Sequence[str]) -> Tensor:
         """Encode prompts; LatentDiffusion calls this name, and cldm replaces `forward` beneath it."""
         return self(text)
-
-    def tokenize(self, text: str | Sequence[str]) -> Tensor:
-        """Turn prompts into token numbers (b, max_length): start mark, words, end mark, padding.
-
-        A prompt that is too long is cut before its end mark, and a logged warning names what was dropped.
-        """
-        texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, (list, tuple)) or not texts:
-            raise UsageError(f"prompts must be a string or a list of strings, got {text!r:.80}")
-        if self.extra_tokens is None:
-            encoding = self.tokenizer(
-                list(texts),
-                truncation=True,
-                max_length=self.max_length,
-                return_length=True,
-                return_overflowing_tokens=False,
-                padding="max_length",
-                return_tensors="pt",
-            )
-            ids = encoding["input_ids"]
-            full = encoding["attention_mask"].bool().all(dim=1).tolist()  # only such a prompt can be too long
-        else:
-            rows = [self.word_ids(one) for one in texts]
-            ids = torch.tensor([self._with_marks(row) for row in rows])
-            full = [len(row) > self.max_length - 2 for row in rows]
-        for prompt in dict.fromkeys(prompt for prompt, is_full in zip(texts, full, strict=True) if is_full):
-            if dropped := self.dropped_words(prompt):
-                named = " ".join(dropped[:_NAMED_WORDS])
-                more = f" and {len(dropped) - _NAMED_WORDS} more" if len(dropped) > _NAMED_WORDS else ""
-                logger.warning(
-                    "a prompt is longer than %d tokens, dropped: %s%s", self.max_length - 2, named, more
-                )
-        return ids
-
-    def word_ids(self, text: str) -> list[int]:
-        """Turn a prompt into the token numbers of its words, without marks and however many."""
-        ids = self.tokenizer(text, truncation=False, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids if self.extra_tokens is None else self.extra_tokens.replace(ids)
-
-    def _with_marks(self, ids: list[int]) -> list[int]:
-        most, tokenizer = self.max_length - 2, self.tokenizer
-        padding = [tokenizer.pad_token_id] * (most - len(ids))
-        return [tokenizer.bos_token_id, *ids[:most], tokenizer.eos_token_id, *padding]
-
-    def dropped_words(self, text: str) -> list[str]:
-        """List the words of a prompt that do not fit whole into max_length, as the tokenizer reads them."""
-        ids = self.word_ids(text)
-        start = self.max_length - 2
-        if len(ids) <= start:
-            return []
-        extra = (lambda number: None) if self.extra_tokens is None else self.extra_tokens.name_of
-        if extra(ids[start]) is not None:
-            while start > 0 and extra(ids[start - 1]) == extra(ids[start]):
-                start -= 1  # the cut is inside an embedding
-        else:
-            while start > 0 and not self._ends_word(ids[start - 1]):
-                start -= 1  # the cut is inside a word: what is left of it means something else
-        words: list[str] = []
-        for name, run in itertools.groupby(ids[start:], extra):
-            decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
-            words += decode(list(run)).split() if name is None else [name]
-        return words
-
-    def _ends_word(self, number: int) -> bool:
-        if self.extra_tokens is not None and self.extra_tokens.name_of(number) is not None:
-            return True
-        marks = (self.tokenizer.bos_token, self.tokenizer.eos_token)
-        return self.tokenizer.convert_ids_to_tokens([number])[0].endswith((WORD_END, *marks))
 
 
 class _OnWeights(AbstractEncoder):
@@ -539,7 +548,7 @@ def _read_bert_vocabulary(name: str | Path) -> Any:
         raise FormatError(f"'{folder}' holds no vocabulary of BERT: {str(error):.200}") from error
 
 
-class FrozenOpenCLIPEmbedder(_OnWeights):
+class FrozenOpenCLIPEmbedder(_ReadsPrompts, _OnWeights):
     """OpenCLIP's text encoder with CLIP's tokenizer: prompts to context (b, 77, d), as Stable Diffusion 2 has it.
 
     Its weights are random until a checkpoint is loaded; nothing is downloaded.
@@ -557,7 +566,6 @@ class FrozenOpenCLIPEmbedder(_OnWeights):
     """
 
     LAYERS = ("last", "penultimate")
-    dropped_words = FrozenCLIPEmbedder.dropped_words
 
     def __init__(
         self,
@@ -586,7 +594,7 @@ class FrozenOpenCLIPEmbedder(_OnWeights):
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
         """Encode prompts: (b, 77, d)."""
-        ids = FrozenCLIPEmbedder.tokenize(self, text)
+        ids = self.tokenize(text)
         is_end = ids == self.tokenizer.eos_token_id
         # OpenCLIP pads with 0 where CLIP's own tokenizer repeats the end mark.
         ids = ids.masked_fill(is_end & (is_end.cumsum(dim=1) > 1), 0)
