@@ -21,7 +21,7 @@ from torch import Tensor
 from ldm import images as pictures
 from ldm.adapters.deepcache import DeepCache
 from ldm.adapters.tome import TokenMerging
-from ldm.adapters.use import described, text_scope, unet_attachments
+from ldm.adapters.use import begun, described, text_scope, unet_attachments
 from ldm.devices import dtype_name
 from ldm.errors import (
     NumericError,
@@ -349,7 +349,7 @@ class _WithAttachments:
     ):
         self._model = model
         self._autocast = autocast
-        self._attachments = [getattr(one, "begin", lambda one=one: one)() for one in attachments]
+        self._attachments = [begun(one) for one in attachments]
         self._batch, self._unconditional = batch, unconditional
         self.step = StepInfo(0, total)
 

@@ -364,7 +364,7 @@ class LoRA:
             MismatchError: a module of the file is not in the model, or of another shape there.
         """
         functions: dict[str, WeightFunction] = {}
-        for change, network, module in _placed(self.file, model):
+        for change, network, module in self.places(model):
             strength = self.strength(network, module)
             if strength == 0 or (network == "unet" and not self.is_active(progress)):
                 continue
@@ -376,6 +376,13 @@ class LoRA:
                 functions[f"{module}.bias"] = partial(_changed, partial(_bias_like, bias), strength)
         return functions
 
+    def places(self, model: nn.Module) -> list[tuple[ModuleChange, Network, str]]:
+        """Pair what the file holds with a model's networks and modules.
+
+        Raises: as deltas.
+        """
+        return _placed(self.file, model)
+
     def report(self, model: nn.Module) -> LoadReport:
         """Say what becomes of every tensor of the file in a model.
 
@@ -383,7 +390,7 @@ class LoRA:
         """
         file = self.file
         report = LoadReport(file.path, "LoRA", ignored=dict(file.ignored), notes=list(file.notes))
-        for change, _, module in _placed(file, model):
+        for change, _, module in self.places(model):
             for role, key in change.keys.items():
                 report.assigned[key] = f"{module}.{'bias' if role in lora_weights.OF_BIAS else 'weight'}"
         return report

@@ -64,6 +64,11 @@ def unet_attachments(adapters: Iterable[Any]) -> list[Any]:
     return [one for one in adapters if not isinstance(one, Embedding)]
 
 
+def begun(attachment: Any) -> Any:
+    """Give one for one run of a sampler, which is at a step of its own."""
+    return getattr(attachment, "begin", lambda: attachment)()
+
+
 @contextlib.contextmanager
 def text_scope(model: nn.Module, adapters: Sequence[Any]) -> Iterator[None]:
     """Let a model encode prompts with its LoRAs and embeddings until the end of the block."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ldm.adapters.use import begun, text_scope, unet_attachments
 from ldm.checkpoints.key_mapping import unet_to_diffusers, vae_to_diffusers
 from ldm.diffusers_style.scheduler import Config
 from ldm.errors import MismatchError, UsageError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.introspect import downsampling, dtype_of
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.seams import StepInfo, attached
 from ldm.process.prediction import to_eps
 
 
@@ -100,9 +103,11 @@ class UNet(Part):
 
     to_diffusers = staticmethod(unet_to_diffusers)
 
-    def __init__(self, model: LatentDiffusion):
+    def __init__(self, model: LatentDiffusion, adapters: Callable[[], Sequence[Any]] = tuple):
         super().__init__(model.model.diffusion_model)
         self._model = (model,)  # in a tuple it is no submodule
+        self._adapters = adapters
+        self._running: list[Any] | None = None
         unet = self.inner
         widths = [int(mult * unet.model_channels) for mult in unet.channel_mult]
         attends = [2**level in unet.attention_resolutions for level in range(len(widths))]
@@ -138,6 +143,15 @@ class UNet(Part):
         """
         self.inner.set_attn_processor(processor)
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Callable[[StepInfo], None]]:
+        """Begin a run of a sampler, whose adapters learn by the function that it gives at which step they are."""
+        self._running = [begun(one) for one in unet_attachments(self._adapters())]
+        try:
+            yield lambda step: [one.at(step) for one in self._running]
+        finally:
+            self._running = None
+
     def forward(
         self,
         sample: Tensor,
@@ -164,7 +178,10 @@ class UNet(Part):
         t = torch.as_tensor(timestep, device=sample.device)
         t = t.expand(len(sample)) if t.dim() == 0 else t
         dtype = self.dtype
-        answer = self.inner(sample.to(dtype), t, context=encoder_hidden_states.to(dtype)).to(sample.dtype)
+        adapters = self._running if self._running is not None else unet_attachments(self._adapters())
+        with attached(self.inner, *adapters):
+            answer = self.inner(sample.to(dtype), t, context=encoder_hidden_states.to(dtype))
+        answer = answer.to(sample.dtype)
         if model.parameterization == "eps":
             return UNetOutput(answer)
         if t.is_floating_point() and (t != t.round()).any():
@@ -211,8 +228,9 @@ class VAE(Part):
 class TextEncoder(Part):
     """The text encoder by CLIPTextModel's signature; an answer's first entry is (b, tokens, d)."""
 
-    def __init__(self, model: LatentDiffusion):
+    def __init__(self, model: LatentDiffusion, adapters: Callable[[], Sequence[Any]] = tuple):
         super().__init__(model.cond_stage_model.transformer)
+        self._model, self._adapters = (model,), adapters
         self.config = self.inner.config
 
     def _names(self) -> dict[str, str]:
@@ -220,4 +238,5 @@ class TextEncoder(Part):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """Encode token numbers (b, tokens)."""
-        return self.inner(input_ids=input_ids, attention_mask=attention_mask, **options)
+        with text_scope(self._model[0], self._adapters()):
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask, **options)

@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ldm import images as pictures
+from ldm.adapters.use import text_scope
 from ldm.checkpoints import folders
+from ldm.diffusers_style.adapters import Adapters
 from ldm.diffusers_style.parts import VAE, TextEncoder, UNet
 from ldm.diffusers_style.scheduler import Config, DDIMScheduler, draw_noise, refuse_unknown, schedule_config
 from ldm.errors import AbsentError, MismatchError, UsageError
@@ -25,6 +28,7 @@ from ldm.limits import GUIDANCE_SCALE, SHARE, STEPS, choice, real, whole
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.introspect import downsampling, is_inpainting, native_size
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.seams import StepInfo
 from ldm.pipeline import StableDiffusion
 from ldm.process.guidance import guide
 from ldm.request import check_size, list_texts
@@ -50,7 +54,10 @@ LDM_WORDS = {
 # Beginnings of names that diffusers' pipelines have -> what to use here.
 ELSEWHERE = {
     "enable_freeu": "diffusers itself; FreeU is not here",
-    "load_": "diffusers itself; this pipeline has no adapters",
+    "load_ip_adapter": "diffusers itself; IP-Adapters are not here",
+    "load_": "load_lora_weights or load_textual_inversion",
+    "disable_lora": "set_adapters([])",
+    "enable_lora": "set_adapters(names)",
     "enable_": "pipe.sd.optimize()",
     "disable_": "ldm.kernels.restore(pipe.sd.model)",
 }
@@ -70,7 +77,7 @@ class StableDiffusionPipelineOutput(NamedTuple):
     nsfw_content_detected: None = None
 
 
-class StableDiffusionPipeline:
+class StableDiffusionPipeline(Adapters):
     """A model that paints, by the names of diffusers' StableDiffusionPipeline.
 
     Attributes:
@@ -104,8 +111,11 @@ class StableDiffusionPipeline:
                 )
         if model.use_ema:
             model.model_ema.copy_to(model.model)
+        super().__init__()
         self.sd = sd
-        self.unet, self.vae, self.text_encoder = UNet(model), VAE(model), TextEncoder(model)
+        adapters = partial(getattr, sd, "adapters")
+        self.unet, self.vae = UNet(model, adapters), VAE(model)
+        self.text_encoder = TextEncoder(model, adapters)
         self.tokenizer = model.cond_stage_model.tokenizer
         self.vae_scale_factor = downsampling(model)
         self._asked_dtype: torch.dtype | None = None
@@ -374,7 +384,8 @@ class StableDiffusionPipeline:
     def _features(self, name: str, texts: Any, embeds: Tensor | None, wanted: int | None) -> Tensor:
         if embeds is None:
             listed = list_texts(name, texts)
-            return encode_prompt(self.sd.model, listed * (wanted or 1) if len(listed) == 1 else listed)
+            with text_scope(self.sd.model, self.sd.adapters):
+                return encode_prompt(self.sd.model, listed * (wanted or 1) if len(listed) == 1 else listed)
         if not isinstance(embeds, Tensor) or embeds.dim() != 3:
             raise UsageError(
                 f"{name}_embeds must be (b, tokens, d) features, got {getattr(embeds, 'shape', embeds)!r}"
@@ -518,8 +529,10 @@ class StableDiffusionPipeline:
         options = self.prepare_extra_step_kwargs(generator, real("eta", eta, *SHARE))
 
         self._interrupt = False
-        with self._bar(len(self.scheduler.timesteps)) as advance:
+        count = len(self.scheduler.timesteps)
+        with self._bar(count) as advance, self.unet.running() as at:
             for i, t in enumerate(self.scheduler.timesteps):
+                at(StepInfo(i, count, t))
                 eps = self._predict(latents, t, embeds, scale, mix)
                 latents = self.scheduler.step(eps, t, latents, **options)[0]
                 if callback_on_step_end is not None:

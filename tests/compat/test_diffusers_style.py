@@ -4,6 +4,8 @@ import copy
 import json
 import logging
 import pickle
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 from tiny import TEXT, tiny_config, tiny_model, write_tiny
 
 import ldm
+from ldm.checkpoints import save_safetensors
 from ldm.diffusers_style import DDIMScheduler, StableDiffusionPipeline, load_image
 from ldm.errors import AbsentError, FormatError, MismatchError, UsageError
 from ldm.kernels.vae_tiling import SlicedForward, TiledForward
@@ -426,8 +429,10 @@ def test_a_pipeline_is_saved_as_a_folder_that_loads_again(ours, tmp_path):
 def test_what_the_facade_has_not_is_said_with_what_to_use(ours):
     with pytest.raises(AttributeError, match="no 'enable_freeu'; use diffusers itself"):
         ours.enable_freeu(s1=0.9)
-    with pytest.raises(AttributeError, match="load_lora_weights.*; use diffusers itself"):
-        ours.load_lora_weights("x")
+    with pytest.raises(AttributeError, match="load_ip_adapter.*; use diffusers itself"):
+        ours.load_ip_adapter("x")
+    with pytest.raises(AttributeError, match=r"no 'disable_lora'; use set_adapters\(\[\]\)"):
+        ours.disable_lora()
     with pytest.raises(AttributeError, match="has no 'schedular'"):
         ours.schedular  # noqa: B018
     with pytest.raises(AttributeError, match="no 'in_chanels'; did you mean 'in_channels'"):
@@ -731,3 +736,157 @@ def test_inverting_without_guidance_comes_back_on_the_model_in_the_box():
         )[0]
         errors.append(np.abs(as_ints(back) / 255 - want).mean())
     assert errors[1] < 0.05 and errors[1] < errors[0], errors
+
+
+# --- adapters ---
+
+
+def write_peft(path, pipe, only="", scale=0.3):
+    """Write a LoRA of rank 2 in the names of diffusers and PEFT, for a pipeline's attentions."""
+    tensors = {}
+    for part, net in (("unet", pipe.unet), ("text_encoder", pipe.text_encoder)):
+        for key, value in net.state_dict().items():
+            module = f"{part}.{key.removesuffix('.weight')}"
+            if only in module and re.search(r"\.(to_[qkv]|to_out\.0|[qv]_proj)\.weight$", key):
+                tensors[f"{module}.lora_B.weight"] = scale * keyed_input(f"{module}.B", (len(value), 2))
+                tensors[f"{module}.lora_A.weight"] = scale * keyed_input(f"{module}.A", (2, value.shape[1]))
+    save_safetensors(path, tensors, {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def shelf(ours, tmp_path_factory):
+    """Two LoRAs in a folder, and an embedding."""
+    folder = tmp_path_factory.mktemp("shelf")
+    (folder / "trained").mkdir()
+    write_peft(folder / "trained/pytorch_lora_weights.safetensors", ours)
+    write_peft(folder / "trained/other.safetensors", ours, "attn2", -0.2)
+    (folder / "learned").mkdir()
+    save_safetensors(
+        folder / "learned/learned_embeds.safetensors", {"<birb>": keyed_input("birb", (1, 128))}, {}
+    )
+    return folder
+
+
+def paint(pipe, prompt=PROMPT, seed=3, steps=3):
+    return pipe(
+        prompt,
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(seed),
+        height=64,
+        width=64,
+        output_type="latent",
+    ).images
+
+
+@pytest.fixture
+def fresh():
+    """A pipeline for one test, whose adapters it may change."""
+    pipe = StableDiffusionPipeline(ldm.StableDiffusion(tiny_model()))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_loras_and_embeddings_paint_as_in_diffusers_with_peft(theirs, fresh, shelf):
+    pytest.importorskip("peft")
+    theirs = copy.deepcopy(theirs)
+    before = {key: value.clone() for key, value in fresh.unet.state_dict().items()}
+    plain = paint(fresh)
+    pictures = []
+    for pipe in (theirs, fresh):
+        pipe.load_lora_weights(shelf / "trained", weight_name="pytorch_lora_weights.safetensors")
+        pictures.append([paint(pipe)])
+        pipe.load_lora_weights(shelf / "trained", weight_name="other.safetensors", adapter_name="x")
+        assert pipe.get_active_adapters() == ["default_0"]
+        assert pipe.get_list_adapters() == {"unet": ["default_0", "x"], "text_encoder": ["default_0"]}
+        pipe.set_adapters(["x", "default_0"], [0.7, 0.4])
+        assert pipe.get_active_adapters() == ["x", "default_0"]
+        pictures[-1].append(paint(pipe))
+        pipe.set_adapters("x")
+        pictures[-1].append(paint(pipe))
+        pipe.unload_lora_weights()
+        pictures[-1].append(paint(pipe))
+    for got, want in zip(*pictures[::-1], strict=True):
+        close(got, want)
+    assert torch.equal(pictures[1][-1], plain)
+    assert all(not torch.allclose(a, plain, atol=1e-2) for a in pictures[1][:-1])
+    assert all(torch.equal(value, before[key]) for key, value in fresh.unet.state_dict().items())
+
+
+def test_an_embedding_stands_in_prompts_as_in_diffusers(theirs, fresh, shelf, tmp_path):
+    theirs = copy.deepcopy(theirs)
+    plain = fresh.encode_prompt("a <birb>")[0]
+    found = []
+    for pipe in (theirs, fresh):
+        pipe.load_textual_inversion(shelf / "learned/learned_embeds.safetensors", token="<birb>")
+        found.append(pipe.encode_prompt("a <birb>", device="cpu", num_images_per_prompt=1,
+                                        do_classifier_free_guidance=False)[0])  # fmt: skip
+    close(found[1], found[0], 1e-5)
+    assert not torch.equal(found[1], plain)
+    with pytest.raises(UsageError, match="both go by '<birb>'"):
+        fresh.load_textual_inversion(shelf / "learned", weight_name="learned_embeds.safetensors")
+    fresh.unload_textual_inversion("<birb>")
+    assert torch.equal(fresh.encode_prompt("a <birb>")[0], plain) and fresh.sd.adapters == []
+    fresh.load_textual_inversion([shelf / "learned"], token=["<b>"])
+    assert [one.token for one in fresh.sd.adapters] == ["<b>"]
+
+
+def test_networks_called_by_hand_and_start_and_end_are_with_adapters(fresh, shelf):
+    x, features = keyed_input("x", (1, 4, 8, 8)), keyed_input("c", (1, 5, 128))
+    plain = fresh.unet(x, 500, features).sample
+    ids = torch.arange(9)[None]
+    text = fresh.text_encoder(ids)[0]
+    lora = fresh.sd.load_lora(shelf / "trained/pytorch_lora_weights.safetensors")
+    assert not torch.equal(fresh.unet(x, 500, features).sample, plain)
+    assert not torch.equal(fresh.text_encoder(ids)[0], text)
+    whole = paint(fresh, steps=4)
+    fresh.sd.adapters[:] = [replace(lora, end=0.5)]
+    half = paint(fresh, steps=4)
+    fresh.sd.adapters.clear()
+    assert not torch.equal(half, whole) and not torch.equal(half, paint(fresh, steps=4))
+    assert torch.equal(fresh.unet(x, 500, features).sample, plain)
+
+
+def test_fusing_is_said_to_be_needless_and_keeps_what_tutorials_unload_after_it(fresh, shelf, caplog):
+    plain = paint(fresh)
+    fresh.load_lora_weights(shelf / "trained")
+    with_lora = paint(fresh)
+    fresh.fuse_lora()
+    assert (
+        caplog.messages[-1] == "nothing needs fusing here: an active LoRA costs no time after the first step"
+    )
+    fresh.unload_lora_weights()
+    assert torch.equal(paint(fresh), with_lora)
+    fresh.unfuse_lora()
+    assert torch.equal(paint(fresh), plain)
+
+
+@pytest.mark.parametrize(
+    ("act", "kind", "words"),
+    [
+        (lambda p, f: p.load_lora_weights(f / "nowhere.safetensors"), AbsentError, "nowhere.safetensors"),
+        (lambda p, f: p.load_lora_weights(f), AbsentError, "has no 'pytorch_lora_weights.safetensors'; name the file"),
+        (lambda p, f: p.load_lora_weights("owner/lora"), AbsentError, "nothing is downloaded here"),
+        (lambda p, f: p.load_lora_weights({"a": 1}), UsageError, "is loaded from a file or folder here"),
+        (lambda p, f: p.load_lora_weights(f / "trained", hotswap=True), UsageError, "no option 'hotswap'"),
+        (lambda p, f: [p.load_lora_weights(f / "trained", adapter_name="a") for _ in "ab"],
+         UsageError, "that no LoRA has yet"),
+        (lambda p, f: p.load_lora_weights(f / "learned"), MismatchError, "a LoRA was wanted"),
+        (lambda p, f: p.set_adapters("y"), UsageError, "no LoRA is called 'y'; there are none"),
+        (lambda p, f: p.set_adapters([], [1.0]), UsageError, "or one for each of 0 adapters, got 1"),
+        (lambda p, f: (p.load_lora_weights(f / "trained", adapter_name="a"), p.set_adapters("a", {"unet_2": 1})),
+         UsageError, "strengths are for 'unet' and 'text_encoder' here, got 'unet_2'"),
+        (lambda p, f: p.fuse_lora(lora_scale=0.5), UsageError, "lora_scale 1 here, got 0.5"),
+        (lambda p, f: p.load_textual_inversion(f / "trained", weight_name="other.safetensors"),
+         MismatchError, "an embedding was wanted"),
+        (lambda p, f: p.load_textual_inversion([f / "learned"], token=["a", "b"]), UsageError, "for each of 1 files"),
+        (lambda p, f: p.unload_textual_inversion("<x>"), UsageError, "no embedding is called '<x>'; there are none"),
+    ],
+)  # fmt: skip
+def test_adapters_that_cannot_be_are_refused_and_change_nothing(ours, shelf, act, kind, words):
+    pipe = StableDiffusionPipeline(ours.sd)
+    with pytest.raises(kind, match=words) as error:
+        act(pipe, shelf)
+    assert len(str(error.value)) <= 400 and "\n" not in str(error.value)
+    ours.sd.adapters.clear()
