@@ -1,6 +1,6 @@
-"""Say what a checkpoint holds, and what of it would not load and why.
+"""Say what a checkpoint, a LoRA or an embedding holds, and what of it would not load and why.
 
-Ends with 0 if every file given would load, as a full model or as a VAE; else with the code of the first error.
+Ends with 0 if every file given would load, as a full model, a VAE or an adapter; else with the code of the first error.
 """
 
 import sys
@@ -17,7 +17,9 @@ from ldm.errors import LdmError
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="inspect_checkpoint.py", description=__doc__)
-    parser.add_argument("paths", nargs="+", metavar="path", help=".safetensors, .ckpt, or a diffusers folder")
+    parser.add_argument(
+        "paths", nargs="+", metavar="path", help=".safetensors, .ckpt, .pt, .bin, or a diffusers folder"
+    )
     parser.add_argument(
         "--config",
         help="the YAML configuration that the file should fit; default: the one beside it, or by its shapes",
@@ -36,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
 
+    from ldm.adapters.summary import inspect_adapter
     from ldm.checkpoints import inspect
 
     problem: LdmError | None = None
@@ -47,8 +50,11 @@ def main(argv: list[str] | None = None) -> int:
             check_values=not options.quick,
             ignore=options.ignore_keys,
         )
-        say(str(summary))
-        problem = problem or summary.problem
+        adapter = None if Path(path).is_dir() else inspect_adapter(path, options.ignore_keys)
+        if adapter is not None:  # which says itself what is wrong with it
+            summary.problem, summary.damage = None, ""
+        say(str(summary) if adapter is None else f"{summary}\n{adapter}")
+        problem = problem or (summary if adapter is None else adapter).problem
     if problem is not None:
         raise problem
     return 0

@@ -140,7 +140,7 @@ class LoraFile:
     def _keys(self, infos: Mapping[str, TensorInfo]) -> dict[str, Key]:
         """Take all keys apart; MismatchError for what is no LoRA of Stable Diffusion v1, by its name."""
         family = family_of(infos)
-        alike = family in ("LoRA", "unknown") or any(_has_own_role(name) for name in infos)
+        alike = family in ("LoRA", "unknown") or any(has_own_role(name) for name in infos)
         if not alike or family in ("IP-Adapter", "ControlNet"):  # which may hold factors of their own
             words = REFUSED.get(family, "a full Stable Diffusion v1 model")
             raise self.misfit(f"a LoRA was wanted, and this is {words}")
@@ -223,7 +223,7 @@ class LoraFile:
         return hashes_of(self.path, self._stamp, self.is_safetensors)
 
 
-def _has_own_role(name: str) -> bool:
+def has_own_role(name: str) -> bool:
     """Tell whether a key ends as only a LoRA's do; "weight" and "bias" are anybody's."""
     key = split_key(name)
     return key is not None and key.role not in ("weight", "bias", "scale")

@@ -156,10 +156,27 @@ def foreign_base(infos: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
         for name in infos:
             if pattern.search(name):
                 return base, name
+    if (found := _read_text(infos)) and found[1] in CONTEXT_WIDTHS:
+        name, width = found
+        return CONTEXT_WIDTHS[width], f"{name} of width {width}"
+    return None
+
+
+def text_width(infos: Mapping[str, TensorInfo]) -> int | None:
+    """Give the width of the text that the UNet of a LoRA reads; None where it changes nothing that reads text."""
+    found = _read_text(infos)
+    return found[1] if found else None
+
+
+def _read_text(infos: Mapping[str, TensorInfo]) -> tuple[str, int] | None:
+    """Find a tensor whose width is that of the text; one of another base model's goes before others."""
+    found = None
     for name, info in infos.items():
         key = split_key(name)
         if key is None or not _READS_TEXT.search(key.body) or key.role not in _INPUT_ROLES:
             continue
-        if len(info.shape) > 1 and info.shape[1] in CONTEXT_WIDTHS:
-            return CONTEXT_WIDTHS[info.shape[1]], f"{name} of width {info.shape[1]}"
-    return None
+        if len(info.shape) > 1 and (found is None or info.shape[1] in CONTEXT_WIDTHS):
+            found = name, info.shape[1]
+            if info.shape[1] in CONTEXT_WIDTHS:
+                break
+    return found

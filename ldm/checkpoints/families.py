@@ -61,8 +61,6 @@ ADVICE = {
     **dict.fromkeys(
         (
             "ControlNet",
-            "LoRA",
-            "textual inversion",
             "IP-Adapter",
             "T2I-Adapter",
             "motion module",
@@ -75,6 +73,8 @@ ADVICE = {
         ("safety checker", "CLIP vision", "T5", "upscaler", "detector", "text encoder"),
         _BESIDE,
     ),
+    "LoRA": f"{_ATTACHED}, and this file as --lora, in Python as an ldm.adapters.LoRA",
+    "textual inversion": f"{_ATTACHED}, and this file as --embedding, in Python as an ldm.adapters.Embedding",
     "optimizer": "a training goes on from it, with the model that was saved beside it; give that",
     "TAESD": "it makes previews and is no VAE of Stable Diffusion; leave it out, or give a KL autoencoder as vae=",
     "no UNet": _AS_VAE,

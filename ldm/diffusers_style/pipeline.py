@@ -532,7 +532,8 @@ class StableDiffusionPipeline(Adapters):
         count = len(self.scheduler.timesteps)
         with self._bar(count) as advance, self.unet.running() as at:
             for i, t in enumerate(self.scheduler.timesteps):
-                at(StepInfo(i, count, t))
+                rows = len(latents) * (2 if guided else 1)
+                at(StepInfo(i, count, torch.as_tensor(t).expand(rows), len(latents) if guided else 0))
                 eps = self._predict(latents, t, embeds, scale, mix)
                 latents = self.scheduler.step(eps, t, latents, **options)[0]
                 if callback_on_step_end is not None:
