@@ -40,12 +40,12 @@ def check_adapters(model: nn.Module, adapters: Any) -> tuple[Any, ...]:
             one.deltas(model)
         elif isinstance(one, Embedding):
             continue  # together, below
-        elif callable(getattr(one, "attach", None)) and hasattr(one, "rank"):
+        elif hasattr(one, "rank") and any(callable(getattr(one, way, None)) for way in ("attach", "changes")):
             getattr(one, "check", lambda unet: None)(model.model.diffusion_model)
         else:
             hint = "; a file is LoRA(file) or Embedding(file)" if isinstance(one, str | os.PathLike) else ""
             raise UsageError(
-                f"adapters must be those of ldm.adapters, or have a rank and attach, got {shown(one)}{hint}"
+                f"adapters must be those of ldm.adapters, or have a rank and attach or changes, got {shown(one)}{hint}"
             )
     PromptWords.of(model, adapters)
     return tuple(adapters)

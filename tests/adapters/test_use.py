@@ -243,7 +243,7 @@ def test_wrong_adapters_are_refused_in_one_line_and_nothing_is_painted(sd, lora,
         (str(lora), UsageError, "adapters must be a list such as"),
         (5, UsageError, "adapters must be a list such as"),
         ([str(lora)], UsageError, r"a file is LoRA\(file\) or Embedding\(file\)"),
-        ([object()], UsageError, "must be those of ldm.adapters, or have a rank and attach"),
+        ([object()], UsageError, "must be those of ldm.adapters, or have a rank and attach or changes"),
         ([LoRA(lora)] * 101, UsageError, "at most 100 adapters work together, got 101"),
         ([LoRA(wide)], MismatchError, "does not fit"),
         (
