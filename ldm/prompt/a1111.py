@@ -262,6 +262,16 @@ def _at(items: list, step: int, clock: _Clock) -> str:
     return "".join(text)
 
 
+def check_steps(name: str, value: object) -> None:
+    """Refuse what is no number of steps.
+
+    Raises:
+        UsageError: no whole number from 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name} of a schedule should be a whole number from 1, got {shown(value)}")
+
+
 def schedule(
     text: str, steps: int, *, hires_steps: int | None = None, old: bool = False
 ) -> list[tuple[int, str]]:
@@ -282,9 +292,9 @@ def schedule(
             be written out for every step.
     """
     check_text(text)
-    for name, value in (("steps", steps), ("hires_steps", hires_steps)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UsageError(f"{name} of a schedule should be a whole number from 1, got {shown(value)}")
+    check_steps("steps", steps)
+    if hires_steps is not None:
+        check_steps("hires_steps", hires_steps)
     clock = _Clock(steps, old=old) if old or hires_steps is None else _Clock(hires_steps, steps, 1.0)
     items = _parse_schedule(text)
     if items is None:

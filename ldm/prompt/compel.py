@@ -247,3 +247,10 @@ def _factor(foot: str) -> float:
                 f"a word of the prompt has {len(foot)} signs behind it; 20 are a weight of 6.7"
             ) from None
     return float(foot)
+
+
+def before_swaps(text: tuple[Segment | Swap, ...]) -> tuple[Segment, ...]:
+    """Give a text's segments with the original side of each swap in its place."""
+    return tuple(
+        segment for part in text for segment in (part.original if isinstance(part, Swap) else (part,))
+    )

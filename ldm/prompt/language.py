@@ -1,0 +1,222 @@
+"""One prompt in any of the languages, read to the end: what its texts are, when each counts, and as what tokens."""
+
+from __future__ import annotations
+
+import functools
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ldm.errors import UsageError, nearest, shown
+from ldm.modules.encoders.tokenizer import find_tokenizer
+from ldm.prompt import a1111, comfyui, compel
+from ldm.prompt.chunks import CHUNK_LENGTH, Chunks, check_text
+
+SYNTAXES = ("plain", "a1111", "comfyui", "compel")
+
+
+@dataclass(frozen=True)
+class ScheduledText:
+    """A text, the last step (counted from 1) for which it is scheduled, and its tokens.
+
+    Attributes:
+        segments: pieces of it with their weights.
+        chunks: their token numbers, in chunks of 77.
+    """
+
+    end: int
+    text: str
+    segments: tuple[tuple[str, float], ...]
+    chunks: Chunks
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the texts between AND (A1111) or in `.and()` and `.blend()` (compel), at every step."""
+
+    weight: float
+    schedule: tuple[ScheduledText, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that has been read.
+
+    Attributes:
+        text, syntax: what was read, and as which language.
+        parts: at least one.
+        tags: `<lora:name:0.8>` and the like, in order (A1111), or `withLora(name, 0.8)` as such tags (compel).
+        tree: compel's own structure; None for the others.
+    """
+
+    text: str
+    syntax: str
+    parts: tuple[Part, ...]
+    tags: tuple[a1111.Tag, ...] = ()
+    tree: compel.Conjunction | None = None
+
+
+def read(
+    text: str,
+    syntax: str = "a1111",
+    *,
+    tokenize: Callable[[str], Sequence[int]] | None = None,
+    steps: int = 20,
+    hires_steps: int | None = None,
+    old_schedule: bool = False,
+    comma_backtrack: int = a1111.COMMA_BACKTRACK,
+    vectors: Callable[[int], str | None] | None = None,
+    embeddings: Callable[[str], Sequence[int] | None] | None = None,
+) -> Prompt:
+    """Read a prompt in one of the languages.
+
+    Args:
+        syntax: "plain" (as CompVis: no marks, 75 tokens), "a1111", "comfyui" or "compel".
+        tokenize: a text to its token numbers, without marks; by default CLIP's tokenizer. Of a model:
+            `model.cond_stage_model.word_ids`.
+        steps, hires_steps, old_schedule: see `a1111.schedule`.
+        comma_backtrack, vectors: see `a1111.chunk`; embeddings: see `comfyui.chunk`.
+
+    Raises:
+        UsageError: an unknown syntax, or a prompt that this language cannot read.
+    """
+    if syntax not in SYNTAXES:
+        near = nearest(syntax, SYNTAXES)
+        advice = f"; did you mean {near!r}?" if near else ""
+        raise UsageError(f"syntax should be one of {', '.join(SYNTAXES)}, got {shown(syntax)}{advice}")
+    check_text(text)
+    a1111.check_steps("steps", steps)
+    tokenize = tokenize or _clip_ids
+    whole = functools.partial(a1111.chunk, tokenize=tokenize, vectors=vectors)
+    if syntax == "a1111":
+        left, tags = a1111.split_tags(text)
+        parts = []
+        for part, weight in a1111.split_and(left):
+            scheduled = []
+            for end, at in a1111.schedule(part, steps, hires_steps=hires_steps, old=old_schedule):
+                segments = a1111.parse_emphasis(at)
+                chunks = whole(segments, backtrack=comma_backtrack)
+                scheduled.append(ScheduledText(end, at, tuple(segments), chunks))
+            parts.append(Part(weight, tuple(scheduled)))
+        return Prompt(text, syntax, tuple(parts), tuple(tags))
+    if syntax == "comfyui":
+        segments = comfyui.parse_weights(text)
+        chunks = comfyui.chunk(segments, tokenize, embeddings=embeddings)
+        return Prompt(text, syntax, (Part(1.0, (ScheduledText(steps, text, tuple(segments), chunks),)),))
+    if syntax == "compel":
+        return _read_compel(text, steps, whole)
+    chunks = whole([(text, 1.0)], backtrack=0)
+    kept = Chunks(chunks.chunks[:1], min(chunks.count, CHUNK_LENGTH))
+    return Prompt(text, syntax, (Part(1.0, (ScheduledText(steps, text, ((text, 1.0),), kept),)),))
+
+
+def _read_compel(text: str, steps: int, whole: Callable[..., Chunks]) -> Prompt:
+    tree = compel.parse(text)
+    parts = []
+    for item, weight in zip(tree.texts, tree.weights, strict=True):
+        is_blend = isinstance(item, compel.Blend)
+        texts = zip(item.texts, item.weights, strict=True) if is_blend else [(item, weight)]
+        for words, own in texts:
+            segments = compel.before_swaps(words)
+            spelt = " ".join(word for word, _ in segments)
+            chunks = whole(segments, backtrack=0)
+            parts.append(Part(own, (ScheduledText(steps, spelt, segments, chunks),)))
+    tags = tuple(a1111.Tag("lora", (name, str(strength))) for name, strength in tree.loras)
+    return Prompt(text, "compel", tuple(parts), tags, tree)
+
+
+@functools.cache
+def _clip() -> Any:
+    return find_tokenizer()
+
+
+def _clip_ids(text: str) -> list[int]:
+    return _clip()(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def explain(text: str, syntax: str = "a1111", **options: Any) -> Explanation:
+    """Show how a prompt is read: its parts, what each step gets, and every token with its weight.
+
+    Args:
+        syntax, options: see `read`.
+
+    Returns:
+        An object that prints as text, and shows itself in a notebook; `.prompt` is the Prompt.
+    """
+    return Explanation(read(text, syntax, **options))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a prompt is read, as text (`str`) and as HTML (in a notebook)."""
+
+    prompt: Prompt
+
+    def __str__(self) -> str:
+        return "\n".join(line for line, _ in self._lines(_token_text))
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for line, is_tokens in self._lines(_token_html):
+            body = line if is_tokens else html.escape(line)
+            indent = len(line) - len(line.lstrip())
+            rows.append(f'<div style="padding-left:{indent}em">{body.strip()}</div>')
+        return f'<div style="font-family:monospace">{"".join(rows)}</div>'
+
+    def _lines(self, show_token: Callable[[str, float], str]) -> list[tuple[str, bool]]:
+        """List lines, and whether each is made of tokens as `show_token` gives them."""
+        prompt = self.prompt
+        lines = [(f"{prompt.syntax}: {prompt.text!r}", False)]
+        for tag in prompt.tags:
+            lines.append((f"  tag {tag.kind}: {', '.join((*tag.positional, *_named(tag)))}", False))
+        blend = (
+            prompt.tree.texts[0] if prompt.tree and isinstance(prompt.tree.texts[0], compel.Blend) else None
+        )
+        if blend is not None:
+            kind = "mean" if blend.normalize else "sum"
+            lines.append((f"  a blend of {len(prompt.parts)} texts: their weighted {kind}", False))
+        for number, part in enumerate(prompt.parts, start=1):
+            several = len(prompt.parts) > 1
+            if several:
+                lines.append((f"  part {number} of {len(prompt.parts)}, weight {part.weight:g}", False))
+            begin = 1
+            for scheduled in part.schedule:
+                if len(part.schedule) > 1:
+                    until = f"steps {begin} to {scheduled.end}" if begin < scheduled.end else f"step {begin}"
+                    lines.append((f"  {until}: {scheduled.text!r}", False))
+                begin = scheduled.end + 1
+                for place, chunk in enumerate(scheduled.chunks, start=1):
+                    of = f"chunk {place}: " if len(scheduled.chunks) > 1 else ""
+                    lines.append((f"    {of}{chunk.used} of {CHUNK_LENGTH} tokens", False))
+                    tokens = zip(chunk.ids[1 : chunk.used + 1], chunk.weights[1:], strict=False)
+                    shown_ = [show_token(_spelling(number), weight) for number, weight in tokens]
+                    if shown_:
+                        lines.append((f"      {' '.join(shown_)}", True))
+        return lines
+
+
+def _named(tag: a1111.Tag) -> list[str]:
+    return [f"{key}={value}" for key, value in tag.named.items()]
+
+
+def _spelling(number: int) -> str:
+    """Spell a token of CLIP's vocabulary; one that does not end a word has a "-" behind it."""
+    if number >= len(_clip()):
+        return f"<{number}>"
+    word = _clip().decode([number], clean_up_tokenization_spaces=False)
+    token = _clip().convert_ids_to_tokens([number])[0]
+    return word.strip() if token.endswith("</w>") or token.startswith("<|") else f"{word.strip()}-"
+
+
+def _token_text(word: str, weight: float) -> str:
+    return word if weight == 1 else f"{word}*{weight:.4g}"
+
+
+def _token_html(word: str, weight: float) -> str:
+    # Red is above 1, blue below; the farther, the stronger.
+    strength = min(0.8, abs(weight - 1)) if weight == weight else 0.8
+    colour = f"rgba({'220,60,60' if weight > 1 else '60,100,220'},{strength:.2f})"
+    return f'<span title="weight {weight:.4g}" style="background:{colour}">{html.escape(word)}</span>'
