@@ -406,10 +406,11 @@ def chunk(
     comma: int | None = 267,
     backtrack: int = COMMA_BACKTRACK,
     vectors: Callable[[int], str | None] | None = None,
+    length: int = CHUNK_LENGTH,
     start: int = START,
     end: int = END,
 ) -> Chunks:
-    """Put the tokens of segments into chunks of 75, each between a start and an end mark.
+    """Put the tokens of segments into chunks, of 75 for CLIP, each between a start and an end mark.
 
     A segment BREAK ends a chunk. Where a chunk is full within `backtrack` tokens behind a comma, what stands behind the
     comma moves to the next one.
@@ -421,6 +422,8 @@ def chunk(
         backtrack: 0 never moves anything.
         vectors: a token number to the name of the embedding (textual inversion) that it is a vector of, or None. An
             embedding's vectors stay in one chunk.
+        length: tokens of a chunk without its marks.
+        start, end: the marks.
     """
     chunks: list[Chunk] = []
     ids: list[int] = []
@@ -429,7 +432,7 @@ def chunk(
     count = 0
 
     def close(ids: list[int], weights: list[float]) -> None:
-        room = CHUNK_LENGTH - len(ids)
+        room = length - len(ids)
         chunks.append(
             Chunk((start, *ids, *[end] * (room + 1)), (1.0, *weights, *[1.0] * (room + 1)), used=len(ids))
         )
@@ -437,22 +440,22 @@ def chunk(
     for text, weight in segments:
         if (text, weight) == BREAK:
             close(ids, weights)
-            ids, weights, last_comma, count = [], [], -1, count + CHUNK_LENGTH
+            ids, weights, last_comma, count = [], [], -1, count + length
             continue
         for group in _groups(tokenize(text), vectors):
             if group[0] == comma:
                 last_comma = len(ids)
-            elif backtrack and len(ids) == CHUNK_LENGTH and last_comma != -1:
+            elif backtrack and len(ids) == length and last_comma != -1:
                 cut = last_comma + 1
                 if len(ids) - last_comma <= backtrack:
                     close(ids[:cut], weights[:cut])
-                    ids, weights, last_comma, count = ids[cut:], weights[cut:], -1, count + CHUNK_LENGTH
-            if ids and len(ids) + len(group) > CHUNK_LENGTH:
+                    ids, weights, last_comma, count = ids[cut:], weights[cut:], -1, count + length
+            if ids and len(ids) + len(group) > length:
                 close(ids, weights)
-                ids, weights, last_comma, count = [], [], -1, count + CHUNK_LENGTH
-            while len(group) > CHUNK_LENGTH:  # an embedding that no chunk can hold
-                close(group[:CHUNK_LENGTH], [weight] * CHUNK_LENGTH)
-                group, count = group[CHUNK_LENGTH:], count + CHUNK_LENGTH
+                ids, weights, last_comma, count = [], [], -1, count + length
+            while len(group) > length:  # an embedding that no chunk can hold
+                close(group[:length], [weight] * length)
+                group, count = group[length:], count + length
             ids += group
             weights += [weight] * len(group)
     if ids or not chunks:

@@ -1,4 +1,4 @@
-"""What every prompt language ends in: chunks of 77 token numbers with a weight each."""
+"""What every prompt language ends in: chunks of token numbers with a weight each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ START, END = 49406, 49407  # of CLIP's vocabulary
 
 @dataclass(frozen=True)
 class Chunk:
-    """77 token numbers, marks and padding included, and the weight of each.
+    """Token numbers, 77 for CLIP, marks and padding included, and the weight of each.
 
     Attributes:
         used: tokens between the marks that are no padding.

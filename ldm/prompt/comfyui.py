@@ -102,10 +102,11 @@ def chunk(
     tokenize: Callable[[str], Sequence[int]],
     *,
     embeddings: Callable[[str], Sequence[int] | None] | None = None,
+    length: int = CHUNK_LENGTH,
     start: int = START,
     end: int = END,
 ) -> Chunks:
-    """Put the tokens of segments into chunks of 75, each between a start and an end mark.
+    """Put the tokens of segments into chunks, of 75 for CLIP, each between a start and an end mark.
 
     A segment, or an embedding, of fewer than 8 tokens is not split between chunks.
 
@@ -114,6 +115,8 @@ def chunk(
         tokenize: a text to its token numbers, without marks.
         embeddings: the name in `embedding:name` to the numbers of its vectors, None if there is no such embedding: it
             is then left out, as in the original. None for the whole reads `embedding:name` as text.
+        length: tokens of a chunk without its marks.
+        start, end: the marks.
     """
     groups: list[tuple[list[int], float]] = []
     for text, weight in segments:
@@ -132,7 +135,7 @@ def chunk(
     words: list[int] = []
 
     def close() -> None:
-        room = CHUNK_LENGTH - len(ids)
+        room = length - len(ids)
         padded = (start, *ids, *[end] * (room + 1))
         around = (1.0, *weights, *[1.0] * (room + 1))
         chunks.append(Chunk(padded, around, len(ids), (0, *words, *[0] * (room + 1))))
@@ -141,8 +144,8 @@ def chunk(
 
     for number, (group, weight) in enumerate(groups, start=1):
         is_large = len(group) >= WHOLE_WORD
-        while len(group) + len(ids) > CHUNK_LENGTH:
-            room = CHUNK_LENGTH - len(ids) if is_large else 0
+        while len(group) + len(ids) > length:
+            room = length - len(ids) if is_large else 0
             ids += group[:room]
             weights += [weight] * room
             words += [number] * room
@@ -151,7 +154,7 @@ def chunk(
         ids += group
         weights += [weight] * len(group)
         words += [number] * len(group)
-    count = len(chunks) * CHUNK_LENGTH + len(ids)
+    count = len(chunks) * length + len(ids)
     close()
     return Chunks(tuple(chunks), count)
 

@@ -1,7 +1,8 @@
 """Prompts to context: each program's way from weighted tokens to what the UNet is conditioned on.
 
-The text encoder is a FrozenCLIPEmbedder, and reads each chunk of 77 tokens by itself; a prompt's chunks follow one
-another, (b, 77 * chunks, width). LoRAs and embeddings that are attached to it (ldm.adapters.use.text_scope) count.
+The text encoder is a FrozenCLIPEmbedder, and reads each chunk (of 77 tokens, for CLIP) by itself; a prompt's chunks
+follow one another, (b, 77 * chunks, width). LoRAs and embeddings that are attached to it count
+(ldm.adapters.use.text_scope).
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from torch import Tensor
 from ldm.errors import UsageError, shown
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.prompt import compel
-from ldm.prompt.chunks import CHUNK_LENGTH, Chunk, Chunks
+from ldm.prompt.chunks import Chunk, Chunks
 from ldm.prompt.language import Prompt
 
 EMPHASES = ("original", "no norm", "ignore", "comfyui")
 _ROWS = 16  # chunks that the encoder reads at once
-_LENGTH = CHUNK_LENGTH + 2
 _LEAST = 1e-5  # weight of compel's, so that weight 0 has a finite share
 
 
@@ -44,7 +44,7 @@ def encode(
     emphasis: str | None = None,
     clip_skip: int = 1,
 ) -> list[Conditioning]:
-    """Encode prompts that `read` gave with this encoder's `word_ids`.
+    """Encode prompts that `read` gave for this encoder.
 
     Every distinct chunk is encoded once. The texts that one part has at different steps share the mean that "original"
     restores, and are padded with the empty prompt's chunk to the same length, as in AUTOMATIC1111.
@@ -60,6 +60,12 @@ def encode(
     for prompt in prompts:
         if not isinstance(prompt, Prompt):
             raise UsageError(f"prompts should be a list of what ldm.prompt.read gives, got {shown(prompt)}")
+        length = len(prompt.parts[0].schedule[0].chunks[0].ids)
+        if length != encoder.max_length:
+            raise UsageError(
+                f"the prompt was read for {length} tokens, and this encoder takes {encoder.max_length}; read it with "
+                "read(text, encoder=model.cond_stage_model)"
+            )
     rows = _Rows(encoder, clip_skip)
     found = []
     for prompt in prompts:
@@ -123,7 +129,8 @@ class _Rows:
         self.encoder, self.clip_skip = encoder, clip_skip
         self.known: dict[tuple, Tensor] = {}
         start, end = encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id
-        self.empty = Chunk((start, *[end] * (_LENGTH - 1)), (1.0,) * _LENGTH, used=0)
+        self.length = encoder.max_length
+        self.empty = Chunk((start, *[end] * (self.length - 1)), (1.0,) * self.length, used=0)
 
     def states(
         self, ids: Sequence[tuple[int, ...]], masks: Sequence[tuple[int, ...]] | None = None
@@ -182,13 +189,14 @@ def _compel_text(rows: _Rows, text: tuple) -> Tensor:
         ids += numbers
         weights += [weight] * len(numbers)
         owner += [place] * len(numbers)
-    ids, weights, owner = ids[:CHUNK_LENGTH], weights[:CHUNK_LENGTH], owner[:CHUNK_LENGTH]
-    room = CHUNK_LENGTH - len(ids)
+    most = rows.length - 2
+    ids, weights, owner = ids[:most], weights[:most], owner[:most]
+    room = most - len(ids)
     end = rows.empty.ids[-1]
     padded = (rows.empty.ids[0], *ids, *[end] * (room + 1))
     chunk = Chunk(padded, (1.0, *weights, *[1.0] * (room + 1)), used=len(ids))
     lowered = [place for place, (_, weight) in enumerate(segments) if weight < 1]
-    everything = (1,) * _LENGTH
+    everything = (1,) * rows.length
     masks = [everything]
     for place in lowered:
         masks.append((1, *(int(one != place) for one in owner), *[1] * (room + 1)))

@@ -5,15 +5,70 @@ from __future__ import annotations
 import functools
 import html
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UsageError, nearest, shown
 from ldm.modules.encoders.tokenizer import find_tokenizer
 from ldm.prompt import a1111, comfyui, compel
-from ldm.prompt.chunks import CHUNK_LENGTH, Chunks, check_text
+from ldm.prompt.chunks import CHUNK_LENGTH, END, START, Chunks, check_text
+
+if TYPE_CHECKING:
+    from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 
 SYNTAXES = ("plain", "a1111", "comfyui", "compel")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which token numbers a text has, what they stand for, and how many go into a chunk.
+
+    Attributes:
+        ids: a text to its token numbers, without marks.
+        start, end, length: the marks, and the tokens between them.
+        tokenizer: transformers', to spell a number.
+        name_of: a number to the name of the embedding (textual inversion) that it is of, or None; None without any.
+    """
+
+    ids: Callable[[str], Sequence[int]]
+    start: int
+    end: int
+    length: int
+    tokenizer: Any
+    name_of: Callable[[int], str | None] | None = None
+
+    @classmethod
+    def of(cls, encoder: FrozenCLIPEmbedder) -> Vocabulary:
+        """Take that of a text encoder, with the embeddings that are attached to it."""
+        tokenizer, extra = encoder.tokenizer, encoder.extra_tokens
+        marks = tokenizer.bos_token_id, tokenizer.eos_token_id
+        return cls(
+            encoder.word_ids, *marks, encoder.max_length - 2, tokenizer, extra.name_of if extra else None
+        )
+
+    def embedding(self, name: str) -> list[int] | None:
+        """Give the numbers of an embedding's vectors by its name; None if there is none of this name."""
+        numbers = list(self.ids(name))
+        names = {self.name_of(number) for number in numbers}
+        return numbers if len(names) == 1 and None not in names else None
+
+    def spell(self, number: int) -> str:
+        """Spell a token; one that does not end a word has a "-" behind it."""
+        if self.name_of and (name := self.name_of(number)) is not None:
+            return name
+        word = self.tokenizer.decode([number], clean_up_tokenization_spaces=False).strip()
+        token = self.tokenizer.convert_ids_to_tokens([number])[0]
+        return word if token.endswith("</w>") or token.startswith("<|") else f"{word}-"
+
+
+@functools.cache
+def _clip() -> Vocabulary:
+    tokenizer = find_tokenizer()
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    return Vocabulary(ids, START, END, CHUNK_LENGTH, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -22,7 +77,7 @@ class ScheduledText:
 
     Attributes:
         segments: pieces of it with their weights.
-        chunks: their token numbers, in chunks of 77.
+        chunks: their token numbers.
     """
 
     end: int
@@ -48,6 +103,7 @@ class Prompt:
         parts: at least one.
         tags: `<lora:name:0.8>` and the like, in order (A1111), or `withLora(name, 0.8)` as such tags (compel).
         tree: compel's own structure; None for the others.
+        vocabulary: what its tokens are numbers of.
     """
 
     text: str
@@ -55,28 +111,27 @@ class Prompt:
     parts: tuple[Part, ...]
     tags: tuple[a1111.Tag, ...] = ()
     tree: compel.Conjunction | None = None
+    vocabulary: Vocabulary | None = field(default=None, repr=False, compare=False)
 
 
 def read(
     text: str,
     syntax: str = "a1111",
     *,
-    tokenize: Callable[[str], Sequence[int]] | None = None,
+    encoder: FrozenCLIPEmbedder | None = None,
     steps: int = 20,
     hires_steps: int | None = None,
     old_schedule: bool = False,
     comma_backtrack: int = a1111.COMMA_BACKTRACK,
-    vectors: Callable[[int], str | None] | None = None,
-    embeddings: Callable[[str], Sequence[int] | None] | None = None,
 ) -> Prompt:
     """Read a prompt in one of the languages.
 
     Args:
-        syntax: "plain" (as CompVis: no marks, 75 tokens), "a1111", "comfyui" or "compel".
-        tokenize: a text to its token numbers, without marks; by default CLIP's tokenizer. Of a model:
-            `model.cond_stage_model.word_ids`.
-        steps, hires_steps, old_schedule: see `a1111.schedule`.
-        comma_backtrack, vectors: see `a1111.chunk`; embeddings: see `comfyui.chunk`.
+        syntax: "plain" (as CompVis: no marks, and what does not fit is cut), "a1111", "comfyui" or "compel".
+        encoder: the text encoder whose tokens and embeddings count, such as `sd.model.cond_stage_model`; None reads as
+            Stable Diffusion v1's does.
+        steps, hires_steps, old_schedule: see `a1111.schedule`; only A1111's prompts have schedules.
+        comma_backtrack: see `a1111.chunk`.
 
     Raises:
         UsageError: an unknown syntax, or a prompt that this language cannot read.
@@ -87,28 +142,32 @@ def read(
         raise UsageError(f"syntax should be one of {', '.join(SYNTAXES)}, got {shown(syntax)}{advice}")
     check_text(text)
     a1111.check_steps("steps", steps)
-    tokenize = tokenize or _clip_ids
-    whole = functools.partial(a1111.chunk, tokenize=tokenize, vectors=vectors)
+    words = _clip() if encoder is None else Vocabulary.of(encoder)
+    options = {"tokenize": words.ids, "length": words.length, "start": words.start, "end": words.end}
+    whole = functools.partial(a1111.chunk, vectors=words.name_of, **options)
     if syntax == "a1111":
         left, tags = a1111.split_tags(text)
+        commas = words.ids(",")
+        options = {"comma": commas[0] if len(commas) == 1 else None, "backtrack": comma_backtrack}
         parts = []
         for part, weight in a1111.split_and(left):
             scheduled = []
             for end, at in a1111.schedule(part, steps, hires_steps=hires_steps, old=old_schedule):
                 segments = a1111.parse_emphasis(at)
-                chunks = whole(segments, backtrack=comma_backtrack)
-                scheduled.append(ScheduledText(end, at, tuple(segments), chunks))
+                scheduled.append(ScheduledText(end, at, tuple(segments), whole(segments, **options)))
             parts.append(Part(weight, tuple(scheduled)))
-        return Prompt(text, syntax, tuple(parts), tuple(tags))
-    if syntax == "comfyui":
+        prompt = Prompt(text, syntax, tuple(parts), tuple(tags))
+    elif syntax == "comfyui":
         segments = comfyui.parse_weights(text)
-        chunks = comfyui.chunk(segments, tokenize, embeddings=embeddings)
-        return Prompt(text, syntax, (Part(1.0, (ScheduledText(steps, text, tuple(segments), chunks),)),))
-    if syntax == "compel":
-        return _read_compel(text, steps, whole)
-    chunks = whole([(text, 1.0)], backtrack=0)
-    kept = Chunks(chunks.chunks[:1], min(chunks.count, CHUNK_LENGTH))
-    return Prompt(text, syntax, (Part(1.0, (ScheduledText(steps, text, ((text, 1.0),), kept),)),))
+        chunks = comfyui.chunk(segments, embeddings=words.embedding if words.name_of else None, **options)
+        prompt = Prompt(text, syntax, (Part(1.0, (ScheduledText(steps, text, tuple(segments), chunks),)),))
+    elif syntax == "compel":
+        prompt = _read_compel(text, steps, whole)
+    else:
+        chunks = whole([(text, 1.0)], backtrack=0)
+        kept = Chunks(chunks.chunks[:1], min(chunks.count, words.length))
+        prompt = Prompt(text, syntax, (Part(1.0, (ScheduledText(steps, text, ((text, 1.0),), kept),)),))
+    return replace(prompt, vocabulary=words)
 
 
 def _read_compel(text: str, steps: int, whole: Callable[..., Chunks]) -> Prompt:
@@ -121,18 +180,10 @@ def _read_compel(text: str, steps: int, whole: Callable[..., Chunks]) -> Prompt:
             segments = compel.before_swaps(words)
             spelt = " ".join(word for word, _ in segments)
             chunks = whole(segments, backtrack=0)
-            parts.append(Part(own, (ScheduledText(steps, spelt, segments, chunks),)))
+            kept = Chunks(chunks.chunks[:1], min(chunks.count, len(chunks[0].ids) - 2))  # compel cuts
+            parts.append(Part(own, (ScheduledText(steps, spelt, segments, kept),)))
     tags = tuple(a1111.Tag("lora", (name, str(strength))) for name, strength in tree.loras)
     return Prompt(text, "compel", tuple(parts), tags, tree)
-
-
-@functools.cache
-def _clip() -> Any:
-    return find_tokenizer()
-
-
-def _clip_ids(text: str) -> list[int]:
-    return _clip()(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def explain(text: str, syntax: str = "a1111", **options: Any) -> Explanation:
@@ -190,9 +241,11 @@ class Explanation:
                 begin = scheduled.end + 1
                 for place, chunk in enumerate(scheduled.chunks, start=1):
                     of = f"chunk {place}: " if len(scheduled.chunks) > 1 else ""
-                    lines.append((f"    {of}{chunk.used} of {CHUNK_LENGTH} tokens", False))
+                    lines.append((f"    {of}{chunk.used} of {len(chunk.ids) - 2} tokens", False))
                     tokens = zip(chunk.ids[1 : chunk.used + 1], chunk.weights[1:], strict=False)
-                    shown_ = [show_token(_spelling(number), weight) for number, weight in tokens]
+                    shown_ = [
+                        show_token(prompt.vocabulary.spell(number), weight) for number, weight in tokens
+                    ]
                     if shown_:
                         lines.append((f"      {' '.join(shown_)}", True))
         return lines
@@ -200,15 +253,6 @@ class Explanation:
 
 def _named(tag: a1111.Tag) -> list[str]:
     return [f"{key}={value}" for key, value in tag.named.items()]
-
-
-def _spelling(number: int) -> str:
-    """Spell a token of CLIP's vocabulary; one that does not end a word has a "-" behind it."""
-    if number >= len(_clip()):
-        return f"<{number}>"
-    word = _clip().decode([number], clean_up_tokenization_spaces=False)
-    token = _clip().convert_ids_to_tokens([number])[0]
-    return word.strip() if token.endswith("</w>") or token.startswith("<|") else f"{word.strip()}-"
 
 
 def _token_text(word: str, weight: float) -> str:

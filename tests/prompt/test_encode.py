@@ -17,6 +17,7 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.prompt import a1111, read
 from ldm.prompt.chunks import Chunk, Chunks
 from ldm.prompt.encode import at_step, encode, encode_chunks, pad_pair
+from ldm.shapes.bpe import CAPTION_WORDS, write_text_model
 
 A1111, COMFYUI, COMPEL = (
     recorded("prompt_embeddings"),
@@ -83,7 +84,7 @@ def test_recorded_of_a1111(encoder, case):
 def test_recorded_schedules_of_a1111(encoder):
     """AND, schedules and a long prompt in one batch: rows, their weights, and their padding at six steps."""
     batch = A1111["multicond"]
-    prompts = [read(text, tokenize=encoder.word_ids, steps=batch["steps"]) for text in batch["prompts"]]
+    prompts = [read(text, encoder=encoder, steps=batch["steps"]) for text in batch["prompts"]]
     conditionings = encode(encoder, prompts)
     for step, owners in batch["at"].items():
         found, own = at_step(conditionings, int(step))
@@ -91,14 +92,14 @@ def test_recorded_schedules_of_a1111(encoder):
         wanted = TENSORS[f"multicond.{step}"]
         close(found[:, :: 1 if found.shape[1] == wanted.shape[1] else 11], wanted)
     (bad,) = A1111["uncond"]["prompts"]
-    conditionings = encode(encoder, [read(bad, tokenize=encoder.word_ids, steps=batch["steps"])])
+    conditionings = encode(encoder, [read(bad, encoder=encoder, steps=batch["steps"])])
     for step in (0, 2, 3, 4):
         close(at_step(conditionings, step)[0][:, ::11], TENSORS[f"uncond.{step}"])
 
 
 @pytest.mark.parametrize("case", COMFYUI["cases"], ids=lambda case: case["name"])
 def test_recorded_of_comfyui(encoder, case):
-    prompt = read(case["text"], "comfyui", tokenize=encoder.word_ids)
+    prompt = read(case["text"], "comfyui", encoder=encoder)
     found = encode(encoder, [prompt], clip_skip=-(case["layer"] or -1))
     close(at_step(found, 0)[0], TENSORS[case["name"]])
 
@@ -111,7 +112,7 @@ COMPEL_CASES = [
 
 @pytest.mark.parametrize("case", COMPEL_CASES, ids=lambda case: case["name"])
 def test_recorded_of_compel(encoder, case):
-    prompt = read(case["texts"], "compel", tokenize=encoder.word_ids)
+    prompt = read(case["texts"], "compel", encoder=encoder)
     found = encode(encoder, [prompt], clip_skip=2 if "penultimate" in case["name"] else 1)
     close(at_step(found, 0)[0], TENSORS[case["name"]])
 
@@ -144,7 +145,7 @@ def test_recorded_prompts_with_embeddings(inverted):
 
 @pytest.mark.parametrize("name", ["ti.emb.0", "ti.emb.1", "ti.emb.2"])
 def test_recorded_embeddings_in_a_prompt(inverted, name):
-    prompt = read(INVERSION[name], tokenize=inverted.word_ids, vectors=inverted.extra_tokens.name_of)
+    prompt = read(INVERSION[name], encoder=inverted)
     close_but_for_the_mean(at_step(encode(inverted, [prompt]), 0)[0], TENSORS[name])
 
 
@@ -162,13 +163,23 @@ def test_recorded_padding(case):
         assert torch.equal(one[:, ::7], TENSORS[f"cfg.pad_cond_uncond.{case['i']}.{name}"])
 
 
+def test_comfyui_names_embeddings_too(inverted):
+    """By the name behind `embedding:`, as recorded for the words alone; one that is not there is left out."""
+    ids = {
+        text: read(text, "comfyui", encoder=inverted).parts[0].schedule[0].chunks[0].ids
+        for text in ("a embedding:myword", "a myword", "a embedding:nothing", "a")
+    }
+    assert ids["a embedding:myword"] == ids["a myword"] != ids["a"]
+    assert ids["a embedding:nothing"] == ids["a"]
+
+
 def test_a_chunk_is_encoded_once(encoder):
     """A prompt that changes at every step asks for as many rows as it has distinct chunks."""
     rows = []
     handle = encoder.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    encode(encoder, [read("[cat|dog] BREAK a (hat:1.3)", tokenize=encoder.word_ids, steps=11)] * 2)
+    encode(encoder, [read("[cat|dog] BREAK a (hat:1.3)", encoder=encoder, steps=11)] * 2)
     handle.remove()
     assert sum(rows) == 3  # cat, dog, a hat
 
@@ -180,7 +191,7 @@ def test_weights_of_one_change_nothing(encoder):
     for emphasis in ("original", "no norm", "ignore", "comfyui"):
         torch.testing.assert_close(encode_chunks(encoder, chunks, emphasis), plain, rtol=1e-6, atol=1e-6)
     for syntax in ("plain", "compel"):
-        prompt = read("a cat in a red house", syntax, tokenize=encoder.word_ids)
+        prompt = read("a cat in a red house", syntax, encoder=encoder)
         found = at_step(encode(encoder, [prompt]), 0)[0]
         torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-6)
 
@@ -189,6 +200,28 @@ def test_the_mean_is_restored(encoder):
     chunks = [a1111.chunk([("a cat", 1.3), ("in a house", 0.4)], encoder.word_ids)]
     before, after = (encode_chunks(encoder, chunks, emphasis).mean() for emphasis in ("ignore", "original"))
     torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A text encoder of another vocabulary, with 9 tokens between its marks."""
+    folder = tmp_path_factory.mktemp("small")
+    write_text_model(folder, CAPTION_WORDS, width=20, layers=3, heads=2, max_length=11)
+    return fill(FrozenCLIPEmbedder(folder, max_length=11), "cond_stage_model.")
+
+
+def test_another_vocabulary_has_chunks_of_its_own_length(small):
+    text = "a red circle above a blue square on a white background"
+    prompt = read(text, encoder=small)
+    assert [chunk.used for chunk in prompt.parts[0].schedule[0].chunks] == [9, 2]
+    (found,), _ = at_step(encode(small, [prompt]), 0)
+    words = text.split()
+    close(found, torch.cat([small([" ".join(part)])[0] for part in (words[:9], words[9:])]))
+    for other, length in ((read(text), 77), (read("(red)0.5", "compel"), 77)):
+        with pytest.raises(
+            UsageError, match=f"read for {length} tokens, and this encoder takes 11; read it with"
+        ):
+            encode(small, [other])
 
 
 @pytest.mark.parametrize(

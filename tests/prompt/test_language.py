@@ -34,7 +34,7 @@ def test_parts_and_schedules(text, syntax, parts):
 
 
 def test_plain_prompts_are_cut_as_the_encoder_cuts_them():
-    prompt = read("a " * 200, "plain", tokenize=str.split)
+    prompt = read("a " * 200, "plain")
     (chunk,) = prompt.parts[0].schedule[0].chunks
     assert chunk.used == 75 and prompt.parts[0].schedule[0].chunks.count == 75
 
