@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from ldm.adapters.embedding import Embedding
 from ldm.adapters.lora import LoRA
 from ldm.errors import MismatchError, UsageError, escaped, shown
+from ldm.limits import ADAPTERS
 from ldm.modules.encoders.extra_tokens import ExtraTokens
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.seams import Change, Rank, StepInfo, Undo, attached, fill
-
-MOST_ADAPTERS = 100
 
 
 def check_adapters(model: nn.Module, adapters: Any) -> tuple[Any, ...]:
@@ -33,8 +32,8 @@ def check_adapters(model: nn.Module, adapters: Any) -> tuple[Any, ...]:
         raise UsageError(
             f"adapters must be a list such as [LoRA('style.safetensors', 0.8)] of ldm.adapters, got {shown(adapters)}"
         )
-    if len(adapters) > MOST_ADAPTERS:
-        raise UsageError(f"at most {MOST_ADAPTERS} adapters work together, got {len(adapters)}")
+    if len(adapters) > ADAPTERS[1]:
+        raise UsageError(f"at most {ADAPTERS[1]} adapters work together, got {len(adapters)}")
     for one in adapters:
         if isinstance(one, LoRA):
             one.deltas(model)

@@ -15,7 +15,8 @@ from ldm.errors import AbsentError, UsageError, escaped, nearest_file, refuse_el
 if TYPE_CHECKING:
     from torch import nn
 
-    from ldm.adapters import Embedding
+    from ldm.adapters import Embedding, LoRA
+    from ldm.adapters.lora import LoraFile
 
 SUFFIXES = (".safetensors", ".pt", ".bin")  # that people leave out
 MAX_PATH = 4096  # characters
@@ -116,19 +117,17 @@ def check_there(flags: Iterable[LoraFlag | EmbeddingFlag]) -> None:
             )
 
 
-def read_loras(flags: Sequence[LoraFlag], known: dict[Any, Any]) -> list[Any]:
-    """Read LoRAs; known is what was read before, of which files and whole adapters are taken again."""
+def read_loras(flags: Sequence[LoraFlag], files: dict[str, LoraFile]) -> list[LoRA]:
+    """Make LoRAs; files are those that were read before, by their paths, and those that are read now join them."""
     from ldm.adapters import LoRA
     from ldm.adapters.lora import LoraFile
 
     found = []
     for flag in flags:
-        if flag not in known:
-            path = os.path.realpath(flag.file)
-            if path not in known:
-                known[path] = LoraFile(flag.file)
-            known[flag] = LoRA(known[path], flag.weight, flag.text_weight)
-        found.append(known[flag])
+        path = os.path.realpath(flag.file)
+        if path not in files:
+            files[path] = LoraFile(flag.file)
+        found.append(LoRA(files[path], flag.weight, flag.text_weight))
     return found
 
 

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from ldm.adapters.lora import LoraFile
     from ldm.pipeline import StableDiffusion
     from ldm.request import Request
     from ldm.results import GenerationResult
@@ -84,18 +86,21 @@ def paint(args: argparse.Namespace, *sources: dict[str, Any], save: Save | None 
     if scale is None and (sd.report is None or sd.report.sampling.guidance_scale is None):
         scale = args.v1_scale
     add_embeddings(groups, Embeddings(sd.model))
-    requests: list[tuple[int, Request]] = []
+    requests: deque[tuple[int, Request]] = deque()
     for group in groups:  # all of them are checked before the first picture is begun
         options = {"guidance_scale": scale, **group.options}
         with placed(group):
             request = sd.plan(group.prompts, negative_prompt=group.negatives, seed=group.seeds, **options)
         requests.append((group.source, request))
-    adapters = [one for _, request in requests for one in request.adapters]
-    if args.like_adapters and (line := lacking(args.like_adapters, adapters)):
-        say(printable(f"{args.like}: {line}"))
+    groups.clear()
+    if args.like_adapters:
+        line = lacking(args.like_adapters, (one for _, request in requests for one in request.adapters))
+        if line is not None:
+            say(printable(f"{args.like}: {line}"))
     sd.advise([request for _, request in requests])
     finished: list[tuple[Image.Image, dict[str, Any]]] = []
-    for source, request in requests:
+    while requests:  # those that are done are let go, and their LoRAs with them
+        source, request = requests.popleft()
         for result in (step.result for step in with_bar(sd.paint(request)) if step.result is not None):
             if not args.skip_save:
                 for path, number in zip(save(result, source), result.seeds, strict=True):
@@ -151,15 +156,21 @@ def check(args: argparse.Namespace, *sources: dict[str, Any]) -> list[Group]:
     opened = [
         {what: open_image(source[what]) for what in ("image", "mask") if what in source} for source in sources
     ]
-    known: dict[Any, Any] = {}
     for group in groups:
         for option in REPEATED:
             with placed(group, option):
                 check_there(group.options[option])
+    files: dict[str, LoraFile] = {}
+    flags, loras = None, []
     for group in groups:
         group.options |= opened[group.source]
-        with placed(group, "lora"):
-            group.options["adapters"] = read_loras(group.options.pop("lora"), known)
+        # Weights that a LoRA was folded into are kept as long as it is: groups in succession share it, others do not.
+        if group.options["lora"] != flags:
+            flags = group.options["lora"]
+            with placed(group, "lora"):
+                loras = read_loras(flags, files)
+        del group.options["lora"]
+        group.options["adapters"] = list(loras)
     return groups
 
 

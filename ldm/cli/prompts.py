@@ -278,6 +278,8 @@ def _line(values: dict[str, list[str]]) -> Line:
         option, kind = LINE_OPTIONS[name]
         if option in options:
             raise UsageError(f"{name}: {option} was given twice, by two names; give one")
+        if len(texts) > limits.ADAPTERS[1]:
+            raise UsageError(f"{name}: at most {limits.ADAPTERS[1]} adapters work together, got {len(texts)}")
         try:
             found = tuple(map(kind, texts))
             options[option] = found if option in REPEATED else found[0]

@@ -17,9 +17,10 @@ import ldm
 from ldm.adapters import LoRA
 from ldm.adapters.lora import LoraFile
 from ldm.checkpoints import save_safetensors
-from ldm.cli import Line, read_prompts, run
+from ldm.cli import Line, paint, painting_parser, read_prompts, run
 from ldm.cli.adapters import EmbeddingFlag, LoraFlag, embedding_flag, lacking, lora_flag, told_adapters
 from ldm.errors import UsageError
+from ldm.modules import seams
 
 ROOT = Path(__file__).parents[2]
 WIDTH = 128  # of the tiny model's words
@@ -172,6 +173,7 @@ def test_a_line_may_have_several(tmp_path, monkeypatch, line, json_, options):
         ("p.txt", "--prompt a --lora b --lora", "wanted a value after --lora, got none"),
         ("p.txt", "--prompt a --lora there:x", "lora: wanted FILE, FILE:weight or"),
         ("p.txt", "--prompt a --lora b --loras c", "loras: lora was given twice, by two names"),
+        ("p.txt", "--prompt a" + " --lora b" * 101, "lora: at most 100 adapters work together, got 101"),
         ("p.jsonl", '{"prompt": "a", "lora": 5}', "lora: wanted a text or a list of texts, got 5"),
         ("p.jsonl", '{"prompt": "a", "lora": ["b", 5]}', "lora: wanted a text or a list of texts, got"),
         ("p.jsonl", '{"prompt": "a", "embedding": {"b": 1}}', "embedding: wanted a text or a list"),
@@ -265,6 +267,27 @@ def test_an_embedding_that_no_prompt_names_is_said_once_and_one_of_a_folder_is_n
     assert code == 0 and err.splitlines() == [
         "ldm: warning: no prompt names the embedding words/birb.safetensors; write <b> or birb or embedding:birb"
     ]
+
+
+def test_loras_of_lines_that_are_painted_are_let_go(home):
+    """Weights that a LoRA was folded into are as large as the model's: those of a long list would fill the memory."""
+    lines = [f"--prompt a --lora style.safetensors:{weight}" for weight in (1, 2, 1, 3)]
+    Path("p.txt").write_text("\n".join(lines))
+    parser = painting_parser("txt2img.py", "x", outdir="o", scale=7.5)
+    args = [
+        "--ckpt",
+        "tiny.safetensors",
+        "--device",
+        "cpu",
+        "--steps",
+        "1",
+        "--skip_grid",
+        "--from-file",
+        "p.txt",
+    ]
+    alive = []
+    paint(parser.parse_args(args), save=lambda result, source: alive.append(len(seams._folded)) or [Path()])
+    assert len(alive) == 4 and alive[0] > 0 and len(set(alive)) == 1
 
 
 # --- --like ---
