@@ -303,19 +303,22 @@ def test_like_names_what_is_not_given_and_repeats_the_picture_with_it(end):
         f"{first}: was painted with LoRA 'style' at 0.8:0.5 (hash {style}), which is not given (--lora FILE:0.8:0.5); "
         f"Embedding 'birb' (hash {birb}), which is not given (--embedding FILE)"
     ]
-    code, out, err = end("--like", first, "--lora", "style.safetensors:0.8", *given[2:], "--outdir", "o")
-    assert code == 0 and (
-        f"{first}: was painted with LoRA 'style' at 0.8:0.5 (hash {style}), which is given at 0.8 (--lora FILE:0.8:0.5)"
-        in out.splitlines()
-    )
-    Path("renamed.safetensors").symlink_to("style.safetensors")
     code, out, err = end("--like", first, *given, "--outdir", "again")
     assert (code, err) == (0, "") and "was painted with" not in out
     assert Path("again/samples/00000.png").read_bytes() == Path(first).read_bytes()
-    code, out, err = end(
-        "--like", first, "--lora", "renamed.safetensors:0.8:0.5", *given[2:], "--outdir", "again"
-    )
-    assert (code, err) == (0, "") and "was painted with" not in out
+
+
+def test_like_knows_a_lora_by_its_content_and_says_at_which_strength_it_is_given(home):
+    Path("renamed.safetensors").symlink_to("style.safetensors")
+    told = {"kind": "LoRA", **LoRA("style.safetensors", 0.8, 0.5).describe()}
+    assert lacking([told], [LoRA("face.safetensors"), LoRA("renamed.safetensors", 0.8, 0.5)]) is None
+    begin = f"was painted with LoRA 'style' at 0.8:0.5 (hash {told['hash']}), which is "
+    for given, end in (("style", "given at 0.8"), ("face", "not given")):
+        line = lacking([told], [LoRA(f"{given}.safetensors", 0.8)])
+        assert line == f"{begin}{end} (--lora FILE:0.8:0.5)"
+    told = {"kind": "LoRA", **LoRA("style.safetensors", 0.8, end=0.5).describe()}
+    line = lacking([told], [LoRA("style.safetensors", 0.8)])
+    assert line.endswith("at 0.8, end 0.5 (hash " + told["hash"] + "), which no option gives in this way")
 
 
 @pytest.mark.parametrize(
