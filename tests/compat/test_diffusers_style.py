@@ -787,6 +787,7 @@ def fresh():
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_loras_and_embeddings_paint_as_in_diffusers_with_peft(theirs, fresh, shelf):
     pytest.importorskip("peft")
@@ -812,6 +813,36 @@ def test_loras_and_embeddings_paint_as_in_diffusers_with_peft(theirs, fresh, she
     assert torch.equal(pictures[1][-1], plain)
     assert all(not torch.allclose(a, plain, atol=1e-2) for a in pictures[1][:-1])
     assert all(torch.equal(value, before[key]) for key, value in fresh.unet.state_dict().items())
+
+
+def test_set_adapters_says_which_are_active_and_how_strong(ours, shelf, caplog):
+    pipe = StableDiffusionPipeline(ours.sd)
+    pipe.load_lora_weights(shelf / "trained")
+    pipe.load_lora_weights(shelf / "trained", weight_name="other.safetensors", adapter_name="x")
+    assert (
+        "which LoRAs are active, set_adapters says: pipe.set_adapters(['default_0', 'x'])"
+        in caplog.messages[-1]
+    )
+    assert pipe.get_active_adapters() == ["default_0"]
+    assert pipe.get_list_adapters() == {"unet": ["default_0", "x"], "text_encoder": ["default_0"]}
+
+    def strengths():
+        return [(one.file.name, one.weight, one.text_weight) for one in pipe.sd.adapters]
+
+    first, other = "pytorch_lora_weights", "other"
+    pipe.set_adapters(["x", "default_0"], [0.7, {"unet": 0.4}])
+    assert strengths() == [(other, 0.7, None), (first, 0.4, 1.0)]
+    pipe.set_adapters(["default_0", "x"], 0.5)
+    assert strengths() == [(first, 0.5, None), (other, 0.5, None)]
+    pipe.set_adapters("x")
+    assert strengths() == [(other, 1.0, None)] and pipe.get_active_adapters() == ["x"]
+    pipe.set_adapters([])
+    assert strengths() == []
+    pipe.set_adapters(["x", "default_0"])
+    pipe.delete_adapters("x")
+    assert strengths() == [(first, 1.0, None)] and pipe.get_list_adapters()["unet"] == ["default_0"]
+    pipe.unload_lora_weights()
+    assert strengths() == [] and pipe.get_list_adapters() == {}
 
 
 def test_an_embedding_stands_in_prompts_as_in_diffusers(theirs, fresh, shelf, tmp_path):
