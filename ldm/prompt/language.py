@@ -149,12 +149,14 @@ def read(
         left, tags = a1111.split_tags(text)
         commas = words.ids(",")
         options = {"comma": commas[0] if len(commas) == 1 else None, "backtrack": comma_backtrack}
-        parts = []
+        parts, known = [], {}  # of alternations most steps' texts were read before
         for part, weight in a1111.split_and(left):
             scheduled = []
             for end, at in a1111.schedule(part, steps, hires_steps=hires_steps, old=old_schedule):
-                segments = a1111.parse_emphasis(at)
-                scheduled.append(ScheduledText(end, at, tuple(segments), whole(segments, **options)))
+                if at not in known:
+                    segments = a1111.parse_emphasis(at)
+                    known[at] = tuple(segments), whole(segments, **options)
+                scheduled.append(ScheduledText(end, at, *known[at]))
             parts.append(Part(weight, tuple(scheduled)))
         prompt = Prompt(text, syntax, tuple(parts), tuple(tags))
     elif syntax == "comfyui":

@@ -70,6 +70,7 @@ def test_an_explanation_is_html_without_the_prompts_own_marks(syntax):
     page = explain("<script>& (cat:1.3), internationalization ü", syntax)._repr_html_()
     assert "<script" not in page and "&lt;script" in page
     opened, closed = re.findall(r"<(\w+)", page), re.findall(r"</(\w+)>", page)
+    assert page.count("<") == len(opened) + len(closed)
     assert sorted(opened) == sorted(closed) and set(opened) == {"div", "span"}
     assert ('title="weight 1.3"' in page) == (syntax in ("a1111", "comfyui"))
 
