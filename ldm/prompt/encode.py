@@ -229,6 +229,25 @@ def at_step(conditionings: Sequence[Conditioning], step: int) -> tuple[Tensor, l
     return torch.stack(padded), owners
 
 
+def guide(conditional: Tensor, unconditional: Tensor, owners: Sequence, scale: float) -> Tensor:
+    """Guide each prompt of a batch by all its parts: u + scale * sum of w_i (c_i - u).
+
+    Args:
+        conditional: the network's answers for the rows of `at_step`, (r, ...).
+        unconditional: one for each prompt, (b, ...).
+        owners: for each prompt its (row, weight) pairs, of `at_step`.
+        scale: the guidance scale.
+    """
+    guided = []
+    for base, parts in zip(unconditional, owners, strict=True):
+        # One after the other, in this order, as the web UI adds them up.
+        total = base
+        for row, weight in parts:
+            total = total + (conditional[row] - base) * (weight * scale)
+        guided.append(total)
+    return torch.stack(guided)
+
+
 def pad_pair(cond: Tensor, uncond: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
     """Make two contexts equally long with the empty prompt's: (b, n, d), (b', n', d), empty (1, 77, d).
 

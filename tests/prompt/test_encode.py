@@ -16,7 +16,7 @@ from ldm.modules.encoders.extra_tokens import ExtraTokens
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.prompt import a1111, read
 from ldm.prompt.chunks import Chunk, Chunks
-from ldm.prompt.encode import at_step, encode, encode_chunks, pad_pair
+from ldm.prompt.encode import at_step, encode, encode_chunks, guide, pad_pair
 from ldm.shapes.bpe import CAPTION_WORDS, write_text_model
 
 A1111, COMFYUI, COMPEL = (
@@ -161,6 +161,15 @@ def test_recorded_padding(case):
     assert [one.shape[1] for one in found] == case["to"]
     for name, one in zip(("cond", "uncond"), found, strict=True):
         assert torch.equal(one[:, ::7], TENSORS[f"cfg.pad_cond_uncond.{case['i']}.{name}"])
+
+
+@pytest.mark.parametrize("place", range(len(GUIDANCE["combine"])))
+def test_recorded_guidance(place):
+    case = GUIDANCE["combine"][place]
+    answers = keyed_input(case["x_out"], tuple(case["shape"]))
+    rows = len(answers) - case["uncond_rows"]
+    found = guide(answers[:rows], answers[rows:], case["conds_list"], case["cond_scale"])
+    close(found, TENSORS[f"cfg.combine.{place}"])
 
 
 def test_comfyui_names_embeddings_too(inverted):
