@@ -18,9 +18,11 @@ PLUS, MINUS = 1.1, 0.9
 _SWAP = ".swap("
 _OPTIONS = {"s_start": 0.0, "s_end": 0.0, "t_start": 0.2, "t_end": 1.0}
 
-_QUOTED = r'"((?:\\"|[^"])*)"'
+_QUOTED = (
+    r'"((?:\\.|[^"\\])*+)"'  # possessive: each backslash has one reading, or time would double with each
+)
 _BRACKET = re.compile(rf"\\.|{_QUOTED}|[()]", re.DOTALL)
-_QUOTE = re.compile(_QUOTED)
+_QUOTE = re.compile(_QUOTED, re.DOTALL)
 _SPACE = re.compile(r"\s*")
 _RUN = re.compile(r'(?:\\[()"]|[^\s(),"])+')
 _RUN_INSIDE = re.compile(r'(?:\\[()"]|[^\s(),."])+')

@@ -116,6 +116,7 @@ def test_long_and_deep_prompts_are_read(text, count):
 @pytest.mark.parametrize(
     ("text", "message"),
     [(b"a", "a prompt must be a string, got bytes"), ("a" * 100_001, "a prompt may have 100000 characters")],
+    ids=lambda value: str(value)[:20],
 )
 def test_what_is_no_prompt_is_refused(text, message):
     with pytest.raises(UsageError, match=message):

@@ -51,6 +51,7 @@ def test_there_are_84_of_them():
         ("+ -- x", [("+ -- x", 1.0)]),
         ('"a (b"+ c', [("a (b", 1.1), ("c", 1.0)]),
         ('a "b', [('a "b', 1.0)]),
+        ('"a \\"b\\" c"- d', [('a "b" c', 0.9), ("d", 1.0)]),
         ("(a).5", [("a", 0.5)]),
         ("  ", [("", 1.0)]),
     ],
@@ -61,7 +62,15 @@ def test_neighbours_of_the_recorded_ones(text, segments):
 
 @pytest.mark.parametrize(
     "text",
-    ["(" * 40_000 + "a" + ")" * 40_000, "(" * 100_000, "a" + "+" * 5_000, '"' * 99_999, "a.swap(" * 14_000],
+    [
+        "(" * 40_000 + "a" + ")" * 40_000,
+        "(" * 100_000,
+        "a" + "+" * 5_000,
+        '"' * 99_999,
+        "a.swap(" * 14_000,
+        '("' + '\\","' * 20_000,
+    ],
+    ids=lambda text: text[:6],
 )
 def test_long_and_deep_prompts_are_read(text):
     assert len(parse(text).texts) == 1
@@ -80,6 +89,7 @@ def test_long_and_deep_prompts_are_read(text):
         ("a" + "+" * 8_000, "8000 signs behind it"),
         (5, "a prompt must be a string, got int"),
     ],
+    ids=lambda value: str(value)[:20],
 )
 def test_wrong_prompts_are_refused_in_a_line(text, message):
     with pytest.raises(UsageError) as caught:
