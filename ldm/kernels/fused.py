@@ -6,6 +6,7 @@ does not support. The mechanism is in fused_module.py.
 
 import contextlib
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -502,6 +503,7 @@ class FusedUNet(FusedModule):
         *,
         control: Any = None,
         only_mid_control: bool = False,
+        features: Mapping[int, Tensor] | None = None,
         depth: int = 0,
         deep: Tensor | None = None,
     ) -> Any:
@@ -512,6 +514,7 @@ class FusedUNet(FusedModule):
             and y is None
             and m.num_classes is None
             and deep is None
+            and first < min(features or (len(m.input_blocks),))  # those may differ between the halves
             and 0 <= depth <= len(m.input_blocks)
             and isinstance(context, Tensor)
             and isinstance(timesteps, Tensor)
@@ -527,7 +530,7 @@ class FusedUNet(FusedModule):
         skips: list[Tensor] = []
         h = m.run_blocks(m._torso_input(x[:half]), emb[:half], context, skips, control, stop=first + 1)
         skips = [skip if len(skip) == len(h) else torch.cat([skip, skip]) for skip in skips]
-        return m._run_from(first + 1, h, emb, context, skips, control, depth, x.dtype)
+        return m._run_from(first + 1, h, emb, context, skips, control, depth, x.dtype, features)
 
     @staticmethod
     def _first_context_block(m: unet.UNetModel) -> int:

@@ -6,7 +6,7 @@ they are halved or doubled.
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -732,6 +732,7 @@ class UNetModel(_UNetBase):
         *,
         control: Sequence[Tensor] | None = None,
         only_mid_control: bool = False,
+        features: Mapping[int, Tensor] | None = None,
         depth: int = 0,
         deep: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -745,6 +746,8 @@ class UNetModel(_UNetBase):
             control: maps to add to what the input blocks hand over to the output blocks, one each in the order of the
                 input blocks, and last one for the middle block's (ControlNet, arXiv:2302.05543); None = nothing.
             only_mid_control: add only the last one.
+            features: maps to add to what input blocks give, by the blocks' numbers; the next block and the skip get the
+                sum (T2I-Adapter, arXiv:2302.08453); None = nothing.
             depth: how many input blocks from the first on, and as many output blocks from the last backwards, are the
                 shallow ones; the others are the deep ones. 0 = all are deep.
             deep: what the deep blocks gave at an earlier call of this depth, (b, c, *small space): only the shallow
@@ -755,7 +758,8 @@ class UNetModel(_UNetBase):
             blocks gave.
 
         Raises:
-            MismatchError: y is missing, not wanted, or not one label for each map; a control of another number of maps.
+            MismatchError: y is missing, not wanted, or not one label for each map; a control of another number of maps,
+                or features of blocks that are not there.
             UsageError: a label that the model does not have; a depth that is not from 0 (with `deep`, from 1) to the
                 number of input blocks.
         """
@@ -764,12 +768,17 @@ class UNetModel(_UNetBase):
             raise UsageError(
                 f"depth should be from {int(deep is not None)} to {blocks} for this UNet, got {depth}"
             )
+        if features and not set(features) <= set(range(blocks)):
+            raise MismatchError(
+                f"features should be keyed by input blocks, 0 to {blocks - 1}, got {sorted(features)}"
+            )
         control = self._control(control, only_mid_control)
         emb = self._embed(x, timesteps, y)
         skips: list[Tensor] = []
         if deep is None:
-            return self._run_from(0, self._torso_input(x), emb, context, skips, control, depth, x.dtype)
-        self.run_blocks(self._torso_input(x), emb, context, skips, control, stop=depth)
+            h = self._torso_input(x)
+            return self._run_from(0, h, emb, context, skips, control, depth, x.dtype, features)
+        self.run_blocks(self._torso_input(x), emb, context, skips, control, stop=depth, features=features)
         shallow = 2 * blocks + 1 - depth
         return self._finish(self.run_blocks(deep, emb, context, skips, control, start=shallow), x.dtype)
 
@@ -794,6 +803,7 @@ class UNetModel(_UNetBase):
         control: list[Tensor | None],
         start: int = 0,
         stop: int | None = None,
+        features: Mapping[int, Tensor] | None = None,
     ) -> Tensor:
         """Run some of the blocks. Input blocks are 0 to n - 1, the middle one is n, output blocks are n + 1 to 2 n.
 
@@ -805,6 +815,7 @@ class UNetModel(_UNetBase):
                 add to its end and take from there.
             control: what is added for each input block, where its output block takes it, and for the middle one.
             start, stop: the first block, and the one that no longer runs; None = all from `start` on.
+            features: as for forward.
 
         Returns:
             what the last block that ran gave, in the dtype of the blocks; h if none did.
@@ -815,6 +826,7 @@ class UNetModel(_UNetBase):
             if i <= middle:
                 h = block(h, emb, context)
                 if i < middle:
+                    h = _with(h, features.get(i) if features else None)
                     skips.append(h)
                 else:
                     h = _with(h, control[middle])
@@ -851,10 +863,11 @@ class UNetModel(_UNetBase):
         control: list[Tensor | None],
         depth: int,
         dtype: torch.dtype,
+        features: Mapping[int, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run all blocks from `start` on, none of which is among the last `depth`, and give what forward gives."""
         shallow = 2 * len(self.input_blocks) + 1 - depth
-        deep = self.run_blocks(h, emb, context, skips, control, start, shallow)
+        deep = self.run_blocks(h, emb, context, skips, control, start, shallow, features)
         answer = self._finish(self.run_blocks(deep, emb, context, skips, control, shallow), dtype)
         return (answer, deep) if depth else answer
 
