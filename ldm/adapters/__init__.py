@@ -1,4 +1,4 @@
-"""What is attached to a model for a run and changes its numbers: LoRA, embeddings, ControlNet and others.
+"""What is attached to a model for a run and changes its numbers: LoRA, embeddings, ControlNet, IP-Adapter and others.
 
 sd.txt2img("a <birb-style> portrait", adapters=[LoRA("style.safetensors", 0.8), Embedding("birb.bin")])
 """
@@ -6,8 +6,9 @@ sd.txt2img("a <birb-style> portrait", adapters=[LoRA("style.safetensors", 0.8), 
 from ldm.adapters.controlnet import ControlNet
 from ldm.adapters.deepcache import DeepCache
 from ldm.adapters.embedding import Embedding
+from ldm.adapters.ip_adapter import IPAdapter
 from ldm.adapters.lora import LoRA
 from ldm.adapters.t2i_adapter import T2IAdapter
 from ldm.adapters.tome import TokenMerging
 
-__all__ = ["ControlNet", "DeepCache", "Embedding", "LoRA", "T2IAdapter", "TokenMerging"]
+__all__ = ["ControlNet", "DeepCache", "Embedding", "IPAdapter", "LoRA", "T2IAdapter", "TokenMerging"]
