@@ -180,7 +180,8 @@ def check_request(
         fixed_code: begin every batch with the same noise, CompVis's --fixed_code.
         output_type: "pil"; "np" (n, height, width, 3) and "pt" (n, 3, height, width) in [0, 1]; "latent".
         prompt_embeds, negative_prompt_embeds: (n, tokens, d) text features that replace the prompts'.
-        adapters: of ldm.adapters: LoRA, Embedding, TokenMerging, DeepCache, any number; docs/adapters.md.
+        adapters: of ldm.adapters: LoRA, Embedding, ControlNet, T2IAdapter, IPAdapter, TokenMerging, DeepCache, any
+            number; docs/adapters.md, docs/controls.md.
 
     Raises:
         UsageError: a value out of range, or of another kind.

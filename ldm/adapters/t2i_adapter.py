@@ -209,7 +209,7 @@ class T2IAdapter:
         dtype = unet.input_blocks[0][0].weight.dtype
         put(network, x.device, dtype)
         key = (*x.shape[2:], x.device, dtype)
-        if key not in self._maps:
+        if key not in self._maps or torch.is_grad_enabled():
             first = next(network.parameters())
             hint = self.hint.sized(*(HINT_FACTOR * side for side in x.shape[2:])).to(first)
             if first.shape[1] == HINT_FACTOR**2:

@@ -5,7 +5,8 @@ for as long as it is attached, and leaves no trace behind. There are four slots,
 
     weights     Parameter objects, replaced: `attached` folds the changes of all attachments in order and swaps
     attention   CrossAttention.processor, BasicTransformerBlock.around, SpatialTransformer.entering: `fill`
-    residuals   maps that a UNet adds to its skips and middle, the argument `control` of its call: `wrap`
+    residuals   maps that a UNet adds to its skips, middle and way down, the arguments `control` and `features` of its
+                call: `wrap`
     shortcuts   which part of a UNet's loop is computed, the argument `deep` of its call: `wrap`
 
 How all of that is computed is the business of `ldm.kernels.optimize`, which asks `on` about every module.

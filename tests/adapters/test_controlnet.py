@@ -8,19 +8,17 @@ import torch
 from keyed import fill, keyed_input, weight
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_model
 
-from ldm.adapters import ControlNet, DeepCache, TokenMerging
+from ldm.adapters import ControlNet, DeepCache, LoRA, TokenMerging
 from ldm.adapters.controlnet import ControlNetFile
 from ldm.adapters.controls import Hint, is_within
 from ldm.checkpoints import save_safetensors
-from ldm.checkpoints.key_mapping import control_to_diffusers
+from ldm.checkpoints.key_mapping import control_to_diffusers, unet_to_diffusers
 from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UsageError
-from ldm.kernels import optimize, restore
+from ldm.kernels import cuda_graphs, optimize, restore
 from ldm.modules.diffusionmodules.controlnet import ControlNetModel, soft_weights
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.modules.seams import StepInfo, attached
-from ldm.pipeline import StableDiffusion
+from ldm.modules.seams import StepInfo, attached, wrap
 
 X, T, C = keyed_input("c.x", (2, 4, 8, 8)), torch.tensor([5, 700]), keyed_input("c.c", (2, 7, 24))
 HINT_A, HINT_B = ((0.3 * keyed_input(f"c.hint_{one}", (2, 3, 64, 64)) + 0.5).clamp(0, 1) for one in "ab")
@@ -131,6 +129,51 @@ def test_the_names_are_the_originals_and_diffusers_names_lead_there(facts):
     assert {ours: theirs for theirs, ours in facts["diffusers_names"].items()} == control_to_diffusers(state)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_diffusers_own_network_gives_the_same_maps_and_the_same_chain(unet, tensors, files):
+    """Forward to 1e-5; a chain of 20 DDIM steps, all of it computed by diffusers' two networks, to 1e-4."""
+    pytest.importorskip("diffusers")
+    from diffusers import ControlNetModel as Theirs
+    from diffusers import UNet2DConditionModel
+
+    shape = {
+        "in_channels": 4, "block_out_channels": (32, 64), "layers_per_block": 2, "cross_attention_dim": 24,
+        "attention_head_dim": 4, "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    }  # fmt: skip
+    control, network = (
+        Theirs(**shape).eval(),
+        UNet2DConditionModel(out_channels=4, up_block_types=("CrossAttnUpBlock2D",) * 2, **shape).eval(),
+    )
+    names = control_to_diffusers(tensors)
+    control.load_state_dict({names[key]: value for key, value in tensors.items()})
+    state = unet.state_dict()
+    names = unet_to_diffusers(state)
+    network.load_state_dict({names[key]: value for key, value in state.items()})
+
+    def theirs(x, t):
+        down, middle = control(x, t, C, HINT_A, conditioning_scale=0.8, return_dict=False)
+        more = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        return network(x, t, C, return_dict=False, **more)[0], [*down, middle]
+
+    mine = ControlNet(files[0], HINT_A, 0.8)
+    want, maps = theirs(X, T)
+    close(answer(unet, mine), want)
+    for got, one in zip(files[0].network(unet)(X, HINT_A, T, C), maps, strict=True):
+        close(0.8 * got, one)
+
+    def chain(predict):
+        alpha_bar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+        x = X
+        for t in range(951, 0, -50):
+            eps = predict(x, torch.tensor([t, t]))
+            now, after = alpha_bar[t], alpha_bar[max(t - 50, 0)]
+            x = after.sqrt() * (x - (1 - now).sqrt() * eps) / now.sqrt() + (1 - after).sqrt() * eps
+        return x
+
+    close(chain(lambda x, t: answer(unet, mine, x=x, t=t)), chain(lambda x, t: theirs(x, t)[0]), 1e-4)
+
+
 # --- laws -------------------------------------------------------------------------------------------
 
 
@@ -162,7 +205,7 @@ def test_controls_add_up_and_are_linear_in_scale_and_weights(unet, files):
         return proceed(*args, control=control, **kwargs)
 
     def maps(*controls):
-        unwrap = __import__("ldm").modules.seams.wrap(unet, take)
+        unwrap = wrap(unet, take)
         try:
             answer(unet, *controls)
         finally:
@@ -203,13 +246,24 @@ def test_a_batch_of_hints_goes_row_by_row_through_both_halves(unet, files):
         answer(unet, ControlNet(files[0], HINT_A), x=x[:3], t=t[:3], c=c[:3])
 
 
-def test_other_attachments_work_beside_it(unet, files):
+def test_other_attachments_work_beside_it(unet, files, tmp_path):
     control = ControlNet(files[0], HINT_A)
     want = answer(unet, control)
     cache = DeepCache(2)
     close(answer(unet, control, cache, step=StepInfo(0, 3)), want)
     # All inputs are as they were, so the features of the step before are those of this one.
     close(answer(unet, control, cache, step=StepInfo(1, 3)), want)
+    with torch.no_grad():
+        weight = unet.input_blocks[1][1].transformer_blocks[0].attn1.to_q.weight
+        before = weight.clone()
+        up, down = keyed_input("up", (32, 2)), keyed_input("down", (2, 32))
+        name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+        tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+        save_safetensors(tmp_path / "lora.safetensors", tensors, {})
+        got = answer(unet, LoRA(tmp_path / "lora.safetensors"), control)
+        weight += up @ down
+        close(got, answer(unet, control))
+        weight.copy_(before)
     merged = answer(unet, control, TokenMerging(0.5))
     assert (merged - want).abs().max() > 1e-4 and (
         merged - answer(unet, TokenMerging(0.5))
@@ -229,6 +283,33 @@ def test_a_network_without_gradients_is_fused_with_the_unet(unet, files):
         restore(unet)
     assert torch.equal(answer(unet, control), want)
     assert not any("forward" in vars(m) for m in network.modules())
+
+
+def test_a_graph_of_the_unet_serves_all_steps(unet, files):
+    made = []
+
+    def capture(run, inputs):
+        made.append(len(inputs))
+        return run
+
+    adapter = ControlNet(files[0], HINT_A)
+    times = [torch.tensor([t, t + 3]) for t in (900, 700, 500, 300)]
+    want = [answer(unet, adapter, t=t) for t in times]
+    cuda_graphs.attach(unet, capture)
+    try:
+        for t, wanted in zip(times, want, strict=True):
+            close(answer(unet, adapter, t=t), wanted)
+    finally:
+        restore(unet)
+    assert made == [10]  # tensors
+
+
+def test_an_inpainting_unet_is_controlled_by_its_latents_alone(facts, files):
+    wide = fill(UNetModel(**facts["config"]["unet"] | {"in_channels": 9}), "wide.")
+    x = torch.cat([X, keyed_input("masked", (2, 5, 8, 8))], dim=1)
+    with torch.no_grad():
+        want = wide(x, T, context=C, control=files[0].network(wide)(X, HINT_A, T, C))
+    close(answer(wide, ControlNet(files[0], HINT_A), x=x), want)
 
 
 # --- files ------------------------------------------------------------------------------------------
@@ -254,9 +335,9 @@ def layouts(tensors):
 
 
 @pytest.mark.parametrize("layout", ["with prefix", "pruned", "whole model", "diffusers", "linear"])
-@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_each_layout_is_read(unet, files, tensors, tmp_path, layout, suffix):
+def test_each_layout_is_read(unet, files, tensors, tmp_path, layout):
     given = layouts(tensors)[layout]
+    suffix = "safetensors" if layout in ("pruned", "diffusers") else "pth"
     path = tmp_path / f"one.{suffix}"
     if suffix == "pth":
         torch.save({"state_dict": given} if layout == "whole model" else given, path)
@@ -324,15 +405,15 @@ def test_a_hint_is_cropped_in_its_middle_or_stretched(caplog):
 # --- painting ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def sd():
-    return StableDiffusion(tiny_model())
+@pytest.fixture
+def sd(painter):
+    return painter
 
 
 @pytest.fixture(scope="module")
-def control(sd, folder):
+def control(painter, folder):
     path = folder / "paint.safetensors"
-    save_safetensors(path, weights_for(sd.model.model.diffusion_model), {})
+    save_safetensors(path, weights_for(painter.model.model.diffusion_model), {})
     return ControlNetFile(path)
 
 

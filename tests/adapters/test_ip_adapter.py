@@ -5,18 +5,16 @@ import torch
 from keyed import fill, keyed_input, weight
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_model
 from tiny_networks import UNET
 
 from ldm.adapters import ControlNet, DeepCache, IPAdapter
 from ldm.adapters.ip_adapter import IPAdapterFile, clip_pixels, encode_images, projection_of
 from ldm.checkpoints import save_safetensors
 from ldm.errors import AbsentError, LdmError, MismatchError, UsageError
-from ldm.kernels import optimize, restore
+from ldm.kernels import cuda_graphs, optimize, restore
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.processors import AttnProcessor, IPAttnProcessor, named_attentions
 from ldm.modules.seams import StepInfo, attached
-from ldm.pipeline import StableDiffusion
 
 X, T, C = keyed_input("c.x", (2, 4, 8, 6)), torch.tensor([5, 700]), keyed_input("c.c", (2, 7, 24))
 EMBEDS, STATES = keyed_input("ip.embeds", (2, 20)), keyed_input("ip.hidden", (2, 10, 20))
@@ -200,6 +198,25 @@ def test_with_fused_modules_the_numbers_are_the_same(unet, file):
         restore(unet)
 
 
+def test_a_graph_of_the_unet_serves_all_steps(unet, file):
+    made = []
+
+    def capture(run, inputs):
+        made.append(len(inputs))
+        return run
+
+    adapter = IPAdapter(file, embeds=EMBEDS)
+    times = [torch.tensor([t, t + 3]) for t in (900, 700, 500, 300)]
+    want = [answer(unet, adapter, t=t) for t in times]
+    cuda_graphs.attach(unet, capture)
+    try:
+        for t, wanted in zip(times, want, strict=True):
+            close(answer(unet, adapter, t=t), wanted)
+    finally:
+        restore(unet)
+    assert made == [3]  # tensors
+
+
 # --- files ------------------------------------------------------------------------------------------
 
 
@@ -324,8 +341,8 @@ def test_pictures_are_encoded_by_a_local_vision_model(unet, file, encoder, tmp_p
         IPAdapter(file, pictures, encoder=folder / "absent")
 
 
-def test_pictures_are_painted_with_one_and_say_so(tmp_path):
-    sd = StableDiffusion(tiny_model())
+def test_pictures_are_painted_with_one_and_say_so(painter, tmp_path):
+    sd = painter
     unet = sd.model.model.diffusion_model
     path = tmp_path / "look.safetensors"
     save_safetensors(path, tensors_for(unet, context=128), {})

@@ -6,17 +6,15 @@ import pytest
 import torch
 from keyed import fill, keyed_input, weight
 from safetensors.torch import load_file
-from tiny import tiny_model
 from tiny_networks import UNET
 
 from ldm.adapters import DeepCache, T2IAdapter
 from ldm.adapters.t2i_adapter import T2IAdapterFile, assemble, places
 from ldm.checkpoints import save_safetensors
 from ldm.errors import LdmError, MismatchError, UsageError
-from ldm.kernels import optimize, restore
+from ldm.kernels import cuda_graphs, optimize, restore
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.seams import StepInfo, attached
-from ldm.pipeline import StableDiffusion
 
 HINT = (0.3 * keyed_input("t2i.img", (2, 3, 64, 64)) + 0.5).clamp(0, 1)
 X, T, C = keyed_input("c.x", (2, 4, 8, 8)), torch.tensor([5, 700]), keyed_input("c.c", (2, 7, 24))
@@ -168,6 +166,25 @@ def test_with_fused_modules_the_numbers_are_the_same(unet, file):
         restore(unet)
 
 
+def test_a_graph_of_the_unet_serves_all_steps(unet, file):
+    made = []
+
+    def capture(run, inputs):
+        made.append(len(inputs))
+        return run
+
+    adapter = T2IAdapter(file, HINT)
+    times = [torch.tensor([t, t + 3]) for t in (900, 700, 500, 300)]
+    want = [answer(unet, adapter, t=t) for t in times]
+    cuda_graphs.attach(unet, capture)
+    try:
+        for t, wanted in zip(times, want, strict=True):
+            close(answer(unet, adapter, t=t), wanted)
+    finally:
+        restore(unet)
+    assert made == [5]  # tensors
+
+
 def test_layouts_containers_and_grey_hints(unet, tmp_path):
     shapes = full_keys([32, 64], hint_channels=1)
     tensors = keyed(shapes, "grey.")
@@ -188,8 +205,8 @@ def test_layouts_containers_and_grey_hints(unet, tmp_path):
             close(got, want)
 
 
-def test_pictures_follow_a_hint_and_say_so(file):
-    sd = StableDiffusion(tiny_model())
+def test_pictures_follow_a_hint_and_say_so(painter, file):
+    sd = painter
     options = {"seed": 3, "steps": 2, "output_type": "latent", "height": 64, "width": 64}
     before = identity(sd.model)
     plain = sd.txt2img("a circle", **options).latents
