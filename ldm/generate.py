@@ -35,7 +35,7 @@ from ldm.models.diffusion.samplers import (
 )
 from ldm.models.introspect import downsampling, dtype_of, is_inpainting
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.seams import StepInfo, attached
+from ldm.modules.seams import Scope, StepInfo
 from ldm.process.philox import cuda_normal
 from ldm.request import ImageSpec, Request
 from ldm.results import GenerationParameters, GenerationResult, Progress, painted, versions
@@ -351,6 +351,7 @@ class _WithAttachments:
         self._autocast = autocast
         self._attachments = [begun(one) for one in attachments]
         self._batch, self._unconditional = batch, unconditional
+        self._scopes: dict[tuple[int, ...], Scope] = {}
         self.step = StepInfo(0, total)
 
     def __getattr__(self, name: str) -> Any:
@@ -364,8 +365,8 @@ class _WithAttachments:
         for attachment in self._attachments:
             attachment.at(replace(self.step, t=t, unconditional=self._rows_without(x, cond)))
         with (
-            attached(self._model.model, *averages),
-            attached(self._model.model.diffusion_model, *self._attachments),
+            self._scope(self._model.model, averages),
+            self._scope(self._model.model.diffusion_model, self._attachments),
             torch.autocast(x.device.type, dtype=self._autocast, enabled=on),
         ):
             return self._model.apply_model(x, t, cond, *args, **kwargs)
@@ -377,6 +378,13 @@ class _WithAttachments:
         if cond is self._unconditional:
             return len(x)
         return self._batch if len(x) == 2 * self._batch else 0
+
+    def _scope(self, network: torch.nn.Module, attachments: Sequence[Any]) -> Scope:
+        """Give the scope of the call before, which knows already what becomes of the weights, or a new one."""
+        key = tuple(map(id, (network, *attachments)))
+        if key not in self._scopes:
+            self._scopes[key] = Scope(network, attachments)
+        return self._scopes[key]
 
 
 # --- from prompt to picture -----------------------------------------------------------------------

@@ -22,7 +22,19 @@ from ldm.kernels.fused import FUSED
 from ldm.kernels.fused_module import ForwardWrapper, FusedModule, WeightCache
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel, check_labels
-from ldm.modules.seams import PLAIN, SLOTS, Execution, Presence, code_of, on, say_once
+from ldm.modules.seams import (
+    PLAIN,
+    SLOTS,
+    Execution,
+    Presence,
+    code_of,
+    execution_of,
+    on,
+    own_forward,
+    say_once,
+    set_execution,
+    states_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +131,6 @@ _chained = itertools.chain.from_iterable
 _hooks_of = operator.itemgetter("_forward_hooks")
 _pre_hooks_of = operator.itemgetter("_forward_pre_hooks")
 _training_of = operator.itemgetter("training")
-_dtype_of = operator.attrgetter("dtype")
-_version_of = operator.attrgetter("_version")
 
 
 class Fingerprint:
@@ -147,7 +157,6 @@ class Fingerprint:
         weights = (x for own in self._own for x in (*own["_parameters"].values(), *own["_buffers"].values()))
         # Holding them keeps their addresses and ids from being given to others.
         self._tensors = [x for x in weights if x is not None]
-        self._counting = [x for x in self._tensors if not x.is_inference()]  # others have no version
         self._state = self._current()
 
     def attached(self) -> Presence:
@@ -182,12 +191,12 @@ class Fingerprint:
 
     def is_past(self) -> bool:
         """Whether one of the weights themselves was moved or written to: what they were does not come back."""
-        return self._weights() != self._state[-3:]
+        return states_of(self._tensors) != self._state[-1]
 
     def _forwards(self) -> list[Any]:
         return [own.get("forward") for own in self._inner]
 
-    def _current(self) -> tuple[list[Any], ...]:
+    def _current(self) -> tuple[Any, ...]:
         return (
             list(map(type, self._modules)),
             list(map(code_of, self._kinds)),
@@ -195,14 +204,7 @@ class Fingerprint:
             self._forwards(),
             list(map(len, self._tables)),
             list(map(id, _chained(map(dict.values, self._full)))),
-            *self._weights(),
-        )
-
-    def _weights(self) -> tuple[list[Any], list[Any], list[Any]]:
-        return (
-            list(map(Tensor.data_ptr, self._tensors)),
-            list(map(_dtype_of, self._tensors)),
-            list(map(_version_of, self._counting)),
+            states_of(self._tensors),
         )
 
 
@@ -210,7 +212,7 @@ def cached_values(root: nn.Module) -> list[Any]:
     """List what the fused modules of a tree computed from its weights; a graph reads it at its address."""
     values: list[Any] = []
     for module in root.modules():
-        own = vars(module).get("forward")
+        own = execution_of(module)
         while isinstance(own, FusedModule):
             values += (cache.value for cache in vars(own).values() if isinstance(cache, WeightCache))
             own = getattr(own, "inner", None)
@@ -370,8 +372,8 @@ def attach(
     kinds = (UNetModel, *VAE) if vae else (UNetModel,)
     count = 0
     for module in root.modules():
-        own = vars(module).get("forward")
+        own = own_forward(module)
         if type(module) in kinds and (own is None or type(own) is FUSED.get(type(module))):
-            module.forward = GraphedModule(module, own, capture)
+            set_execution(module, GraphedModule(module, own, capture))
             count += 1
     return count

@@ -4,7 +4,6 @@ Each class computes what the module that FUSED names it for computes, by a backe
 does not support. The mechanism is in fused_module.py.
 """
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +35,7 @@ from ldm.modules.diffusionmodules import model as vae
 from ldm.modules.diffusionmodules import openaimodel as unet
 from ldm.modules.diffusionmodules.util import GroupNorm32
 from ldm.modules.encoders.modules import CLIPTextTransformer
-from ldm.modules.seams import register
+from ldm.modules.seams import execution_of, own_forward, register, set_execution
 
 # --- single layers --------------------------------------------------------------------------------
 
@@ -591,12 +590,12 @@ def attach(root: nn.Module) -> int:
     """
     count, taken = 0, set()
     for module in root.modules():
-        if isinstance(vars(module).get("forward"), FusedModule):
+        if isinstance(execution_of(module), FusedModule):
             taken.update(module.modules())
     for module in root.modules():
         fused = FUSED.get(type(module))
-        if fused is not None and module not in taken and "forward" not in vars(module):
-            module.forward = fused(module)
+        if fused is not None and module not in taken and own_forward(module) is None:
+            set_execution(module, fused(module))
             count += 1
     return count
 
@@ -605,8 +604,7 @@ def detach(root: nn.Module) -> int:
     """Delete all fused forwards of a tree, of every kind; return how many there were."""
     count = 0
     for module in root.modules():
-        if isinstance(vars(module).get("forward"), FusedModule):
-            with contextlib.suppress(AttributeError):
-                del module.forward
+        if isinstance(execution_of(module), FusedModule):
+            set_execution(module, None)
             count += 1
     return count

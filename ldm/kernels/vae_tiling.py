@@ -31,7 +31,7 @@ from ldm.modules.diffusionmodules.model import (
     ResnetBlock,
     Upsample,
 )
-from ldm.modules.seams import on, register
+from ldm.modules.seams import on, own_forward, register, set_execution
 
 TILE_BYTES = 16 << 20  # about four tiles live at once: a tenth of what the maps of a 1024 x 1024 image take
 
@@ -130,13 +130,13 @@ class SlicedForward(ForwardWrapper):
 def attach_slicing(root: nn.Module) -> None:
     """Let every encoder and decoder of a tree, however it computes, take one image at a time."""
     for half in halves(root):
-        half.forward = SlicedForward(half, vars(half).get("forward"))
+        set_execution(half, SlicedForward(half, own_forward(half)))
 
 
 def attach(root: nn.Module) -> None:
     """Let every encoder and decoder of a tree compute by tiling."""
     for half in halves(root):
-        half.forward = TiledForward(half)
+        set_execution(half, TiledForward(half))
 
 
 # --- what is supported ----------------------------------------------------------------------------

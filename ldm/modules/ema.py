@@ -1,5 +1,6 @@
 """A moving average of a model's weights, with CompVis's names for the buffers."""
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import MismatchError, UsageError
-from ldm.modules.seams import Change, Rank, StepInfo, attached, state_of
+from ldm.modules.seams import Change, Rank, StepInfo, attached, states_of
 
 
 class LitEma(nn.Module):
@@ -29,7 +30,11 @@ class LitEma(nn.Module):
         if not 0.0 <= decay <= 1.0:
             raise UsageError(f"decay should lie in [0, 1], got {decay}")
         self.m_name2s_name: dict[str, str] = {}
-        self._changes: dict[str, tuple[int, Any, Change]] = {}
+        self._changes: dict[str, Change] = {}
+        self._shadows: tuple[list[Tensor], Any] = (
+            [],
+            None,
+        )  # that the changes were made of, and their states
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int))
         for name, parameter in model.named_parameters():
@@ -94,14 +99,16 @@ class LitEma(nn.Module):
         Returns:
             the change of each parameter that is averaged, the same object until the average moves.
         """
-        for name, shadow_name in self.m_name2s_name.items():
-            shadow = getattr(self, shadow_name)
-            made = self._changes.get(name)
-            if made is None or made[:2] != (id(shadow), state_of(shadow)):
+        shadows = list(map(self._buffers.__getitem__, self.m_name2s_name.values()))
+        states = states_of(shadows)
+        known, of = self._shadows
+        if of != states or not all(map(operator.is_, known, shadows)):
+            self._changes = {}
+            for name, shadow in zip(self.m_name2s_name, shadows, strict=True):
                 whole = nn.Parameter(shadow, requires_grad=False)
-                change = Change(whole.detach().to, whole)
-                self._changes[name] = (id(shadow), state_of(shadow), change)
-        return {name: self._changes[name][2] for name in self.m_name2s_name}
+                self._changes[name] = Change(whole.detach().to, whole)
+            self._shadows = (shadows, states)
+        return self._changes
 
     def at(self, step: StepInfo) -> None:
         """Do nothing: the average is the same at every step."""
@@ -113,7 +120,7 @@ class LitEma(nn.Module):
             yield
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes changes of its own average
-        return {**vars(self), "_changes": {}}
+        return {**vars(self), "_changes": {}, "_shadows": ([], None)}
 
     # --- by copying, as CompVis's callers do it ---
 

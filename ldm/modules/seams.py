@@ -14,11 +14,11 @@ How all of that is computed is the business of `ldm.kernels.optimize`, which ask
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import logging
+import operator
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary, ref
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ldm.errors import UsageError
+from ldm.errors import UsageError, shown
 
 log = logging.getLogger(__name__)
 
@@ -112,14 +112,18 @@ _ABSENT = object()
 def _put_back(table: dict[str, Any], name: str, mine: Any, before: Any, what: str) -> None:
     """Undo one entry of a dictionary, if it still is what was put there."""
     if table.get(name, _ABSENT) is not mine:
-        raise UsageError(
-            f"{what} was replaced while something was attached to it, and stays as it is now; "
-            "replace it before or after"
-        )
+        raise _replaced(what)
     if before is _ABSENT:
         del table[name]
     else:
         table[name] = before
+
+
+def _replaced(what: str) -> UsageError:
+    return UsageError(
+        f"{what} was replaced while something was attached to it, and stays as it is now; "
+        "replace it before or after"
+    )
 
 
 def swap(module: nn.Module, name: str, parameter: nn.Parameter) -> Undo:
@@ -167,18 +171,42 @@ class Wrapped:
 def wrap(module: nn.Module, around: Callable[..., Any]) -> Undo:
     """Let a function take the calls of a module's forward: around(proceed, *args, **kwargs)."""
     table = vars(module)
-    before = table.get("forward", _ABSENT)
-    mine = Wrapped(module, around, None if before is _ABSENT else before)
+    mine = Wrapped(module, around, table.get("forward"))
     table["forward"] = mine
-    return lambda: _put_back(table, "forward", mine, before, f"the forward of a {type(module).__name__}")
+
+    def unwrap() -> None:
+        within = _ABSENT if mine.inner is None else mine.inner  # which optimize() may have changed meanwhile
+        _put_back(table, "forward", mine, within, f"the forward of a {type(module).__name__}")
+
+    return unwrap
 
 
 def execution_of(module: nn.Module) -> Execution | None:
     """Give how a module's forward is computed, beneath whatever is wrapped around it; None = its class's forward."""
+    own = own_forward(module)
+    return own if isinstance(own, Execution) else None
+
+
+def own_forward(module: nn.Module) -> Any:
+    """Give a module's attribute `forward`, beneath whatever is wrapped around it; None = its class's."""
     own = vars(module).get("forward")
     while isinstance(own, Wrapped):
         own = own.inner
-    return own if isinstance(own, Execution) else None
+    return own
+
+
+def set_execution(module: nn.Module, execution: Execution | None) -> None:
+    """Set how a module's forward is computed, beneath whatever is wrapped around it; None = by its class's forward."""
+    own = vars(module).get("forward")
+    if not isinstance(own, Wrapped):
+        if execution is not None:
+            vars(module)["forward"] = execution
+        else:
+            vars(module).pop("forward", None)
+        return
+    while isinstance(own.inner, Wrapped):
+        own = own.inner
+    own.inner = execution
 
 
 # --- on and off -------------------------------------------------------------------------------------
@@ -208,7 +236,10 @@ def _fold(weight: nn.Parameter, changes: tuple[Change, ...]) -> nn.Parameter:
     by_weight = _folded.setdefault(changes[-1], WeakTensorKeyDictionary())
     made: OrderedDict[Any, nn.Parameter] = by_weight.setdefault(weight, OrderedDict())
     key = (state_of(weight), tuple(map(ref, changes)))
-    if key not in made:
+    known = made.get(key)
+    if (
+        known is None or known.dtype != weight.dtype or known.device != weight.device
+    ):  # cast while it was attached
         with torch.no_grad():
             wide = weight.detach()
             wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
@@ -225,35 +256,157 @@ def _fold(weight: nn.Parameter, changes: tuple[Change, ...]) -> nn.Parameter:
     return made[key]
 
 
-def _swap_all(network: nn.Module, attachments: Sequence[WeightChange]) -> Iterator[Undo]:
-    changes: dict[str, tuple[Change, ...]] = {}
-    for attachment in attachments:
-        for name, change in attachment.changes(network).items():
-            changes[name] = (*changes.get(name, ()), change)
-    for name, folds in changes.items():
-        path, _, last = name.rpartition(".")
-        module = network.get_submodule(path)
-        yield swap(module, last, _fold(module._parameters[last], folds))
+_dtype_of = operator.attrgetter("dtype")
+_version_of = operator.attrgetter("_version")
 
 
-@contextlib.contextmanager
-def attached(network: nn.Module, *attachments: Attachment | WeightChange) -> Iterator[None]:
-    """Attach to a network until the end of the block.
+def states_of(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """What changes when one of many tensors is written to or replaced: addresses, dtypes, versions.
 
-    The order is that of their ranks, and as given within a rank. Each attachment is taken off in the reverse order,
-    also where another one fails.
+    Loops in C fill and compare these columns: before each call of a UNet there are hundreds of weights to look at.
+    """
+    try:
+        versions = list(map(_version_of, tensors))
+    except RuntimeError:  # one that was made in inference mode has no version
+        versions = [None if x.is_inference() else x._version for x in tensors]
+    return list(map(Tensor.data_ptr, tensors)), list(map(_dtype_of, tensors)), versions
+
+
+class _Plan:
+    """What the changes of attachments come to: which Parameter goes where. It serves while all is as it was found.
+
+    Args:
+        network: whose weights change.
+        changes: of each attachment, in order.
 
     Raises:
-        UsageError: something that an attachment replaced was replaced again meanwhile; all else is taken off.
+        UsageError: a change of a parameter that the network does not have.
     """
-    undo: list[Undo] = []
-    try:
-        undo += _swap_all(network, [a for a in attachments if a.rank == Rank.WEIGHTS])
-        for attachment in sorted(attachments, key=lambda a: a.rank):
-            if attachment.rank != Rank.WEIGHTS:
-                undo.append(attachment.attach(network))
-        yield
-    finally:
+
+    def __init__(self, network: nn.Module, changes: list[Mapping[str, Change]]):
+        self._changes = [dict(one) for one in changes]
+        folds: dict[str, tuple[Change, ...]] = {}
+        for one in changes:
+            for name, change in one.items():
+                folds[name] = (*folds.get(name, ()), change)
+        # The way to each weight: (a module's parts, a name among them, the part there).
+        self._ways: list[tuple[dict[str, Any], str, nn.Module]] = []
+        modules: dict[str, nn.Module] = {"": network}
+        self._swaps: list[tuple[dict[str, Any], str, nn.Parameter, nn.Parameter]] = []
+        self._owners: list[nn.Module] = []
+        for name, several in folds.items():
+            path, _, last = name.rpartition(".")
+            owner = self._module(modules, path, name)
+            before = owner._parameters.get(last)
+            if before is None:
+                raise _no_parameter(network, name)
+            self._swaps.append((owner._parameters, last, before, _fold(before, several)))
+            self._owners.append(owner)
+        # What was folded depends on their values; what is used as it is, on the dtype alone.
+        wholes = {one.whole for several in folds.values() for one in several if one.whole is not None}
+        self._folded = [before for _, _, before, mine in self._swaps if mine not in wholes]
+        self._before = [before for _, _, before, _ in self._swaps]
+        self._replaced = [before for _, _, before, mine in self._swaps if mine in wholes]
+        self._states = self._current()
+        self._mine = [mine for _, _, _, mine in self._swaps]
+        self._addresses = list(map(Tensor.data_ptr, self._mine))
+
+    def _module(self, modules: dict[str, nn.Module], path: str, name: str) -> nn.Module:
+        if path not in modules:
+            parent, _, last = path.rpartition(".")
+            parts = self._module(modules, parent, name)._modules
+            if parts.get(last) is None:
+                raise _no_parameter(modules[""], name)
+            modules[path] = parts[last]
+            self._ways.append((parts, last, parts[last]))
+        return modules[path]
+
+    def holds(self, changes: list[Mapping[str, Change]]) -> bool:
+        """Whether it is for these changes, and the network's modules and weights are those that it was made for."""
+        return (
+            self._changes == changes
+            and all(parts.get(name) is part for parts, name, part in self._ways)
+            and all(table.get(name) is before for table, name, before, _ in self._swaps)
+            and self._current() == self._states
+        )
+
+    def _current(self) -> tuple[Any, ...]:
+        return states_of(self._folded), list(map(_dtype_of, self._replaced))
+
+    def swap(self) -> Undo:
+        """Put the Parameters in their places."""
+        for table, name, _, mine in self._swaps:
+            table[name] = mine
+        return self._swap_back
+
+    def _swap_back(self) -> None:
+        failed = None
+        for (table, name, before, mine), owner in zip(self._swaps, self._owners, strict=True):
+            if table.get(name) is not mine:
+                failed = failed or _replaced(f"the {name} of a {type(owner).__name__}")
+                continue
+            table[name] = before
+        if list(map(Tensor.data_ptr, self._mine)) != self._addresses:
+            # The network was moved or cast meanwhile, and its own weights were not there to be.
+            for before, mine in zip(self._before, self._mine, strict=True):
+                before.data = before.data.to(mine.device, mine.dtype)
+        if failed is not None:
+            raise failed
+
+
+def _no_parameter(network: nn.Module, name: str) -> UsageError:
+    return UsageError(
+        f"an attachment changes {shown(name)}, and a {type(network).__name__} has no such parameter"
+    )
+
+
+class Scope:
+    """Attachments of a network, on within its `with` block, as often as that is entered.
+
+    What becomes of the weights is planned when it is first entered and again when something has changed; entering it
+    otherwise takes a fraction of a millisecond, whatever is attached.
+
+    Attributes:
+        network: that they are attached to.
+        attachments: in the order in which they are attached.
+    """
+
+    MAX_PLANS = 2  # two LoRAs' schedules change places; more would keep more copies of weights
+
+    def __init__(self, network: nn.Module, attachments: Sequence[Attachment | WeightChange]):
+        self.network = network
+        self.attachments = sorted(attachments, key=lambda one: one.rank)
+        self._plans: list[_Plan] = []  # the one used last comes last
+        self._undo: list[list[Undo]] = []
+
+    def _plan(self) -> _Plan:
+        changes = [one.changes(self.network) for one in self.attachments if one.rank == Rank.WEIGHTS]
+        plan = next((one for one in self._plans if one.holds(changes)), None)
+        if plan is None:
+            plan = _Plan(self.network, changes)
+        else:
+            self._plans.remove(plan)
+        self._plans = [*self._plans, plan][-self.MAX_PLANS :]
+        return plan
+
+    def __enter__(self) -> None:
+        undo: list[Undo] = []
+        try:
+            if any(one.rank == Rank.WEIGHTS for one in self.attachments):
+                undo.append(self._plan().swap())
+            for one in self.attachments:
+                if one.rank != Rank.WEIGHTS:
+                    undo.append(one.attach(self.network))
+        except BaseException:
+            self._take_off(undo)
+            raise
+        self._undo.append(undo)
+
+    def __exit__(self, *error: Any) -> None:
+        self._take_off(self._undo.pop())
+
+    @staticmethod
+    def _take_off(undo: list[Undo]) -> None:
         failed = None
         for one in reversed(undo):
             try:
@@ -262,6 +415,19 @@ def attached(network: nn.Module, *attachments: Attachment | WeightChange) -> Ite
                 failed = failed or error
         if failed is not None:
             raise failed
+
+
+def attached(network: nn.Module, *attachments: Attachment | WeightChange) -> Scope:
+    """Attach to a network until the end of the block.
+
+    The order is that of their ranks, and as given within a rank. Each attachment is taken off in the reverse order,
+    also where another one fails. A network that is moved or cast within the block stays so, with all its weights; a
+    copy that is made of it there is one of what it is there, for good.
+
+    Raises:
+        UsageError: something that an attachment replaced was replaced again meanwhile; all else is taken off.
+    """
+    return Scope(network, attachments)
 
 
 # --- who is on a module -----------------------------------------------------------------------------
