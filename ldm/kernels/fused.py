@@ -5,7 +5,7 @@ does not support. The mechanism is in fused_module.py.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from ldm.modules.diffusionmodules import model as vae
 from ldm.modules.diffusionmodules import openaimodel as unet
 from ldm.modules.diffusionmodules.util import GroupNorm32
 from ldm.modules.encoders.modules import CLIPTextTransformer
-from ldm.modules.seams import execution_of, own_forward, register, set_execution
+from ldm.modules.seams import SLOTS, execution_of, own_forward, register, set_execution
 
 # --- single layers --------------------------------------------------------------------------------
 
@@ -405,16 +405,17 @@ class FusedSpatialTransformer(FusedModule):
         return proj_out.convolve(tokens.reshape(batch, h, w, -1).permute(0, 3, 1, 2), add=x)
 
     def supports_shared_prefix(self) -> bool:
-        """Whether a call with one of two equal halves gives what one with both would."""
+        """Whether unmodified parts give for one of two equal halves what they would give for both."""
         m = self.module
-        parts = (m.norm, m.proj_in, m.proj_out, *m.transformer_blocks)
+        blocks = m.transformer_blocks
         return (
             not m.use_linear
-            and is_unmodified(m)
-            and not m.transformer_blocks[0].disable_self_attn
+            and not blocks[0].disable_self_attn
             # A processor may tell the rows of the halves apart.
-            and m.transformer_blocks[0].attn1.processor is None
-            and all(map(is_unmodified, parts))
+            and blocks[0].attn1.processor is None
+            # It cannot fall back once it has one half.
+            and fused_parts(m.norm, m.proj_in, m.proj_out, *blocks) is not None
+            and all(fused_parts(one.attn1, one.attn2, one.ff) is not None for one in blocks)
         )
 
 
@@ -542,9 +543,19 @@ class FusedUNet(FusedModule):
                     found[0] is block[-1]
                     and isinstance(own, FusedSpatialTransformer)
                     and own.supports_shared_prefix()
+                    # A hook is called with both halves.
+                    and all(map(is_unmodified, _parts_of(m.input_blocks[: i + 1])))
                 )
-                return i if fine and all(map(is_unmodified, m.input_blocks[: i + 1])) else 0
+                return i if fine else 0
         return 0
+
+
+def _parts_of(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and its parts, but for attention processors, which the attentions answer for."""
+    yield module
+    for name, part in module._modules.items():
+        if part is not None and name not in SLOTS:
+            yield from _parts_of(part)
 
 
 FUSED: dict[type[nn.Module], type[FusedModule]] = {
@@ -571,12 +582,16 @@ register(
     *FUSED,
     nn.SiLU,
     nn.Dropout,
+    nn.Identity,
+    nn.ModuleList,
     nn.Sequential,
     nn.LayerNorm,
+    nn.AvgPool2d,
     nn.Conv1d,
     GEGLU,
     unet.QKVAttention,
     unet.QKVAttentionLegacy,
+    unet.Downsample,
     unet.TimestepEmbedSequential,
     vae.Encoder,
 )

@@ -1,0 +1,485 @@
+"""Laws over all pairs of what can be attached: none at strength 0, the two composed by hand, no trace, and graphs."""
+
+import contextlib
+import copy
+import itertools
+
+import pytest
+import torch
+from keyed import fill, keyed_input
+from tiny import tiny_config
+from torch import nn
+
+from ldm.adapters import DeepCache, Embedding, LoRA, TokenMerging
+from ldm.checkpoints import save_safetensors
+from ldm.config import instantiate_from_config
+from ldm.kernels import cpu, cuda_graphs, optimize, restore
+from ldm.modules import seams
+from ldm.modules.processors import AttnProcessor, IPAttnProcessor, named_attentions
+from ldm.pipeline import StableDiffusion
+
+CPU = torch.device("cpu")
+NEAR = 2e-5  # of the largest number, where one of the two computes otherwise
+WORDS = "one two three"  # a token each
+
+
+def build():
+    config = tiny_config()["model"]
+    config["params"]["use_ema"] = True
+    model = fill(instantiate_from_config(config), only=("model.", "first_stage_model.", "cond_stage_model."))
+    for name, shadow in model.model_ema.m_name2s_name.items():
+        weight = model.model.get_parameter(name).detach()
+        noise = keyed_input(f"pairs.{name}", tuple(weight.shape))
+        getattr(model.model_ema, shadow).copy_(weight + 0.05 * weight.std(correction=0) * noise)
+    model.use_ema = False  # it paints where the average is one of the pair
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def files(model, tmp_path_factory):
+    """A LoRA, one with convolutions, one with magnitudes, and an embedding."""
+    folder = tmp_path_factory.mktemp("pairs")
+    written = {"lora": {}, "locon": {}, "dora": {}}
+    for name, layer in model.named_modules():
+        short = name.replace("model.diffusion_model.", "lora_unet_").replace(".", "_")
+        if "cond_stage_model" in name:
+            short = "lora_te_text_model_" + name[name.find("encoder.layers") :].replace(".", "_")
+        if isinstance(layer, nn.Linear) and name.endswith(("to_q", "ff.net.2", "q_proj")):
+            kinds = ["lora"]
+        elif isinstance(layer, nn.Linear) and name.endswith(("to_v", "v_proj")):
+            kinds = ["lora", "dora"]
+        elif (
+            isinstance(layer, nn.Conv2d)
+            and name.startswith("model.")
+            and name.endswith(("in_layers.2", "op"))
+        ):
+            kinds = ["locon"]
+        else:
+            continue
+        shape = layer.weight.shape
+        for kind in kinds:
+            tensors, made = written[kind], f"pairs.{kind}.{name}"
+            tensors[f"{short}.lora_up.weight"] = 0.3 * keyed_input(
+                made, (shape[0], 3) + (1, 1) * (len(shape) == 4)
+            )
+            tensors[f"{short}.lora_down.weight"] = 0.3 * keyed_input(made + "2", (3, *shape[1:]))
+            tensors[f"{short}.alpha"] = torch.tensor(2.0)
+            if kind == "dora":
+                tensors[f"{short}.dora_scale"] = 0.5 + keyed_input(made + "3", (shape[0], 1)).abs()
+    for kind, tensors in written.items():
+        save_safetensors(folder / f"{kind}.safetensors", tensors, {})
+    save_safetensors(folder / "birb.safetensors", {"emb_params": keyed_input("pairs.birb", (3, 128))}, {})
+    return {path.stem: path for path in folder.iterdir()}
+
+
+# --- the kinds: how each is attached, how it is done by hand, and what of it is nothing ---
+
+
+class Kind:
+    """Nothing: what a kind does not say of itself.
+
+    Attributes:
+        adapters: for `adapters=`.
+        ways: options of optimize(), None where it is not wanted.
+        prompt: where the words differ.
+        slack: of the largest number, between what it computes and the plain code.
+    """
+
+    slack = 0.0
+    ways = None
+    known = True
+
+    def __init__(self, files):
+        self.files = files
+        self.adapters = self.make(1.0)
+        self.nothing = self.make(0.0)
+
+    def make(self, strength):
+        return []
+
+    @contextlib.contextmanager
+    def on(self, model, strength=1.0):
+        """What is attached besides adapters."""
+        yield
+
+    def by_hand(self, model):
+        """Do it otherwise than by what is tested: change a model for good, or give options of `paint`."""
+        raise NotImplementedError
+
+
+class Average(Kind):
+    @contextlib.contextmanager
+    def on(self, model, strength=1.0):
+        average = model.model_ema
+        kept = {name: x.clone() for name, x in average.state_dict().items()}
+        if not strength:
+            average.copy_from(model.model)
+        model.use_ema = True
+        yield
+        model.use_ema = False
+        if not strength:
+            average.load_state_dict(kept)
+
+    def by_hand(self, model):
+        model.model_ema.copy_to(model.model)
+
+
+class Lora(Kind):
+    file = "lora"
+
+    def make(self, strength):
+        return [LoRA(self.files[self.file], 0.8 * strength)]
+
+    def by_hand(self, model):
+        with torch.no_grad():
+            for name, change in self.adapters[0].deltas(model).items():
+                weight = model.get_parameter(name)
+                weight.copy_(change(weight))
+
+
+class Locon(Lora):
+    file = "locon"
+
+
+class Dora(Lora):
+    file = "dora"
+
+
+class OwnProcessor(Kind):
+    known = False
+
+    @staticmethod
+    def theirs(attn, x, encoder_hidden_states=None, attention_mask=None):
+        return 0.9 * AttnProcessor()(attn, x, encoder_hidden_states, attention_mask)
+
+    @contextlib.contextmanager
+    def on(self, model, strength=1.0):
+        attn = list(named_attentions(model.model.diffusion_model).values())[0]
+        attn.set_processor(self.theirs if strength else AttnProcessor())
+        yield
+        attn.set_processor(None)
+
+    def by_hand(self, model):
+        attn = list(named_attentions(model.model.diffusion_model).values())[0]
+        attn.register_forward_hook(lambda module, given, out: 0.9 * out)
+
+
+class ImagePrompt(Kind):
+    """The last of the text's tokens stand for an image's."""
+
+    def __init__(self, files):
+        super().__init__(files)
+        self.processor = fill(IPAttnProcessor(32, 128, scale=0.7, num_tokens=3), "pairs.ip.")
+
+    @staticmethod
+    def attention(model):
+        return list(named_attentions(model.model.diffusion_model).values())[1]
+
+    @contextlib.contextmanager
+    def on(self, model, strength=1.0):
+        if strength:
+            self.attention(model).set_processor(self.processor)
+        yield
+        self.attention(model).set_processor(None)
+
+    def by_hand(self, model):
+        attn = self.attention(model)
+        mine = copy.deepcopy(self.processor)
+
+        def forward(x, context=None, mask=None):
+            text, image = context[:, :-3], context[:, -3:]
+            split = [y.unflatten(2, (attn.heads, -1)).transpose(1, 2) for y in
+                     (attn.to_q(x), attn.to_k(text), attn.to_v(text), mine.to_k_ip(image), mine.to_v_ip(image))
+            ]  # fmt: skip
+            q, k, v, k_image, v_image = split
+            sdpa = nn.functional.scaled_dot_product_attention
+            out = sdpa(q, k, v) + 0.7 * sdpa(q, k_image, v_image)
+            return attn.to_out(out.transpose(1, 2).flatten(2))
+
+        attn.forward = forward
+
+
+class Hook(Kind):
+    known = False
+
+    @contextlib.contextmanager
+    def on(self, model, strength=1.0):
+        part = model.model.diffusion_model.middle_block[0]
+        handle = part.register_forward_hook(lambda module, given, out: 1.1 * out if strength else None)
+        yield
+        handle.remove()
+
+    def by_hand(self, model):
+        unet = model.model.diffusion_model
+        own = unet.middle_block[0]
+
+        class Scaled(type(own)):
+            def forward(self, x, emb):
+                return 1.1 * super().forward(x, emb)
+
+        own.__class__ = Scaled
+
+
+class Word(Kind):
+    prompt = "a birb"
+
+    def make(self, strength):
+        return (
+            [Embedding(self.files["birb"], width=128, token=None if strength else "unsaid")]
+            if strength
+            else []
+        )
+
+    def by_hand(self, model):
+        encoder = model.cond_stage_model
+        table = next(m for name, m in encoder.named_modules() if name.endswith("token_embedding"))
+        ids = encoder.tokenizer(WORDS, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            table.weight[ids] = self.adapters[0].vectors
+        return {"prompt": f"a {WORDS}"}
+
+
+class Merged(Kind):
+    def make(self, strength):
+        return [TokenMerging(0.5 * strength)]
+
+    def by_hand(self, model):
+        return {"merge_ratio": 0.5}
+
+
+class Cached(Kind):
+    def make(self, strength):
+        return [DeepCache(2 if strength else 1)]
+
+    def by_hand(self, model):
+        return {"cache_interval": 2}
+
+
+class Optimized(Kind):
+    ways = {}
+    slack = NEAR
+
+    def by_hand(self, model):
+        optimize(model, **self.ways)
+
+
+class Tiled(Optimized):
+    ways = {"tiled_vae": True}
+
+
+class Offloaded(Optimized):
+    ways = {"low_vram": CPU}
+    slack = 0.0
+
+
+KINDS = [
+    Average,
+    Lora,
+    Locon,
+    Dora,
+    OwnProcessor,
+    ImagePrompt,
+    Hook,
+    Word,
+    Merged,
+    Cached,
+    Optimized,
+    Tiled,
+    Offloaded,
+]
+PAIRS = list(itertools.combinations(KINDS, 2))
+NAMES = [f"{a.__name__}-{b.__name__}" for a, b in PAIRS]
+
+
+# --- asking, and looking for traces ---
+
+
+def paint(model, adapters=(), prompt="a birb", **options):
+    """What a model says of a prompt in two guided steps, and the picture of it."""
+    given = {
+        "seed": 5,
+        "steps": 2,
+        "sampler": "ddim",
+        "guidance_scale": 3.0,
+        "output_type": "pt",
+        "width": 64,
+        "height": 64,
+    }
+    return StableDiffusion(model).txt2img(prompt, adapters=list(adapters), **given, **options).images
+
+
+@contextlib.contextmanager
+def on(model, *kinds, strength=1.0):
+    """Attach kinds in their order; gives their adapters."""
+    with contextlib.ExitStack() as stack:
+        ways = {}
+        for kind in kinds:
+            ways |= kind.ways or {}
+        if strength and any(kind.ways is not None for kind in kinds):
+            optimize(model, **ways)
+            stack.callback(restore, model)
+        for kind in kinds:
+            stack.enter_context(kind.on(model, strength))
+        yield [one for kind in kinds for one in (kind.adapters if strength else kind.nothing)]
+
+
+def trace_of(model):
+    """Every weight's object, and all that every module holds, but for what the average and the decoder note down."""
+    noted = {"_changes", "_shadows", "last_z_shape"}
+    held = [
+        {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(m).items() if k not in noted}
+        for m in model.modules()
+    ]
+    return {name: id(p) for name, p in model.named_parameters()}, held
+
+
+def near(got, want, slack):
+    return torch.equal(got, want) if not slack else (got - want).abs().max() <= slack * want.abs().max()
+
+
+@pytest.fixture(scope="module")
+def alone(model, files):
+    """What each kind paints by itself, asked once."""
+    known = {}
+
+    def of(kind):
+        if kind not in known:
+            with on(model, *([] if kind is None else [kind(files)])) as adapters:
+                known[kind] = paint(model, adapters)
+        return known[kind]
+
+    return of
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_changes_what_is_painted_or_how(kind, alone):
+    difference = (alone(kind) - alone(None)).abs().max()
+    if issubclass(kind, Optimized):
+        assert difference <= kind.slack * alone(None).abs().max()
+    else:
+        assert difference > 1e-4
+
+
+@pytest.mark.parametrize("first", [kind for kind in KINDS if not issubclass(kind, Optimized | ImagePrompt)])
+def test_nothing_of_a_kind_is_nothing_bit_for_bit(first, model, files, alone):
+    one = first(files)
+    with on(model, one, strength=0.0) as adapters:
+        assert torch.equal(paint(model, adapters), alone(None))
+
+
+@pytest.mark.thinned(13)
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=NAMES)
+def test_two_together_are_one_by_hand_and_the_other_attached_and_leave_no_trace(
+    first, second, model, files, alone
+):
+    a, b = first(files), second(files)
+    before = trace_of(model)
+    painted = []
+    for order in ((a, b), (b, a)):
+        with on(model, *order) as adapters:
+            painted.append(paint(model, adapters))
+        assert trace_of(model) == before
+    assert torch.equal(paint(model), alone(None))
+
+    hand = copy.deepcopy(model)
+    options = a.by_hand(hand) or {}
+    with on(hand, b) as adapters:
+        want = paint(hand, adapters, **options)
+    slack = max(a.slack, b.slack) or (NEAR if ImagePrompt in (first, second) else 0.0)
+    assert near(painted[0], want, slack)
+
+
+@pytest.fixture(scope="module")
+def optimized(model):
+    made = optimize(copy.deepcopy(model))
+    yield made
+    restore(made)
+
+
+@pytest.mark.thinned(18)
+@pytest.mark.parametrize(
+    ("first", "second"), [pair for pair in PAIRS if not any(issubclass(kind, Optimized) for kind in pair)]
+)
+def test_an_optimized_model_is_as_it_was_after_any_two(first, second, optimized, files):
+    before, want = trace_of(optimized), paint(optimized)
+    for order in ((first(files), second(files)), (second(files), first(files))):
+        with on(optimized, *order) as adapters:
+            assert not torch.equal(paint(optimized, adapters), want)
+        assert trace_of(optimized) == before and torch.equal(paint(optimized), want)
+
+
+def test_an_image_prompt_of_scale_0_is_the_text_alone(model):
+    unet = copy.deepcopy(model.model.diffusion_model)
+    x, t = keyed_input("pairs.x", (2, 4, 8, 6)), torch.tensor([7, 400])
+    text, image = keyed_input("pairs.text", (2, 9, 128)), keyed_input("pairs.image", (2, 3, 128))
+    with torch.no_grad():
+        want = unet(x, t, text)
+        for name, attn in named_attentions(unet).items():
+            if name.endswith("attn2"):
+                attn.set_processor(
+                    fill(IPAttnProcessor(attn.inner_dim, 128, scale=0.0, num_tokens=3), "pairs.ip.")
+                )
+        assert torch.equal(unet(x, t, torch.cat([text, image], dim=1)), want)
+
+
+# --- graphs and packing ---
+
+
+@pytest.mark.thinned(11)
+@pytest.mark.parametrize(("first", "second"), [
+    pair for pair in PAIRS if all(kind.known and not issubclass(kind, Optimized) and kind is not Word for kind in pair)
+])  # fmt: skip
+def test_what_is_known_is_captured_and_packed_once_however_often_it_goes_on(
+    first, second, model, files, monkeypatch, caplog
+):
+    unet = model.model.diffusion_model
+    a, b = first(files), second(files)
+    counts = {"captured": 0, "packed": 0}
+    pack = cpu.pack_linear
+
+    def packing(*args):
+        counts["packed"] += 1
+        return pack(*args)
+
+    def capture(run, inputs):
+        counts["captured"] += 1
+        return run
+
+    seams.forget_said()
+    monkeypatch.setattr(cuda_graphs, "CALLS_TO_CAPTURE", 1)
+    monkeypatch.setattr(cpu, "pack_linear", packing)
+    optimize(model)
+    try:
+        cuda_graphs.attach(unet, capture)
+        states = [(), (a,), (a, b)]
+        for kinds in states:
+            with on(model, *kinds) as adapters:
+                paint(model, adapters)
+        once = dict(counts)
+        for kinds in reversed(states * 2):
+            with on(model, *kinds) as adapters:
+                paint(model, adapters)
+    finally:
+        restore(model)
+    assert counts == once and once["captured"] == 3 + (Cached is second) and not caplog.messages
+
+
+@pytest.mark.parametrize("foreign", [OwnProcessor, Hook])
+def test_what_is_foreign_is_named_once_beside_what_is_known(foreign, model, files, monkeypatch, caplog):
+    seams.forget_said()
+    captured = []
+    monkeypatch.setattr(cuda_graphs, "CALLS_TO_CAPTURE", 1)
+    unet, lora, other = model.model.diffusion_model, Lora(files), foreign(files)
+    cuda_graphs.attach(unet, lambda run, inputs: captured.append(1) or run)
+    for kinds in ((lora, other), (other,), (lora,), (lora, other), ()):
+        with on(model, *kinds) as adapters:
+            paint(model, adapters)
+    restore(model)
+    assert len(captured) == 2
+    name = {"OwnProcessor": "OwnProcessor.theirs", "Hook": "Hook.on"}[foreign.__name__]
+    assert len(caplog.messages) == 1 and name in caplog.messages[0]
