@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from ldm.config import instantiate_from_config
 from ldm.kernels import cpu, cuda_graphs, optimize, restore
 from ldm.modules import seams
 from ldm.modules.processors import AttnProcessor, IPAttnProcessor, named_attentions
+from ldm.modules.seams import attached
 from ldm.pipeline import StableDiffusion
 
 CPU = torch.device("cpu")
@@ -483,3 +485,168 @@ def test_what_is_foreign_is_named_once_beside_what_is_known(foreign, model, file
     assert len(captured) == 2
     name = {"OwnProcessor": "OwnProcessor.theirs", "Hook": "Hook.on"}[foreign.__name__]
     assert len(caplog.messages) == 1 and name in caplog.messages[0]
+
+
+# --- schedules, streams, and what is done to a model meanwhile ---
+
+
+class Counted:
+    """A LoRA whose changes count how often they are applied."""
+
+    rank = seams.Rank.WEIGHTS
+
+    def __init__(self, lora):
+        self.lora, self.applied, self.known = lora, 0, {}
+
+    def begin(self):
+        self.lora = self.lora.begin()
+        return self
+
+    def at(self, step):
+        self.lora.at(step)
+
+    def attach(self, network):
+        raise AssertionError("weights are swapped by what `changes` says")
+
+    def changes(self, network):
+        return {name: self.counting(change) for name, change in self.lora.changes(network).items()}
+
+    def counting(self, change):
+        def apply(weight):
+            self.applied += 1
+            return change.apply(weight)
+
+        return self.known.setdefault(change, seams.Change(apply))
+
+
+def stream(model, adapters, steps=4):
+    options = {"steps": steps, "sampler": "ddim", "width": 64, "height": 64, "output_type": "latent"}
+    return StableDiffusion(model).stream("a ring", seed=7, adapters=adapters, **options)
+
+
+def latents_of(steps):
+    *_, last = steps
+    return last.result.latents
+
+
+def test_schedules_and_streams_in_turn_fold_each_weight_once(model, files):
+    first = Counted(LoRA(files["lora"], text_weight=0.0, end=0.5))
+    second = Counted(LoRA(files["dora"], text_weight=0.0, start=0.5))
+    for _ in range(2):
+        latents_of(stream(model, [first]))
+        for pair in zip(stream(model, [first]), stream(model, [second]), strict=True):
+            assert len(pair) == 2
+    assert first.applied == len(first.known) > 5 and second.applied == len(second.known) > 2
+
+
+def test_packing_follows_the_weights_of_two_streams_in_turn(optimized, files, monkeypatch):
+    packed, pack = [], cpu.pack_linear
+    monkeypatch.setattr(cpu, "pack_linear", lambda *args: packed.append(1) or pack(*args))
+    loras = [LoRA(files["lora"], text_weight=0.0, end=0.5), LoRA(files["dora"], text_weight=0.0, start=0.5)]
+    counts = []
+    for _ in range(2):
+        for _ in zip(*(stream(optimized, [lora]) for lora in loras), strict=True):
+            pass
+        counts.append(len(packed))
+    assert counts[0] == counts[1] > 0
+
+
+def test_two_streams_with_the_same_lora_stand_at_steps_of_their_own(model, files):
+    lora = LoRA(files["lora"], end=0.5)
+    want = latents_of(stream(model, [lora]))
+    early, late = stream(model, [lora]), stream(model, [lora])
+    for _ in range(3):  # this one is past the end of the LoRA when the other begins
+        next(early)
+    assert torch.equal(latents_of(late), want) and torch.equal(latents_of(early), want)
+
+
+def test_a_model_that_is_cast_between_two_steps_goes_on_in_the_new_precision(files):
+    model = build()
+    lora = LoRA(files["lora"], text_weight=0.0)
+    want = latents_of(stream(model, [lora]))
+    steps, sd = stream(model, [lora]), StableDiffusion(model)
+    next(steps)
+    sd.to(dtype=torch.bfloat16)
+    got = latents_of(steps)
+    assert 1e-4 < (got - want).abs().max() / want.abs().max() < 0.2
+    dtypes = {p.dtype for p in model.model.parameters()}
+    assert dtypes == {torch.bfloat16} and torch.isfinite(got).all()
+
+
+def small(model):
+    """The UNet alone, and a call of it."""
+    unet = copy.deepcopy(model.model.diffusion_model).requires_grad_(False)
+    x, context = keyed_input("pairs.x", (2, 4, 8, 6)), keyed_input("pairs.text", (2, 9, 128))
+
+    def ask(network):
+        dtype = network.out[2].weight.dtype
+        return network(x.to(dtype), torch.tensor([7, 400]), context.to(dtype))
+
+    return unet, ask
+
+
+def test_what_is_cast_while_something_is_attached_is_cast_whole(model, files):
+    unet, ask = small(model)
+    lora = LoRA(files["lora"])
+    with attached(unet, lora):
+        unet.double()
+    want = copy.deepcopy(model.model.diffusion_model).double()
+    assert {p.dtype for p in unet.parameters()} == {torch.float64}
+    assert torch.equal(ask(unet), ask(want))
+    for network in (unet, want):
+        with attached(network, lora):
+            assert ask(network).dtype == torch.float64
+    with attached(unet, lora), attached(want, LoRA(files["lora"])):
+        assert torch.equal(ask(unet), ask(want))
+    unet.float()
+    with attached(unet, lora):
+        assert {p.dtype for p in unet.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+def test_a_copy_made_while_something_is_attached_is_one_of_what_the_network_is_there(model, files, way):
+    unet, ask = small(model)
+    plain = ask(unet)
+    with attached(unet, LoRA(files["lora"]), TokenMerging(0.5), DeepCache(2)):
+        copied = way(unet)
+        want = ask(unet)
+    assert torch.equal(ask(copied), want) and torch.equal(ask(unet), plain)
+    assert not torch.equal(want, plain)
+
+
+@pytest.mark.parametrize("change", [optimize, restore])
+def test_a_model_optimized_or_restored_while_something_is_attached_stays_so(model, files, change):
+    unet, ask = small(model)
+    plain = ask(unet)
+    if change is restore:
+        optimize(unet)
+    with attached(unet, LoRA(files["lora"]), DeepCache(2)):
+        change(unet)
+        ask(unet)
+    has = {name for name, module in unet.named_modules() if seams.execution_of(module) is not None}
+    assert ("" in has) == (change is optimize) and bool(has) == (change is optimize)
+    assert near(ask(unet), plain, NEAR)
+    restore(unet)
+    assert not any("forward" in vars(module) for module in unet.modules()) and torch.equal(ask(unet), plain)
+
+
+TRANSFORMER = "input_blocks.1.1.transformer_blocks.0"
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["input_blocks.1.0", "input_blocks.1.0.in_layers.2", "input_blocks.1.1.norm"]
+    + [f"{TRANSFORMER}.{name}" for name in ("attn1", "attn1.to_q", "attn2", "ff", "ff.net.2")],
+)
+def test_a_hook_on_a_part_that_guided_halves_share_is_called_with_both(place, optimized):
+    unet = optimized.model.diffusion_model
+    x, t = keyed_input("pairs.x", (1, 4, 8, 6)).expand(2, -1, -1, -1), torch.tensor([7, 7])
+    context, seen = keyed_input("pairs.text", (2, 9, 128)), []
+    with torch.no_grad():
+        want = unet(x, t, context)
+        handle = unet.get_submodule(place).register_forward_hook(
+            lambda m, given, out: seen.append(len(given[0]))
+        )
+        got = unet(x, t, context)
+        handle.remove()
+    assert seen and set(seen) == {2} and near(got, want, NEAR)
