@@ -544,7 +544,7 @@ class FusedUNet(FusedModule):
                     and isinstance(own, FusedSpatialTransformer)
                     and own.supports_shared_prefix()
                     # A hook is called with both halves.
-                    and all(map(is_unmodified, _parts_of(m.input_blocks[: i + 1])))
+                    and all(is_unmodified(part) for one in m.input_blocks[: i + 1] for part in _parts_of(one))
                 )
                 return i if fine else 0
         return 0
