@@ -188,9 +188,14 @@ def _of_folder(folder: str, width: int) -> list[Embedding]:
     from ldm.adapters.embedding import read_folder
 
     names, refused = read_folder(folder, width)
-    for why in refused.values():
-        say(printable(f"--embedding {folder}: left out: {why}"))
     found = [one for name, one in names.items() if name == one.token]
+    tokens = {one.file: one.token for one in found}
+    for (
+        path,
+        why,
+    ) in refused.items():  # of diffusers' folders, all files have one name, and tokens of their own
+        what = f"{path} goes by {shown(tokens[path])} alone" if path in tokens else "left out"
+        say(printable(f"--embedding {folder}: {what}: {why}"))
     if not found:
         raise AbsentError(
             f"--embedding {shown(folder)} holds no embedding for this model; give a folder of .pt, .bin or .safetensors"

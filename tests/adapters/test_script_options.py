@@ -18,7 +18,15 @@ from ldm.adapters import LoRA
 from ldm.adapters.lora import LoraFile
 from ldm.checkpoints import save_safetensors
 from ldm.cli import Line, paint, painting_parser, read_prompts, run
-from ldm.cli.adapters import EmbeddingFlag, LoraFlag, embedding_flag, lacking, lora_flag, told_adapters
+from ldm.cli.adapters import (
+    EmbeddingFlag,
+    Embeddings,
+    LoraFlag,
+    embedding_flag,
+    lacking,
+    lora_flag,
+    told_adapters,
+)
 from ldm.errors import UsageError
 from ldm.modules import seams
 
@@ -286,6 +294,23 @@ def test_loras_of_lines_that_are_painted_are_let_go(home):
     alive = []
     paint(parser.parse_args(args), save=lambda result, source: alive.append(len(seams._folded)) or [Path()])
     assert len(alive) == 4 and alive[0] > 0 and len(set(alive)) == 1
+
+
+def test_files_of_one_name_in_a_folder_go_by_their_tokens(home, capsys):
+    for name in ("cat", "dog"):
+        Path(f"learned/{name}").mkdir(parents=True)
+        save_safetensors(
+            f"learned/{name}/learned_embeds.safetensors", {f"<{name}>": keyed_input(name, (1, WIDTH))}, {}
+        )
+    flags, embeddings = [embedding_flag("learned")], Embeddings(tiny_model())
+    assert [one.token for one in embeddings.named(flags, ["a <dog> and a <CAT>"])] == ["<cat>", "<dog>"]
+    assert capsys.readouterr().out == (
+        "--embedding learned: learned/dog/learned_embeds.safetensors goes by '<dog>' alone: "
+        "'embedding:learned_embeds' is a name of 'learned/cat/learned_embeds.safetensors' already\n"
+    )
+    assert [one.token for one in embeddings.named(flags, ["a learned_embeds"])] == ["<cat>"]
+    with_own = [*flags, embedding_flag("learned/dog/learned_embeds.safetensors:pup")]
+    assert [one.token for one in embeddings.named(with_own, ["a pup, a <cat>, a <dog>"])] == ["pup", "<cat>"]
 
 
 # --- --like ---
