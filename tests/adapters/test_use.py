@@ -12,7 +12,7 @@ from tiny import tiny_model
 
 import ldm
 from ldm.adapters import DeepCache, Embedding, LoRA, TokenMerging
-from ldm.adapters.use import PromptWords, text_scope
+from ldm.adapters.use import PromptWords, _Names, text_scope
 from ldm.checkpoints import save_safetensors
 from ldm.errors import MismatchError, UsageError
 from ldm.modules.encoders.extra_tokens import ExtraTokens
@@ -182,6 +182,31 @@ def test_names_are_found_as_token_numbers_the_longest_first():
     extra = ExtraTokens({(5, 6): ("long", (100, 101)), (5,): ("short", (102,)), (7, 7): ("pair", (103,))})
     assert extra.replace([5, 6, 5, 1, 7, 7, 7]) == [100, 101, 102, 1, 103, 7]
     assert [extra.name_of(i) for i in (101, 102, 7)] == ["long", "short", None]
+
+
+@pytest.mark.parametrize(
+    ("text", "beside"),
+    [
+        ("a <c-t>, red", ("a", ", red")), ("(<c-t>)", ("(", ")")), ("<C-T>!?", ("", "!?")),
+        ("red<c-t>red", ("red", "red")),
+        ("a <c-t>", ("a", "")), ("<c-t><c-t>", ("", "<c-t>")), ("<<c-t>>", ("<", ">")),
+    ],
+)  # fmt: skip
+def test_a_name_with_signs_is_found_beside_other_signs(sd, text, beside):
+    """CLIP's tokenizer joins neighbouring signs: of "<c-t>," the ">" is another token than of "<c-t>"."""
+    encoder = sd.model.cond_stage_model
+
+    def plain(words):
+        return encoder.tokenizer(words, add_special_tokens=False)["input_ids"]
+
+    extra = ExtraTokens(
+        {tuple(plain("<c-t>")): ("<c-t>", (9001, 9002)), tuple(plain("red blue")): ("red blue", (9003,))}
+    )
+    with ldm.modules.seams.attached(encoder, _Names(extra)):
+        before, after = (encoder.word_ids(part) for part in beside)
+        assert encoder.word_ids(text) == [*before, 9001, 9002, *after]
+        assert encoder.word_ids("a red, red blue") == [*plain("a red,"), 9003]
+    assert extra.apart("red blue, a") == "red blue, a"
 
 
 def test_a_long_prompt_is_cut_where_it_is_cut_without_embeddings_and_names_what_is_dropped(sd, embedding):

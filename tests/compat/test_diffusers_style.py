@@ -847,18 +847,19 @@ def test_set_adapters_says_which_are_active_and_how_strong(ours, shelf, caplog):
 
 def test_an_embedding_stands_in_prompts_as_in_diffusers(theirs, fresh, shelf, tmp_path):
     theirs = copy.deepcopy(theirs)
-    plain = fresh.encode_prompt("a <birb>")[0]
+    prompt = "a <birb>, (<birb>) red<birb>."
+    plain = fresh.encode_prompt(prompt)[0]
     found = []
     for pipe in (theirs, fresh):
         pipe.load_textual_inversion(shelf / "learned/learned_embeds.safetensors", token="<birb>")
-        found.append(pipe.encode_prompt("a <birb>", device="cpu", num_images_per_prompt=1,
+        found.append(pipe.encode_prompt(prompt, device="cpu", num_images_per_prompt=1,
                                         do_classifier_free_guidance=False)[0])  # fmt: skip
     close(found[1], found[0], 1e-5)
     assert not torch.equal(found[1], plain)
     with pytest.raises(UsageError, match="both go by '<birb>'"):
         fresh.load_textual_inversion(shelf / "learned", weight_name="learned_embeds.safetensors")
     fresh.unload_textual_inversion("<birb>")
-    assert torch.equal(fresh.encode_prompt("a <birb>")[0], plain) and fresh.sd.adapters == []
+    assert torch.equal(fresh.encode_prompt(prompt)[0], plain) and fresh.sd.adapters == []
     fresh.load_textual_inversion([shelf / "learned"], token=["<b>"])
     assert [one.token for one in fresh.sd.adapters] == ["<b>"]
 

@@ -211,6 +211,8 @@ class _ReadsPrompts:
 
     def word_ids(self, text: str) -> list[int]:
         """Turn a prompt into the token numbers of its words, without marks and however many."""
+        if self.extra_tokens is not None:
+            text = self.extra_tokens.apart(text)
         ids = self.tokenizer(text, truncation=False, add_special_tokens=False, verbose=False)["input_ids"]
         return ids if self.extra_tokens is None else self.extra_tokens.replace(ids)
 
