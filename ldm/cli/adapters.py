@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.running import printable, say
-from ldm.errors import AbsentError, UsageError, escaped, nearest_file, refuse_elsewhere, shown
+from ldm.errors import AbsentError, FormatError, UsageError, escaped, nearest_file, refuse_elsewhere, shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,7 +101,8 @@ def check_there(flags: Iterable[LoraFlag | EmbeddingFlag]) -> None:
     """Refuse files that are not on this machine.
 
     Raises:
-        AbsentError: one is not there. UsageError: an address, or a token for a folder.
+        AbsentError: one is not there. FormatError: a folder for a LoRA.
+        UsageError: an address, or a token for a folder.
     """
     for flag in dict.fromkeys(flags):
         option = "--lora" if isinstance(flag, LoraFlag) else "--embedding"
@@ -110,6 +112,14 @@ def check_there(flags: Iterable[LoraFlag | EmbeddingFlag]) -> None:
             near = suffixed or nearest_file(flag.file)
             hint = f"did you mean {near!r}?" if near else "check the path; nothing is downloaded here"
             raise AbsentError(f"{option} {shown(flag.file)} is not there; {hint}")
+        if isinstance(flag, LoraFlag) and os.path.isdir(flag.file):
+            inside: list[str] = []
+            with contextlib.suppress(OSError):  # a folder that may not be listed
+                inside = sorted(name for name in os.listdir(flag.file) if name.endswith(SUFFIXES))
+            raise FormatError(
+                f"--lora {shown(flag.file)} is a folder; name a file in it"
+                + (f", {inside[0]!r}" if inside else "")
+            )
         if isinstance(flag, EmbeddingFlag) and flag.token is not None and os.path.isdir(flag.file):
             raise UsageError(
                 f"--embedding {shown(flag.file)} is a folder, whose files have names of their own; leave "

@@ -375,7 +375,7 @@ def test_whatever_a_picture_says_of_adapters_is_one_line(parameters, words):
         (["--lora", "style"], 9, "did you mean 'style.safetensors'?"),
         (["--lora", "style.safetensors:strong"], 2, "wanted FILE, FILE:weight or FILE:weight:text weight"),
         (["--lora", "https://host/a.safetensors:0.5"], 2, "is an address: nothing is downloaded here"),
-        (["--lora", "words"], 3, "'words' is a folder"),
+        (["--lora", "words"], 3, "--lora 'words' is a folder; name a file in it, 'birb.safetensors'"),
         (["--lora", "words/birb.safetensors"], 5, "a LoRA was wanted, and this is a textual-inversion embedding"),
         (["--lora", "tiny.safetensors"], 5, "a LoRA was wanted, and this is a full"),
         (["--lora", "foreign.safetensors"], 5, "this is one for Stable Diffusion XL"),
