@@ -198,13 +198,13 @@ def test_strengths_of_a_tag(text, weights):
     assert tag.name == "x" and tag.weights() == weights
 
 
-LONG = 100_000
+LONG = 30_000
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "(" * 10_000 + "a" + ")" * 10_000,  # as many as may be open
+        "(" * 10_000 + "a" + ")" * 9_999,  # as many as may be open
         "[" * 3_000 + "a" + ":b:3]" * 3_000,
         "[a|" * 3_000 + "b" + "]" * 3_000,
         "(" + ":" + " " * (LONG - 3) + "x",
