@@ -24,6 +24,7 @@ _FIELDS = {
     "steps": ("steps",),
     "guidance_scale": ("cfg",),
     "sampler": ("sampler_name",),
+    "spacing": ("scheduler",),
     "strength": ("denoise",),
 }
 # Nodes in which the SamplerCustom family keeps what KSampler has itself.

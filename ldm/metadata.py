@@ -37,6 +37,7 @@ _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jf
 KEYS = (
     ("Steps", "steps"),
     ("Sampler", "sampler"),
+    ("Schedule type", "spacing"),
     ("CFG scale", "guidance_scale"),
     ("Seed", "seed"),
     ("Size", "size"),
@@ -62,6 +63,27 @@ SAMPLER_WORDS = {
     "ddpm": "DDPM",
     "dpm_solver": "DPM-Solver",
     "dpmpp_2m": "DPM++ 2M",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm2": "DPM2",
+    "dpm2_a": "DPM2 a",
+    "lms": "LMS",
+    "dpmpp_2s_a": "DPM++ 2S a",
+}
+OWN_ETA = {"euler_a": 1, "dpm2_a": 1, "dpmpp_2s_a": 1}  # which is not said; of all others it is 0
+SPACING_WORDS = {
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "polyexponential": "Polyexponential",
+    "normal": "Normal",
+    "sgm_uniform": "SGM Uniform",
+    "simple": "Simple",
+    "ddim_uniform": "DDIM",
+    "beta_sigma": "Beta",
+    "kl_optimal_open": "KL Optimal",
+    "align_your_steps": "Align Your Steps",
+    "turbo": "Turbo",
 }
 _WHOLE = {"steps", "seed", "width", "height", "cache_interval", "cache_depth", "merge_seed"}
 _REAL = {"guidance_scale", "strength", "eta", "merge_ratio"}
@@ -94,6 +116,8 @@ def unquote(text: str) -> str:
 def to_infotext(parameters: Mapping[str, Any]) -> str:
     """Write parameters as A1111's text: prompt, negative prompt if there is one, one line of `Key: value`."""
     values = dict(parameters)
+    if values.get("eta") == OWN_ETA.get(values.get("sampler"), 0):
+        values["eta"] = None
     values["sampler"] = SAMPLER_WORDS.get(values.get("sampler"), values.get("sampler"))
     if values.get("width") and values.get("height"):
         values["size"] = f"{values['width']}x{values['height']}"
@@ -102,8 +126,8 @@ def to_infotext(parameters: Mapping[str, Any]) -> str:
     values["rng"] = {"image": "CPU", "nv": "NV", "compvis": "CompVis"}.get(
         values.get("rng"), values.get("rng")
     )
-    if not values.get("eta"):
-        values["eta"] = None
+    spacing = values.get("spacing")  # a list of sigmas is in our own chunk only
+    values["spacing"] = SPACING_WORDS.get(spacing, spacing) if isinstance(spacing, str) else None
     # Options that are off are left out, so that other programs' readers meet no key that they do not know.
     low, high = values.get("guidance_interval") or (0, 1)
     values["guidance_interval"] = f"{low} to {high}" if (low, high) != (0, 1) else None
@@ -144,10 +168,15 @@ def from_infotext(text: str) -> dict[str, Any]:
         found["negative_prompt"] = "\n".join(negative).strip()
     ours, extra = dict(KEYS), {}
     words = {word: name for name, word in SAMPLER_WORDS.items()}
+    # "Automatic" is what the program takes for the sampler, which may not be what ours takes.
+    spacings = {word: name for name, word in SPACING_WORDS.items()} | {"Uniform": "normal", "Automatic": None}
     for key, raw in pairs:
         value = unquote(raw.strip())
         if key == "Size" and (size := _SIZE.fullmatch(value)):
             found["width"], found["height"] = int(size[1]), int(size[2])
+        elif key == "Schedule type":
+            if (spacing := spacings.get(value, value)) is not None:
+                found["spacing"] = spacing
         elif key in ours and key not in ("Size", *HASHES):
             found |= _typed(ours[key], words.get(value, value) if key == "Sampler" else value)
         else:

@@ -45,10 +45,11 @@ from ldm.models.diffusion.samplers import (
     WHOLE_INTERVAL,
     check_eta,
     check_interval,
-    resolve_sampler,
+    split_sampler,
     start_level,
 )
 from ldm.models.introspect import context_width, downsampling, dtype_of, is_inpainting, native_size  # noqa: F401
+from ldm.process.sigmas import check_sigmas
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -91,7 +92,7 @@ class Request:
     run_last: int  # of the steps, with a picture to start from
     steps: int
     sampler: str
-    spacing: str | None
+    spacing: str | list[float] | None
     guidance_scale: float
     guidance_rescale: float
     guidance_interval: tuple[float, float]
@@ -128,7 +129,7 @@ def check_request(
     width: int | None = None,
     steps: int | None = None,
     sampler: str = "ddim",
-    spacing: str | None = None,
+    spacing: str | Sequence[float] | None = None,
     guidance_scale: float | None = None,
     guidance_rescale: float = 0.0,
     guidance_interval: Sequence[float] = WHOLE_INTERVAL,
@@ -136,7 +137,7 @@ def check_request(
     cache_depth: int = 1,
     merge_ratio: float = 0.0,
     merge_seed: int | None = None,
-    eta: float = 0.0,
+    eta: float | None = None,
     seed: int | str | Sequence[int] | None = None,
     num_images: int = 1,
     batch_size: int | Literal["auto"] = 4,
@@ -158,8 +159,10 @@ def check_request(
         height, width: pixels, multiples of the model's f (8); default the picture's or the model's own.
         steps: 1 to the model's number of levels; with strength, that share of them is run. None is the model's
             (`defaults`), or the fewest that it advises for this sampler if those are more.
-        sampler: "ddim", "plms", "ddpm", "dpm_solver", "dpmpp_2m", in any usual spelling.
-        spacing: which levels are visited, a name of ldm.process.spacing; None is the sampler's own.
+        sampler: "ddim", "plms", "ddpm", "dpm_solver", "dpmpp_2m", "euler", "euler_a", "heun", "dpm2", "dpm2_a",
+            "lms", "dpmpp_2s_a", in any usual spelling, also with its spacing: "DPM++ 2M Karras".
+        spacing: which levels are visited: "karras", "trailing" and others of docs/samplers.md, or steps + 1 sigmas;
+            None is the sampler's own.
         guidance_scale: 0 to 100; 1 ignores the negative prompt and takes half the time; None is the model's.
         guidance_interval: (low, high): only levels t of T with low <= t / T < high are guided, the others
             take half the time; 0 is the cleanest.
@@ -167,7 +170,8 @@ def check_request(
             outermost `cache_depth` blocks on either way.
         merge_ratio: 0 to 0.75, the share of tokens that are merged before the finest self-attentions;
             merge_seed draws which ones may be merged into. All five: docs/knobs.md.
-        eta: 0 to 1, fresh noise in each DDIM step.
+        eta: 0 to 1, fresh noise in each step of DDIM and of the ancestral samplers; None is the sampler's own, 0 for
+            DDIM and 1 for "euler_a" and its like.
         seed: image i has seed + i; a list names each; None, -1 and "random" draw one, which is in the result's seeds.
             0 to 2^64 - 1, of which the generator on the CPU keeps 32 bits: 2^32 + 5 paints what 5 paints (not with
             rng="nv", which keeps all).
@@ -308,16 +312,19 @@ def check_sampling(
     strength: float | None,
 ) -> dict[str, Any]:
     """Check the sampler and its steps, and how many of them a picture's strength leaves to be run."""
-    sampler = resolve_sampler(sampler)
+    sampler, spacing = split_sampler(sampler, spacing)
+    if isinstance(spacing, Sequence | np.ndarray) and not isinstance(spacing, str):
+        spacing = check_sigmas(spacing).tolist()
+        steps = len(spacing) - 1 if steps is None else steps
+    elif spacing is not None and not isinstance(spacing, str):
+        raise UsageError(f"spacing must be a name, or a list of sigmas, got {shown(spacing)}")
     if steps is None:
         fewest = defaults.least_steps.get(sampler, 1)
         steps = min(max(defaults.steps, fewest), model.num_timesteps)
     steps = whole("steps", steps, 1, model.num_timesteps)
-    if spacing is not None and not isinstance(spacing, str):
-        raise UsageError(f"spacing must be a name of ldm.process.spacing, got {shown(spacing)}")
     # Refuses what no spacing has the name of.
     run_last, _ = start_level(sampler, model, steps, strength or 0.0, spacing=spacing)
-    eta = real("eta", eta, *SHARE)
+    eta = SAMPLERS[sampler].own_eta if eta is None else real("eta", eta, *SHARE)
     check_eta(SAMPLERS[sampler], eta)
     return {"sampler": sampler, "steps": steps, "spacing": spacing, "eta": eta, "run_last": run_last}
 

@@ -33,7 +33,7 @@ class GenerationParameters:
     seed: int
     steps: int
     sampler: str
-    spacing: str | None
+    spacing: str | list[float] | None
     guidance_scale: float
     guidance_rescale: float
     guidance_interval: list[float]

@@ -74,7 +74,7 @@ GRAPHS = {
     "the plain one": ({}, {}),
     "KSamplerAdvanced": (
         ADVANCED,
-        {"seed": 9, "steps": 25, "guidance_scale": 7, "sampler": "euler", "strength": 0.8},
+        {"seed": 9, "steps": 25, "guidance_scale": 7, "sampler": "euler", "strength": 0.8, "spacing": "normal"},
     ),
     "SamplerCustom": (
         CUSTOM,
@@ -82,11 +82,11 @@ GRAPHS = {
     ),
     "SamplerCustomAdvanced": (
         GUIDED,
-        {"seed": 123, "steps": 12, "guidance_scale": 3.5, "sampler": "euler", "strength": 0.6},
+        {"seed": 123, "steps": 12, "guidance_scale": 3.5, "sampler": "euler", "strength": 0.6, "spacing": "simple"},
     ),
     "a guider without guidance": (
         GUIDED | {"23": node("BasicGuider", model=["4", 0], conditioning=["6", 0])},
-        {"seed": 123, "steps": 12, "sampler": "euler", "strength": 0.6}
+        {"seed": 123, "steps": 12, "sampler": "euler", "strength": 0.6, "spacing": "simple"}
         | {"guidance_scale": None, "negative_prompt": None},
     ),
     "seed, steps and cfg from primitives": (

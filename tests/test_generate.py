@@ -37,6 +37,7 @@ from ldm.process.philox import cuda_normal
 from ldm.results import file_hash
 
 ALL = ("ddim", "plms", "ddpm", "dpm_solver", "dpmpp_2m")
+SIGMA = ("euler_a", "heun", "lms", "DPM++ 2S a Karras")  # of k-diffusion's
 PROMPT = "a large red circle"
 
 
@@ -244,6 +245,22 @@ def test_numbers_of_numpy_are_numbers(sd):
     assert sd.plan(PROMPT, negative_prompt=None).images[0].negative_prompt == ""
 
 
+def test_a_sampler_is_named_with_its_spacing_and_has_an_eta_of_its_own(sd):
+    def asked(sampler, **options):
+        request = sd.plan(PROMPT, sampler=sampler, **options)
+        return request.sampler, request.spacing, request.eta
+
+    assert asked("DPM++ 2M Karras") == ("dpmpp_2m", "karras", 0.0)
+    assert asked("Euler a") == ("euler_a", None, 1.0)
+    assert asked("euler_a", spacing="SGM Uniform", eta=0.0) == ("euler_a", "sgm_uniform", 0.0)
+    assert asked("ddim", spacing="ays", eta=0.5) == ("ddim", "align_your_steps", 0.5)
+    request = sd.plan(PROMPT, sampler="euler", spacing=np.array([9.0, 3.0, 0.5, 0.0]))
+    assert (request.steps, request.spacing) == (3, [9.0, 3.0, 0.5, 0.0])
+    out = sd.txt2img(PROMPT, sampler="Heun Karras", steps=3, seed=1)
+    assert (out.parameters[0].sampler, out.parameters[0].spacing) == ("heun", "karras")
+    assert "Sampler: Heun, Schedule type: Karras, " in out.infotexts[0]
+
+
 def test_noise_of_seed_42_is_the_one_on_record():
     noise = ImageNoise([42])(torch.empty(1, 4, 64, 64))
     assert hashlib.sha256(noise.numpy().tobytes()).hexdigest().startswith("e97f3de04c7c")
@@ -294,12 +311,12 @@ def test_noise_takes_dtype_and_device_after_the_draw():
     ("batch_size", "sampler"),
     [
         (3, ALL[0]),
-        *((2, sampler) for sampler in ALL),  # a full batch and one that is not
+        *((2, sampler) for sampler in (*ALL, *SIGMA)),  # a full batch and one that is not
         *(pytest.param(3, sampler, marks=pytest.mark.slow) for sampler in ALL[1:]),
     ],
 )
 def test_an_image_of_a_batch_is_the_image_alone(sd, sampler, batch_size):
-    eta = 0.7 if sampler == "ddim" else 0.0
+    eta = 0.7 if sampler == "ddim" else None
     options = {"steps": 4, "sampler": sampler, "eta": eta, "output_type": "latent"}
     together = sd.txt2img(PROMPT, seed=11, num_images=3, batch_size=batch_size, **options)
     assert together.seeds == [11, 12, 13] and together.latents.shape == (3, 4, 8, 8)
@@ -535,7 +552,7 @@ def both(embeds):
         ({"eta": 0.5, "sampler": "plms"}, "eta of plms must be 0"),
         (
             {"sampler": "magic"},
-            "the sampler must be one of ddim, plms, ddpm, dpm_solver, dpmpp_2m; got 'magic'",
+            "the sampler must be one of ddim, plms, ddpm, dpm_solver, dpmpp_2m, euler, ",
         ),
         ({"spacing": "magic"}, "magic"),
         ({"seed": -2}, "seed must be a whole number from 0 to 18446744073709551615, or -1, 'random' or None"),
@@ -607,7 +624,11 @@ def both(embeds):
         ({"eta": "1"}, "eta must be a number from 0 to 1, got '1'"),
         ({"sampler": None}, "the sampler must be one of"),
         ({"sampler": 3}, "the sampler must be one of"),
-        ({"spacing": 3}, "spacing must be a name of ldm.process.spacing, got 3"),
+        ({"spacing": 3}, "spacing must be a name, or a list of sigmas, got 3"),
+        ({"spacing": "karas"}, "the spacing must be one of uniform, quad"),
+        ({"spacing": [3.0, 1.0], "steps": 2}, "2 steps need 3 sigmas, the end included; got 2"),
+        ({"spacing": [1.0, 3.0]}, "a list of sigmas must hold two at least, each below the last, got"),
+        ({"sampler": "DPM++ 2M Karras", "spacing": "simple"}, "name two spacings; give one"),
         ({"num_images": 2.0}, "num_images must be a whole number from 1 to 100000, got 2.0"),
         ({"batch_size": "4"}, "batch_size must be a whole number from 1 to 1024, got '4'"),
         ({"rng": ["image"]}, "rng must be one of image, nv, compvis; got ['image']"),
@@ -848,7 +869,7 @@ def test_strength_zero_returns_the_picture_itself(sd):
     assert out.parameters[0].mode == "img2img" and out.latents.shape == (1, 4, 8, 9)
 
 
-@pytest.mark.parametrize("sampler", ALL)
+@pytest.mark.parametrize("sampler", (*ALL, *SIGMA[:2]))
 def test_strength_one_forgets_the_picture(sd, sampler):
     a, b = (sd.img2img(PROMPT, picture(seed=s), 1.0, seed=1, steps=3, sampler=sampler) for s in (1, 2))
     assert torch.equal(a.latents, b.latents)
@@ -1013,7 +1034,7 @@ def test_a_door_shows_every_option_with_its_default(sd, door):
         "sampler": "ddim",
         "seed": None,
         "num_images": 1,
-        "eta": 0.0,
+        "eta": None,
     }
     wanted |= {"guidance_interval": (0.0, 1.0), "output_type": "pil", "height": None, "prompt_embeds": None}
     assert wanted.items() <= {name: p.default for name, p in shown.items()}.items()

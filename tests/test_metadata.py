@@ -120,8 +120,9 @@ def test_a_foreign_text_is_read_and_unknown_keys_are_kept_as_text():
         'Lora hashes: "a: 0123, b: 4567", Version: v1.9.3'
     )
     back = metadata.from_infotext(text)
-    assert back["sampler"] == "Euler a" and back["steps"] == 28 and back["height"] == 512
-    assert back["extra"] == {"Schedule type": "Karras", "Lora hashes": "a: 0123, b: 4567"}
+    assert (back["sampler"], back["spacing"]) == ("euler_a", "karras")
+    assert back["steps"] == 28 and back["height"] == 512
+    assert back["extra"] == {"Lora hashes": "a: 0123, b: 4567"}
 
 
 def test_fewer_than_three_pairs_is_a_prompt():

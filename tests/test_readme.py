@@ -88,21 +88,21 @@ def test_the_own_sampler_of_the_docs_runs_and_is_nearer_than_ddim(newcomer, monk
     names: dict = {}
     for code in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
         exec(compile(code, "own-sampler.md", "exec"), names)
-    assert names["ldm"].read_metadata(newcomer / "heun.png")["sampler"] == "heun"
+    assert names["ldm"].read_metadata(newcomer / "ddim_heun.png")["sampler"] == "ddim_heun"
     # On the network whose flow is known, the second order is nearer to it.
     model, (x_T,) = LinearGaussian(), normals(2, 4, 5, 3)
     end = alpha_bar_table(model)[0]
     off = {}
-    for name in ("ddim", "heun"):
+    for name in ("ddim", "ddim_heun"):
         start = float(SAMPLERS["ddim"].plan(alpha_bar_table(model), 20, eta=0.0)[-1].alpha_bar)
         *_, step = sample_steps(name, model, x_T, torch.tensor([0.8, 0.8]), steps=20)
         off[name] = (step.x_t - model.flow(x_T, 0.8, start, end)).norm()
-    assert off["heun"] < 0.3 * off["ddim"]
+    assert off["ddim_heun"] < 0.3 * off["ddim"]
     sd = names["sd"]
     for name in ("img2img", "inpaint"):
         more = {"mask": names["picture"].convert("L")} if name == "inpaint" else {}
-        done = getattr(sd, name)("a", names["picture"], sampler="heun", steps=2, seed=1, **more)
-        assert done.parameters[0].sampler == "heun"
+        done = getattr(sd, name)("a", names["picture"], sampler="ddim_heun", steps=2, seed=1, **more)
+        assert done.parameters[0].sampler == "ddim_heun"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -123,7 +123,7 @@ def check(args: argparse.Namespace, *sources: dict[str, Any]) -> list[Group]:
     """
     from ldm.checkpoints.configs import find_config
     from ldm.images import open_image
-    from ldm.models.diffusion.samplers import SAMPLERS, check_eta, check_interval, resolve_sampler
+    from ldm.models.diffusion.samplers import SAMPLERS, check_eta, check_interval, split_sampler
     from ldm.request import check_size
 
     for option in ("config", "ignore_keys"):
@@ -135,8 +135,9 @@ def check(args: argparse.Namespace, *sources: dict[str, Any]) -> list[Group]:
     for side, pixels in (("height", args.H), ("width", args.W)):
         if args.ckpt is None and pixels is not None:  # of another model the cell is not known yet
             check_size(side, pixels, 8)
-    sampler = resolve_sampler(name)
-    check_eta(SAMPLERS[sampler], args.ddim_eta)
+    sampler, args.spacing = split_sampler(name, args.spacing)
+    if args.ddim_eta is not None:
+        check_eta(SAMPLERS[sampler], args.ddim_eta)
     check_interval(args.guidance_interval)
     if args.lowvram and args.compile:
         raise UsageError(
@@ -218,7 +219,7 @@ def lay_out(
     """Lay out the whole run, picture by picture, in CompVis's order: all prompts, then all again, n_iter times."""
     from ldm.request import draw_seed
 
-    common = {"steps": args.ddim_steps, "sampler": sampler}
+    common = {"steps": args.ddim_steps, "sampler": sampler, "spacing": args.spacing}
     common |= {"height": args.H, "width": args.W, "eta": args.ddim_eta, "rng": args.rng}
     common |= {name: getattr(args, name) for name in KNOBS}
     common |= {"lora": tuple(args.lora), "embedding": tuple(args.embedding)}

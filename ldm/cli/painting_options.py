@@ -41,6 +41,7 @@ OTHER_FLAGS = {
     "num_steps": "ddim_steps",
     "sampler_name": "sampler",
     "scheduler": "sampler",
+    "schedule_type": "spacing",
     "n_prompt": "negative_prompt",
     "negative": "negative_prompt",
     "image": "init_img",
@@ -133,11 +134,21 @@ def _add_sampling(group: argparse._ArgumentGroup, scale: float) -> None:
         help="guidance: how strictly to follow the prompt (default: the model's; for Stable Diffusion v1: "
         f"{scale:g})",
     )  # fmt: skip
-    group.add_argument("--sampler", help="ddim, plms, ddpm, dpm_solver or dpmpp_2m (default: ddim)")
+    group.add_argument(
+        "--sampler",
+        help="ddim (default), plms, ddpm, dpm_solver, dpmpp_2m, euler, euler_a, heun, dpm2, dpm2_a, lms or "
+        "dpmpp_2s_a; also with its spacing, as 'DPM++ 2M Karras'",
+    )
+    group.add_argument(
+        "--spacing", help="which levels are visited: karras, exponential, sgm_uniform, trailing, ..."
+    )
     group.add_argument("--plms", action="store_true", help="the same as --sampler plms")
     group.add_argument("--dpm_solver", action="store_true", help="goes before --plms")
     group.add_argument(
-        "--ddim_eta", "--eta", type=number(*limits.SHARE), default=0.0, help="fresh noise in each DDIM step"
+        "--ddim_eta",
+        "--eta",
+        type=number(*limits.SHARE),
+        help="fresh noise in each step of DDIM (default 0) and the ancestral samplers (1)",
     )
     group.add_argument("--fixed_code", action="store_true", help="begin every batch with the same noise")
     group.add_argument(
@@ -247,13 +258,14 @@ LIKE = {
     "sampler": "sampler",
     "guidance_scale": "scale",
     "eta": "ddim_eta",
+    "spacing": "spacing",
     "height": "H",
     "width": "W",
     "rng": "rng",
     "strength": "strength",
     **{name: name for name in KNOBS},
 }
-LIKE_ALSO = ("spacing", "guidance_rescale")
+LIKE_ALSO = ("guidance_rescale",)
 
 
 class _PaintingParser(Parser):
@@ -284,6 +296,8 @@ class _PaintingParser(Parser):
             given = given | {"prompt"}
         if given & {"plms", "dpm_solver"}:
             given = given | {"sampler"}
+        if "sampler" in given:  # these were the other sampler's
+            given = given | {"spacing", "ddim_eta"}
         for name, option in LIKE.items():
             value = parameters.get(name)
             if option in given or value is None or not hasattr(found, option):

@@ -65,6 +65,7 @@ _LINE: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "negative_prompt": (prompt_text, ("negative", "n_prompt")),
     "seed": (seed, ()),
     "sampler": (str, ("sampler_name", "scheduler")),
+    "spacing": (str, ("schedule_type",)),
     "steps": (integer(*limits.STEPS), ("ddim_steps", "num_inference_steps", "num_steps")),
     "guidance_scale": (number(*limits.GUIDANCE_SCALE), ("cfg_scale", "scale", "cfg", "guidance")),
     "width": (integer(*limits.SIDE), ("W",)),

@@ -7,6 +7,7 @@ device, and no step waits for an accelerator.
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
 from ldm.process.gaussian import posterior, posterior_mean
@@ -230,6 +231,61 @@ def dpm_solver_pp_step(
     if len(pred_x0) > 2:
         x_next = x_next - _factor(signal * (phi_2 / h - 0.5), x_t) * second
     return x_next
+
+
+def euler_step(x: Tensor, denoised: Tensor, sigma: Tensor, sigma_to: Tensor) -> Tensor:
+    """Step along the straight line from x to the clean sample: line 8 of algorithm 2 of arXiv:2206.00364.
+
+    In sigma's units (x = x0 + sigma * noise), as the next three. The same as DDIM's step without fresh noise, and as
+    the first order of DPM-Solver++.
+
+    Args:
+        x: (b, ...) sample at sigma.
+        denoised: (b, ...) predicted clean sample.
+        sigma, sigma_to: 0-d, above 0 and not above sigma.
+    """
+    return x + (x - denoised) / sigma * (sigma_to - sigma)
+
+
+def heun_step(
+    x: Tensor, denoised: Tensor, x_to: Tensor, denoised_to: Tensor, sigma: Tensor, sigma_to: Tensor
+) -> Tensor:
+    """Step by the mean of the slopes at both ends: line 11 of algorithm 2 of arXiv:2206.00364.
+
+    Args:
+        x_to: (b, ...) where `euler_step` leads; denoised_to: what is predicted there.
+        sigma_to: above 0.
+    """
+    slope = ((x - denoised) / sigma + (x_to - denoised_to) / sigma_to) / 2
+    return x + slope * (sigma_to - sigma)
+
+
+def midpoint_step(
+    x: Tensor, x_mid: Tensor, denoised_mid: Tensor, sigma: Tensor, sigma_mid: Tensor, sigma_to: Tensor
+) -> Tensor:
+    """Step by the slope at a level between: k-diffusion's DPM2, after DPM-Solver-2 (arXiv:2206.00927)."""
+    return x + (x_mid - denoised_mid) / sigma_mid * (sigma_to - sigma)
+
+
+def multistep_weights(sigmas: Sequence[float], sigma_to: float) -> np.ndarray:
+    """Weigh the slopes at several levels for the step from the first of them: linear multistep, k-diffusion's LMS.
+
+    The integral from sigmas[0] to sigma_to of the polynomial through them (Adams-Bashforth on uneven levels), by a
+    Gaussian rule that is exact for it.
+
+    Args:
+        sigmas: of the slopes, the newest first, all different.
+
+    Returns:
+        (len(sigmas),) float64.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(len(sigmas))
+    half = (sigma_to - sigmas[0]) / 2
+    at = sigmas[0] + half * (nodes + 1)
+    bases = [
+        np.prod([(at - other) / (one - other) for other in sigmas if other != one], axis=0) for one in sigmas
+    ]
+    return np.array([half * (weights * basis).sum() for basis in bases])
 
 
 def _factor(value: Tensor, like: Tensor) -> Tensor:

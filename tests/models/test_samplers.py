@@ -170,12 +170,15 @@ def test_a_run_takes_exactly_the_steps_asked_for_and_counts_them(name, steps):
     done = list(sample_steps(name, model, x_T, None, steps=steps))
     assert [step.index for step in done] == list(range(steps))
     assert {step.total for step in done} == {steps}
-    asked = steps + 1 if name == "plms" else steps  # PLMS looks at both ends of its first step
+    twice = name in ("heun", "dpm2", "dpm2_a", "dpmpp_2s_a")  # at two levels in each step, but for the last
+    # PLMS looks at both ends of its first step.
+    asked = steps + 1 if name == "plms" else 2 * steps - 1 if twice else steps
     assert len(model.asked) == asked
     times = [step.t for step in done]
     assert times == sorted(times, reverse=True)
     told = [t[0].item() for _, t in model.asked]
-    assert times == pytest.approx(told if name != "plms" else [told[0], *told[2:]], abs=1e-4)
+    firsts = told[::2] if twice else told if name != "plms" else [told[0], *told[2:]]
+    assert times == pytest.approx(firsts, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -190,7 +193,8 @@ def test_whole_levels_are_told_as_integers_and_fractions_as_floats():
     (x_T,) = normals(*SHAPE)
     for name in SAMPLERS:
         last(sample_steps(name, model, x_T, None, steps=2))
-        assert model.asked[-1][1].dtype == (torch.float32 if name == "dpm_solver" else torch.int64)
+        whole = name in ("ddim", "plms", "ddpm", "dpmpp_2m")
+        assert model.asked[-1][1].dtype == (torch.int64 if whole else torch.float32)
 
 
 def test_dpm_solver_tells_the_levels_of_the_original():
@@ -420,10 +424,11 @@ def test_where_the_mask_is_one_the_image_is_noised_afresh_before_every_step(name
     model.apply_model = lambda x, t, c: (seen.append(x), 0.1 * x)[1]
     last(sample_steps(name, model, x_T, None, steps=3, noise=noise, mask=mask, x0=x0))
     plan = plan_of(name, model, 3)[::-1]
-    close(seen[0][:, :, :2], x_T[:, :, :2])
-    # PLMS asks a second time within its first step, of its own guess and without blending.
-    steps_seen = [seen[0], *seen[2:]] if name == "plms" else seen
-    own = {"ddim": 1, "ddpm": 1, "plms": 1}.get(name, 0)
+    close(seen[0][:, :, :2], SAMPLERS[name].start(x_T, plan[0])[:, :, :2])
+    # PLMS asks a second time within its first step, of its own guess and without blending; others in each.
+    twice = name in ("heun", "dpm2", "dpm2_a", "dpmpp_2s_a")
+    steps_seen = [seen[0], *seen[2:]] if name == "plms" else seen[::2] if twice else seen
+    own = int(name in ("ddim", "ddpm", "plms", "euler_a", "dpm2_a", "dpmpp_2s_a"))
     first = 0
     for i, (x, level) in enumerate(zip(steps_seen, plan, strict=True)):
         close(x[:, :, 2:], mix(x0, noises[first], level.alpha_bar)[:, :, 2:])
@@ -592,8 +597,12 @@ def test_etas_without_meaning_are_refused(name, eta, message):
         ("ddim", {"old_eps": []}, "ddim has no option old_eps"),
         ("ddim", {"run_last": 4}, "run_last must be from 0 to 3, the number of steps; got 4"),
         ("ddim", {"run_last": -1}, "run_last must be from 0 to 3, the number of steps; got -1"),
-        ("ddim", {"spacing": "karras"}, "spacing must be one of uniform, quad, .*; got 'karras'"),
-        ("dpm_solver", {"spacing": "uniform"}, "must be one of time_uniform, .*; got 'uniform'"),
+        ("ddim", {"spacing": "karas"}, "spacing must be one of uniform, quad, .*; got 'karas'"),
+        (
+            "dpm_solver",
+            {"spacing": "unform"},
+            "must be one of uniform, .*; got 'unform' .did you mean uniform",
+        ),
         ("dpm_solver", {"order": 4}, "order must be 1, 2 or 3, got 4"),
         ("dpm_solver", {"solver_type": "heun"}, "solver_type must be one of midpoint, taylor; got 'heun'"),
         ("dpmpp_2m", {"predict_x0": False}, "for predict_x0=False take dpm_solver"),
@@ -629,9 +638,10 @@ def test_samplers_answer_to_every_common_spelling(spellings, name):
     assert {resolve_sampler(spelling) for spelling in spellings} == {name}
 
 
-@pytest.mark.parametrize("name", ["euler", "DPM++ 2M Karras", "", "ddimm", None, 3])
+@pytest.mark.parametrize("name", ["euler b", "DPM++ 2M SDE Karras", "", "ddimm", None, 3])
 def test_unknown_samplers_are_answered_with_the_known_ones(name):
-    with pytest.raises(UsageError, match="one of ddim, plms, ddpm, dpm_solver, dpmpp_2m; got") as caught:
+    known = "one of ddim, plms, ddpm, dpm_solver, dpmpp_2m, euler, .*; got"
+    with pytest.raises(UsageError, match=known) as caught:
         resolve_sampler(name)
     assert repr(name) in str(caught.value) and caught.value.exit_code == 2
     assert ("did you mean ddim?" in str(caught.value)) == (name == "ddimm")

@@ -578,6 +578,8 @@ BAD = [
     ("txt2img", ["--sampler", "magic"], 2, "the sampler must be one of ddim, plms"),
     ("txt2img", ["--sampler", "ddim", "--plms"], 2, "name two samplers"),
     ("txt2img", ["--plms", "--ddim_eta", "0.5"], 2, "eta of plms must be 0"),
+    ("txt2img", ["--spacing", "karas"], 2, "the spacing must be one of uniform, "),
+    ("txt2img", ["--sampler", "LMS Karras", "--spacing", "simple"], 2, "name two spacings; give one"),
     ("txt2img", ["--precision", "int4"], 2, "invalid choice: 'int4'"),
     ("txt2img", ["--vae_precision", "autocast"], 2, "invalid choice: 'autocast'"),
     ("txt2img", ["--lowvram"], 2, "low_vram is for a GPU that a model does not fit on, got device cpu"),
@@ -1054,6 +1056,31 @@ def test_like_takes_what_no_option_says_and_what_a_jpeg_tells(model, home, end):
     assert ldm.read_metadata("jpeg/samples/00000.png")["seed"] == 5
 
 
+# (A1111's words of before and since 1.9, options beside --like, what is painted with)
+SAMPLED = [
+    ("Sampler: DPM++ 2M Karras", [], ("dpmpp_2m", "karras", 0.0)),
+    ("Sampler: DPM++ 2M, Schedule type: Karras", [], ("dpmpp_2m", "karras", 0.0)),
+    ("Sampler: Euler a, Schedule type: Automatic", [], ("euler_a", None, 1.0)),
+    (
+        "Sampler: Euler a, Schedule type: Karras, Eta: 0.5",
+        ["--spacing", "simple"],
+        ("euler_a", "simple", 0.5),
+    ),
+    ("Sampler: Euler a, Schedule type: Karras, Eta: 0.5", ["--sampler", "plms"], ("plms", None, 0.0)),
+]
+
+
+@pytest.mark.parametrize(("said", "argv", "want"), SAMPLED)
+def test_like_takes_the_sampler_with_its_spacing(model, home, end, said, argv, want):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", f"x\nSteps: 2, {said}, Seed: 5, Size: 64x64, Version: v1.10.1")
+    Image.new("RGB", (8, 8)).save("theirs.png", pnginfo=info)
+    code, _, err = end("txt2img", *model, "--like", "theirs.png", *argv, "--outdir", "again")
+    assert (code, err) == (0, "")
+    told = ldm.read_metadata("again/samples/00000.png")
+    assert (told["sampler"], told["spacing"], told["eta"]) == want
+
+
 # (what A1111's text says of its generator, where ours draws then)
 SAID = [("NV", "nv"), ("GPU", "nv"), ("CPU", "image"), ("Quantum", "image")]
 
@@ -1116,6 +1143,7 @@ def test_a_picture_that_says_nothing_cannot_be_repeated(home, end, name, code, w
         (("merge_seed",), "merge_seed", 9),
         (("rng",), "rng", "compvis"),
         (("rng",), "rng", "nv"),
+        (("spacing", "schedule_type"), "spacing", "karras"),
     ],
 )
 def test_a_prompt_files_keys_are_the_flags(home, flags, option, value):

@@ -6,15 +6,20 @@ Samplers know a model only by apply_model(x, t, conditioning), alphas_cumprod, n
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.errors import UsageError, shown
+from ldm.models.diffusion.levels import alpha_bar_table
 from ldm.process.guidance import guide, join
 from ldm.process.prediction import to_eps, to_x0
+from ldm.process.schedule import LEAST_SIGNAL
+from ldm.process.sigmas import sigma_of_alpha_bar, t_of_sigma
 
 WHOLE_INTERVAL = (0.0, 1.0)
 
@@ -104,6 +109,21 @@ class Denoiser:
                 self.model, output, x, t, self.conditioning, **self.corrector_kwargs
             )
         return to_eps(self.kind, output, x, alpha_bar), to_x0(self.kind, output, x, alpha_bar)
+
+    def at_sigma(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Predict the clean sample from x = x0 + sigma * noise, at any sigma: k-diffusion's CompVisDenoiser.
+
+        Args:
+            x: (b, ...) in k-diffusion's units, which are ours over sqrt(alpha_bar).
+            sigma: 0-d, above 0; the network is called with the fractional level that has it.
+        """
+        alpha_bar = 1 / (1 + sigma**2)
+        return self(x * alpha_bar.sqrt(), float(t_of_sigma(float(sigma), self.sigmas)), alpha_bar)[1]
+
+    @cached_property
+    def sigmas(self) -> np.ndarray:
+        """(T,) of the model, ascending; a level without signal has one with a 2^24th."""
+        return sigma_of_alpha_bar(np.maximum(alpha_bar_table(self.model), LEAST_SIGNAL))
 
     def is_guided(self, t: float | Tensor) -> bool | Tensor:
         """Tell whether level t is guided; for levels (b,) of which only some are, tell which."""

@@ -175,8 +175,8 @@ class PLMSSampler(TableSampler):
             temperature=temperature,
             noise_dropout=noise_dropout,
             repeat_noise=repeat_noise,
-            old_eps=list(old_eps or ()),
         )
+        sampler.old_eps = list(old_eps or ())
         level = self._level(index, t, use_original_steps, x.device)
         if t_next is not None:
             level = level._replace(t_next=t_next)

@@ -1,0 +1,415 @@
+"""The samplers of k-diffusion: their recorded steps, what they share with ours, and each with each spacing."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from keyed import fill, keyed_input
+from linear_gaussian import LinearGaussian, normals
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from ldm import metadata
+from ldm.errors import UsageError
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.denoiser import Denoiser
+from ldm.models.diffusion.levels import visited_levels
+from ldm.models.diffusion.samplers import (
+    SAMPLERS,
+    alpha_bar_table,
+    make_plan,
+    run_levels,
+    sample_steps,
+    split_sampler,
+    start_level,
+)
+from ldm.process.sigmas import SIGMA_TABLES, alpha_bar_of_sigma, sigma_table
+from ldm.process.spacing import EXACT_METHODS
+from ldm.process.steps import multistep_weights
+
+SHAPE = (2, 4, 5, 3)
+MEANS = torch.tensor([0.8, -0.3])
+OURS = {
+    "sample_euler": "euler",
+    "sample_heun": "heun",
+    "sample_dpm_2": "dpm2",
+    "sample_lms": "lms",
+    "sample_dpmpp_2m": "dpmpp_2m",
+    "sample_euler_ancestral": "euler_a",
+    "sample_dpm_2_ancestral": "dpm2_a",
+    "sample_dpmpp_2s_ancestral": "dpmpp_2s_a",
+}
+THEIRS = {name.removeprefix("sample_"): ours for name, ours in OURS.items()}
+TWICE = ("heun", "dpm2", "dpm2_a", "dpmpp_2s_a")  # they call the network twice a step
+
+
+def close(got, want, rtol=1e-9):
+    torch.testing.assert_close(got, want, rtol=rtol, atol=rtol)
+
+
+# --- the recorded steps -----------------------------------------------------------------------------
+
+
+class Mixture:
+    """The best denoiser for three Gaussians over all values of one sample."""
+
+    def __init__(self):
+        self.means = [keyed_input(f"mix.mu.{i}", (2, 3)).double() for i in range(3)]
+        self.calls = 0
+
+    def at_sigma(self, x, sigma):
+        self.calls += 1
+        logs, answers = [], []
+        parts = zip(self.means, (0.04, 0.25, 1.0), (0.5, 0.3, 0.2), strict=True)
+        for mean, variance, weight in parts:
+            total = variance + sigma**2
+            off = ((x - mean) ** 2).flatten(1).sum(1)
+            logs.append(math.log(weight) - 3 * total.log() - off / (2 * total))
+            answers.append(mean + variance / total * (x - mean))
+        shares = torch.stack(logs).softmax(0)[..., None, None]  # (3, b, 1, 1)
+        return (shares * torch.stack(answers)).sum(0)
+
+    def __call__(self, x, t, alpha_bar):
+        sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
+        x0 = self.at_sigma(x / alpha_bar.sqrt(), sigma)
+        return (x / alpha_bar.sqrt() - x0) / sigma, x0
+
+
+@pytest.fixture(scope="module")
+def kdiffusion(request):
+    folder = request.path.parents[1] / "golden"
+    recorded = load_file(folder / "samplers_kdiffusion.safetensors")
+    return json.loads((folder / "samplers_kdiffusion.json").read_text()), recorded
+
+
+def sigmas_of(cases, kind):
+    """Read the float32 sigmas that a run visited from where an ancestral one of its length drew noise."""
+    if kind == "steps1":
+        return np.array([cases["euler_ancestral.0"]["noise_at"][0][0], 0.0])
+    draws = cases[f"euler_ancestral.{kind}"]["noise_at"]
+    return np.array([draws[0][0], *(to for _, to in draws), *([] if kind == "nozero" else [0.0])])
+
+
+def run(sampler, sigmas, x, eta=None):
+    """Take x, in sigma's units, along sigmas."""
+    cls = type(sampler)
+    bars = alpha_bar_of_sigma(sigmas[::-1].copy())
+    plan = make_plan(np.zeros(len(bars) - 1), bars[1:], bars[0], cls.own_eta if eta is None else eta)
+    steps = list(run_levels(plan[::-1], x * math.sqrt(bars[-1]), sampler.step))
+    return steps[-1].x_t / math.sqrt(bars[0]), torch.stack([step.pred_x0 for step in steps])
+
+
+def test_every_recorded_step_of_k_diffusion(kdiffusion):
+    told, recorded = kdiffusion
+    cases = {case["name"]: case for case in told["cases"]}
+    held = set()
+    for name, case in cases.items():
+        ours = OURS.get(case.get("function"))
+        if (
+            ours is None or name.startswith("float32") or name == "dpmpp_2m.nozero"
+        ):  # ours ends short runs at order 1
+            continue
+        kind = name.split(".")[1]
+        sigmas = sigmas_of(cases, kind if kind in ("steps1", "steps2", "steps3", "nozero") else "0")
+        drawn = (keyed_input(f"noise.{i}", (2, 2, 3)).double() for i in range(20))
+        model, options = Mixture(), dict(case["args"])
+        eta = options.pop("eta", None)
+        sampler = SAMPLERS[ours](model, lambda like, drawn=drawn: next(drawn), **options)
+        x, denoised = run(sampler, sigmas, keyed_input("x", (2, 2, 3)).double() * sigmas[0], eta)
+        close(x, recorded[name])
+        close(denoised, recorded[f"{name}.denoised"])
+        assert model.calls == case["model_calls"]
+        held.add(name)
+    assert len(held) == 52
+
+
+def test_ancestral_steps_split_as_recorded(kdiffusion):
+    for start, end, eta, down, up in kdiffusion[0]["ancestral_step"]:
+        if eta > 1:  # which ours refuse
+            continue
+        bars = alpha_bar_of_sigma(np.array([end, start]))
+        (level,) = make_plan(np.zeros(1), bars[1:], bars[0], eta)
+        drawn = level.std / level.alpha_bar_prev.sqrt()
+        assert float(drawn) == pytest.approx(up, rel=1e-9, abs=1e-12)
+        assert math.sqrt(max(float(level.sigma_prev**2 - drawn**2), 0)) == pytest.approx(down, abs=1e-6)
+
+
+def test_multistep_weights_are_the_recorded_ones(kdiffusion):
+    told, _ = kdiffusion
+    sigmas = sigmas_of({case["name"]: case for case in told["cases"]}, "0").tolist()
+    for order, i, j, weight in told["lms_coeff"]:
+        got = multistep_weights(sigmas[i - order + 1 : i + 1][::-1], sigmas[i + 1])[j]
+        assert got == pytest.approx(weight, rel=1e-6)
+
+
+def test_multistep_weights_are_exact_for_polynomials():
+    """Order k integrates degree k - 1; here cubics between uneven levels, also to 0."""
+    sigmas = [3.2, 5.5, 9.1, 14.6]
+    for end in (1.7, 0.0):
+        for order in (1, 2, 3, 4):
+            weights = multistep_weights(sigmas[:order], end)
+            for power in range(order):
+                want = (end ** (power + 1) - sigmas[0] ** (power + 1)) / (power + 1)
+                got = sum(w * s**power for w, s in zip(weights, sigmas, strict=False))
+                assert got == pytest.approx(want, rel=1e-10)
+
+
+@pytest.fixture(scope="module")
+def tiny(request):
+    folder = request.path.parents[1] / "golden"
+    config = json.loads((folder / "diffusion.json").read_text())["config"]
+    model = fill(LatentDiffusion(**OmegaConf.create(config)), only=("model.", "first_stage"))
+    return model, load_file(folder / "samplers_compvis_denoiser.safetensors")
+
+
+CHAINS = [("karras", theirs) for theirs in THEIRS]
+CHAINS += [("uniform", theirs) for theirs in ("lms", "dpmpp_2m", "euler_ancestral")]
+
+
+@pytest.mark.parametrize(("table", "theirs"), CHAINS)
+@pytest.mark.thinned(3)
+def test_chains_over_compvis_unet_are_the_recorded_ones(tiny, table, theirs):
+    model, recorded = tiny
+    # As a list, for DPM2 leaves one out where it is given a name.
+    sigmas = sigma_table("karras" if table == "karras" else "normal", 10, Denoiser(model, None).sigmas)
+    drawn = (keyed_input(f"unet.noise.{i}", (2, 4, 8, 8)) for i in range(20))
+    x_T = keyed_input("xT", (2, 4, 8, 8))
+    if theirs == "dpmpp_2m":  # ours begins with unit noise, as diffusers' does
+        x_T = x_T * math.sqrt(1 - alpha_bar_of_sigma(sigmas[0]))
+    steps = sample_steps(
+        THEIRS[theirs],
+        model,
+        x_T,
+        keyed_input("c", (2, 7, 24)),
+        steps=10,
+        spacing=sigmas,
+        guidance_scale=3.0,
+        unconditional_conditioning=keyed_input("uc", (2, 7, 24)),
+        noise=lambda like: next(drawn),
+    )
+    *_, last = steps
+    want = recorded[f"unet.{table}10.{theirs}"]
+    torch.testing.assert_close(last.x_t, want, rtol=0, atol=1e-4 * (1 + want.abs().max().item()))
+
+
+# --- laws -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing", ["karras", "trailing", [14.0, 6.0, 2.0, 0.5, 0.0]])
+@pytest.mark.parametrize(
+    ("theirs", "eta"), [("euler", 0.0), ("euler_a", 0.6), ("euler_a", 1.0), ("lms", 0.0)]
+)
+def test_eulers_steps_are_ddims_on_the_same_levels(spacing, theirs, eta):
+    model = LinearGaussian()
+    (x_T,) = normals(*SHAPE)
+    noises = normals(*SHAPE, count=4, seed=1)
+    plan = SAMPLERS["ddim"].plan(alpha_bar_table(model), 4, spacing=spacing)
+    scale = float((1 - plan[-1].alpha_bar).sqrt())  # theirs begin so much nearer
+
+    def last(name, start, **options):
+        coming = iter(noises)
+        steps = sample_steps(
+            name, model, start, MEANS, steps=4, spacing=spacing, noise=lambda _: next(coming), **options
+        )
+        return list(steps)[:3][-1].x_t  # DDIM's own last step over whole levels ends elsewhere
+
+    order = {"order": 1} if theirs == "lms" else {}
+    # The network is told fractional levels in float32.
+    close(last(theirs, x_T, eta=eta, **order), last("ddim", x_T * scale, eta=eta), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio"), [("euler", 2), ("heun", 4), ("dpm2", 4), ("lms", 6), ("dpmpp_2m", 4)]
+)
+def test_they_converge_to_the_exact_flow_at_their_order(name, ratio):
+    model = LinearGaussian()
+    (noise,) = normals(*SHAPE)
+
+    def error(steps):
+        # Within the model's range and ending above 0, so that the last step is like the others.
+        sigmas = np.exp(np.linspace(math.log(10), math.log(0.1), steps + 1))
+        start, end = alpha_bar_of_sigma(sigmas[0]), alpha_bar_of_sigma(sigmas[-1])
+        x_T = noise if name == "dpmpp_2m" else noise / math.sqrt(1 - start)
+        *_, last = sample_steps(name, model, x_T, MEANS[:1].expand(2), steps=steps, spacing=sigmas)
+        return (last.x_t - model.flow(noise, 0.8, start, end)).abs().max().item()
+
+    assert error(80) < 1.15 / ratio * error(40)
+
+
+@pytest.mark.parametrize("name", ["euler_a", "dpm2_a", "dpmpp_2s_a"])
+def test_ancestral_samplers_keep_mean_and_spread_of_the_data(name):
+    model = LinearGaussian()
+    (x_T,) = normals(2, 8, 25, 20)
+    draws = torch.Generator().manual_seed(1)
+
+    def noise(like):
+        return torch.randn(like.shape, generator=draws, dtype=like.dtype)
+
+    *_, last = sample_steps(name, model, x_T, MEANS, steps=100, spacing="karras", noise=noise)
+    x = last.x_t.flatten(1)
+    torch.testing.assert_close(x.mean(1), MEANS.double(), rtol=0, atol=4 * model.spread / math.sqrt(4000))
+    torch.testing.assert_close(x.std(1) / model.spread, torch.ones(2).double(), rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.thinned(3)
+def test_each_sampler_goes_with_each_spacing(name):
+    """Near the data whatever the levels are: one step of another kind would be seen at once."""
+    model = LinearGaussian()
+    (x_T,) = normals(1, 2, 3, 1)
+    for spacing in dict.fromkeys((*EXACT_METHODS, *SIGMA_TABLES)):
+        if spacing == "vp":  # begins far above the model's levels
+            continue
+        steps = list(
+            sample_steps(name, model, x_T, MEANS[:1], steps=4, spacing=spacing, noise=torch.zeros_like)
+        )
+        assert steps[-1].x_t.isfinite().all() and (steps[-1].x_t - 0.8).abs().max() < 3
+        assert [step.t for step in steps] == sorted((step.t for step in steps), reverse=True)
+        assert len(steps) == 4
+        plan = SAMPLERS[name].plan(alpha_bar_table(model), 4, spacing=spacing)
+        for level in plan:
+            assert float(level.log_snr) == pytest.approx(-2 * math.log(level.sigma), abs=1e-9)
+
+
+def test_dpm2_leaves_out_the_lowest_sigma_of_a_table():
+    table = alpha_bar_table(LinearGaussian())
+    for name in ("dpm2", "dpm2_a", "heun"):
+        plan = SAMPLERS[name].plan(table, 5, spacing="karras")
+        longer = SAMPLERS["heun"].plan(table, 6, spacing="karras")
+        want = longer[1:] if name != "heun" else SAMPLERS["euler"].plan(table, 5, spacing="karras")
+        assert [float(level.sigma) for level in plan] == [float(level.sigma) for level in want]
+        assert plan[0].alpha_bar_prev == 1
+
+
+def test_spacings_of_sigmas_visit_their_levels():
+    table = alpha_bar_table(LinearGaussian())
+    t, bars, end = visited_levels("simple", 3, table)
+    np.testing.assert_allclose(t, [333, 666, 999], atol=1e-6)
+    np.testing.assert_allclose(bars, table[[333, 666, 999]], rtol=1e-12)
+    assert end == 1.0
+    assert visited_levels("kl_optimal_open", 3, table)[2] == pytest.approx(table[0])
+    assert visited_levels("trailing", 3, table)[2] is None
+    np.testing.assert_allclose(visited_levels([3.0, 1.0, 0.5], 2, table)[1], [0.5, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("spacing", "message"),
+    [
+        ("karas", r"the spacing must be one of uniform, quad, .*karras.*; got 'karas'"),
+        ("karass", r"got 'karass' \(did you mean karras\?\)"),
+        ([3.0, 1.0], "3 steps need 4 sigmas, the end included; got 2"),
+        ([1.0, 3.0, 5.0, 7.0], "each below the last"),
+        (7, "a list of sigmas must"),
+    ],
+)
+def test_spacings_that_are_none_are_named(spacing, message):
+    with pytest.raises(UsageError, match=message):
+        sample_steps("euler", LinearGaussian(), normals(*SHAPE)[0], MEANS, steps=3, spacing=spacing)
+
+
+@pytest.mark.parametrize("name", ["euler", "euler_a"])
+def test_a_picture_begins_at_the_level_of_its_strength(name):
+    """Noised there by sqrt(alpha_bar) z + sqrt(1 - alpha_bar) noise, the last steps see z + sigma noise."""
+    model = LinearGaussian()
+    count, alpha_bar = start_level(name, model, 10, 0.5, spacing="karras")
+    plan = SAMPLERS[name].plan(alpha_bar_table(model), 10, spacing="karras")
+    assert count == 5 and alpha_bar == plan[4].alpha_bar
+    z, noise = normals(*SHAPE, count=2)
+    x = alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * noise
+    options = {"steps": 10, "spacing": "karras", "noise": torch.zeros_like}
+    first, *_ = sample_steps(name, model, x, MEANS, run_last=5, **options)
+    assert first.total == 5 and first.t == pytest.approx(plan[4].t)
+    close(x / alpha_bar.sqrt(), z + plan[4].sigma * noise)
+
+
+# --- names ------------------------------------------------------------------------------------------
+
+NAMED = [  # (what people write, sampler, spacing)
+    ("Euler", "euler", None),
+    ("k_euler", "euler", None),
+    ("EulerDiscreteScheduler", "euler", None),
+    ("Euler a", "euler_a", None),
+    ("euler_ancestral", "euler_a", None),
+    ("k_euler_a", "euler_a", None),
+    ("EulerAncestralDiscreteScheduler", "euler_a", None),
+    ("Heun", "heun", None),
+    ("LMS", "lms", None),
+    ("LMS Karras", "lms", "karras"),
+    ("DPM2", "dpm2", None),
+    ("dpm_2", "dpm2", None),
+    ("DPM2 a Karras", "dpm2_a", "karras"),
+    ("dpm_2_ancestral", "dpm2_a", None),
+    ("KDPM2AncestralDiscreteScheduler", "dpm2_a", None),
+    ("DPM++ 2S a", "dpmpp_2s_a", None),
+    ("dpmpp_2s_ancestral", "dpmpp_2s_a", None),
+    ("DPM++ 2S a Karras", "dpmpp_2s_a", "karras"),
+    ("DPM++ 2M Karras", "dpmpp_2m", "karras"),
+    ("k_dpmpp_2m", "dpmpp_2m", None),
+    ("dpmpp_2m_sgm_uniform", "dpmpp_2m", "sgm_uniform"),
+    ("Euler Align Your Steps", "euler", "align_your_steps"),
+    ("dpmpp_2m_k", "dpmpp_2m", "karras"),
+    ("DDIM", "ddim", None),
+]
+
+
+@pytest.mark.parametrize(("said", "sampler", "spacing"), NAMED)
+def test_samplers_are_found_with_their_spacing(said, sampler, spacing):
+    assert split_sampler(said) == (sampler, spacing)
+
+
+@pytest.mark.parametrize(
+    ("said", "spacing", "message"),
+    [
+        ("DPM++ 2M Karras", "exponential", "and spacing='exponential' name two spacings; give one"),
+        ("DPM++ 2M Karras", [3.0, 0.0], "name two spacings"),
+        ("Karras", None, "the sampler must be one of ddim, .*; got 'Karras'"),
+        ("DPM++ 9M Karras", None, "got 'DPM\\+\\+ 9M Karras'"),
+        ("", None, "got ''"),
+        (None, "karras", "got None"),
+    ],
+)
+def test_names_of_no_sampler_or_of_two_spacings_are_refused(said, spacing, message):
+    assert split_sampler("DPM++ 2M Karras", "Karras") == ("dpmpp_2m", "karras")
+    with pytest.raises(UsageError, match=message):
+        split_sampler(said, spacing)
+
+
+def test_every_sampler_has_a_name_in_a1111s_text_and_its_own_eta():
+    assert metadata.SAMPLER_WORDS.keys() == SAMPLERS.keys()
+    for name, word in metadata.SAMPLER_WORDS.items():
+        assert split_sampler(word) == (name, None)
+        assert metadata.OWN_ETA.get(name, 0) == SAMPLERS[name].own_eta
+    for name, word in metadata.SPACING_WORDS.items():
+        assert name in SIGMA_TABLES
+        said = {"sampler": "euler_a", "spacing": name, "eta": 1.0, "seed": 1, "steps": 3, "prompt": "a"}
+        text = metadata.to_infotext(said)
+        assert f"Sampler: Euler a, Schedule type: {word}, " in text and "Eta" not in text
+        back = metadata.from_infotext(text)
+        assert (back["sampler"], back["spacing"]) == ("euler_a", name)
+    assert "Eta: 0.0" in metadata.to_infotext({**said, "eta": 0.0})
+    theirs = "a\nSteps: 20, Sampler: DPM++ 2M, Schedule type: {}, CFG scale: 7, Seed: 1"
+    assert metadata.from_infotext(theirs.format("Uniform"))["spacing"] == "normal"
+    assert "spacing" not in metadata.from_infotext(theirs.format("Automatic"))
+
+
+def test_every_name_is_in_the_docs(request):
+    page = (request.path.parents[2] / "docs" / "samplers.md").read_text()
+    for name in (*SAMPLERS, *EXACT_METHODS, *SIGMA_TABLES, "compvis"):
+        assert f"`{name}`" in page
+
+
+REFUSED = [
+    ("euler", {"eta": 1.0}, "eta of euler must be 0: this sampler adds no noise; got 1.0"),
+    ("euler_a", {"eta": 1.5}, "eta of euler_a must be from 0 to 1; got 1.5"),
+    ("lms", {"order": 5}, "order must be 1, 2, 3 or 4, got 5"),
+    ("lms", {"past": []}, "lms has no option past"),
+    ("heun", {"order": 2}, "heun has no option order; it has dynamic_threshold, quantize_denoised, s_churn"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), REFUSED)
+def test_options_without_meaning_are_refused(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        sample_steps(name, LinearGaussian(), normals(*SHAPE)[0], MEANS, steps=3, **options)
