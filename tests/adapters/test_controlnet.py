@@ -326,18 +326,16 @@ def layouts(tensors):
         name: one[:, :, 0, 0] if name.endswith("proj_in.weight") else one for name, one in tensors.items()
     }
     return {
-        "with prefix": full(tensors, "control_model."),
-        "pruned": full(tensors),
         "whole model": {**full(tensors, "control_model."), **beside},
         "diffusers": {theirs[name]: one.clone() for name, one in tensors.items()},
         "linear": full(linear),
     }
 
 
-@pytest.mark.parametrize("layout", ["with prefix", "pruned", "whole model", "diffusers", "linear"])
+@pytest.mark.parametrize("layout", ["whole model", "diffusers", "linear"])
 def test_each_layout_is_read(unet, files, tensors, tmp_path, layout):
     given = layouts(tensors)[layout]
-    suffix = "safetensors" if layout in ("pruned", "diffusers") else "pth"
+    suffix = "safetensors" if layout == "diffusers" else "pth"
     path = tmp_path / f"one.{suffix}"
     if suffix == "pth":
         torch.save({"state_dict": given} if layout == "whole model" else given, path)
@@ -418,7 +416,7 @@ def control(painter, folder):
 
 
 def paint(sd, *adapters, **options):
-    options = {"seed": 3, "steps": 2, "output_type": "latent", "height": 64, "width": 128, **options}
+    options = {"seed": 3, "steps": 2, "output_type": "latent", "height": 64, "width": 72, **options}
     return sd.txt2img("a large red circle", adapters=adapters, **options)
 
 
@@ -461,6 +459,7 @@ def test_the_first_step_knows_how_many_follow(sd, control):
     assert all(not torch.allclose(a, b, atol=1e-4) for i, a in enumerate(pictures) for b in pictures[:i])
 
 
+@pytest.mark.slow
 def test_two_streams_do_not_see_each_other(sd, control):
     sets = ([ControlNet(control, HINT_A[0])], [ControlNet(control, HINT_A[1], end=0.5)], [])
     alone = [paint(sd, *one, width=64).latents for one in sets]
