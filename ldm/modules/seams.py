@@ -473,6 +473,14 @@ def on(module: nn.Module) -> Presence:
     """Tell what is on a module itself, not on its parts. The one predicate: who computes otherwise asks it first."""
     own = vars(module)
     forward = own.get("forward")
+    if (
+        (forward is None or isinstance(forward, Execution))
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+        and own.get("processor") is own.get("around") is own.get("entering") is None
+        and "processor" not in own["_modules"]
+        and is_registered(type(module))
+    ):
+        return PLAIN  # the usual case, some thousand times a step of a UNet
     state: tuple[Hashable, ...] | None = ()
     reason = ""
     while isinstance(forward, Wrapped):
