@@ -1071,6 +1071,7 @@ SAMPLED = [
 
 
 @pytest.mark.parametrize(("said", "argv", "want"), SAMPLED)
+@pytest.mark.thinned(2)
 def test_like_takes_the_sampler_with_its_spacing(model, home, end, said, argv, want):
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", f"x\nSteps: 2, {said}, Seed: 5, Size: 64x64, Version: v1.10.1")
@@ -1086,6 +1087,7 @@ SAID = [("NV", "nv"), ("GPU", "nv"), ("CPU", "image"), ("Quantum", "image")]
 
 
 @pytest.mark.parametrize(("said", "rng"), SAID)
+@pytest.mark.thinned(2)
 def test_like_draws_where_the_other_program_drew(model, home, end, said, rng):
     text = f"x\nSteps: 1, Sampler: DDIM, Seed: 5, Size: 64x64, RNG: {said}, Version: v1.10.1"
     info = PngImagePlugin.PngInfo()
