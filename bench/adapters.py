@@ -226,7 +226,8 @@ def make_table(results: dict[str, Any]) -> str:
         f"A guided step of the UNet ({results['model']}), LoRAs of rank {RANK} on its transformers. First: the first "
         "step, in which ldm adds the LoRAs to a copy of the weights and, optimized, packs them, and diffusers fuses "
         "where it does. Then all run in turn, so that every round switches ldm's LoRAs off and on again: medians and, "
-        "in brackets, the least and the greatest. To none: the ratio to its step without LoRAs. Held: "
+        "in brackets, the least and the greatest. To none: the ratio of medians, and of the least, to its step "
+        "without LoRAs. Held: "
         "memory that stays after the first step, without the network itself. Made by `python bench/adapters.py` on "
         f"{results['machine']}, {results['threads']} threads, torch {results['versions']['torch']}, diffusers "
         f"{results['versions']['diffusers']}, peft {results['versions']['peft']}.",
@@ -237,12 +238,13 @@ def make_table(results: dict[str, Any]) -> str:
     for key, row in results["rows"].items():
         for name, one in row["contestants"].items():
             s, ratio = one["seconds"], one.get("to_none")
+            least = s["min"] / row["contestants"][f"{name.split(',')[0]}, none"]["seconds"]["min"]
             cells = (
                 f"`{key}`",
                 name,
                 f"{one['first_seconds']:.3g}",
                 f"{s['median']:.3g} ({s['min']:.3g} to {s['max']:.3g})",
-                "" if ratio is None else f"{ratio['of_medians']:.2f}",
+                "" if ratio is None else f"{ratio['of_medians']:.2f}, {least:.2f}",
                 f"{one['held_gb']:.2f}",
             )
             lines.append(f"| {' | '.join(cells)} |")
