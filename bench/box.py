@@ -151,9 +151,14 @@ def main(argv: list[str] | None = None) -> None:
     from bench.quality import save_results, write
     from bench.speedlib.report import machine_name
 
-    logging.getLogger("ldm").setLevel(logging.ERROR)  # runs of few steps are for the clock, not to look at
+    log = logging.getLogger("ldm")
+    level = log.level
+    log.setLevel(logging.ERROR)  # runs of few steps are for the clock, not to look at
     busy = os.getloadavg()[0]
-    rows = measure(opt.dtypes, opt.threads, (few, many), opt.rounds)
+    try:
+        rows = measure(opt.dtypes, opt.threads, (few, many), opt.rounds)
+    finally:
+        log.setLevel(level)
     results = {
         "machine": machine_name(torch.device("cpu")),
         "torch": torch.__version__,

@@ -98,7 +98,10 @@ RANGES: dict[str, Range] = {
         ("layer_idx c_concat_log_start c_concat_log_end", Range(-(1 << 16), 1 << 16)),
         ("multiplier", Range(0, 64, above=True)),
         ("factor rescale_factor", Range(0, 64, above=True)),
-        ("mid_channels n_channels emb_dim context", WIDTH),
+        ("mid_channels n_channels emb_dim context hint_channels hidden inner", WIDTH),
+        ("T2IAdapterModel.levels T2IAdapterModel.blocks AdapterLevel.blocks", DEPTH),
+        ("AdapterBlock.first AdapterBlock.second", Range(1, 1 << 16, most=4)),  # shapes of weights
+        ("AdapterLevel.shapes T2IAdapterModel.shapes", Range(1, 1 << 16, most=4)),
         ("n_layer layers rescale_module_depth", DEPTH),
         ("vocab_size vocabulary num_tokens", Range(1, 1 << 24)),
         ("max_seq_len", Range(1, 1 << 16)),

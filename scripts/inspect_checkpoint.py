@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
             check_values=not options.quick,
             ignore=options.ignore_keys,
         )
-        adapter = None if Path(path).is_dir() else inspect_adapter(path, options.ignore_keys)
+        # What loads as a model is none, and is not read once more.
+        is_model = summary.problem is None or Path(path).is_dir()
+        adapter = None if is_model else inspect_adapter(path, options.ignore_keys)
         if adapter is not None:  # which says itself what is wrong with it
             summary.problem, summary.damage = None, ""
         say(str(summary) if adapter is None else f"{summary}\n{adapter}")

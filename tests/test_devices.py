@@ -193,7 +193,7 @@ def test_pixels_are_diffused_without_waits_for_tables(device, flags):
     (chain.training_losses(model, x, levels, model_kwargs=told)["loss"] * weights).mean().backward()
     assert [what for what in device.waits if what[0] == TO_DEVICE] == []
     # Labels are looked at once, for they stay the same.
-    assert len([what for what in device.waits if "openaimodel" in what[1]]) == len(told)
+    assert len([what for what in device.waits if "diffusionmodules" in what[1]]) == len(told)
 
 
 def test_levels_and_pixels_in_two_places_are_refused(device):

@@ -552,7 +552,7 @@ def both(embeds):
         ({"eta": 0.5, "sampler": "plms"}, "eta of plms must be 0"),
         (
             {"sampler": "magic"},
-            "the sampler must be one of ddim, plms, ddpm, dpm_solver, dpmpp_2m, euler, ",
+            "the sampler must be one of ddim, plms, ddpm, dpm_solver, ",
         ),
         ({"spacing": "magic"}, "magic"),
         ({"seed": -2}, "seed must be a whole number from 0 to 18446744073709551615, or -1, 'random' or None"),

@@ -263,12 +263,12 @@ def test_each_sampler_goes_with_each_spacing(name):
         if spacing == "vp":  # begins far above the model's levels
             continue
         steps = list(
-            sample_steps(name, model, x_T, MEANS[:1], steps=4, spacing=spacing, noise=torch.zeros_like)
-        )
+            sample_steps(name, model, x_T, MEANS[:1], steps=8, spacing=spacing, noise=torch.zeros_like)
+        )  # of 4 steps over beta_sigma's one is so long that Heun's second slope overshoots
         assert steps[-1].x_t.isfinite().all() and (steps[-1].x_t - 0.8).abs().max() < 3
         assert [step.t for step in steps] == sorted((step.t for step in steps), reverse=True)
-        assert len(steps) == 4
-        plan = SAMPLERS[name].plan(alpha_bar_table(model), 4, spacing=spacing)
+        assert len(steps) == 8
+        plan = SAMPLERS[name].plan(alpha_bar_table(model), 8, spacing=spacing)
         for level in plan:
             assert float(level.log_snr) == pytest.approx(-2 * math.log(level.sigma), abs=1e-9)
 
