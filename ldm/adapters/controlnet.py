@@ -24,6 +24,7 @@ from ldm.adapters.controls import (
     Hint,
     add_maps,
     check_span,
+    described,
     filled,
     is_within,
     put,
@@ -201,13 +202,8 @@ class ControlNet:
             name, scale, hint (a hash of it), hash (10 digits of the file's SHA-256, as A1111 writes it), sha256; and
             start, end, guess, weights, fit and pooled where they are not the usual ones.
         """
-        found: dict[str, Any] = {"name": self.file.name, "scale": self.scale, "hint": self.hint.hash}
         usual = {"start": 0.0, "end": 1.0, "guess": False, "weights": None, "pooled": False}
-        found |= {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
-        if self.hint.fit != "crop":
-            found["fit"] = self.hint.fit
-        whole = self.file.hashes[0]
-        return {**found, "hash": whole[:10], "sha256": whole}
+        return described(self, usual)
 
     def begin(self) -> "ControlNet":
         """Return one for one run of a sampler, which stands at a step of its own."""
@@ -262,12 +258,7 @@ class ControlNet:
 
     def _rows_of_hint(self, network: ControlNetModel, x: Tensor) -> Tensor:
         """Give what the network makes of the hints, a row for each of x."""
-        count = len(self.hint.pictures)
-        if len(x) % count:
-            raise UsageError(
-                f"{count} hints should be one for each picture of a batch, got a batch of {len(x)} rows; give one "
-                "hint, or set batch_size"
-            )
+        count = self.hint.check_rows(len(x))
         height, width = (HINT_FACTOR * side for side in x.shape[2:])
         first = network.input_hint_block[0].weight
         key = (height, width, x.device, first.dtype, state_of(first))

@@ -91,6 +91,16 @@ class Hint:
         """Give all hints at one size, (n, 3, height, width); that a picture is cropped is said in the log."""
         return torch.cat([self._sized(picture, height, width) for picture in self.pictures])
 
+    def check_rows(self, rows: int) -> int:
+        """Return how many hints there are, if each of so many rows of a batch can have one, or raise UsageError."""
+        count = len(self.pictures)
+        if rows % count:
+            raise UsageError(
+                f"{count} hints should be one for each picture of a batch, got a batch of {rows} rows; give one "
+                "hint, or set batch_size"
+            )
+        return count
+
     def _sized(self, picture: Tensor, height: int, width: int) -> Tensor:
         h, w = picture.shape[1:]
         if self.fit == "crop":
@@ -218,6 +228,26 @@ def _in_folder(folder: Path) -> str:
         if (folder / name).is_file():
             return str(folder / name)
     raise AbsentError(f"there is no {STEM}.safetensors or .bin in '{escaped(folder)}'; name the file itself")
+
+
+def described(adapter: Any, usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Say of an adapter with a file, a hint and a scale what goes into a picture's metadata.
+
+    Args:
+        usual: values of further fields, which are left out where they are these.
+
+    Returns:
+        name, scale, hint (a hash of it), hash (10 digits of the file's SHA-256, as A1111 writes it), sha256; and
+        the further fields and fit where they are not the usual ones.
+    """
+    found: dict[str, Any] = {"name": adapter.file.name, "scale": adapter.scale, "hint": adapter.hint.hash}
+    found |= {
+        name: getattr(adapter, name) for name, value in usual.items() if getattr(adapter, name) != value
+    }
+    if adapter.hint.fit != "crop":
+        found["fit"] = adapter.hint.fit
+    whole = adapter.file.hashes[0]
+    return {**found, "hash": whole[:10], "sha256": whole}
 
 
 # --- networks ---------------------------------------------------------------------------------------

@@ -17,11 +17,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ldm.adapters.controls import ControlFile, Hint, check_span, filled, is_within, put
+from ldm.adapters.controls import ControlFile, Hint, check_span, described, filled, is_within, put
 from ldm.adapters.deepcache import check_unet
 from ldm.checkpoints import TensorInfo
 from ldm.checkpoints.report import first_few
-from ldm.errors import UsageError
 from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock
 from ldm.modules.diffusionmodules.t2i_adapter import HINT_FACTOR, T2IAdapterModel
 from ldm.modules.seams import Rank, StepInfo, Undo, wrap
@@ -170,13 +169,7 @@ class T2IAdapter:
 
     def describe(self) -> dict[str, Any]:
         """Say what goes into a picture's metadata, as ControlNet.describe does."""
-        found: dict[str, Any] = {"name": self.file.name, "scale": self.scale, "hint": self.hint.hash}
-        usual = {"start": 0.0, "end": 1.0}
-        found |= {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
-        if self.hint.fit != "crop":
-            found["fit"] = self.hint.fit
-        whole = self.file.hashes[0]
-        return {**found, "hash": whole[:10], "sha256": whole}
+        return described(self, {"start": 0.0, "end": 1.0})
 
     def begin(self) -> "T2IAdapter":
         """Return one for one run of a sampler, which stands at a step of its own."""
@@ -199,12 +192,7 @@ class T2IAdapter:
 
     def maps(self, unet: nn.Module, x: Tensor) -> dict[int, Tensor]:
         """Compute what is added behind a UNet's input blocks, by their numbers, for latents x (b, c, h, w)."""
-        count = len(self.hint.pictures)
-        if len(x) % count:
-            raise UsageError(
-                f"{count} hints should be one for each picture of a batch, got a batch of {len(x)} rows; give one "
-                "hint, or set batch_size"
-            )
+        count = self.hint.check_rows(len(x))
         network = self.file.network(unet)
         dtype = unet.input_blocks[0][0].weight.dtype
         put(network, x.device, dtype)
