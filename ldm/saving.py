@@ -60,19 +60,28 @@ def save(model: LatentDiffusion, path: str | os.PathLike, advice: SamplingDefaul
 
 def _save_file(model: LatentDiffusion, path: Path, advice: SamplingDefaults) -> list[Path]:
     weights = plain_weights(model.state_dict())
+    beside = path.with_suffix(".yaml")
     # An older YAML file of that name would be read as this one's.
-    is_plain = _is_plain_v1(model, advice) and not path.with_suffix(".yaml").exists()
-    settings = None if is_plain else _settings(model, advice)
+    settings = as_yaml(_settings(model, advice)) if beside.exists() else settings_beside(model, advice)
     if settings is None:
         save_safetensors(path, weights, {"format": "pt"})
         return [path]
-    from omegaconf import OmegaConf
-
-    beside = path.with_suffix(".yaml")
     with replacing(beside) as file:
-        file.write(OmegaConf.to_yaml(OmegaConf.create(settings)).encode())
+        file.write(settings.encode())
     save_safetensors(path, weights, {"format": "pt"})
     return [path, beside]
+
+
+def settings_beside(model: LatentDiffusion, advice: SamplingDefaults) -> str | None:
+    """Write down a model's configuration as YAML; None where a reader of its weights needs none."""
+    return None if _is_plain_v1(model, advice) else as_yaml(_settings(model, advice))
+
+
+def as_yaml(settings: Mapping[str, Any]) -> str:
+    """Write a configuration as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dict(settings)))
 
 
 def _settings(model: LatentDiffusion, advice: SamplingDefaults) -> dict[str, Any]:

@@ -44,10 +44,12 @@ ROOMS = (
 STORIES = (
     "advice",
     "cli",
+    "converting",
     "diffusers_style",
     "edit",
     "generate",
     "guided_diffusion",
+    "merging",
     "metadata",
     "pipeline",
     "request",

@@ -97,6 +97,11 @@ class FolderWeights:
                 self.infos[prefix + name] = info
                 self._where[prefix + name] = (weights, name)
 
+    @property
+    def files(self) -> list[str]:
+        """The paths of the weight files."""
+        return [weights.path for weights in self._open]
+
     def read(self, name: str, scratch: Tensor | None = None) -> Tensor:
         """Read one tensor into memory of its own, or into the scratch buffer given, until the next read into it."""
         weights, inner = self._where[name]

@@ -150,6 +150,96 @@ def ema_name(key: str) -> str:
     return EMA + key.removeprefix("model.").replace(".", "")
 
 
+# --- from diffusers' names, without a model to look at --------------------------------------------------------------
+
+_FROM_RESNET = {theirs: ours for ours, theirs in RESNET.items()}
+_FROM_UNET_ENDS = {theirs: ours for ours, theirs in UNET_ENDS.items()}
+
+
+def unet_from_diffusers(keys: Iterable[str]) -> dict[str, str]:
+    """Name a UNet's tensors as CompVis does: `unet_to_diffusers` the other way round.
+
+    Args:
+        keys: diffusers names; all of them, for the number of ResBlocks per level is read from them.
+
+    Returns:
+        diffusers name -> CompVis name. Names that no UNet of CompVis's has are absent.
+    """
+    keys = list(keys)
+    found = [int(m[1]) for key in keys if (m := re.match(r"down_blocks\.\d+\.resnets\.(\d+)\.", key))]
+    per_level = max(found, default=0) + 2
+    attends = {m[1] for key in keys if (m := re.match(r"up_blocks\.(\d+)\.attentions\.", key))}
+
+    def within(kind: str, rest: str) -> str | None:
+        if kind == "attentions":
+            return rest
+        module, leaf = _module(rest)
+        return f"{_FROM_RESNET[module]}.{leaf}" if module in _FROM_RESNET else None
+
+    names: dict[str, str] = {}
+    for key in keys:
+        module, leaf = _module(key)
+        if module in _FROM_UNET_ENDS:
+            names[key] = f"{_FROM_UNET_ENDS[module]}.{leaf}"
+        elif m := re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions)\.(\d+)\.(.+)", key):
+            way, level, place, inner = m[1], int(m[2] or 0), int(m[4]), within(m[3], m[5])
+            if inner is None:
+                continue
+            number = level * per_level + place
+            second = int(m[3] == "attentions")
+            if way == "mid":
+                names[key] = f"middle_block.{2 * place + second}.{inner}"
+            else:
+                block = f"input_blocks.{number + 1}" if way == "down" else f"output_blocks.{number}"
+                names[key] = f"{block}.{second}.{inner}"
+        elif m := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv\.(\w+)", key):
+            names[key] = f"input_blocks.{(int(m[1]) + 1) * per_level}.0.op.{m[2]}"
+        elif m := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv\.(\w+)", key):
+            last = (int(m[1]) + 1) * per_level - 1
+            names[key] = f"output_blocks.{last}.{1 + (m[1] in attends)}.conv.{m[2]}"
+    return names
+
+
+def control_from_diffusers(keys: Iterable[str]) -> dict[str, str]:
+    """Name a ControlNet's tensors as CompVis does, without "control_model."; diffusers names in."""
+    keys = list(keys)
+    names = unet_from_diffusers(keys)
+    blocks = [
+        int(m[1]) for key in keys if (m := re.match(r"controlnet_cond_embedding\.blocks\.(\d+)\.", key))
+    ]
+    ends = {"conv_in": 0, "conv_out": 2 * max(blocks, default=-1) + 4}
+    for key in keys:
+        module, leaf = _module(key)
+        if m := re.fullmatch(r"controlnet_cond_embedding\.(?:(conv_in|conv_out)|blocks\.(\d+))", module):
+            names[key] = f"input_hint_block.{ends[m[1]] if m[1] else 2 * int(m[2]) + 2}.{leaf}"
+        elif m := re.fullmatch(r"controlnet_down_blocks\.(\d+)", module):
+            names[key] = f"zero_convs.{m[1]}.0.{leaf}"
+        elif module == "controlnet_mid_block":
+            names[key] = f"middle_block_out.0.{leaf}"
+    return names
+
+
+def vae_from_diffusers(keys: Iterable[str]) -> dict[str, str]:
+    """Name a VAE's tensors as CompVis does, without "first_stage_model."; diffusers names in, old and new."""
+    keys = list(keys)
+    ups = [int(m[1]) for key in keys if (m := re.match(r"decoder\.up_blocks\.(\d+)\.", key))]
+    last = max(ups, default=0)
+    names: dict[str, str] = {}
+    for key in keys:
+        name = modern_vae_name(key)
+        if m := re.fullmatch(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name):
+            half, way, level, kind, place, rest = m[1], m[2], int(m[3]), m[4], m[5], m[6]
+            level = last - level if way == "up" else level
+            inner = f"block.{place}.{rest}" if kind == "resnets" else f"{kind.removesuffix('rs')}.{rest}"
+            name = f"{half}.{way}.{level}.{inner.replace('conv_shortcut', 'nin_shortcut')}"
+        elif m := re.fullmatch(r"(encoder|decoder)\.mid_block\.resnets\.([01])\.(.+)", name):
+            name = f"{m[1]}.mid.block_{int(m[2]) + 1}.{m[3]}"
+        elif m := re.fullmatch(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)\.(\w+)", name):
+            name = f"{m[1]}.mid.attn_1.{_TO_COMPVIS_ATTENTION.get(m[2], m[2])}.{m[3]}"
+        names[key] = name.replace(".conv_norm_out.", ".norm_out.")
+    return names
+
+
 # --- many prefixes, one name -----------------------------------------------------------------------------------------
 
 COMPVIS_UNET = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|out|label_emb)\.")

@@ -104,7 +104,7 @@ def load_latent_diffusion(
         state: dict[str, Tensor] = {}
         with memory_named(path, model):
             if vae is not None:
-                replacement = opened.enter_context(contextlib.closing(_open_vae(vae)))
+                replacement = opened.enter_context(contextlib.closing(open_vae(vae)))
                 inner = match_vae(model.first_stage_model, replacement)
                 state |= load_tensors(model, inner, replacement, device, dtypes, prefix=key_mapping.VAE)
                 report.notes.append(inner.summary())
@@ -139,7 +139,7 @@ def load_vae(
     module = getattr(model, "first_stage_model", model)
     weight = next(module.parameters())
     refuse_elsewhere("VAE", path)
-    with contextlib.closing(_open_vae(path)) as source, memory_named(path, module):
+    with contextlib.closing(open_vae(path)) as source, memory_named(path, module):
         report = match_vae(module, source, patterns)
         dtypes = choose_dtypes(module, weight.dtype, weight.dtype)
         state = load_tensors(module, report, source, weight.device, dtypes)
@@ -149,7 +149,8 @@ def load_vae(
     return report
 
 
-def _open_vae(path: str | Path) -> Weights:
+def open_vae(path: str | Path) -> Weights:
+    """Open a file or folder that holds a VAE, alone or among others."""
     path = follow_hub(Path(path))
     if (path / "vae").is_dir():
         return FolderWeights(path, ("vae",))

@@ -48,7 +48,8 @@ def without(infos: Mapping[str, TensorInfo], patterns: tuple[str, ...]) -> dict[
     }
 
 
-def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+def without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Leave out sizes of 1 at the end: (c, c) is a linear layer and (c, c, 1, 1) the same as a convolution."""
     while shape and shape[-1] == 1:
         shape = shape[:-1]
     return shape
@@ -98,7 +99,7 @@ def match(
             continue
         source[target] = name
         assigned[name] = target
-        if _without_trailing_ones(info.shape) != _without_trailing_ones(tuple(wanted[target])):
+        if without_trailing_ones(info.shape) != without_trailing_ones(tuple(wanted[target])):
             misshapen.append(f"'{escaped(name)}' {list(info.shape)} instead of {list(wanted[target])}")
     missing = [name for name in wanted if name not in source and name not in initialised]
 

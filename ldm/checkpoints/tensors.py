@@ -191,7 +191,7 @@ class _Reader:
             if is_empty(name, values):
                 self.empty.append(name)
         if scale := self.scales.get(name):
-            values = _scaled(values, self.source.read(scale).to(self.device), path, name)
+            values = scaled(values, self.source.read(scale).to(self.device), path, name)
             check_finite(path, name, values, dtype)
         # On the device before the cast: fewer bytes travel, and an accelerator casts faster.
         return values.to(dtype)
@@ -213,7 +213,7 @@ class _ThreadBuffers(threading.local):
         return self._memory
 
 
-def _scaled(values: Tensor, scale: Tensor, path: str, name: str) -> Tensor:
+def scaled(values: Tensor, scale: Tensor, path: str, name: str) -> Tensor:
     """Multiply a weight in 8 bits by its factor, one for all or one for each row."""
     if scale.numel() not in (1, values.shape[0] if values.dim() else 1):
         raise MismatchError(

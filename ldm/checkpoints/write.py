@@ -4,13 +4,14 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from ldm.checkpoints.report import TensorInfo
 from ldm.checkpoints.safe import DTYPES, check_name
 from ldm.errors import OutputError, UsageError, escaped
 
@@ -109,37 +110,66 @@ def save_safetensors(
         UsageError: a name, dtype or metadata value that the format does not take.
         OutputError: it cannot be written; a file of that name that was there before is untouched.
     """
+    for name, value in tensors.items():
+        if value.dtype not in CODES or value.layout is not torch.strided or value.is_meta:
+            raise UsageError(
+                f"'{escaped(name)}' cannot be saved: a {value.dtype} tensor on '{value.device}', {value.layout}"
+            )
+    infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    stream_safetensors(path, infos, tensors.__getitem__, metadata)
+
+
+def stream_safetensors(
+    path: str | os.PathLike,
+    infos: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, atomically, of tensors that are made one by one when their turn comes.
+
+    So no more than one of them is in memory. Nothing is left if `read` fails.
+
+    Args:
+        path: the final name.
+        infos: name -> shape and dtype of what `read` will give.
+        read: name -> tensor, on any device.
+        metadata: text -> text for the header.
+
+    Raises:
+        UsageError: a name, dtype or metadata value that the format does not take.
+        OutputError: it cannot be written; a file of that name that was there before is untouched.
+    """
     metadata = dict(metadata or {})
     for key, value in metadata.items():
         if not (isinstance(key, str) and isinstance(value, str)):
             raise UsageError(
                 f"metadata should be text to text, got {escaped(key, 40)!r}: {type(value).__name__}"
             )
-    for name, value in tensors.items():
-        if value.dtype not in CODES or value.layout is not torch.strided or value.is_meta:
-            raise UsageError(
-                f"'{escaped(name)}' cannot be saved: a {value.dtype} tensor on '{value.device}', {value.layout}"
-            )
+    for name, info in infos.items():
+        if info.dtype not in CODES:
+            raise UsageError(f"'{escaped(name)}' cannot be saved: a {info.dtype} tensor")
         check_name(str(path), name)
 
     # Widest items first keeps every tensor aligned to its item size, as the safetensors library orders them.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = 0
     for name in order:
-        value = tensors[name]
+        info = infos[name]
         header[name] = {
-            "dtype": CODES[value.dtype],
-            "shape": list(value.shape),
-            "data_offsets": [position, position + value.nbytes],
+            "dtype": CODES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [position, position + info.nbytes],
         }
-        position += value.nbytes
+        position += info.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+            value = read(name)
+            assert (tuple(value.shape), value.dtype) == (infos[name].shape, infos[name].dtype), name
+            flat = value.detach().to("cpu").contiguous().reshape(-1)
             file.write(memoryview(flat.view(torch.uint8).numpy()))
 
 
