@@ -36,10 +36,14 @@ from ldm.checkpoints.matching import match
 from ldm.errors import MismatchError, UsageError, shown
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.controlnet import HINT_FACTOR, ControlNetModel, soft_weights
-from ldm.modules.seams import Rank, StepInfo, Undo, execution_of, state_of, wrap
+from ldm.modules.seams import Rank, StepInfo, Undo, execution_of, state_of, states_of, wrap
 from ldm.values import check_value
 
 BESIDE = "the model that it was saved with"
+# Tensors that say what a file is, whatever their values -> what it is built on.
+_MARKERS = {"lora_controlnet": "lora", "difference": "difference"}
+_XL = re.compile(r"(^|\.)(add_embedding|label_emb|control_type_embedding|class_embedding)\.")
+_STEM = "input_blocks.0.0"
 
 
 class ControlNetFile(ControlFile):
@@ -47,6 +51,12 @@ class ControlNetFile(ControlFile):
 
     A whole model that holds one, as the first ones were published, is read for its ControlNet alone. The file of a
     network's name that holds "shuffle" is of one whose maps are averaged, which no tensor says.
+
+    A Control-LoRA (Stability's) and a difference file hold what is added to the weights that the UNet itself has on
+    its way down, and whole layers where it has none. They are put together with the UNet that they are used on.
+
+    Attributes:
+        built_on: "lora" or "difference" if the UNet's weights are needed; None for a whole ControlNet.
     """
 
     family = "ControlNet"
@@ -54,73 +64,81 @@ class ControlNetFile(ControlFile):
 
     def __init__(self, path: str | os.PathLike):
         super().__init__(path)
-        self._networks: WeakKeyDictionary[nn.Module, ControlNetModel] = WeakKeyDictionary()
+        self._networks: WeakKeyDictionary[nn.Module, tuple[Any, ControlNetModel]] = WeakKeyDictionary()
 
     def own(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         found = super().own(infos)
         if any(name.startswith(CONTROL) for name in found):
             self.ignored = {name: BESIDE for name in found if not name.startswith(CONTROL)}
-        for sign, what in (
-            (
-                r"(^|\.)difference$",
-                "the difference between one and a model; add the model's weights to it first",
-            ),
-            (r"^lora_controlnet$|\.(up|down)$", "a ControlLoRA; get the whole ControlNet"),
-            (
-                r"(^|\.)(add_embedding|label_emb|control_type_embedding|class_embedding)\.",
-                "for Stable Diffusion XL",
-            ),
-        ):
-            if any(re.search(sign, name) for name in found):
-                raise self.misfit(what if what[0] != "f" else f"one {what}")
+        if any(_XL.search(name) for name in found):
+            raise self.misfit("one for Stable Diffusion XL")
+        marks = {name for name in found if name.removeprefix(CONTROL) in _MARKERS}
+        self.built_on = next((_MARKERS[name.removeprefix(CONTROL)] for name in sorted(marks)), None)
+        if self.built_on is None and any(name.endswith((".up", ".down")) for name in found):
+            self.built_on = "lora"  # whose marker an export left out
+        self.ignored |= dict.fromkeys(marks, "a marker")
         return {name: info for name, info in found.items() if name not in self.ignored}
 
-    def network(self, unet: nn.Module) -> ControlNetModel:
+    def network(self, unet: nn.Module, renew: bool = False) -> ControlNetModel:
         """Give the network for a UNet, the same one each time.
+
+        Args:
+            renew: put one that is built on the UNet's weights together again if these were changed since. They may be
+                those of a LoRA while one is attached.
 
         Raises:
             UsageError: not a UNetModel, one without transformers, or a compiled one.
             MismatchError: it is for another UNet.
         """
         check_unet(unet, "a ControlNet")
-        if unet not in self._networks:
-            self._networks[unet] = self._build(unet)
-        return self._networks[unet]
+        state, network = self._networks.get(unet, (None, None))
+        if network is None or (renew and self.built_on is not None):
+            now = states_of(list(unet.parameters())) if self.built_on is not None else None
+            if network is None or now != state:
+                network = self._build(unet)
+                self._networks[unet] = (now, network)
+        return network
 
     def _build(self, unet: nn.Module) -> ControlNetModel:
         tensors = {name.removeprefix(CONTROL): values for name, values in self.tensors.items()}
         transformers = [part for part in unet.modules() if isinstance(part, SpatialTransformer)]
         if not transformers:
             raise UsageError("a ControlNet needs a UNet with spatial transformers, and this one has none")
-        first = transformers[0].transformer_blocks[0]
-        width = first.attn2.to_k.in_features
-        widths = {values.shape[1] for name, values in tensors.items() if name.endswith("attn2.to_k.weight")}
+        width = transformers[0].transformer_blocks[0].attn2.to_k.in_features
+        widths = {
+            values.shape[1]
+            for name, values in tensors.items()
+            if name.endswith(("attn2.to_k.weight", "attn2.to_k.down")) and values.ndim > 1
+        }
         if widths - {width}:
             other = max(widths)
             whose = f" of {CONTEXTS[other]}" if other in CONTEXTS else ""
             raise self.misfit(f"one for a context{whose} {other} wide; the model's is {width} wide")
         is_diffusers = "controlnet_mid_block.weight" in tensors
-        stem = tensors.get("conv_in.weight" if is_diffusers else "input_blocks.0.0.weight")
+        if is_diffusers and self.built_on is not None:
+            raise self.misfit(
+                "one that is built on a UNet's weights, by diffusers' names; cldm's are known here"
+            )
+        stem = tensors.get("conv_in.weight" if is_diffusers else f"{_STEM}.weight")
         pixels = tensors.get(
             "controlnet_cond_embedding.conv_in.weight" if is_diffusers else "input_hint_block.0.weight"
         )
+        channels = unet.in_channels if stem is None else stem.shape[1]
+        if stem is None and f"{_STEM}.down" in tensors:
+            channels = tensors[f"{_STEM}.down"].flatten(1).shape[1] // 9
 
         def build() -> ControlNetModel:
-            return ControlNetModel(
-                unet.in_channels if stem is None else stem.shape[1],
-                unet.model_channels,
-                3 if pixels is None else pixels.shape[1],
-                unet.num_res_blocks,
-                unet.attention_resolutions,
-                channel_mult=unet.channel_mult,
-                num_heads=unet.num_heads,
-                num_head_channels=unet.num_head_channels,
-                transformer_depth=len(transformers[0].transformer_blocks),
-                context_dim=width,
-            )
+            return ControlNetModel.beside(unet, channels, 3 if pixels is None else pixels.shape[1])
 
         with torch.device("meta"):
             wanted = {name: tuple(values.shape) for name, values in build().state_dict().items()}
+        if self.built_on is not None:
+            own = {name: x for name, x in unet.state_dict().items() if name in wanted}
+            own[f"{_STEM}.weight"] = own[f"{_STEM}.weight"][:, :channels]
+            try:
+                tensors = together(tensors, own, self.built_on)
+            except ValueError as error:
+                raise self.misfit(f"one for another UNet: {error}") from None
         theirs = control_to_diffusers(wanted) if is_diffusers else {}
         try:
             places = match(
@@ -135,6 +153,42 @@ class ControlNetFile(ControlFile):
             reason = str(error).partition("does not fit the model: ")[2].partition("; ")[0]
             raise self.misfit(f"one for another UNet: {reason}") from None
         return filled(build, {ours: tensors[name] for name, ours in places.items()})
+
+
+def together(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], built_on: str) -> dict[str, Tensor]:
+    """Put a Control-LoRA or a difference file together with the weights of a UNet.
+
+    Args:
+        tensors: of the file, by cldm's names. A LoRA's: "<layer>.up" (out, rank, ...) and "<layer>.down" (rank, in,
+            ...), whose product is added to the layer's weight; any other tensor takes the place of the UNet's.
+        own: the UNet's weights on its way down. Those that nothing changes are used as they are, not copied.
+        built_on: "lora" or "difference".
+
+    Raises:
+        ValueError: something in the file is for a layer that the UNet does not have, or has in another shape.
+    """
+    dtype = next(iter(own.values())).dtype
+    found = {name: x.detach() for name, x in own.items()}
+
+    def add(name: str, change: Tensor) -> None:
+        if name not in own or own[name].numel() != change.numel():
+            raise ValueError(f"it changes {shown(name)}, which is not there, or of another shape")
+        wide = own[name].detach().float()
+        found[name] = (wide + change.to(wide.device).reshape(wide.shape)).to(dtype)
+
+    for name, values in tensors.items():
+        layer, _, last = name.rpartition(".")
+        if built_on == "lora" and last in ("up", "down"):
+            up, down = (tensors.get(f"{layer}.{one}") for one in ("up", "down"))
+            if up is None or down is None or up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
+                raise ValueError(f"{shown(layer)} has no up and down that go together")
+            if last == "up":
+                add(f"{layer}.weight", up.float().flatten(1) @ down.float().flatten(1))
+        elif built_on == "difference" and name in own:
+            add(name, values.float())
+        else:
+            found[name] = values.to(dtype)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +265,7 @@ class ControlNet:
 
     def check(self, unet: nn.Module) -> None:
         """Raise UsageError or MismatchError if it cannot be attached to a network."""
-        maps = len(self.file.network(unet).zero_convs) + 1
+        maps = len(self.file.network(unet, renew=True).zero_convs) + 1
         if isinstance(self.weights, tuple) and len(self.weights) != maps:
             raise UsageError(
                 f"weights should be {maps} numbers for this UNet, one for each input block and one for the middle, "
@@ -224,7 +278,7 @@ class ControlNet:
 
     def attach(self, network: nn.Module) -> Undo:
         """Let a UNet add its maps; outside of its part of the steps, and at scale 0, nothing is attached."""
-        self.check(network)
+        check_unet(network, "a ControlNet")
         if self.scale == 0 or not is_within(self._step, self.start, self.end):
             return lambda: None
         return wrap(network, _Controlled(self, network))

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -254,11 +255,16 @@ def described(adapter: Any, usual: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def filled(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Build a network around tensors that are there already, by its own names; nothing is copied."""
+    """Build a network around tensors that are there already, by its own names; nothing is copied.
+
+    Of tensors of several dtypes all become the widest one's: a network computes in one.
+    """
     with torch.device("meta"):
         network = build()
+    dtype = reduce(torch.promote_types, {x.dtype for x in tensors.values()})
     network.load_state_dict(
-        {name: tensors[name].reshape(x.shape) for name, x in network.state_dict().items()}, assign=True
+        {name: tensors[name].reshape(x.shape).to(dtype) for name, x in network.state_dict().items()},
+        assign=True,
     )
     return network.eval().requires_grad_(False)
 

@@ -8,6 +8,7 @@ import torch
 from keyed import fill, keyed_input, weight
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_networks import UNET
 
 from ldm.adapters import ControlNet, DeepCache, LoRA, TokenMerging
 from ldm.adapters.controlnet import ControlNetFile
@@ -315,19 +316,23 @@ def test_an_inpainting_unet_is_controlled_by_its_latents_alone(facts, files):
 # --- files ------------------------------------------------------------------------------------------
 
 
+def control_to_diffusers_file(tensors):
+    theirs = control_to_diffusers(tensors)
+    return {theirs[name]: one for name, one in tensors.items()}
+
+
 def full(tensors, prefix=""):
     return {f"{prefix}{name}": one.clone() for name, one in tensors.items()}
 
 
 def layouts(tensors):
-    theirs = control_to_diffusers(tensors)
     beside = {"model.diffusion_model.time_embed.0.bias": torch.zeros(3), "betas": torch.zeros(5)}
     linear = {
         name: one[:, :, 0, 0] if name.endswith("proj_in.weight") else one for name, one in tensors.items()
     }
     return {
         "whole model": {**full(tensors, "control_model."), **beside},
-        "diffusers": {theirs[name]: one.clone() for name, one in tensors.items()},
+        "diffusers": full(control_to_diffusers_file(tensors)),
         "linear": full(linear),
     }
 
@@ -348,13 +353,113 @@ def test_each_layout_is_read(unet, files, tensors, tmp_path, layout):
 
 
 def test_a_diffusers_folder_and_half_precision_are_read(unet, tensors, files, tmp_path):
-    theirs = control_to_diffusers(tensors)
     name = "diffusion_pytorch_model.fp16.safetensors"
-    save_safetensors(tmp_path / name, {theirs[k]: v.half() for k, v in tensors.items()}, {})
+    theirs = control_to_diffusers_file(tensors)
+    save_safetensors(tmp_path / name, {name: one.half() for name, one in theirs.items()}, {})
     got, want = (answer(unet, ControlNet(one, HINT_A)) for one in (tmp_path, files[0]))
     assert 0 < (got - want).abs().max() < 5e-3 * want.abs().max()
     with pytest.raises(AbsentError, match="no diffusion_pytorch_model.safetensors or .bin in"):
         ControlNet(tmp_path / "..", HINT_A)
+
+
+def test_a_file_of_several_dtypes_computes_in_the_widest(unet, tensors, files, tmp_path):
+    mixed = {name: one.half() if "norm" in name else one for name, one in tensors.items()}
+    save_safetensors(tmp_path / "mixed.safetensors", mixed, {})
+    close(
+        answer(unet, ControlNet(tmp_path / "mixed.safetensors", HINT_A)),
+        answer(unet, ControlNet(files[0], HINT_A)),
+        5e-3,
+    )
+
+
+@pytest.fixture(scope="module")
+def built_on(unet, tensors, folder):
+    """The same network three times: as a Control-LoRA and a difference on the UNet's weights, and whole."""
+    own, lora, difference, whole = (
+        unet.state_dict(),
+        {"lora_controlnet": torch.zeros(0)},
+        {"difference": torch.zeros(0)},
+        {},
+    )
+    for name, one in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        if name not in own:
+            lora[name] = difference[name] = whole[name] = one
+        elif kind == "weight" and one.ndim > 1:
+            up = 0.3 * keyed_input(f"{layer}.up", (len(one), 3, *[1] * (one.ndim - 2))).float()
+            down = 0.3 * keyed_input(f"{layer}.down", (3, *one.shape[1:])).float()
+            change = (up.flatten(1) @ down.flatten(1)).reshape(one.shape)
+            lora |= {f"{layer}.up": up, f"{layer}.down": down}
+            difference[name], whole[name] = change, own[name] + change
+        elif "norm" in name:  # what a Control-LoRA leaves out is the UNet's
+            difference[name], whole[name] = torch.zeros_like(one), own[name]
+        else:
+            lora[name] = whole[name] = one
+            difference[name] = one - own[name]
+    for name, given in (("lora", lora), ("difference", difference), ("whole", whole)):
+        save_safetensors(
+            folder / f"on_{name}.safetensors", {k: v.contiguous().clone() for k, v in given.items()}, {}
+        )
+    return {
+        name: ControlNetFile(folder / f"on_{name}.safetensors") for name in ("lora", "difference", "whole")
+    }
+
+
+@pytest.mark.parametrize("kind", ["lora", "difference"])
+def test_what_is_built_on_the_unets_weights_is_the_whole_network(unet, built_on, kind):
+    file, before = built_on[kind], identity(unet)
+    assert file.built_on == kind and built_on["whole"].built_on is None and len(file.ignored) == 1
+    want = answer(unet, ControlNet(built_on["whole"], HINT_A))
+    control = ControlNet(file, HINT_A)
+    control.check(unet)
+    close(answer(unet, control), want)
+    assert file.network(unet) is file.network(unet, renew=True) and identity(unet) == before
+    assert (want - answer(unet)).abs().max() > 1e-2
+    # Of a UNet whose weights are others now, it is another network, from the next check on.
+    weight = unet.time_embed[2].weight
+    kept = weight.detach().clone()
+    old = file.network(unet).time_embed[2].weight.clone()
+    try:
+        with torch.no_grad():
+            weight += 0.01
+        assert torch.equal(file.network(unet).time_embed[2].weight, old)
+        control.check(unet)
+        close(file.network(unet).time_embed[2].weight, old + 0.01, 1e-6)
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+    control.check(unet)
+    assert torch.equal(file.network(unet).time_embed[2].weight, old)
+
+
+def test_a_network_built_on_an_inpainting_unet_takes_its_latents(facts, unet, built_on):
+    wide = fill(UNetModel(**facts["config"]["unet"] | {"in_channels": 9}), "wide.")
+    x = torch.cat([X, keyed_input("masked", (2, 5, 8, 8))], dim=1)
+    control = ControlNet(built_on["lora"], HINT_A)
+    assert (answer(wide, control, x=x) - answer(wide, x=x)).abs().max() > 1e-2
+    network = built_on["lora"].network(wide)
+    change = network.input_blocks[0][0].weight - wide.input_blocks[0][0].weight[:, :4]
+    lora = built_on["lora"].tensors
+    product = lora["input_blocks.0.0.up"].flatten(1) @ lora["input_blocks.0.0.down"].flatten(1)
+    close(change, product.reshape(change.shape), 1e-6)
+
+
+def test_a_new_network_has_what_its_unet_has_and_changes_nothing():
+    """Also of a UNet with every option that the original's ControlNets do not have."""
+    options = {
+        "use_scale_shift_norm": True, "resblock_updown": True, "num_head_channels": 16, "num_heads": -1,
+        "use_linear_in_transformer": True, "transformer_depth": 2, "num_attention_blocks": [0, 1],
+    }  # fmt: skip
+    network = fill(UNetModel(**UNET | options), "new.")
+    control = ControlNetModel.beside(network).start_from(network)
+    state = network.state_dict()
+    copied = [name for name in control.state_dict() if name in state]
+    assert copied == [name for name in state if not name.startswith(("output_blocks.", "out."))]
+    assert all(torch.equal(control.state_dict()[name], state[name]) for name in copied)
+    with torch.no_grad():
+        maps = control(X, HINT_A, T, C)
+        assert torch.equal(network(X, T, context=C, control=maps), network(X, T, context=C))
+    assert all(not one.any() for one in maps) and len(maps) == len(network.input_blocks) + 1
 
 
 def test_a_shuffle_file_is_pooled_by_its_name(files, tensors, folder):
@@ -478,6 +583,11 @@ def test_what_is_no_controlnet_of_this_model_is_refused_by_name(sd, unet, tensor
     def changed(**other):
         return {**tensors, **other}
 
+    def lora(layer, *shapes):
+        return changed(
+            **{f"{layer}.{kind}": torch.zeros(s) for kind, s in zip(("up", "down"), shapes, strict=False)}
+        )
+
     wide = {k: torch.zeros(len(v), 1024) if k.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) else v
             for k, v in tensors.items()}  # fmt: skip
     short = {k: v for k, v in tensors.items() if not k.startswith("zero_convs.5.")}
@@ -487,8 +597,12 @@ def test_what_is_no_controlnet_of_this_model_is_refused_by_name(sd, unet, tensor
         ({"ip_adapter.1.to_k_ip.weight": torch.zeros(2, 2)}, "this is an IP-Adapter"),
         (wide, "one for a context of Stable Diffusion v2 1024 wide; the model's is 24 wide"),
         (changed(**{"label_emb.0.0.weight": torch.zeros(2, 2)}), "this is one for Stable Diffusion XL"),
-        (changed(difference=torch.zeros(1)), "the difference between one and a model"),
-        (changed(lora_controlnet=torch.zeros(1)), "this is a ControlLoRA"),
+        ({**short, "difference": torch.zeros(1)}, "one for another UNet: 2 of the model's .* tensors missing"),
+        (lora("middle_block.0.in_layers.2", (64, 2)), "'middle_block.0.in_layers.2' has no up and down"),
+        (lora("nowhere", (64, 2), (2, 64)), "it changes 'nowhere.weight'"),
+        (lora("time_embed.0", (128, 2), (2, 31)), "it changes 'time_embed.0.weight'"),
+        (lora("time_embed.0", (128, 2), (3, 32)), "'time_embed.0' has no up and down that go together"),
+        ({**control_to_diffusers_file(tensors), "lora_controlnet": torch.zeros(1)}, "by diffusers' names"),
         (short, "one for another UNet: 2 of the model's .* tensors missing"),
         (changed(**{"zero_convs.9.0.bias": torch.zeros(2)}), "one for another UNet: 1 of the file's"),
         (changed(**{"zero_convs.2.0.bias": torch.zeros(7)}), "one for another UNet: 1 of another shape"),

@@ -10,6 +10,25 @@ from ldm.modules.diffusionmodules.util import conv_nd, zero_module
 # Of the convolutions from a hint's pixels to latent cells: (channels, stride); one more gives the UNet's first width.
 HINT_LAYERS = ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2))
 HINT_FACTOR = 8  # pixels of the hint to a latent cell
+# What a ControlNet has in common with its UNet, by the names of UNetModel's arguments.
+_SHARED = (
+    "dropout",
+    "channel_mult",
+    "conv_resample",
+    "dims",
+    "use_checkpoint",
+    "num_heads",
+    "num_head_channels",
+    "use_scale_shift_norm",
+    "resblock_updown",
+    "transformer_depth",
+    "context_dim",
+    "legacy",
+    "disable_self_attentions",
+    "num_attention_blocks",
+    "disable_middle_self_attn",
+    "use_linear_in_transformer",
+)
 
 
 class ControlNetModel(UNetModel):
@@ -53,6 +72,33 @@ class ControlNetModel(UNetModel):
         widths = [block[0].out_channels for block in self.input_blocks]
         self.zero_convs = nn.ModuleList(map(self._zero_conv, widths))
         self.middle_block_out = self._zero_conv(widths[-1])
+
+    @classmethod
+    def beside(
+        cls, unet: UNetModel, in_channels: int | None = None, hint_channels: int = 3
+    ) -> "ControlNetModel":
+        """Build the ControlNet of a UNet; its weights are new: see `start_from` for the UNet's own.
+
+        Args:
+            in_channels: of the latents that it reads, the UNet's where nothing is given; one for a UNet of
+                inpainting may read the four of the latents alone.
+        """
+        options = {name: getattr(unet, name) for name in _SHARED}
+        return cls(
+            unet.in_channels if in_channels is None else in_channels,
+            unet.model_channels,
+            hint_channels,
+            unet.num_res_blocks,
+            unet.attention_resolutions,
+            **options,
+        )
+
+    def start_from(self, unet: UNetModel) -> "ControlNetModel":
+        """Copy a UNet's way down and its middle, as a training begins; the zero convolutions stay zero."""
+        own = self.state_dict()
+        theirs = {name: x for name, x in unet.state_dict().items() if name in own}
+        self.load_state_dict(theirs, strict=False)
+        return self
 
     def _zero_conv(self, channels: int) -> TimestepEmbedSequential:
         return TimestepEmbedSequential(zero_module(conv_nd(2, channels, channels, 1)))

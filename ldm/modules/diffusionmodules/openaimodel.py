@@ -676,6 +676,14 @@ class UNetModel(_UNetBase):
         self.num_heads, self.num_head_channels = num_heads, num_head_channels
         self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self.predict_codebook_ids = n_embed is not None
+        # For networks that are built after this one; the original keeps those above.
+        self.dims, self.resblock_updown = dims, resblock_updown
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.transformer_depth, self.context_dim, self.legacy = transformer_depth, context_dim, legacy
+        self.disable_self_attentions = disable_self_attentions
+        self.num_attention_blocks = num_attention_blocks
+        self.disable_middle_self_attn = disable_middle_self_attn
+        self.use_linear_in_transformer = use_linear_in_transformer
 
         embed_dim = model_channels * 4
         self.time_embed = _level_embedder(model_channels, embed_dim)
