@@ -8,7 +8,17 @@ from ldm.adapters.deepcache import DeepCache
 from ldm.adapters.embedding import Embedding
 from ldm.adapters.ip_adapter import IPAdapter
 from ldm.adapters.lora import LoRA
+from ldm.adapters.style_adapter import StyleAdapter
 from ldm.adapters.t2i_adapter import T2IAdapter
 from ldm.adapters.tome import TokenMerging
 
-__all__ = ["ControlNet", "DeepCache", "Embedding", "IPAdapter", "LoRA", "T2IAdapter", "TokenMerging"]
+__all__ = [
+    "ControlNet",
+    "DeepCache",
+    "Embedding",
+    "IPAdapter",
+    "LoRA",
+    "StyleAdapter",
+    "T2IAdapter",
+    "TokenMerging",
+]

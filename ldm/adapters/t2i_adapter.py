@@ -44,7 +44,9 @@ class T2IAdapterFile(ControlFile):
     def own(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         found = super().own(infos)
         if any(name.startswith(STYLE) for name in found):
-            raise self.misfit("one of style, which reads CLIP's picture features; those are not supported")
+            raise self.misfit(
+                "one of style, which reads CLIP's features of a picture; use StyleAdapter(file, states)"
+            )
         first = found.get("conv_in.weight", found.get("adapter.conv_in.weight"))
         first = first or found.get("body.0.in_conv.weight", found.get("adapter.body.0.in_conv.weight"))
         channels = first.shape[1] / HINT_FACTOR**2 if first is not None and len(first.shape) > 1 else 0
