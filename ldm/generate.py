@@ -420,16 +420,16 @@ def paint_batch(
         return progress(request.steps, request.steps, x_t=x_0, pred_x0=x_0, result=result)
 
     # Where to start: pure noise, or the picture noised to the level of its strength.
-    level, z = None, None
+    z = None
     if request.strength is not None:
-        run_last, level = start_level(
+        run_last, _ = start_level(
             request.sampler, model, request.steps, request.strength, spacing=request.spacing
         )
         if run_last == 0:
             yield finished(None)
             return
         z = encode_source(model, request, request.image, b, encoder_noise, shared, "picture")  # (b, c, h, w)
-        options["run_last"] = run_last
+        options |= {"run_last": run_last, "start_from": z}
     if is_inpainting(model):
         concat = masked_picture(model, request, b, encoder_noise, shared)
         context = {"c_concat": [concat], "c_crossattn": [context]}
@@ -440,8 +440,6 @@ def paint_batch(
         # CompVis's samplers mean the opposite of a user's mask: 1 keeps x0.
         options |= {"mask": keep.to(z).expand(b, -1, -1, -1), "x0": z}
     x_T = starting_noise(model, request, b, noise, shared)
-    if level is not None:
-        x_T = math.sqrt(level) * z + math.sqrt(1.0 - level) * x_T
 
     # From noise to latents.
     options |= {option: getattr(request, option) for option in DENOISE_OPTIONS}

@@ -1,5 +1,6 @@
 """Guidance within an interval of levels: what is asked where, that the whole interval changes nothing, refusals."""
 
+import itertools
 import math
 import re
 
@@ -127,9 +128,9 @@ def test_a_multistep_sampler_remembers_what_it_was_told_guided_or_not():
     """DPM-Solver++(2M) by hand over a network whose answer differs between the two: past answers stay as they were."""
     model, (x_T,) = LinearGaussian("x0"), normals(*SHAPE)
     steps, interval = 6, (0.0, 0.6)
-    plan = DPMSolverPP2M.plan(alpha_bar_table(model), steps)[::-1]
+    plan = DPMSolverPP2M.plan(alpha_bar_table(model), steps)
     x, past = x_T.double(), None
-    for i, level in enumerate(plan):
+    for i, (level, to) in enumerate(itertools.pairwise(plan)):
         inside = level.t / 1000 < interval[1]
         mean = UNCOND + 3.0 * (COND - UNCOND) if inside else COND
         a = model.alpha_bar(torch.tensor([level.t]))
@@ -138,14 +139,14 @@ def test_a_multistep_sampler_remembers_what_it_was_told_guided_or_not():
 
         lambdas = [
             0.5 * math.log(float(b) / (1 - float(b))) if b < 1 else math.inf
-            for b in (level.alpha_bar, level.alpha_bar_prev)
+            for b in (level.alpha_bar, to.alpha_bar)
         ]
         guess = x0
         if past is not None and i < steps - 1:
             h, h_last = lambdas[1] - lambdas[0], lambdas[0] - past[1]
             guess = x0 + h / (2 * h_last) * (x0 - past[0])
         past = (x0, lambdas[0])
-        alpha, alpha_next = float(level.alpha_bar), float(level.alpha_bar_prev)
+        alpha, alpha_next = float(level.alpha_bar), float(to.alpha_bar)
         ratio = math.sqrt((1 - alpha_next) / (1 - alpha))
         x = ratio * x + (math.sqrt(alpha_next) - math.sqrt(alpha) * ratio) * guess
     got = run("dpmpp_2m", LinearGaussian("x0"), x_T, steps=steps, guidance_interval=interval)

@@ -11,6 +11,7 @@ from ldm.errors import UsageError
 from ldm.models.diffusion.samplers import (
     DDIM,
     SAMPLERS,
+    LevelTable,
     Step,
     alpha_bar_table,
     resolve_sampler,
@@ -54,10 +55,10 @@ def test_with_exact_predictions_deterministic_samplers_stay_on_the_line(name, ki
     plan = plan_of(name, model, steps)
     # dpm_solver tells fractions in float32, where a level is 3e-5 off; the others tell whole levels.
     atol = 1e-5 if name == "dpm_solver" else 1e-9
-    x_T = mix(x0, eps, plan[-1].alpha_bar)
+    x_T = mix(x0, eps, plan[0].alpha_bar)
     for step in sample_steps(name, model, x_T, None, steps=steps):
         close(step.pred_x0, x0, atol=atol)
-        close(step.x_t, mix(x0, eps, plan[step.total - 1 - step.index].alpha_bar_prev), atol=atol)
+        close(step.x_t, mix(x0, eps, plan[step.index + 1].alpha_bar), atol=atol)
 
 
 @pytest.mark.parametrize("steps", [1, 7])
@@ -88,7 +89,7 @@ def test_deterministic_samplers_converge_to_the_exact_flow_at_their_order(name, 
 
     def error(steps):
         plan = plan_of(name, model, steps, spacing=options.get("spacing"))
-        want = model.flow(x_T, 0.8, plan[-1].alpha_bar.item(), plan[0].alpha_bar_prev.item())
+        want = model.flow(x_T, 0.8, plan[0].alpha_bar.item(), plan[-1].alpha_bar.item())
         got = last(sample_steps(name, model, x_T, MEANS[:1].expand(2), steps=steps, **options))
         return (got - want).abs().max().item()
 
@@ -99,7 +100,7 @@ def test_plms_beats_ddim_by_far_on_the_same_levels():
     model = LinearGaussian()
     (x_T,) = normals(*SHAPE)
     plan = plan_of("ddim", model, 50)
-    want = model.flow(x_T, 0.8, plan[-1].alpha_bar.item(), plan[0].alpha_bar_prev.item())
+    want = model.flow(x_T, 0.8, plan[0].alpha_bar.item(), plan[-1].alpha_bar.item())
     ddim, plms = (
         (last(sample_steps(name, model, x_T, MEANS[:1].expand(2), steps=50)) - want).abs().max()
         for name in ("ddim", "plms")
@@ -126,8 +127,9 @@ def test_stochastic_samplers_keep_mean_and_spread_of_the_data(name, eta, steps):
 
 def test_ddim_at_eta_one_has_the_variance_of_ddpms_posterior():
     model = Wavy()
-    for level in plan_of("ddim", model, 20, eta=1.0):
-        close(level.std**2, posterior(level.alpha_bar, level.alpha_bar_prev).variance)
+    for here, to in itertools.pairwise(plan_of("ddim", model, 20)):
+        std = DDIM(None, eta=1.0).std(here, to)
+        close(std**2, posterior(here.alpha_bar, to.alpha_bar).variance)
 
 
 def test_ancestral_steps_over_all_levels_are_ddims_at_eta_one():
@@ -155,11 +157,10 @@ def test_every_step_count_gives_a_plan_of_that_length(name):
     table = alpha_bar_table(model)
     for steps in sorted({*range(1, 1001, 111), 2, 3, 9, 27, 300, 501, 999, 1000}):
         plan = SAMPLERS[name].plan(table, steps)
-        assert len(plan) == steps == plan[0].total
-        t = [level.t for level in plan]
-        assert t == sorted(set(t)) and t[0] >= 0 and t[-1] <= 999
-        assert all(level.alpha_bar <= level.alpha_bar_prev for level in plan)
-        assert all(a.alpha_bar == b.alpha_bar_prev for a, b in itertools.pairwise(plan))
+        assert [level.left for level in plan] == list(range(steps, -1, -1)) and plan[0].total == steps
+        t = [level.t for level in plan[:-1]]
+        assert t == sorted(set(t), reverse=True) and t[-1] >= 0 and t[0] <= 999
+        assert all(here.alpha_bar <= to.alpha_bar for here, to in itertools.pairwise(plan))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -198,7 +199,7 @@ def test_whole_levels_are_told_as_integers_and_fractions_as_floats():
 
 
 def test_dpm_solver_tells_the_levels_of_the_original():
-    told = [level.t for level in plan_of("dpm_solver", Wavy(), 20)][::-1]
+    told = [level.t for level in plan_of("dpm_solver", Wavy(), 20)][:-1]
     assert told[0] == 999 and told[1] == pytest.approx(949.05) and told[-1] == pytest.approx(49.95)
 
 
@@ -238,8 +239,8 @@ def test_start_levels_follow_the_original():
         count, alpha_bar = start_level(name, model, 20, 0.6)
         plan = plan_of(name, model, 20)
         # CompVis noises to the level above the first one that DDIM denoises; the others meet it exactly.
-        above = 12 if name in ("ddim", "plms") else 11
-        assert count == 12 and alpha_bar == plan[above].alpha_bar
+        left = 13 if name in ("ddim", "plms") else 12
+        assert count == 12 and alpha_bar == plan[20 - left].alpha_bar
     assert start_level("ddim", model, 50, 0.58)[0] == 28  # int(0.58 * 50) = int(28.999...), as CompVis has it
 
 
@@ -393,7 +394,7 @@ def test_noise_options_do_what_their_names_say():
         torch.manual_seed(5)
         noisy = next(sample_steps("ddim", Wavy(), x_T, None, steps=4, eta=1.0, **options)).x_t
         calm = next(sample_steps("ddim", Wavy(), x_T, None, steps=4, eta=1.0, noise=quiet)).x_t
-        return (noisy - calm) / plan_of("ddim", Wavy(), 4, eta=1.0)[-1].std
+        return (noisy - calm) / DDIM(None, eta=1.0).std(*plan_of("ddim", Wavy(), 4)[:2])
 
     plain = moved()
     close(moved(temperature=0.25), 0.25 * plain)
@@ -423,7 +424,7 @@ def test_where_the_mask_is_one_the_image_is_noised_afresh_before_every_step(name
 
     model.apply_model = lambda x, t, c: (seen.append(x), 0.1 * x)[1]
     last(sample_steps(name, model, x_T, None, steps=3, noise=noise, mask=mask, x0=x0))
-    plan = plan_of(name, model, 3)[::-1]
+    plan = plan_of(name, model, 3)[:-1]
     close(seen[0][:, :, :2], SAMPLERS[name].start(x_T, plan[0])[:, :, :2])
     # PLMS asks a second time within its first step, of its own guess and without blending; others in each.
     twice = name in ("heun", "dpm2", "dpm2_a", "dpmpp_2s_a")
@@ -526,7 +527,7 @@ def test_the_score_corrector_sees_the_guided_noise_and_replaces_it():
     options = {"score_corrector": Corrector(), "corrector_kwargs": {"weight": 0.0}}
     step = next(sample_steps("ddim", model, x_T, MEANS, steps=2, **options))
     assert seen[0][1].tolist() == [501, 501] and seen[0][2] is MEANS
-    close(step.pred_x0, x_T / plan_of("ddim", model, 2)[1].alpha_bar.sqrt())
+    close(step.pred_x0, x_T / plan_of("ddim", model, 2)[0].alpha_bar.sqrt())
     with pytest.raises(
         UsageError, match="score_corrector corrects predicted noise, but the model predicts v"
     ):
@@ -652,8 +653,8 @@ class Mine(DDIM):
 
     name = "mine"
 
-    def move(self, x, eps, pred_x0, level):
-        return super().move(x, eps / 2, pred_x0, level)
+    def move(self, x, eps, pred_x0, here, to):
+        return super().move(x, eps / 2, pred_x0, here, to)
 
 
 @pytest.mark.parametrize("spelling", ["My Own++ 2", "my-own++-2", "MyOwn++2Scheduler", "my_ownpp2"])
@@ -686,3 +687,42 @@ def test_what_is_no_sampler_is_refused_by_name(monkeypatch, thing):
     with pytest.raises(UsageError, match="SAMPLERS\\['mine'\\] must be a subclass of"):
         resolve_sampler("mine")
     assert resolve_sampler("ddim") == "ddim"
+
+
+def test_a_sampler_written_for_one_level_is_shown_how_it_is_written_now(monkeypatch):
+    class Former(DDIM):
+        def step(self, x, level):
+            return x, x
+
+    monkeypatch.setitem(SAMPLERS, "former", Former)
+    message = r"takes \(x, level\), but a step is now step\(x, here, to\): .* to.alpha_bar"
+    with pytest.raises(UsageError, match=message) as caught:
+        sample_steps("former", Wavy(), normals(*SHAPE)[0], None, steps=3)
+    assert len(str(caught.value)) <= 400
+
+
+def test_a_model_s_table_turns_sigma_into_a_level_and_back():
+    """Whole levels and those between, beyond the ends, and the clean end."""
+    model = Wavy()
+    table = LevelTable(alpha_bar_table(model))
+    for t in (0, 1, 17.25, 500, 999):
+        level = table.at_t(t)
+        assert level.t == pytest.approx(t, abs=1e-9)
+        assert float(table.at_sigma(float(level.sigma)).alpha_bar) == pytest.approx(float(level.alpha_bar))
+        assert float(level.log_snr) == pytest.approx(-2 * math.log(level.sigma))
+        if isinstance(t, int):
+            assert float(level.alpha_bar) == pytest.approx(alpha_bar_table(model)[t], rel=1e-12)
+    assert table.at_sigma(40.0).t == 999 and float(table.at_sigma(40.0).sigma) == pytest.approx(40)
+    clean = table.at_sigma(0.0)
+    assert clean.t == 0 and clean.alpha_bar == 1 and clean.sigma == 0 and clean.log_snr == math.inf
+
+
+def test_an_image_is_noised_to_the_level_where_its_steps_start():
+    """`start_from` with unit noise is what a caller noises by hand to `start_level`."""
+    model, (z, noise) = Wavy(), normals(*SHAPE, count=2)
+    for name in ("ddim", "euler", "dpmpp_2m"):
+        count, alpha_bar = start_level(name, model, 10, 0.4)
+        options = {"steps": 10, "run_last": count, "noise": quiet}
+        by_hand = sample_steps(name, model, mix(z, noise, alpha_bar), None, **options)
+        close(last(sample_steps(name, model, noise, None, start_from=z, **options)), last(by_hand))
+    assert list(sample_steps("ddim", model, noise, None, start_from=z, steps=10, run_last=0)) == []

@@ -1,5 +1,7 @@
 """Side by side with diffusers' schedulers, on one network: whole chains, step by step."""
 
+import itertools
+
 import pytest
 import torch
 from linear_gaussian import Wavy, normals
@@ -119,8 +121,8 @@ def test_dpm_solver_that_predicts_noise(x_T, ours_, theirs_):
     plan = DPMSolverPP2M.plan(alpha_bar_table(model), 20)
     solver = DPMSolver(Denoiser(model, None), predict_x0=False, solver_type=ours_)
     x, samples = x_T, []
-    for level in plan[:0:-1]:  # all but the last step, which goes to another end
-        x, _ = solver.step(x, level)
+    for here, to in itertools.pairwise(plan[:-1]):  # all but the last step, which goes to another end
+        x, _ = solver.step(x, here, to)
         samples.append(x)
     want, _ = theirs(scheduler, model, x_T, 20)
     agree((samples, []), (want[:-1], []), atol=5e-5)

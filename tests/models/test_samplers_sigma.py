@@ -27,7 +27,7 @@ from ldm.models.diffusion.samplers import (
 )
 from ldm.process.sigmas import SIGMA_TABLES, alpha_bar_of_sigma, sigma_table
 from ldm.process.spacing import EXACT_METHODS
-from ldm.process.steps import multistep_weights
+from ldm.process.steps import ddim_std, multistep_weights
 
 SHAPE = (2, 4, 5, 3)
 MEANS = torch.tensor([0.8, -0.3])
@@ -92,12 +92,11 @@ def sigmas_of(cases, kind):
     return np.array([draws[0][0], *(to for _, to in draws), *([] if kind == "nozero" else [0.0])])
 
 
-def run(sampler, sigmas, x, eta=None):
+def run(sampler, sigmas, x):
     """Take x, in sigma's units, along sigmas."""
-    cls = type(sampler)
     bars = alpha_bar_of_sigma(sigmas[::-1].copy())
-    plan = make_plan(np.zeros(len(bars) - 1), bars[1:], bars[0], cls.own_eta if eta is None else eta)
-    steps = list(run_levels(plan[::-1], x * math.sqrt(bars[-1]), sampler.step))
+    plan = make_plan(np.zeros(len(bars) - 1), bars[1:], bars[0])
+    steps = list(run_levels(plan, x * math.sqrt(bars[-1]), sampler.step))
     return steps[-1].x_t / math.sqrt(bars[0]), torch.stack([step.pred_x0 for step in steps])
 
 
@@ -114,10 +113,9 @@ def test_every_recorded_step_of_k_diffusion(kdiffusion):
         kind = name.split(".")[1]
         sigmas = sigmas_of(cases, kind if kind in ("steps1", "steps2", "steps3", "nozero") else "0")
         drawn = (keyed_input(f"noise.{i}", (2, 2, 3)).double() for i in range(20))
-        model, options = Mixture(), dict(case["args"])
-        eta = options.pop("eta", None)
-        sampler = SAMPLERS[ours](model, lambda like, drawn=drawn: next(drawn), **options)
-        x, denoised = run(sampler, sigmas, keyed_input("x", (2, 2, 3)).double() * sigmas[0], eta)
+        model = Mixture()
+        sampler = SAMPLERS[ours](model, lambda like, drawn=drawn: next(drawn), **case["args"])
+        x, denoised = run(sampler, sigmas, keyed_input("x", (2, 2, 3)).double() * sigmas[0])
         close(x, recorded[name])
         close(denoised, recorded[f"{name}.denoised"])
         assert model.calls == case["model_calls"]
@@ -130,10 +128,10 @@ def test_ancestral_steps_split_as_recorded(kdiffusion):
         if eta > 1:  # which ours refuse
             continue
         bars = alpha_bar_of_sigma(np.array([end, start]))
-        (level,) = make_plan(np.zeros(1), bars[1:], bars[0], eta)
-        drawn = level.std / level.alpha_bar_prev.sqrt()
+        here, to = make_plan(np.zeros(1), bars[1:], bars[0])
+        drawn = ddim_std(here.alpha_bar, to.alpha_bar, eta) / to.alpha_bar.sqrt()
         assert float(drawn) == pytest.approx(up, rel=1e-9, abs=1e-12)
-        assert math.sqrt(max(float(level.sigma_prev**2 - drawn**2), 0)) == pytest.approx(down, abs=1e-6)
+        assert math.sqrt(max(float(to.sigma**2 - drawn**2), 0)) == pytest.approx(down, abs=1e-6)
 
 
 def test_multistep_weights_are_the_recorded_ones(kdiffusion):
@@ -206,7 +204,7 @@ def test_eulers_steps_are_ddims_on_the_same_levels(spacing, theirs, eta):
     (x_T,) = normals(*SHAPE)
     noises = normals(*SHAPE, count=4, seed=1)
     plan = SAMPLERS["ddim"].plan(alpha_bar_table(model), 4, spacing=spacing)
-    scale = float((1 - plan[-1].alpha_bar).sqrt())  # theirs begin so much nearer
+    scale = float((1 - plan[0].alpha_bar).sqrt())  # theirs begin so much nearer
 
     def last(name, start, **options):
         coming = iter(noises)
@@ -269,7 +267,7 @@ def test_each_sampler_goes_with_each_spacing(name):
         assert [step.t for step in steps] == sorted((step.t for step in steps), reverse=True)
         assert len(steps) == 8
         plan = SAMPLERS[name].plan(alpha_bar_table(model), 8, spacing=spacing)
-        for level in plan:
+        for level in plan[:-1]:
             assert float(level.log_snr) == pytest.approx(-2 * math.log(level.sigma), abs=1e-9)
 
 
@@ -278,9 +276,13 @@ def test_dpm2_leaves_out_the_lowest_sigma_of_a_table():
     for name in ("dpm2", "dpm2_a", "heun"):
         plan = SAMPLERS[name].plan(table, 5, spacing="karras")
         longer = SAMPLERS["heun"].plan(table, 6, spacing="karras")
-        want = longer[1:] if name != "heun" else SAMPLERS["euler"].plan(table, 5, spacing="karras")
+        want = (
+            [*longer[:-2], longer[-1]]
+            if name != "heun"
+            else SAMPLERS["euler"].plan(table, 5, spacing="karras")
+        )
         assert [float(level.sigma) for level in plan] == [float(level.sigma) for level in want]
-        assert plan[0].alpha_bar_prev == 1
+        assert plan[-1].alpha_bar == 1
 
 
 def test_spacings_of_sigmas_visit_their_levels():
@@ -315,13 +317,13 @@ def test_a_picture_begins_at_the_level_of_its_strength(name):
     model = LinearGaussian()
     count, alpha_bar = start_level(name, model, 10, 0.5, spacing="karras")
     plan = SAMPLERS[name].plan(alpha_bar_table(model), 10, spacing="karras")
-    assert count == 5 and alpha_bar == plan[4].alpha_bar
+    assert count == 5 and alpha_bar == plan[5].alpha_bar
     z, noise = normals(*SHAPE, count=2)
     x = alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * noise
     options = {"steps": 10, "spacing": "karras", "noise": torch.zeros_like}
     first, *_ = sample_steps(name, model, x, MEANS, run_last=5, **options)
-    assert first.total == 5 and first.t == pytest.approx(plan[4].t)
-    close(x / alpha_bar.sqrt(), z + plan[4].sigma * noise)
+    assert first.total == 5 and first.t == pytest.approx(plan[5].t)
+    close(x / alpha_bar.sqrt(), z + plan[5].sigma * noise)
 
 
 # --- names ------------------------------------------------------------------------------------------

@@ -82,15 +82,15 @@ class AncestralSampling:
             raise UsageError("a mask needs x0, the samples to keep where the mask is 1; got none")
         log_every_t = default(log_every_t, self.log_every_t)
 
-        def step(x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-            t = torch.full((len(x_t),), level.t, device=x_t.device, dtype=torch.long)
-            x_t, pred_x0 = sample_prev(x_t, t, level.t)
+        def step(x_t: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
+            t = torch.full((len(x_t),), here.t, device=x_t.device, dtype=torch.long)
+            x_t, pred_x0 = sample_prev(x_t, t, here.t)
             # After the step, where CompVis's DDIM blends before it; each kept, for its seeds' images.
             return (x_t if mask is None else self.q_sample(x0, t) * mask + (1.0 - mask) * x_t), pred_x0
 
-        plan = make_plan(np.arange(self.num_timesteps), alpha_bar_table(self), 1.0, eta=1.0)
+        plan = make_plan(np.arange(self.num_timesteps), alpha_bar_table(self), 1.0)
         kept = []
-        for done in run_levels(reversed(plan[:timesteps]), x_T, step):
+        for done in run_levels(plan[-timesteps - 1 :], x_T, step):
             level = int(done.t)
             if done.index == 0 or level % log_every_t == 0:
                 kept.append(done)

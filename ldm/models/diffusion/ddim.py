@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -135,8 +136,10 @@ class TableSampler:
         later = {} if discretize == "uniform" else {"ddim_discretize": discretize}
         self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose, **later)
 
-    def _level(self, index: int, t: int | Tensor, use_original_steps: bool, device: torch.device) -> Level:
-        """Read one row of the tables, without waiting for the device."""
+    def _row(
+        self, index: int, t: int | Tensor, use_original_steps: bool, device: torch.device
+    ) -> tuple[Level, Level, Tensor]:
+        """Read one row of the tables, without waiting for the device: (level, level stepped to, std of the noise)."""
 
         def at(table: Any) -> Tensor:
             value = table[index]
@@ -150,12 +153,15 @@ class TableSampler:
         else:
             tables = self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas
             times = self.ddim_timesteps
-        return Level(index, len(times), t, int(times[max(index - 1, 0)]), *map(at, tables))
+        alpha_bar, alpha_bar_prev, std = map(at, tables)
+        here = Level(t, alpha_bar, index + 1, len(times))
+        return here, Level(int(times[max(index - 1, 0)]), alpha_bar_prev, index, len(times)), std
 
     def _plan(self, count: int, use_original_steps: bool, device: torch.device) -> list[Level]:
-        """The lowest `count` levels of the tables, cleanest first."""
+        """The lowest `count` levels of the tables, noisiest first, and the end."""
         times = range(self.ddpm_num_timesteps) if use_original_steps else self.ddim_timesteps.tolist()
-        return [self._level(i, times[i], use_original_steps, device) for i in range(count)]
+        rows = [self._row(i, times[i], use_original_steps, device) for i in reversed(range(count))]
+        return [here for here, _, _ in rows] + [to for _, to, _ in rows[-1:]]
 
     def _count(self, timesteps: int | None, use_original_steps: bool) -> int:
         """Count the levels of a run, which are the lowest ones."""
@@ -177,6 +183,16 @@ class TableSampler:
             return self.model.q_sample(x0, times_for(x, level.t)) * mask + (1 - mask) * x
 
         return None if mask is None else keep_known
+
+
+@dataclass
+class _TableDDIM(DDIM):
+    """DDIM whose noise has the standard deviation of a row of the tables."""
+
+    row_std: Tensor | None = None
+
+    def std(self, here: Level, to: Level) -> Tensor:
+        return self.row_std
 
 
 class DDIMSampler(TableSampler):
@@ -301,26 +317,26 @@ class DDIMSampler(TableSampler):
                 f"ucg_schedule needs one scale for each of {count} steps, got {len(ucg_schedule)}"
             )
 
-        def step(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-            scale = unconditional_guidance_scale
+        def step(x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
+            scale, index = unconditional_guidance_scale, here.left - 1
             return self.p_sample_ddim(
                 x,
                 cond,
-                times_for(x, level.t),
-                index=level.index,
+                times_for(x, here.t),
+                index=index,
                 use_original_steps=ddim_use_original_steps,
                 quantize_denoised=quantize_denoised,
                 temperature=temperature,
                 noise_dropout=noise_dropout,
                 score_corrector=score_corrector,
                 corrector_kwargs=corrector_kwargs,
-                unconditional_guidance_scale=scale if ucg_schedule is None else ucg_schedule[~level.index],
+                unconditional_guidance_scale=scale if ucg_schedule is None else ucg_schedule[~index],
                 unconditional_conditioning=unconditional_conditioning,
                 **only_set(dynamic_threshold=dynamic_threshold),
             )
 
         x = torch.randn(tuple(shape), device=self.model.device) if x_T is None else x_T
-        levels = self._plan(count, ddim_use_original_steps, x.device)[::-1]
+        levels = self._plan(count, ddim_use_original_steps, x.device)
         return collect(
             run_levels(levels, x, step, self._blend(mask, x0)), x, callback, img_callback, log_every_t
         )
@@ -357,15 +373,17 @@ class DDIMSampler(TableSampler):
             score_corrector=score_corrector,
             corrector_kwargs=corrector_kwargs,
         )
-        sampler = DDIM(
+        here, to, std = self._row(index, t, use_original_steps, x.device)
+        sampler = _TableDDIM(
             denoise,
+            row_std=std,
             quantize_denoised=quantize_denoised,
             dynamic_threshold=dynamic_threshold,
             temperature=temperature,
             noise_dropout=noise_dropout,
             repeat_noise=repeat_noise,
         )
-        return sampler.step(x, self._level(index, t, use_original_steps, x.device))
+        return sampler.step(x, here, to)
 
     @torch.no_grad()
     def stochastic_encode(
@@ -399,18 +417,18 @@ class DDIMSampler(TableSampler):
         """Take the last t_start steps from x_latent (b, c, h, w): the second half of img2img."""
         count = self._part(t_start, use_original_steps, "t_start")
 
-        def step(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        def step(x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
             return self.p_sample_ddim(
                 x,
                 cond,
-                times_for(x, level.t),
-                index=level.index,
+                times_for(x, here.t),
+                index=here.left - 1,
                 use_original_steps=use_original_steps,
                 unconditional_guidance_scale=unconditional_guidance_scale,
                 unconditional_conditioning=unconditional_conditioning,
             )
 
-        levels = self._plan(count, use_original_steps, x_latent.device)[::-1]
+        levels = self._plan(count, use_original_steps, x_latent.device)
         return collect(run_levels(levels, x_latent, step), x_latent, callback)[0]
 
     @torch.no_grad()
@@ -443,17 +461,14 @@ class DDIMSampler(TableSampler):
             guidance_scale=unconditional_guidance_scale,
         )
 
-        def step(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-            # A row says "from alpha_bar down to alpha_bar_prev"; here it is walked the other way.
-            eps, pred_x0 = denoise(x, level.t, level.alpha_bar)
-            x_next = ddim_inverse_step(
-                x, eps, alpha_bar_t=level.alpha_bar_prev, alpha_bar_next=level.alpha_bar
-            )
+        def step(x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
+            eps, pred_x0 = denoise(x, to.t, to.alpha_bar)
+            x_next = ddim_inverse_step(x, eps, alpha_bar_t=here.alpha_bar, alpha_bar_next=to.alpha_bar)
             return x_next, pred_x0
 
         x, kept = x0, {}
         every = max(1, count // return_intermediates) if return_intermediates else 0
-        for done in run_levels(self._plan(count, use_original_steps, x0.device), x0, step):
+        for done in run_levels(self._plan(count, use_original_steps, x0.device)[::-1], x0, step):
             x = done.x_t
             if every and (done.index % every == 0 or done.index >= count - 2):
                 kept[done.index] = x

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UsageError, shown
-from ldm.models.diffusion.levels import alpha_bar_table
+from ldm.models.diffusion.levels import LevelTable, alpha_bar_table
 from ldm.process.guidance import guide, join
 from ldm.process.prediction import to_eps, to_x0
-from ldm.process.schedule import LEAST_SIGNAL
-from ldm.process.sigmas import sigma_of_alpha_bar, t_of_sigma
+from ldm.process.sigmas import t_of_sigma
 
 WHOLE_INTERVAL = (0.0, 1.0)
 
@@ -121,9 +120,14 @@ class Denoiser:
         return self(x * alpha_bar.sqrt(), float(t_of_sigma(float(sigma), self.sigmas)), alpha_bar)[1]
 
     @cached_property
+    def levels(self) -> LevelTable:
+        """The levels of the model."""
+        return LevelTable(alpha_bar_table(self.model))
+
+    @property
     def sigmas(self) -> np.ndarray:
         """(T,) of the model, ascending; a level without signal has one with a 2^24th."""
-        return sigma_of_alpha_bar(np.maximum(alpha_bar_table(self.model), LEAST_SIGNAL))
+        return self.levels.sigmas
 
     def is_guided(self, t: float | Tensor) -> bool | Tensor:
         """Tell whether level t is guided; for levels (b,) of which only some are, tell which."""

@@ -580,16 +580,16 @@ class GaussianDiffusion:
         device = _device(model, noise) if device is None else device
         x = torch.randn(*shape, device=device) if noise is None else noise
 
-        def step(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-            out = sample_prev(x, torch.full((len(x),), level.t, device=device))
+        def step(x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
+            out = sample_prev(x, torch.full((len(x),), here.t, device=device))
             return out["sample"], out["pred_xstart"]
 
-        levels = make_plan(np.arange(self.num_timesteps), self.alphas_cumprod, 1.0, 0.0)[::-1]
+        levels = make_plan(np.arange(self.num_timesteps), self.alphas_cumprod, 1.0)
+        steps = run_levels(levels, x, step)
         if progress:
             from tqdm.auto import tqdm
 
-            levels = tqdm(levels)
-        steps = run_levels(levels, x, step)
+            steps = tqdm(steps, total=self.num_timesteps)
         return ({"sample": done.x_t, "pred_xstart": done.pred_x0} for done in steps)
 
     # -- losses and likelihoods ----------------------------------------------------------------------------

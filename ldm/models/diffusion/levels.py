@@ -1,8 +1,9 @@
-"""Plans: the levels that a run goes through, cleanest first; and the one loop over them."""
+"""Levels, plans of the levels that a run goes through, and the one loop over them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from ldm.process.sigmas import (
     check_sigmas,
     resolve_sigma_table,
     sigma_of_alpha_bar,
+    sigma_of_t,
     sigma_table,
     t_of_sigma,
 )
@@ -27,7 +29,6 @@ from ldm.process.spacing import (
     continuous_levels,
     exact_levels,
 )
-from ldm.process.steps import ddim_std
 
 Noise = Callable[[Tensor], Tensor]
 
@@ -50,40 +51,52 @@ class Step:
     pred_x0: Tensor
 
 
-class Level(NamedTuple):
-    """One level of a plan. Plans list theirs cleanest first, as the tables of DDIM do.
+@dataclass(frozen=True, eq=False)
+class Level:
+    """How noisy a sample is: the number that the network is called with, and the fraction of signal variance.
 
     Attributes:
-        index: place in the plan, 0 = cleanest.
-        total: length of the plan.
-        t: what the network is called with: a number, or (b,) one per image.
-        t_next: the same at the level stepped to (the plan's cleanest stays where it is).
-        alpha_bar, alpha_bar_prev: 0-d, here and at the level stepped to.
-        std: 0-d, standard deviation of the fresh noise.
+        t: in the model's levels, fractional between two; or (b,), one per image. 0 at the clean end, which has none.
+        alpha_bar: 0-d, best float64 on the CPU; or (b,). 1 is clean.
+        left: how many steps of its plan are left from here, 0 at the plan's end.
+        total: how many steps its plan has.
     """
 
-    index: int
-    total: int
     t: float | Tensor
-    t_next: float | Tensor
     alpha_bar: Tensor
-    alpha_bar_prev: Tensor
-    std: Tensor
+    left: int = 0
+    total: int = 0
 
-    @property
+    @cached_property
     def sigma(self) -> Tensor:
-        """Noise over signal here, sqrt((1 - alpha_bar) / alpha_bar)."""
+        """Noise over signal, sqrt((1 - alpha_bar) / alpha_bar): k-diffusion's unit. 0 at the clean end."""
         return ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
 
-    @property
-    def sigma_prev(self) -> Tensor:
-        """The same at the level stepped to, 0 at the clean end."""
-        return ((1 - self.alpha_bar_prev) / self.alpha_bar_prev).sqrt()
-
-    @property
+    @cached_property
     def log_snr(self) -> Tensor:
-        """log(alpha_bar / (1 - alpha_bar)) here."""
+        """log(alpha_bar / (1 - alpha_bar)); infinite at the clean end."""
         return self.alpha_bar.log() - (1 - self.alpha_bar).log()
+
+
+class LevelTable:
+    """The levels of a model, whole ones and those between: sigma to level, and back by `Level.sigma`.
+
+    Args:
+        alpha_bar: (T,) float64, falling; a level without signal counts as one with a 2^24th.
+    """
+
+    def __init__(self, alpha_bar: np.ndarray):
+        self.alpha_bar = np.maximum(alpha_bar, LEAST_SIGNAL)
+        self.sigmas = sigma_of_alpha_bar(self.alpha_bar)
+
+    def at_sigma(self, sigma: float) -> Level:
+        """Give the level of a sigma, 0 or above; t is linear in log sigma and stays within the model's ends."""
+        alpha_bar = torch.tensor(1 / (1 + sigma**2), dtype=torch.float64)
+        return Level(float(t_of_sigma(sigma, self.sigmas)) if sigma > 0 else 0.0, alpha_bar)
+
+    def at_t(self, t: float) -> Level:
+        """Give the level of t, from 0 to T - 1."""
+        return self.at_sigma(float(sigma_of_t(t, self.sigmas)))
 
 
 def unit_noise(like: Tensor) -> Tensor:
@@ -122,39 +135,52 @@ def resolve_spacing(name: str) -> str:
     return found
 
 
+def is_table(spacing: str | Sequence[float]) -> bool:
+    """Tell whether a spacing is a table of sigmas by name, which has options."""
+    name = resolve_sigma_table(spacing) if isinstance(spacing, str) else None
+    return name is not None and name not in (*CONTINUOUS_METHODS, *EXACT_METHODS)
+
+
 def visited_levels(
     spacing: str | Sequence[float],
     steps: int,
     alpha_bar: np.ndarray,
-    *,
-    discard_next_to_last: bool = False,
+    **options: Any,
 ) -> tuple[np.ndarray, np.ndarray, float | None]:
     """List the levels of a run by any name there is for a spacing, or by their sigmas.
 
     Args:
         spacing: a name that `resolve_spacing` knows; or steps + 1 sigmas, descending.
         alpha_bar: (T,) float64, of the model.
-        discard_next_to_last: of a table of sigmas, see `sigma_table`.
+        options: of a table of sigmas, see `sigma_table`.
 
     Returns:
         (t, alpha_bar, end), cleanest first: t (n,) is whole where the names of whole levels say so and fractional
         elsewhere; end is the alpha_bar that the last step goes to, None where the spacing does not say.
 
     Raises:
-        UsageError: an unknown name, steps out of range, or a list that does not fall or is of another length.
+        UsageError: an unknown name or option, steps out of range, or a list that does not fall or is of another length.
     """
     signal = np.maximum(alpha_bar, LEAST_SIGNAL)
     own = sigma_of_alpha_bar(signal)
     if isinstance(spacing, str):
         spacing = resolve_spacing(spacing)
+        if options and not is_table(spacing):
+            raise UsageError(
+                f"the spacing '{spacing}' has no option {', '.join(options)}; tables of sigmas have, as 'karras'"
+            )
         if spacing not in SIGMA_TABLES:
             levels = choose_levels(spacing, steps, len(alpha_bar))
             return levels, alpha_bar[levels], None
         if spacing in CONTINUOUS_METHODS:
             t, between = continuous_levels(spacing, steps, signal)
             return t[1:], between[1:], between[0]
-        sigmas = sigma_table(spacing, steps, own, discard_next_to_last=discard_next_to_last)
+        sigmas = sigma_table(spacing, steps, own, **options)
     else:
+        if options:
+            raise UsageError(
+                f"a list of sigmas has no option {', '.join(options)}; it says itself where it ends"
+            )
         sigmas = check_sigmas(spacing)
         if len(sigmas) != steps + 1:
             raise UsageError(f"{steps} steps need {steps + 1} sigmas, the end included; got {len(sigmas)}")
@@ -174,35 +200,50 @@ def check_levels(levels: np.ndarray, num_train: int) -> np.ndarray:
     return levels
 
 
-def make_plan(t: np.ndarray, alpha_bar: np.ndarray, final: float, eta: float) -> list[Level]:
-    """Join levels, cleanest first, into a plan whose last step goes to alpha_bar = `final`."""
-    here = torch.as_tensor(alpha_bar, dtype=torch.float64)
-    prev = torch.cat([here.new_tensor([final]), here[:-1]])
-    times = t.tolist()
-    rows = zip(here.unbind(), prev.unbind(), ddim_std(here, prev, eta).unbind(), strict=True)
-    return [Level(i, len(times), times[i], times[max(i - 1, 0)], *row) for i, row in enumerate(rows)]
+def make_plan(t: np.ndarray, alpha_bar: np.ndarray, final: float) -> list[Level]:
+    """Join levels, given cleanest first, into a plan: noisiest first, and then the level alpha_bar = `final`."""
+    total = len(t)
+    rows = zip(reversed(t.tolist()), torch.tensor(alpha_bar[::-1].copy(), dtype=torch.float64), strict=True)
+    plan = [Level(time, level, total - i, total) for i, (time, level) in enumerate(rows)]
+    end = torch.tensor(float(final), dtype=torch.float64)
+    return [*plan, Level(0 if isinstance(plan[0].t, int) else 0.0, end, 0, total)]
+
+
+StepTo = Callable[[Tensor, Level, Level], tuple]
 
 
 @torch.no_grad()
 def run_levels(
     levels: Iterable[Level],
     x: Tensor,
-    step: Callable[[Tensor, Level], tuple[Tensor, Tensor]],
+    step: StepTo,
     before: Callable[[Tensor, Level], Tensor] | None = None,
 ) -> Iterator[Step]:
     """Take a sample through levels, in the order given, and yield each step. The only loop of this package.
 
     Args:
+        levels: the first is where x is, the last where the run ends.
         x: (b, ...) sample at the first level.
-        step: from sample and level to (next sample, predicted clean sample).
+        step: from sample, its level and the next to (sample there, predicted clean sample). A third value is the level
+            where it stopped before the next one. A predicted sample of None makes no step of its own: the move belongs
+            to the one that comes after (Restart's way back up).
         before: changes the sample before each step, e.g. blends a known image in.
     """
     levels = list(levels)
-    for index, level in enumerate(levels):
-        if before is not None:
-            x = before(x, level)
-        x, pred_x0 = step(x, level)
-        yield Step(index, len(levels), float(level.t), x, pred_x0)
+    here, rest = (levels[0], levels[1:]) if levels else (None, [])
+    index, total = 0, here.left - rest[-1].left if rest and here.left > rest[-1].left else len(rest)
+    for to in rest:
+        while here is not to:
+            if before is not None:
+                x = before(x, here)
+            t = here.t
+            x, pred_x0, *stop = step(x, here, to)
+            here = stop[0] if stop else to
+            if pred_x0 is None:
+                continue
+            total += here is not to
+            yield Step(index, total, float(t), x, pred_x0)
+            index += 1
 
 
 def alpha_bar_table(model: Any) -> np.ndarray:

@@ -1,6 +1,7 @@
 """CompVis's PLMSSampler: its constructor, keywords and numbers, on the shared loop of levels.py."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,12 +106,12 @@ class PLMSSampler(TableSampler):
         check_mask(mask, x0, shape)
         old_eps: list[Tensor] = []
 
-        def step(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        def step(x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
             x_prev, pred_x0, eps = self.p_sample_plms(
                 x,
                 cond,
-                times_for(x, level.t),
-                index=level.index,
+                times_for(x, here.t),
+                index=here.left - 1,
                 use_original_steps=ddim_use_original_steps,
                 quantize_denoised=quantize_denoised,
                 temperature=temperature,
@@ -120,7 +121,7 @@ class PLMSSampler(TableSampler):
                 unconditional_guidance_scale=unconditional_guidance_scale,
                 unconditional_conditioning=unconditional_conditioning,
                 old_eps=old_eps,
-                t_next=times_for(x, level.t_next),
+                t_next=times_for(x, to.t),
                 **only_set(dynamic_threshold=dynamic_threshold),
             )
             old_eps.append(eps)
@@ -129,7 +130,7 @@ class PLMSSampler(TableSampler):
 
         x = torch.randn(tuple(shape), device=self.model.device) if x_T is None else x_T
         count = self._count(timesteps, ddim_use_original_steps)
-        levels = self._plan(count, ddim_use_original_steps, x.device)[::-1]
+        levels = self._plan(count, ddim_use_original_steps, x.device)
         return collect(
             run_levels(levels, x, step, self._blend(mask, x0)), x, callback, img_callback, log_every_t
         )
@@ -177,8 +178,8 @@ class PLMSSampler(TableSampler):
             repeat_noise=repeat_noise,
         )
         sampler.old_eps = list(old_eps or ())
-        level = self._level(index, t, use_original_steps, x.device)
+        here, to, _ = self._row(index, t, use_original_steps, x.device)
         if t_next is not None:
-            level = level._replace(t_next=t_next)
-        x_prev, pred_x0 = sampler.step(x, level)
+            to = replace(to, t=t_next)
+        x_prev, pred_x0 = sampler.step(x, here, to)
         return x_prev, pred_x0, sampler.old_eps[-1]

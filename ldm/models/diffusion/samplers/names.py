@@ -1,0 +1,141 @@
+"""The one table of samplers and of the names that people have for them. Lookups, metadata and docs are made from it."""
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ldm.errors import UsageError, nearest, shown
+from ldm.models.diffusion.levels import resolve_spacing
+from ldm.models.diffusion.samplers.base import Sampler
+from ldm.models.diffusion.samplers.compvis import DDIM, DDPM, PLMS
+from ldm.models.diffusion.samplers.dpm_solver import DPMSolver, DPMSolverPP2M
+from ldm.models.diffusion.samplers.kdiffusion import (
+    DPM2,
+    LMS,
+    DPM2Ancestral,
+    DPMSolverPP2SAncestral,
+    Euler,
+    EulerAncestral,
+    Heun,
+)
+from ldm.process.sigmas import resolve_sigma_table
+
+
+@dataclass(frozen=True)
+class Names:
+    """A sampler in other programs' words, each understood in any spelling (see `_reduce`).
+
+    Attributes:
+        sampler: its class; `sampler.name` is our own name.
+        a1111: what A1111's text says for it, and the text of our pictures; where A1111 has none, a word in its manner.
+        comfyui: KSampler's name, None where ComfyUI has none.
+        diffusers: the class of diffusers, less "Scheduler".
+        also: more spellings: CompVis's flag, InvokeAI's, stable-diffusion.cpp's.
+        calls: of the network in a run of S steps.
+    """
+
+    sampler: type[Sampler]
+    a1111: str
+    comfyui: str | None = None
+    diffusers: str | None = None
+    also: tuple[str, ...] = ()
+    calls: str = "S"
+
+
+NAMES: tuple[Names, ...] = (
+    Names(DDIM, "DDIM", "ddim", "DDIM"),
+    Names(PLMS, "PLMS", None, "PNDM", ("--plms",), "S + 1"),
+    Names(DDPM, "DDPM", "ddpm", "DDPM"),
+    Names(DPMSolver, "DPM-Solver", also=("--dpm_solver",)),
+    Names(DPMSolverPP2M, "DPM++ 2M", "dpmpp_2m", "DPMSolverMultistep", ("DPM-Solver++", "DPM++")),
+    Names(Euler, "Euler", "euler", "EulerDiscrete"),
+    Names(EulerAncestral, "Euler a", "euler_ancestral", "EulerAncestralDiscrete"),
+    Names(Heun, "Heun", "heun", "HeunDiscrete", calls="2 S - 1"),
+    Names(DPM2, "DPM2", "dpm_2", "KDPM2Discrete", calls="2 S - 1"),
+    Names(DPM2Ancestral, "DPM2 a", "dpm_2_ancestral", "KDPM2AncestralDiscrete", calls="2 S - 1"),
+    Names(LMS, "LMS", "lms", "LMSDiscrete"),
+    Names(DPMSolverPP2SAncestral, "DPM++ 2S a", "dpmpp_2s_ancestral", calls="2 S - 1"),
+)
+
+# The one list of samplers by name: what is put into it works wherever a sampler is named (docs/own-sampler.md).
+SAMPLERS: dict[str, type[Sampler]] = {names.sampler.name: names.sampler for names in NAMES}
+
+
+def _reduce(name: str) -> str:
+    """Reduce a spelling to small letters and digits, "+" as "p", less "scheduler"."""
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p")).removesuffix("scheduler")
+
+
+_ALIASES = {
+    _reduce(word): names.sampler.name
+    for names in NAMES
+    for word in (names.a1111, names.comfyui, names.diffusers, *names.also)
+    if word is not None
+}
+
+
+def resolve_sampler(name: str) -> str:
+    """Find a sampler by any common spelling: CompVis's, A1111's, ComfyUI's or diffusers' class name.
+
+    Raises:
+        UsageError: no such sampler; the message lists those there are. Or what SAMPLERS has there is none.
+    """
+    by_spelling = _ALIASES | {_reduce(key): key for key in SAMPLERS}
+    spelling = _reduce(name) if isinstance(name, str) else None
+    if spelling not in by_spelling and (spelling or "").startswith("k"):
+        spelling = spelling[1:]  # "k_euler_a", as scripts of 2022 say
+    found = name if isinstance(name, str) and name in SAMPLERS else by_spelling.get(spelling)
+    if found not in SAMPLERS:
+        near = nearest(spelling or "", by_spelling, 0.7)
+        hint = f" (did you mean {by_spelling[near]}?)" if near else ""
+        raise UsageError(f"the sampler must be one of {', '.join(SAMPLERS)}; got {shown(name)}{hint}")
+    cls = SAMPLERS[found]
+    if not (isinstance(cls, type) and issubclass(cls, Sampler)):
+        raise UsageError(
+            f"SAMPLERS[{shown(found)}] must be a subclass of ldm.models.diffusion.samplers.Sampler, got {shown(cls)}"
+        )
+    for hook in ("step", "step_sigma"):
+        method = getattr(cls, hook, None)
+        if method is not None and list(inspect.signature(method).parameters) == ["self", "x", "level"]:
+            raise UsageError(
+                f"{hook} of SAMPLERS[{shown(found)}] takes (x, level), but a step is now {hook}(x, here, to): "
+                "level.t, alpha_bar and sigma are here's, level.t_next, alpha_bar_prev and sigma_prev are to.t, "
+                "to.alpha_bar and to.sigma; see docs/own-sampler.md"
+            )
+    return found
+
+
+def split_sampler(
+    name: str, spacing: str | Sequence[float] | None = None
+) -> tuple[str, str | Sequence[float] | None]:
+    """Read a sampler's name, in any spelling, with or without that of a table of sigmas.
+
+    "DPM++ 2M Karras", as A1111 said it, or "dpmpp_2m_k", as InvokeAI.
+
+    Args:
+        spacing: what was named for it apart.
+
+    Returns:
+        (sampler, spacing), a name of SIGMA_TABLES in its own spelling.
+
+    Raises:
+        UsageError: no such sampler or spacing, or two spacings.
+    """
+    if isinstance(spacing, str):
+        spacing = resolve_spacing(spacing)
+    words = re.split(r"[\s_-]+", name.strip()) if isinstance(name, str) else []
+    for count in range(1, min(len(words), 4)):  # "Align Your Steps" are three
+        table = "karras" if words[-count:] == ["k"] else resolve_sigma_table(" ".join(words[-count:]))
+        try:
+            sampler = resolve_sampler(" ".join(words[:-count])) if table else None
+        except UsageError:
+            continue
+        if sampler is None or name in SAMPLERS:
+            continue
+        if spacing is not None and not (isinstance(spacing, str) and spacing == table):
+            raise UsageError(
+                f"the sampler {shown(name)} and spacing={shown(spacing)} name two spacings; give one"
+            )
+        return sampler, table
+    return resolve_sampler(name), spacing

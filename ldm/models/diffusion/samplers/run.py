@@ -1,0 +1,202 @@
+"""`sample_steps`, which runs a sampler: it joins a plan (the levels to go through), a denoiser and the sampler."""
+
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.errors import UsageError, shown
+from ldm.models.diffusion.denoiser import WHOLE_INTERVAL, Denoiser
+from ldm.models.diffusion.levels import Level, Noise, Step, alpha_bar_table, run_levels, unit_noise
+from ldm.models.diffusion.samplers.base import Sampler, check_eta
+from ldm.models.diffusion.samplers.names import SAMPLERS, split_sampler
+from ldm.process.gaussian import q_sample
+from ldm.process.guidance import first_tensor
+from ldm.process.sigmas import SIGMA_TABLES, sigma_table
+from ldm.process.spacing import check_steps
+
+logger = logging.getLogger(__name__)
+
+# Options of spacings: which a run takes beside those of its sampler.
+SPACING_OPTIONS = frozenset(
+    parameter.name
+    for make in (sigma_table, *SIGMA_TABLES.values())
+    for parameter in inspect.signature(make).parameters.values()
+    if parameter.kind is parameter.KEYWORD_ONLY
+)
+
+
+def sampler_options(cls: type[Sampler]) -> set[str]:
+    """Name the options of a sampler that are not every run's own arguments."""
+    return {f.name for f in fields(cls) if f.init} - {"denoise", "noise", "eta"}
+
+
+def split_options(cls: type[Sampler], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part options into those of a sampler and those of spacings, or raise UsageError for any other."""
+    known = sampler_options(cls)
+    if unknown := sorted(options.keys() - known - SPACING_OPTIONS):
+        raise UsageError(f"{cls.name} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    own = {name: value for name, value in options.items() if name in known}
+    return own, {name: value for name, value in options.items() if name not in known}
+
+
+def sample_steps(
+    name: str,
+    model: Any,
+    x_T: Tensor,
+    conditioning: Any,
+    *,
+    steps: int,
+    guidance_scale: float = 1.0,
+    unconditional_conditioning: Any = None,
+    eta: float | None = None,
+    noise: Noise | None = None,
+    run_last: int | None = None,
+    start_from: Tensor | None = None,
+    mask: Tensor | None = None,
+    x0: Tensor | None = None,
+    guidance_rescale: float = 0.0,
+    guidance_interval: Sequence[float] = WHOLE_INTERVAL,
+    separate_passes: bool = False,
+    score_corrector: Any = None,
+    corrector_kwargs: dict[str, Any] | None = None,
+    spacing: str | Sequence[float] | None = None,
+    **options: Any,
+) -> Iterator[Step]:
+    """Sample, one step at a time. Arguments are checked at once; the work is done as steps are taken.
+
+    Args:
+        name: any spelling that `split_sampler` knows.
+        model: see denoiser.py.
+        x_T: (b, ...) unit noise; or with run_last and without start_from the sample to start from, an image noised
+            to the level that `start_level` gives. Its dtype and device are kept.
+        conditioning, unconditional_conditioning: tensor, list, or dict of lists, for apply_model.
+        steps: exactly so many, 1 to the model's number of levels.
+        guidance_scale, guidance_rescale, guidance_interval, separate_passes, score_corrector,
+            corrector_kwargs: see `Denoiser`.
+        eta: 0 to 1 for ddim and the ancestral ones; other samplers have no choice. None = the sampler's own.
+        noise: makes unit noise shaped like its argument, for every draw of the run: per step first the noise
+            of the blended image (with mask), then the sampler's own. None = `unit_noise`.
+        run_last: run only the last so many steps.
+        start_from: (b, ...) clean sample that x_T noises, to the level where a run of the last steps starts.
+        mask: broadcastable to x_T; where 1 the image x0 is kept, where 0 it is repainted. x0, noised
+            afresh, is blended in before every step.
+        x0: (b, ...) clean sample for the mask.
+        spacing: which levels are visited, see `visited_levels`; None = the sampler's own.
+        options: of the sampler's class, see SAMPLERS; and of the spacing, see `sigma_table`.
+
+    Raises:
+        UsageError: an unknown name, option or spacing, or a value out of range.
+    """
+    name, spacing = split_sampler(name, spacing)
+    cls = SAMPLERS[name]
+    own, of_spacing = split_options(cls, options)
+    check_eta(cls, cls.own_eta if eta is None else eta)
+    check_mask(mask, x0, x_T.shape)
+    warn_of_batch(conditioning, x_T.shape[0])
+
+    plan = cls.plan(alpha_bar_table(model), _steps(model, steps), spacing=spacing, **of_spacing)
+    total = plan[0].left
+    count = total if run_last is None else run_last
+    if not 0 <= count <= total:
+        raise UsageError(f"run_last must be from 0 to {total}, the number of steps; got {run_last}")
+    draw = unit_noise if noise is None else noise
+    denoise = Denoiser(
+        model,
+        conditioning,
+        unconditional_conditioning=unconditional_conditioning,
+        guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
+        guidance_interval=guidance_interval,
+        separate_passes=separate_passes,
+        score_corrector=score_corrector,
+        corrector_kwargs=corrector_kwargs,
+    )
+
+    def keep_known(x: Tensor, level: Level) -> Tensor:
+        return q_sample(x0, draw(x0), alpha_bar=level.alpha_bar) * mask + (1 - mask) * x
+
+    before = None if mask is None else keep_known
+    if count == total:
+        x_T = cls.start(x_T, plan[0])
+    elif start_from is not None and count > 0:
+        x_T = cls.start(x_T, noised_level(cls, plan, count), start_from)
+    elif start_from is not None:
+        x_T = start_from
+    levels = [level for level in plan if level.left <= count]
+    return run_levels(levels, x_T, cls(denoise, draw, eta=eta, **own).step, before)
+
+
+def noised_level(cls: type[Sampler], plan: Sequence[Level], count: int) -> Level:
+    """Find the level to which an image is noised before the last `count` steps of a plan."""
+    left = min(count + cls.starts_above, plan[0].left)
+    return next(level for level in plan if level.left == left)
+
+
+def start_level(
+    name: str,
+    model: Any,
+    steps: int,
+    strength: float,
+    *,
+    spacing: str | Sequence[float] | None = None,
+    **options: Any,
+) -> tuple[int, Tensor | None]:
+    """Work out where img2img starts: how many steps to run, and to which level the image is noised.
+
+    Args:
+        strength: 0 to 1. The count is int(strength * steps), as CompVis rounds.
+        options: of the sampler or the spacing, as `sample_steps` takes them.
+
+    Returns:
+        (k, alpha_bar): run the last k steps, from the image noised to alpha_bar (0-d float64). alpha_bar is
+        None at k = 0, where the image is the answer, and at k = all steps, which start from pure noise.
+
+    Raises:
+        UsageError: strength outside [0, 1], steps out of range, an unknown name, option or spacing.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength <= 1:
+        raise UsageError(f"strength must be from 0 to 1, got {shown(strength)}")
+    name, spacing = split_sampler(name, spacing)
+    cls = SAMPLERS[name]
+    _, of_spacing = split_options(cls, options)
+    plan = cls.plan(alpha_bar_table(model), _steps(model, steps), spacing=spacing, **of_spacing)
+    total = plan[0].left
+    count = int(strength * total)
+    return count, None if count in (0, total) else noised_level(cls, plan, count).alpha_bar
+
+
+def check_mask(mask: Tensor | None, x0: Tensor | None, shape: Sequence[int]) -> None:
+    """Raise UsageError unless mask and x0 come together and fit a sample of this shape."""
+    if (mask is None) != (x0 is None):
+        given, absent = ("mask", "x0") if x0 is None else ("x0", "mask")
+        raise UsageError(
+            f"{given} was given without {absent}; blending needs the image x0 and the mask, 1 = keep"
+        )
+    if mask is None:
+        return
+    shape = tuple(shape)
+    try:
+        fits = torch.broadcast_shapes(mask.shape, x0.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise UsageError(
+            f"mask and x0 must fit the sample {shape}, got {tuple(mask.shape)} and {tuple(x0.shape)}"
+        )
+
+
+def warn_of_batch(conditioning: Any, batch_size: int) -> None:
+    """Warn of a condition for another number of images, and go on: some models broadcast theirs."""
+    tensor = first_tensor(conditioning)
+    if tensor is not None and tensor.dim() > 0 and tensor.shape[0] != batch_size:
+        logger.warning("got %d conditionings for a batch of %d", tensor.shape[0], batch_size)
+
+
+def _steps(model: Any, steps: int) -> int:
+    return check_steps(steps, model.num_timesteps, name="steps")
