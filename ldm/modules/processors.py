@@ -41,14 +41,14 @@ class AttnProcessor(nn.Module):
         temb: Tensor | None = None,
     ) -> Tensor:
         """Answer as the attention would, (b, n, d), or a map where a map was given."""
-        tokens = _tokens_of(hidden_states)
+        tokens = tokens_of(hidden_states)
         context = tokens if encoder_hidden_states is None else encoder_hidden_states
         mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(tokens), out_dim=4)
         q, k, v = (
             attn.head_to_batch_dim(layer(y), out_dim=4)
             for layer, y in ((attn.to_q, tokens), (attn.to_k, context), (attn.to_v, context))
         )
-        return _answer(attn, attend(q, k, v, mask, attn.scale), hidden_states)
+        return answered(attn, attend(q, k, v, mask, attn.scale), hidden_states)
 
     def state(self) -> Hashable:
         """Say what a captured graph of it depends on: nothing."""
@@ -93,7 +93,7 @@ class IPAttnProcessor(nn.Module):
         Raises:
             UsageError: the context has no token beside the image's.
         """
-        tokens = _tokens_of(hidden_states)
+        tokens = tokens_of(hidden_states)
         context = tokens if encoder_hidden_states is None else encoder_hidden_states
         text = context.shape[1] - self.num_tokens
         if text < 1:
@@ -114,19 +114,19 @@ class IPAttnProcessor(nn.Module):
             )
         )
         out = attend(q, k, v, mask, attn.scale) + self.scale * attend(q, k_image, v_image, None, attn.scale)
-        return _answer(attn, out, hidden_states)
+        return answered(attn, out, hidden_states)
 
     def state(self) -> Hashable:
         """Say what a captured graph of it depends on."""
         return ("IPAttnProcessor", self.scale, self.num_tokens, *map(state_of, self.parameters()))
 
 
-def _tokens_of(hidden_states: Tensor) -> Tensor:
+def tokens_of(hidden_states: Tensor) -> Tensor:
     """Give tokens (b, n, d), also of a map (b, d, h, w)."""
     return hidden_states.flatten(2).transpose(1, 2) if hidden_states.dim() == 4 else hidden_states
 
 
-def _answer(attn: CrossAttention, out: Tensor, given: Tensor) -> Tensor:
+def answered(attn: CrossAttention, out: Tensor, given: Tensor) -> Tensor:
     """Give heads (b, heads, n, d) to the output layers; a map where a map was given."""
     out = attn.to_out(out.transpose(1, 2).flatten(2))
     return out.transpose(1, 2).reshape(given.shape) if given.dim() == 4 else out

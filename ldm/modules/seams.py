@@ -78,7 +78,8 @@ class Attachment(Protocol):
 
 
 class WeightChange(Protocol):
-    """An attachment of rank WEIGHTS: it says what becomes of weights, and `attached` folds and swaps."""
+    """An attachment of rank WEIGHTS, or one of another rank that has a LoRA of its own, as IP-Adapter's FaceID: it says
+    what becomes of weights, and `attached` folds and swaps."""
 
     rank: Rank
 
@@ -380,7 +381,7 @@ class Scope:
         self._undo: list[list[Undo]] = []
 
     def _plan(self) -> _Plan:
-        changes = [one.changes(self.network) for one in self.attachments if one.rank == Rank.WEIGHTS]
+        changes = [one.changes(self.network) for one in self.attachments if hasattr(one, "changes")]
         plan = next((one for one in self._plans if one.holds(changes)), None)
         if plan is None:
             plan = _Plan(self.network, changes)
@@ -392,7 +393,7 @@ class Scope:
     def __enter__(self) -> None:
         undo: list[Undo] = []
         try:
-            if any(one.rank == Rank.WEIGHTS for one in self.attachments):
+            if any(hasattr(one, "changes") for one in self.attachments):
                 undo.append(self._plan().swap())
             for one in self.attachments:
                 if one.rank != Rank.WEIGHTS:
