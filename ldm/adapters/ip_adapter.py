@@ -1,10 +1,10 @@
 """IP-Adapter (arXiv:2308.06721): a picture as a prompt, beside the text.
 
-    look = IPAdapter("ip-adapter_sd15.safetensors", "portrait.png", encoder="models/image_encoder", scale=0.6)
+    look = IPAdapter("ip-adapter_sd15.safetensors", "portrait.png", 0.6, image_encoder="models/image_encoder")
     sd.txt2img("a woman in a garden", adapters=[look])
 
 CLIP's features of the picture become tokens behind the text's, and each attention to the context answers to both, by
-layers of its own for the picture's.
+layers of its own for the picture's. FaceID reads the embedding of a face recognition instead, and brings a LoRA along.
 """
 
 import copy
@@ -12,9 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -22,226 +20,58 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm import images
-from ldm.adapters.controls import CONTEXTS, ControlFile, check_span, filled, is_within, put
-from ldm.adapters.deepcache import check_unet
-from ldm.checkpoints import TensorInfo
-from ldm.checkpoints.report import first_few
-from ldm.errors import AbsentError, FormatError, MismatchError, UsageError, escaped, shown
-from ldm.modules.encoders.image_tokens import HEAD, ImageProjection, ImageResampler, ImageTokenMLP
-from ldm.modules.processors import IPAttnProcessor, named_attentions
-from ldm.modules.seams import Rank, StepInfo, Undo, fill, wrap
+from ldm.adapters.controls import check_span, is_within, put
+from ldm.adapters.ip_adapter_attention import (
+    ImageAttention,
+    ImagePart,
+    Painted,
+    Scale,
+    check_scale,
+    scale_at,
+    scales_of,
+)
+from ldm.adapters.ip_adapter_file import IPAdapterFile
+from ldm.adapters.ip_adapter_images import RegionMask, encode_images
+from ldm.errors import MismatchError, UsageError, escaped, shown
+from ldm.modules.seams import Change, Rank, StepInfo, Undo, fill, wrap
 from ldm.values import check_value
 
-PROJECTION, LAYERS = "image_proj.", "ip_adapter."
 MAX_IMAGES = 16
-# CLIP's mean and deviation of each colour, by which its pixels are normalised.
-MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-FACE_ID = "one of FaceID, which reads features of a face recognition; those are not supported"
-
-
-class IPAdapterFile(ControlFile):
-    """An IP-Adapter's file for Stable Diffusion v1: the plain kind, plus, or full-face; see ControlFile.
-
-    Attributes:
-        projection: from CLIP's features to tokens.
-        context_dim: of a token.
-        reads: what the projection takes: "embeds" (n, width), CLIP's projected embeddings; or "states"
-            (n, tokens, width), the hidden states before its last layer.
-    """
-
-    family = "IP-Adapter"
-    wanted = "an IP-Adapter"
-
-    def __init__(self, path: str | os.PathLike):
-        super().__init__(path)
-        found = {name: one for name, one in self.tensors.items() if name.startswith(LAYERS)}
-        layers = {name.removeprefix(LAYERS): one for name, one in found.items()}
-        odd = [name for name in layers if not re.fullmatch(r"\d+\.to_[kv]_ip\.weight", name)]
-        if odd or not layers:
-            raise self.misfit(f"one with other layers ({first_few(odd or self.tensors, 2)})")
-        self.layers = layers
-        self.context_dim = next(iter(layers.values())).shape[-1]
-        given = {
-            name.removeprefix(PROJECTION): one.float()
-            for name, one in self.tensors.items()
-            if name.startswith(PROJECTION)
-        }
-        try:
-            self.projection = projection_of(given, self.context_dim)
-        except (KeyError, IndexError, ValueError, RuntimeError):
-            raise self.misfit(f"one whose image projection is not known ({first_few(given, 2)})") from None
-        self.reads = "embeds" if isinstance(self.projection, ImageProjection) else "states"
-        self._processors: WeakKeyDictionary[nn.Module, dict[nn.Module, IPAttnProcessor]] = WeakKeyDictionary()
-
-    def own(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        found = super().own(infos)
-        if any("_lora." in name or "perceiver_resampler." in name for name in found) or (
-            f"{PROJECTION}proj.0.weight" in found and f"{PROJECTION}norm.weight" in found
-        ):
-            raise self.misfit(FACE_ID)
-        odd = [name for name in found if not name.startswith((PROJECTION, LAYERS))]
-        if odd:
-            raise self.misfit(f"one with other names than {PROJECTION}* and {LAYERS}* ({first_few(odd, 2)})")
-        return found
-
-    def processors(self, unet: nn.Module) -> dict[nn.Module, IPAttnProcessor]:
-        """Give what answers in each of a UNet's attentions to the context, the same ones each time.
-
-        Raises:
-            UsageError: not a UNetModel, or a compiled one.
-            MismatchError: it is for another UNet.
-        """
-        check_unet(unet, "an IP-Adapter")
-        if unet not in self._processors:
-            self._processors[unet] = self._build(unet)
-        return self._processors[unet]
-
-    def _build(self, unet: nn.Module) -> dict[nn.Module, IPAttnProcessor]:
-        """Layers are numbered as diffusers numbers a UNet's attentions; those to the context are the odd ones."""
-        attentions = list(named_attentions(unet).values())
-        wanted = {
-            f"{i}.to_{part}_ip.weight": (attentions[i].to_k.out_features, attentions[i].to_k.in_features)
-            for i in range(1, len(attentions), 2)
-            for part in "kv"
-        }
-        width = attentions[1].to_k.in_features if len(attentions) > 1 else None
-        if width != self.context_dim:
-            whose = f" of {CONTEXTS[self.context_dim]}" if self.context_dim in CONTEXTS else ""
-            raise self.misfit(
-                f"one for a context{whose} {self.context_dim} wide; the model's is {width} wide"
-            )
-        given = {name: tuple(one.shape) for name, one in self.layers.items()}
-        if odd := sorted({name for name, _ in wanted.items() ^ given.items()}):
-            raise self.misfit(f"one for another UNet: {len(odd)} of its tensors differ ({first_few(odd, 2)})")
-        return {
-            attentions[i]: filled(
-                partial(IPAttnProcessor, attentions[i].to_k.out_features, width),
-                {f"to_{part}_ip.weight": self.layers[f"{i}.to_{part}_ip.weight"] for part in "kv"},
-            )
-            for i in range(1, len(attentions), 2)
-        }
-
-
-def projection_of(tensors: Mapping[str, Tensor], context_dim: int, head: int = HEAD) -> nn.Module:
-    """Build the projection that holds these tensors, told by their names: plain, full-face or plus.
-
-    Args:
-        head: features of a head of the plus kind, which its tensors do not say.
-
-    Raises:
-        KeyError, IndexError, ValueError, RuntimeError: they are none of these.
-    """
-    shapes = {name: tuple(one.shape) for name, one in tensors.items()}
-    if "latents" in shapes:
-        inner, dim = shapes["layers.0.0.to_q.weight"]
-        build = partial(
-            ImageResampler,
-            shapes["proj_in.weight"][1],
-            dim,
-            inner,
-            inner // head,
-            len({name.split(".")[1] for name in shapes if name.startswith("layers.")}),
-            shapes["layers.0.1.1.weight"][0],
-            context_dim,
-            shapes["latents"][1],
-        )
-    elif "proj.3.weight" in shapes:
-        hidden, width = shapes["proj.0.weight"]
-        build = partial(ImageTokenMLP, width, hidden, context_dim)
-    else:
-        rows, width = shapes["proj.weight"]
-        build = partial(ImageProjection, width, context_dim, rows // context_dim)
-    with torch.device("meta"):
-        wanted = {name: tuple(one.shape) for name, one in build().state_dict().items()}
-    if wanted != shapes:
-        raise ValueError("other tensors")
-    return filled(build, tensors)
-
-
-# --- pictures ---------------------------------------------------------------------------------------
-
-
-def clip_pixels(image: Any, side: int) -> Tensor:
-    """Bring a picture into CLIP's form: its shorter edge `side` long, its middle, normalised; (1, 3, side, side)."""
-    from PIL import Image
-
-    image = images.to_rgb(image)
-    width, height = image.size
-    # The longer edge is truncated, as transformers' and CLIP's own preparation do.
-    size = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - side) // 2, (size[1] - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255.0).permute(2, 0, 1)
-    mean, deviation = (torch.tensor(one).reshape(3, 1, 1) for one in (MEAN, DEVIATION))
-    return ((pixels - mean) / deviation)[None]
-
-
-def _open(given: Any) -> Any:
-    if isinstance(given, str | os.PathLike):
-        return images.open_image(given)
-    if hasattr(given, "convert") and hasattr(given, "getbands"):
-        return images.upright(given)
-    raise UsageError(f"image should be a picture, the path of one, or a list of these, got {shown(given)}")
-
-
-@torch.no_grad()
-def encode_images(folder: str | os.PathLike, given: list[Any], reads: str) -> tuple[Tensor, Tensor]:
-    """Encode pictures by CLIP's vision model in a local folder of transformers.
-
-    Args:
-        reads: as IPAdapterFile has it.
-
-    Returns:
-        the features of all pictures, and those (of a batch of 1) that stand for none.
-
-    Raises:
-        AbsentError, FormatError: there is no such folder, or no such model in it.
-    """
-    if not (Path(folder) / "config.json").is_file():
-        raise AbsentError(
-            f"there is no config.json in '{escaped(folder)}'; encoder should be the folder of CLIP's vision model "
-            "(CLIPVisionModelWithProjection), as IP-Adapter's models/image_encoder"
-        )
-    from transformers import CLIPVisionModelWithProjection
-
-    try:
-        encoder = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
-    except (
-        Exception
-    ) as error:  # transformers raises nearly every kind on folders that are not as it wants them
-        raise FormatError(
-            f"CLIP's vision model in '{escaped(folder)}' cannot be read: {escaped(error, 160)}"
-        ) from None
-    encoder = encoder.float().eval()
-    side = encoder.config.image_size
-    pixels = torch.cat([clip_pixels(_open(one), side) for one in given])
-    if reads == "embeds":
-        embeds = encoder(pixels).image_embeds
-        return embeds, torch.zeros_like(embeds[:1])
-    both = torch.cat([pixels, torch.zeros_like(pixels[:1])])  # a picture of zeros stands for none
-    states = encoder(both, output_hidden_states=True).hidden_states[-2]
-    return states[:-1], states[-1:]
-
-
-# --- the adapter ------------------------------------------------------------------------------------
+COMBINES = ("concat", "average")
+# How people name the second version of FaceID-plus, whose tensors are named and shaped as the first one's.
+SECOND_VERSION = re.compile(r"plus[-_ ]?v2", re.IGNORECASE)
+Features = dict[str, Tensor]  # "embeds" or "states" of CLIP, "ids" of faces -> (n, ...)
 
 
 @dataclass(frozen=True, eq=False)
 class IPAdapter:
-    """An IP-Adapter with its pictures, for some of the steps. One at a time, beside any number of other adapters.
+    """An IP-Adapter with its pictures, for some of the steps; any number of them, beside any number of others.
 
     Args:
         file: path or IPAdapterFile; an IPAdapterFile from then on, which serves any number of them.
-        image: a picture of PIL, the path of one, or a list of these, whose tokens stand side by side.
-        encoder: the folder of CLIP's vision model, for `image`: for the published files ViT-H/14, IP-Adapter's
-            models/image_encoder. It is read, and let go again.
+        image: a picture of PIL, the path of one, or a list of these.
+        scale: of the picture's answer; 0 = none. For blocks, as diffusers has it: {"down": {"block_2": [0, 1]},
+            "mid": 0.5, "up": 1}, where what is not named has 0. A list of these is for parts of the steps of the same
+            length; a function is given the share of the sampler's way, 0 to below 1, and gives one of these.
+        image_encoder: CLIP's vision model, for `image`: its folder, one file, or the model; for most published files
+            ViT-H/14, IP-Adapter's models/image_encoder, for those named vit-G its sdxl_models/image_encoder. One
+            that is named by its path is read, and let go again.
         embeds: CLIP's features instead of image: see IPAdapterFile.reads.
-        negative_embeds: what stands for no picture, a batch of 1: None = zeros for "embeds"; for "states" the states
-            of a picture of zeros, which only the encoder knows.
-        scale: of the picture's answer; 0 = none.
+        id_embeds: for FaceID, embeddings of a face recognition, (n, 512) or (512,), tensor or array; FaceID-plus takes
+            as many pictures (or embeds) of the same faces beside them.
+        negative_image: what is not wanted: stands in the rows without the condition, as a negative prompt does. One,
+            or as many as image has.
+        negative_embeds: the same as features. Where neither is given: zeros for "embeds"; for "states" those of a
+            picture of zeros, which only the encoder knows.
+        mask: where in what is painted the pictures have a say (see ip_adapter_images.RegionMask); one for all, or a
+            list of one for each, which then answer one by one.
+        combine: of several pictures: "concat" lets their tokens stand side by side, "average" takes the mean of their
+            features.
+        lora_scale: strength of the LoRA that a FaceID file brings along, in the steps that have the adapter.
+        shortcut: for FaceID-plus: None = True if the file's name says "plusv2"; False as the first version was
+            trained, True as the second; a number weighs what comes from the picture beside the face.
         start, end: share of the sampler's way, from noise (0) to picture (1): a step has it that lies wholly within.
+        encoder: the same as image_encoder, its earlier name.
 
     Attributes:
         tokens, negative_tokens: (1, n, context_dim), float32.
@@ -254,67 +84,163 @@ class IPAdapter:
 
     file: IPAdapterFile | str | os.PathLike
     image: Any = None
-    encoder: str | os.PathLike | None = None
+    scale: Scale = 1.0
+    image_encoder: Any = None
     embeds: Tensor | None = None
+    id_embeds: Any = None
+    negative_image: Any = None
     negative_embeds: Tensor | None = None
-    scale: float = 1.0
+    mask: Any = None
+    combine: str = "concat"
+    lora_scale: float = 1.0
+    shortcut: bool | float | None = None
     start: float = 0.0
     end: float = 1.0
+    encoder: InitVar[Any] = None
     rank: ClassVar[Rank] = Rank.ATTENTION
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, encoder: Any) -> None:
+        if encoder is not None:
+            if self.image_encoder is not None:
+                raise UsageError(
+                    "image_encoder is given twice, also as encoder, its earlier name; leave one out"
+                )
+            object.__setattr__(self, "image_encoder", encoder)
         start, end = check_span(self.start, self.end)
-        scale = float(check_value(self.scale, float, "scale"))
-        if (self.image is None) == (self.embeds is None):
-            came = "neither" if self.image is None else "both"
-            raise UsageError(f"an IPAdapter wants image= (with encoder=) or embeds=, got {came}")
-        if self.image is not None and self.encoder is None:
-            raise UsageError(
-                "an IPAdapter with image= wants encoder=, the folder of CLIP's vision model "
-                "(CLIPVisionModelWithProjection; IP-Adapter's models/image_encoder); or give embeds="
-            )
+        if self.combine not in COMBINES:
+            raise UsageError(f"combine should be one of {', '.join(COMBINES)}, got {shown(self.combine)}")
+        checked: dict[str, Any] = {"scale": check_scale(self.scale), "start": start, "end": end}
+        checked["lora_scale"] = float(check_value(self.lora_scale, float, "lora_scale"))
         file = self.file if isinstance(self.file, IPAdapterFile) else IPAdapterFile(self.file)
-        embeds, negative = self._features(file)
+        checked |= {"file": file, "shortcut": self._shortcut(file)}
+        given, none = self._features(file)
+        count = len(next(iter(given.values())))
+        checked["mask"] = self._masks(count)
         with torch.no_grad():
-            tokens, negative_tokens = (
-                file.projection(one).flatten(0, 1)[None] for one in (embeds, negative.expand_as(embeds))
+            checked["tokens"], checked["negative_tokens"] = (
+                _tokens(file, features, count, checked["shortcut"]) for features in (given, none)
             )
-        digest = hashlib.sha256(embeds.contiguous().numpy().tobytes()).hexdigest()[:12]
-        checked = {"file": file, "scale": scale, "start": start, "end": end, "image": None, "encoder": None}
-        checked |= {"embeds": embeds, "negative_embeds": negative, "tokens": tokens, "_hash": digest}
-        checked |= {"negative_tokens": negative_tokens, "_step": None}
+        # The features themselves stay; a picture and a model would keep memory.
+        checked |= {"image": None, "image_encoder": None, "negative_image": None}
+        clip = file.reads
+        checked |= {
+            "embeds": given.get(clip),
+            "negative_embeds": none.get(clip),
+            "id_embeds": given.get("ids"),
+        }
+        checked |= {"_hash": _hash_of(given), "_negative_hash": _hash_of(none), "_step": None}
+        checked["_is_usual_negative"] = self.negative_image is None and self.negative_embeds is None
+        checked["_lora"] = WeakKeyDictionary()  # network -> changes of its weights
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
-    def _features(self, file: IPAdapterFile) -> tuple[Tensor, Tensor]:
-        """Give CLIP's features (n, ...) and those of no picture (1, ...), float32, checked."""
-        if self.image is not None:
-            several = list(self.image) if isinstance(self.image, list | tuple) else [self.image]
-            if not 0 < len(several) <= MAX_IMAGES:
-                raise UsageError(f"image should be 1 to {MAX_IMAGES} pictures, got {len(several)}")
-            check_value(self.encoder, str | os.PathLike, "encoder")
-            embeds, negative = encode_images(self.encoder, several, file.reads)
-            _check_features(file, embeds, "the encoder's features")
-            return embeds, negative
-        embeds = _check_features(file, self.embeds, "embeds")
-        if self.negative_embeds is not None:
-            negative = _check_features(file, self.negative_embeds, "negative_embeds")
-            if negative.shape[1:] != embeds.shape[1:] or len(negative) != 1:
-                raise UsageError(
-                    f"negative_embeds should be of shape {(1, *embeds.shape[1:])}, got {tuple(negative.shape)}"
-                )
-            return embeds, negative
-        if file.reads == "states":
+    # --- what is given ---
+
+    def _shortcut(self, file: IPAdapterFile) -> float:
+        if self.shortcut is None:
+            return float(bool(SECOND_VERSION.search(file.name)))
+        if not (file.reads_face and file.reads):
             raise UsageError(
-                f"'{escaped(file.path)}' reads hidden states, so embeds= wants negative_embeds= beside it: those of a "
-                "picture of zeros"
+                f"shortcut= is for FaceID-plus, and '{escaped(file.path)}' is none; leave it out"
             )
-        return embeds, torch.zeros_like(embeds[:1])
+        return float(
+            self.shortcut
+            if isinstance(self.shortcut, bool)
+            else check_value(self.shortcut, float, "shortcut")
+        )
+
+    def _masks(self, count: int) -> tuple[RegionMask, ...]:
+        if self.mask is None:
+            return ()
+        masks = self.mask if isinstance(self.mask, list | tuple) else [self.mask]
+        if len(masks) not in {1, count}:
+            raise UsageError(
+                f"mask should be one, or a list of one for each of {count} pictures, got {len(masks)}"
+            )
+        return tuple(one if isinstance(one, RegionMask) else RegionMask(one) for one in masks)
+
+    def _features(self, file: IPAdapterFile) -> tuple[Features, Features]:
+        """Give what the projection reads, (n, ...) each, and what stands for none (1 or n, ...), float32, checked."""
+        given: Features = {}
+        none: Features = {}
+        if file.reads_face:
+            if self.id_embeds is None:
+                raise UsageError(
+                    f"'{escaped(file.path)}' is one of FaceID, which wants id_embeds=, embeddings (n, "
+                    f"{file.projection.embed_dim}) of a face recognition such as insightface's"
+                )
+            given["ids"] = _checked_ids(file, self.id_embeds)
+            none["ids"] = torch.zeros_like(given["ids"][:1])
+        elif self.id_embeds is not None:
+            raise UsageError(
+                f"id_embeds= is for FaceID, and '{escaped(file.path)}' reads CLIP's features; leave it out"
+            )
+        clip = {"image", "embeds", "negative_image", "negative_embeds"}
+        if file.reads:
+            given[file.reads], none[file.reads] = self._clip_features(file)
+        elif over := sorted(name for name in clip if getattr(self, name) is not None):
+            raise UsageError(
+                f"'{escaped(file.path)}' is one of FaceID, which reads id_embeds= alone; leave {over[0]}= out"
+            )
+        counts = {name: len(one) for name, one in given.items()}
+        if len(set(counts.values())) > 1:
+            raise UsageError(
+                f"FaceID-plus wants as many pictures as faces, got {counts[file.reads]} and {counts['ids']}"
+            )
+        if self.combine == "average":
+            given, none = ({k: x.mean(0, keepdim=True) for k, x in one.items()} for one in (given, none))
+        return given, none
+
+    def _clip_features(self, file: IPAdapterFile) -> tuple[Tensor, Tensor]:
+        """Give CLIP's features (n, ...) and those that stand for none, (1 or n, ...)."""
+        if (self.image is None) == (self.embeds is None):
+            came = "neither" if self.image is None else "both"
+            raise UsageError(f"an IPAdapter wants image= (with image_encoder=) or embeds=, got {came}")
+        if self.negative_image is not None and self.negative_embeds is not None:
+            raise UsageError("an IPAdapter takes negative_image= or negative_embeds=, got both")
+        pictures, against = (_several(getattr(self, name), name) for name in ("image", "negative_image"))
+        if (pictures or against) and self.image_encoder is None:
+            raise UsageError(
+                "an IPAdapter with image= or negative_image= wants image_encoder=, CLIP's vision model "
+                "(CLIPVisionModelWithProjection; IP-Adapter's models/image_encoder); or give embeds="
+            )
+        embeds = none = negative = None
+        if pictures or against:
+            features, none = encode_images(self.image_encoder, pictures + against, file.reads)
+            _checked_features(file, features, "the encoder's features")
+            embeds, negative = features[: len(pictures)], features[len(pictures) :]
+        if self.embeds is not None:
+            embeds = _checked_features(file, self.embeds, "embeds")
+        if self.negative_embeds is not None:
+            negative = _checked_features(file, self.negative_embeds, "negative_embeds")
+        if negative is None or not len(negative):
+            if none is None and file.reads == "states":
+                raise UsageError(
+                    f"'{escaped(file.path)}' reads hidden states, so embeds= wants negative_embeds= beside it: "
+                    "those of a picture of zeros"
+                )
+            return embeds, torch.zeros_like(embeds[:1]) if none is None else none
+        if negative.shape[1:] != embeds.shape[1:] or len(negative) not in {1, len(embeds)}:
+            name = "negative_image" if self.negative_embeds is None else "negative_embeds"
+            raise UsageError(
+                f"{name} should be 1 or {len(embeds)} of shape {tuple(embeds.shape[1:])}, got {len(negative)} of "
+                f"{tuple(negative.shape[1:])}"
+            )
+        return embeds, negative
+
+    # --- on and off ---
 
     def describe(self) -> dict[str, Any]:
         """Say what goes into a picture's metadata: name, scale, image (a hash of its features), hash, sha256, ..."""
-        found: dict[str, Any] = {"name": self.file.name, "scale": self.scale, "image": self._hash}
-        usual = {"start": 0.0, "end": 1.0}
+        scale = getattr(self.scale, "__name__", "a function") if callable(self.scale) else self.scale
+        found: dict[str, Any] = {"name": self.file.name, "scale": scale, "image": self._hash}
+        if not self._is_usual_negative:
+            found["negative_image"] = self._negative_hash
+        if self.mask:
+            found["mask"] = [one.hash for one in self.mask]
+        usual = {"combine": "concat", "start": 0.0, "end": 1.0}
+        usual |= {"lora_scale": 1.0} if self.file.factors else {}
+        usual |= {"shortcut": 0.0} if self.file.reads_face and self.file.reads else {}
         found |= {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
         whole = self.file.hashes[0]
         return {**found, "hash": whole[:10], "sha256": whole}
@@ -325,28 +251,56 @@ class IPAdapter:
 
     def check(self, unet: nn.Module) -> None:
         """Raise UsageError or MismatchError if it cannot be attached to a network."""
-        for attention in self.file.processors(unet):
-            if attention.processor is not None:
+        names = []
+        for place in self.file.places(unet):
+            names.append(place.name)
+            before = place.attention.processor
+            if before is not None and not isinstance(before, ImageAttention):
                 raise UsageError(
                     "an IP-Adapter sets attention processors, and this UNet has some already; take the others off"
                 )
+        for one in self.scale if isinstance(self.scale, list) else [self.scale]:
+            if not callable(one):
+                scales_of(one, names)
 
     def at(self, step: StepInfo) -> None:
         """Learn where the sampler is."""
         object.__setattr__(self, "_step", step)
 
+    def _scales(self, network: nn.Module) -> list[float]:
+        """Give the scale in each attention at this step, or [] where the adapter has no say at all."""
+        if not is_within(self._step, self.start, self.end):
+            return []
+        progress = 0.0 if self._step is None else self._step.index / max(1, self._step.total)
+        scales = scales_of(
+            scale_at(self.scale, progress), [place.name for place in self.file.places(network)]
+        )
+        return scales if any(scales) else []
+
+    def changes(self, network: nn.Module) -> Mapping[str, Change]:
+        """Say what FaceID's LoRA changes at this step."""
+        if not self.file.factors or not self.lora_scale or not self._scales(network):
+            return {}
+        if network not in self._lora:
+            self._lora[network] = self.file.lora_changes(network, self.lora_scale)
+        return self._lora[network]
+
     def attach(self, network: nn.Module) -> Undo:
         """Put the picture's tokens behind the text's; outside of its part of the steps, and at scale 0, nothing."""
         self.check(network)
-        if self.scale == 0 or not is_within(self._step, self.start, self.end):
+        scales = self._scales(network)
+        if not scales:
             return lambda: None
-        first = network.input_blocks[0][0].weight
-        undo = [wrap(network, _WithImage(self))]
-        for attention, processor in self.file.processors(network).items():
-            put(processor, first.device, first.dtype)
-            mine = copy.copy(processor)  # with the same weights
-            mine.scale, mine.num_tokens = self.scale, self.tokens.shape[1]
-            undo.append(fill(attention, "processor", mine))
+        first, places = network.input_blocks[0][0].weight, self.file.places(network)
+        for place in places:
+            put(place.layers, first.device, first.dtype)
+        painted = Painted()
+        undo = [wrap(network, _WithImage(self, painted))]
+        for place, scale in zip(places, scales, strict=True):
+            part = ImagePart(place.layers, scale, self.tokens.shape[1], self.mask, painted)
+            before = place.attention.processor
+            others = () if before is None else before.parts
+            undo.append(fill(place.attention, "processor", ImageAttention((*others, part))))
         return lambda: [one() for one in reversed(undo)] and None
 
     def join(self, context: Tensor) -> Tensor:
@@ -359,28 +313,73 @@ class IPAdapter:
         return torch.cat([context, torch.cat(rows)], dim=1)
 
 
-def _check_features(file: IPAdapterFile, given: Any, name: str) -> Tensor:
-    """Return features of pictures as float32 on the CPU, or say what was wanted."""
-    width, sides = file.projection.width, 2 if file.reads == "embeds" else 3
-    words = f"(n, {width})" if sides == 2 else f"(n, tokens, {width})"
+def _several(given: Any, name: str) -> list[Any]:
+    """Give pictures as a list; [] for None."""
+    if given is None:
+        return []
+    several = list(given) if isinstance(given, list | tuple) else [given]
+    if not 0 < len(several) <= MAX_IMAGES:
+        raise UsageError(f"{name} should be 1 to {MAX_IMAGES} pictures, got {len(several)}")
+    return several
+
+
+def _checked_features(file: IPAdapterFile, given: Any, name: str) -> Tensor:
+    """Return CLIP's features of pictures as float32 on the CPU, or say what was wanted."""
+    width = file.projection.width
+    words, sides = (f"(n, {width})", 2) if file.reads == "embeds" else (f"(n, tokens, {width})", 3)
     if not isinstance(given, Tensor):
         raise UsageError(f"{name} should be a tensor {words}, got {shown(given)}")
     given = given.detach().float().cpu()
-    if given.dim() != sides or given.shape[-1] != width or not 0 < len(given) <= MAX_IMAGES:
+    if given.dim() != sides or given.shape[-1] != width or 0 in given.shape or len(given) > 2 * MAX_IMAGES:
         raise MismatchError(
             f"{name} for '{escaped(file.path)}' should be of shape {words}, got {tuple(given.shape)}; the published "
-            "files read CLIP ViT-H/14's"
+            "files read CLIP ViT-H/14's, those named vit-G bigG's"
         )
     if not torch.isfinite(given).all():
         raise UsageError(f"{name} should be finite, got NaN or infinity")
     return given
 
 
+def _checked_ids(file: IPAdapterFile, given: Any) -> Tensor:
+    """Return embeddings of faces as float32 (n, embed_dim) on the CPU, or say what was wanted."""
+    width = file.projection.embed_dim
+    if isinstance(given, np.ndarray) and given.dtype.kind == "f":
+        given = torch.from_numpy(given.astype(np.float32))
+    if not isinstance(given, Tensor):
+        raise UsageError(f"id_embeds should be a tensor or array (n, {width}), got {shown(given)}")
+    ids = given.detach().float().cpu()
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2 or ids.shape[1] != width or not 0 < len(ids) <= MAX_IMAGES:
+        raise MismatchError(
+            f"id_embeds for '{escaped(file.path)}' should be of shape (n, {width}), got {tuple(given.shape)}"
+        )
+    if not torch.isfinite(ids).all():
+        raise UsageError("id_embeds should be finite, got NaN or infinity")
+    return ids
+
+
+def _tokens(file: IPAdapterFile, features: Features, count: int, shortcut: float) -> Tensor:
+    """Turn features of 1 or `count` pictures into the tokens of `count`, side by side: (1, n, context_dim)."""
+    several = {name: one.expand(count, *one.shape[1:]) for name, one in features.items()}
+    if file.reads_face and file.reads:
+        tokens = file.projection(several["ids"], several[file.reads], shortcut)
+    else:
+        tokens = file.projection(next(iter(several.values())))
+    return tokens.flatten(0, 1)[None]
+
+
+def _hash_of(features: Features) -> str:
+    digest = hashlib.sha256()
+    for _, one in sorted(features.items()):
+        digest.update(one.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 class _WithImage:
     """A UNet's call with a picture's tokens in its context."""
 
-    def __init__(self, adapter: IPAdapter):
-        self._adapter = adapter
+    def __init__(self, adapter: IPAdapter, painted: Painted):
+        self._adapter, self._painted = adapter, painted
 
     def __call__(
         self,
@@ -391,6 +390,9 @@ class _WithImage:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        self._painted.size = tuple(x.shape[2:])
+        for mask in self._adapter.mask:
+            mask.check_aspect(self._painted.size)
         return proceed(x, timesteps, self._adapter.join(context), *args, **kwargs)
 
     def state(self) -> tuple[str]:
