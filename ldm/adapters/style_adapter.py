@@ -104,7 +104,7 @@ class StyleAdapter:
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
-    rank: ClassVar[Rank] = Rank.ATTENTION  # within a ControlNet's, which reads what is asked of the UNet
+    rank: ClassVar[Rank] = Rank.TOKENS
 
     def __post_init__(self) -> None:
         start, end = check_span(self.start, self.end)

@@ -1,10 +1,11 @@
-"""What is attached to a network: the four slots, the order in which things go on and off, and who may ask about it.
+"""What is attached to a network: the five slots, the order in which things go on and off, and who may ask about it.
 
 An attachment (a LoRA, an attention processor, a ControlNet, a cache of deep features) changes what a network answers,
-for as long as it is attached, and leaves no trace behind. There are four slots, in the order in which they are filled:
+for as long as it is attached, and leaves no trace behind. There are five slots, in the order in which they are filled:
 
     weights     Parameter objects, replaced: `attached` folds the changes of all attachments in order and swaps
     attention   CrossAttention.processor, BasicTransformerBlock.around, SpatialTransformer.entering: `fill`
+    tokens      behind those of the text, in the context of a UNet's call: `wrap`
     residuals   maps that a UNet adds to its skips, middle and way down, the arguments `control` and `features` of its
                 call: `wrap`
     shortcuts   which part of a UNet's loop is computed, the argument `deep` of its call: `wrap`
@@ -39,8 +40,9 @@ class Rank(enum.IntEnum):
 
     WEIGHTS = 0
     ATTENTION = 1
-    RESIDUALS = 2
-    SHORTCUTS = 3
+    TOKENS = 2
+    RESIDUALS = 3
+    SHORTCUTS = 4
 
 
 @dataclass(frozen=True)

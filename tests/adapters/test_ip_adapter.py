@@ -17,11 +17,12 @@ from ldm.kernels import cuda_graphs, optimize, restore
 from ldm.modules.attention import CrossAttention
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.processors import AttnProcessor, IPAttnProcessor, named_attentions
-from ldm.modules.seams import StepInfo, attached
+from ldm.modules.seams import Rank, StepInfo, attached, wrap
 
 X, T, C = keyed_input("c.x", (2, 4, 8, 6)), torch.tensor([5, 700]), keyed_input("c.c", (2, 7, 24))
 EMBEDS, STATES = keyed_input("ip.embeds", (2, 20)), keyed_input("ip.hidden", (2, 10, 20))
 IDS = keyed_input("ip.ids", (2, 6))  # of two faces
+STYLE = keyed_input("ip.style", (2, 3, 24))
 
 
 def close(got, want, rel=1e-5):
@@ -526,6 +527,24 @@ def test_a_controlnet_sees_the_text_alone(unet, file, monkeypatch, tmp_path):
         assert torch.equal(seen.pop(), C)
         assert (both - answer(unet, one)).abs().max() > 1e-3
         seen.clear()
+
+
+def test_a_style_is_a_part_of_the_text(unet, file):
+    """In any order of adapters, an IP-Adapter's own tokens are the last ones."""
+
+    class Style:
+        rank = Rank.TOKENS
+        at = check = staticmethod(lambda given: None)
+
+        def attach(self, network):
+            return wrap(
+                network, lambda proceed, x, t, context: proceed(x, t, torch.cat([context, STYLE], dim=1))
+            )
+
+    one = IPAdapter(file, embeds=EMBEDS)
+    want = answer(unet, one, c=torch.cat([C, STYLE], dim=1))
+    for order in ((one, Style()), (Style(), one)):
+        close(answer(unet, *order), want)
 
 
 def test_with_fused_modules_the_numbers_are_the_same(unet, file):
