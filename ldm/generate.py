@@ -36,6 +36,8 @@ from ldm.models.diffusion.samplers import (
 from ldm.models.introspect import downsampling, dtype_of, is_inpainting
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.seams import Scope, StepInfo
+from ldm.options import options as every_option
+from ldm.options import told
 from ldm.process.philox import cuda_normal
 from ldm.request import ImageSpec, Request
 from ldm.results import GenerationParameters, GenerationResult, Progress, painted, versions
@@ -44,22 +46,6 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 log = logging.getLogger(__name__)
-
-# Fields of a Request that denoise() takes, and further ones that a picture's metadata hold as they are.
-DENOISE_OPTIONS = (
-    "sampler",
-    "steps",
-    "spacing",
-    "eta",
-    "guidance_scale",
-    "guidance_rescale",
-    "guidance_interval",
-    "cache_interval",
-    "cache_depth",
-    "merge_ratio",
-    "merge_seed",
-)
-SHARED_OPTIONS = ("mode", "width", "height", "strength", "rng")
 
 # --- its steps ------------------------------------------------------------------------------------
 
@@ -442,7 +428,7 @@ def paint_batch(
     x_T = starting_noise(model, request, b, noise, shared)
 
     # From noise to latents.
-    options |= {option: getattr(request, option) for option in DENOISE_OPTIONS}
+    options |= {one.name: getattr(request, one.name) for one in every_option() if one.part == "denoise"}
     options["adapters"] = unet_attachments(request.adapters)
     for step in denoise(
         model, x_T, context, unconditional_conditioning=unconditional, autocast=autocast, **options
@@ -477,8 +463,8 @@ def finish_batch(
             unit = pictures.paste(unit, request.original, request.mask)
     latents = latents.float().cpu()
     shared = {
-        **{option: getattr(request, option) for option in (*SHARED_OPTIONS, *DENOISE_OPTIONS)},
-        "guidance_interval": list(request.guidance_interval),
+        **{one.name: one.kind.plain(getattr(request, one.name)) for one in told() if not one.each},
+        "mode": request.mode,
         "init_image_hash": request.image_hash,
         "adapters": described(request.adapters),
         "batch_size": b,

@@ -18,75 +18,23 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm import options
 from ldm.comfyui import read_graph
 from ldm.containers import MAX_TEXT, read_exif, read_file, write_comment
 from ldm.errors import UsageError
+from ldm.options import OWN_ETA, Fact, Option
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
 MAX_DEPTH = 8  # of lists in lists in our own chunk
-MAX_WHOLE = 2**64 - 1  # of seeds, the largest whole numbers that anybody writes
 MAX_SEGMENT = 65_533  # bytes of EXIF that a JPEG has room for
 NEGATIVE = "Negative prompt:"
 _QUOTED = re.compile(r'\s*("(?:\\.|[^\\"])+")(?=,|$)')
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})", re.ASCII)
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".webp": "WEBP"}
 
-# A1111's keys in A1111's order, with our names; Size is put together from width and height.
-KEYS = (
-    ("Steps", "steps"),
-    ("Sampler", "sampler"),
-    ("Schedule type", "spacing"),
-    ("CFG scale", "guidance_scale"),
-    ("Seed", "seed"),
-    ("Size", "size"),
-    ("Model hash", "model_hash"),
-    ("Model", "model"),
-    ("Denoising strength", "strength"),
-    ("Eta", "eta"),
-    ("Init image hash", "init_image_hash"),
-    ("Guidance interval", "guidance_interval"),
-    ("Cache interval", "cache_interval"),
-    ("Cache depth", "cache_depth"),
-    ("Token merging ratio", "merge_ratio"),
-    ("Token merging seed", "merge_seed"),
-    ("Lora hashes", "lora_hashes"),
-    ("TI hashes", "ti_hashes"),
-    ("RNG", "rng"),
-    ("Version", "version"),
-)
 HASHES = {"Lora hashes": "LoRA", "TI hashes": "Embedding"}  # that are written only: a hash names no file here
-SAMPLER_WORDS = {
-    "ddim": "DDIM",
-    "plms": "PLMS",
-    "ddpm": "DDPM",
-    "dpm_solver": "DPM-Solver",
-    "dpmpp_2m": "DPM++ 2M",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpm2": "DPM2",
-    "dpm2_a": "DPM2 a",
-    "lms": "LMS",
-    "dpmpp_2s_a": "DPM++ 2S a",
-}
-OWN_ETA = {"euler_a": 1, "dpm2_a": 1, "dpmpp_2s_a": 1}  # which is not said; of all others it is 0
-SPACING_WORDS = {
-    "karras": "Karras",
-    "exponential": "Exponential",
-    "polyexponential": "Polyexponential",
-    "normal": "Normal",
-    "sgm_uniform": "SGM Uniform",
-    "simple": "Simple",
-    "ddim_uniform": "DDIM",
-    "beta_sigma": "Beta",
-    "kl_optimal_open": "KL Optimal",
-    "align_your_steps": "Align Your Steps",
-    "turbo": "Turbo",
-}
-_WHOLE = {"steps", "seed", "width", "height", "cache_interval", "cache_depth", "merge_seed"}
-_REAL = {"guidance_scale", "strength", "eta", "merge_ratio"}
 
 
 def clean(text: str) -> str:
@@ -116,35 +64,45 @@ def unquote(text: str) -> str:
 def to_infotext(parameters: Mapping[str, Any]) -> str:
     """Write parameters as A1111's text: prompt, negative prompt if there is one, one line of `Key: value`."""
     values = dict(parameters)
-    if values.get("eta") == OWN_ETA.get(values.get("sampler"), 0):
-        values["eta"] = None
-    values["sampler"] = SAMPLER_WORDS.get(values.get("sampler"), values.get("sampler"))
-    if values.get("width") and values.get("height"):
-        values["size"] = f"{values['width']}x{values['height']}"
-    # A missing RNG is read as GPU. Ours is drawn on the CPU, one generator an image, exactly as A1111's
-    # "CPU".
-    values["rng"] = {"image": "CPU", "nv": "NV", "compvis": "CompVis"}.get(
-        values.get("rng"), values.get("rng")
-    )
-    spacing = values.get("spacing")  # a list of sigmas is in our own chunk only
-    values["spacing"] = SPACING_WORDS.get(spacing, spacing) if isinstance(spacing, str) else None
-    # Options that are off are left out, so that other programs' readers meet no key that they do not know.
-    low, high = values.get("guidance_interval") or (0, 1)
-    values["guidance_interval"] = f"{low} to {high}" if (low, high) != (0, 1) else None
-    if values.get("cache_interval", 1) == 1:
-        values["cache_interval"] = values["cache_depth"] = None
-    if not values.get("merge_ratio"):
-        values["merge_ratio"] = values["merge_seed"] = None
-    for key, kind in HASHES.items():
-        ours = [one for one in values.get("adapters") or () if one.get("kind") == kind]
-        values[dict(KEYS)[key]] = ", ".join(f"{one['name']}: {one['hash']}" for one in ours) or None
-    if values.get("version"):
-        values["version"] = f"ldm {values['version']}"
-    options = ", ".join(f"{key}: {quote(values[name])}" for key, name in KEYS if values.get(name) is not None)
+    pairs = []
+    for entry in options.TABLE:
+        value = _fact(entry, values) if isinstance(entry, Fact) else _said(entry, values)
+        if entry.infotext is not None and value is not None:
+            pairs.append(f"{entry.infotext}: {quote(value)}")
     lines = [clean(values.get("prompt", ""))]
     if values.get("negative_prompt"):
         lines.append(f"{NEGATIVE} {clean(values['negative_prompt'])}")
-    return "\n".join([*lines, options]).strip()
+    return "\n".join([*lines, ", ".join(pairs)]).strip()
+
+
+def _said(option: Option, values: Mapping[str, Any]) -> str | None:
+    """Write an option's value; None where it is off, so that other readers meet no key that they do not know."""
+    value = values.get(option.name)
+    if value is None or option.infotext is None:
+        return None
+    if option.name == "eta" and value == OWN_ETA.get(values.get("sampler"), 0):
+        return None
+    if option.beside is not None:
+        other = next(one for one in options.options() if one.name == option.beside)
+        return option.kind.write(value) if _is_on(other, values) else None
+    return option.kind.write(value) if option.always or _is_on(option, values) else None
+
+
+def _is_on(option: Option, values: Mapping[str, Any]) -> bool:
+    value = values.get(option.name)
+    return value is not None and option.kind.plain(value) != option.kind.plain(option.default)
+
+
+def _fact(fact: Fact, values: Mapping[str, Any]) -> Any:
+    """Give what a picture's text says beside its options; None where there is nothing to say."""
+    if fact.name == "size":
+        sides = values.get("width"), values.get("height")
+        return f"{sides[0]}x{sides[1]}" if all(sides) else None
+    if fact.infotext in HASHES:
+        ours = [one for one in values.get("adapters") or () if one.get("kind") == HASHES[fact.infotext]]
+        return ", ".join(f"{one['name']}: {one['hash']}" for one in ours) or None
+    value = values.get(fact.name)
+    return f"ldm {value}" if fact.name == "version" and value else value
 
 
 def from_infotext(text: str) -> dict[str, Any]:
@@ -166,21 +124,17 @@ def from_infotext(text: str) -> dict[str, Any]:
     found: dict[str, Any] = {"prompt": "\n".join(prompt).strip()}
     if negative:
         found["negative_prompt"] = "\n".join(negative).strip()
-    ours, extra = dict(KEYS), {}
-    words = {word: name for name, word in SAMPLER_WORDS.items()}
-    # "Automatic" is what the program takes for the sampler, which may not be what ours takes.
-    spacings = {word: name for name, word in SPACING_WORDS.items()} | {"Uniform": "normal", "Automatic": None}
+    ours, extra = {entry.infotext: entry for entry in options.TABLE if entry.infotext}, {}
     for key, raw in pairs:
-        value = unquote(raw.strip())
+        value, entry = unquote(raw.strip()), ours.get(key)
         if key == "Size" and (size := _SIZE.fullmatch(value)):
             found["width"], found["height"] = int(size[1]), int(size[2])
-        elif key == "Schedule type":
-            if (spacing := spacings.get(value, value)) is not None:
-                found["spacing"] = spacing
-        elif key in ours and key not in ("Size", *HASHES):
-            found |= _typed(ours[key], words.get(value, value) if key == "Sampler" else value)
-        else:
+        elif entry is None or key in ("Size", *HASHES):
             extra[key] = value
+        elif isinstance(entry, Fact):
+            found[entry.name] = value
+        elif (read := entry.kind.read(value)) is not None:
+            found[entry.name] = read
     return found | ({"extra": extra} if extra else {})
 
 
@@ -205,29 +159,6 @@ def _pairs(line: str) -> list[tuple[str, str]]:
         pairs.append((key, quoted[1] if quoted else line[at:end]))
         at = end + 1
     return pairs
-
-
-def _typed(name: str, value: str) -> dict[str, Any]:
-    """Make {name: value} of the right type, or {} if the text is no such value."""
-    if name in _WHOLE:
-        sound = re.fullmatch(r"[0-9]{1,20}", value) and int(value) <= MAX_WHOLE
-        return {name: int(value)} if sound else {}
-    if name in _REAL:
-        numbers = _numbers(value)
-        return {name: numbers[0]} if len(numbers) == 1 else {}
-    if name == "guidance_interval":
-        numbers = _numbers(*value.split(" to "))
-        return {name: numbers} if len(numbers) == 2 else {}
-    return {name: value}
-
-
-def _numbers(*texts: str) -> list[float]:
-    """Read finite numbers; [] if one of the texts is none."""
-    try:
-        numbers = [float(text[:40]) for text in texts]
-    except ValueError:
-        return []
-    return numbers if all(map(math.isfinite, numbers)) else []
 
 
 def png_info(parameters: Mapping[str, Any]) -> PngInfo:
@@ -384,19 +315,15 @@ def _from_ours(text: str) -> dict[str, Any]:
     return {name: value for name, value in found.items() if _finite(value)}
 
 
-def _numbers_and_words(raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _fitting(raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Take the fields named {theirs: ours} whose values have the right type."""
-    found = {}
-    for theirs, ours in names.items():
-        value = raw.get(theirs)
-        if isinstance(value, str) and ours not in _WHOLE | _REAL:
-            found[ours] = clean(value)
-        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_WHOLE:
-            if ours in _REAL:
-                found[ours] = value
-            elif ours in _WHOLE and value >= 0 and value == int(value):
-                found[ours] = int(value)
-    return found
+    kinds = {one.name: one.kind for one in options.options()}
+    found = {ours: kinds[ours].take(raw.get(theirs)) for theirs, ours in names.items()}
+    return {
+        name: clean(value) if isinstance(value, str) else value
+        for name, value in found.items()
+        if value is not None
+    }
 
 
 def _from_invokeai(text: str) -> dict[str, Any]:
@@ -411,9 +338,9 @@ def _from_invokeai(text: str) -> dict[str, Any]:
         "height": "height",
         "strength": "strength",
     }
-    return _numbers_and_words(_mapping(_json(text)), names)
+    return _fitting(_mapping(_json(text)), names)
 
 
 def _from_comfyui(text: str) -> dict[str, Any]:
     found = read_graph(_mapping(_json(text)))
-    return _numbers_and_words(found, {name: name for name in found})
+    return _fitting(found, {name: name for name in found})

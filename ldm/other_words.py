@@ -7,20 +7,17 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from ldm import options
 from ldm.errors import OptionError, nearest
 
 AT_MOST = 3  # unknown keywords that one error tells of
 
 # A keyword elsewhere -> ours. A target that a function does not have is no answer there and is passed over.
 KEYWORDS = {
-    # diffusers
-    "num_inference_steps": "steps",
+    # what neither a flag nor a line of a prompt file is called
     "generator": "seed",
-    "num_images_per_prompt": "num_images",
     "mask_image": "mask",
     "init_image": "image",
-    "denoising_strength": "strength",
-    "scheduler": "sampler",
     "callback_on_step_end": "callback",
     "callback_steps": "callback",
     "latents": "seed",
@@ -29,31 +26,13 @@ KEYWORDS = {
     "original_config_file": "config",
     "config_file": "config",
     "disable_progress_bar": "progress",
-    # the web UIs
-    "cfg": "guidance_scale",
-    "cfg_scale": "guidance_scale",
-    "sampler_name": "sampler",
     "sampler_index": "sampler",
-    "batch_count": "num_images",
-    "denoise": "strength",
     "denoising": "strength",
-    "negative": "negative_prompt",
     "init_images": "image",
-    "num_steps": "steps",
-    # CompVis's scripts
-    "scale": "guidance_scale",
     "unconditional_guidance_scale": "guidance_scale",
-    "ddim_steps": "steps",
-    "ddim_eta": "eta",
-    "n_iter": "num_images",
-    "n_samples": "batch_size",
     "init_img": "image",
-    "H": "height",
-    "W": "width",
     "ckpt_config": "config",
     "precision": "dtype",
-    # and anybody
-    "guidance": "guidance_scale",
     "num_samples": "num_images",
     "num_outputs": "num_images",
     "n": "num_images",
@@ -66,6 +45,8 @@ KEYWORDS = {
     "lowvram": "low_vram",
     "medvram": "low_vram",
     "ema": "use_ema",
+    # and what one is
+    **options.other_names(lambda option: option.keyword),
 }
 # What a value of ours looks like where it differs from theirs.
 HOW = {"seed": "a number, or a list with one for each picture", "sampler": "by name, such as 'plms'"}
@@ -216,9 +197,16 @@ def taking_options_of(
         known = [p.name for p in signature.parameters.values() if p.name not in ("self", "cls")]
 
         @functools.wraps(function)
-        def checked(*args: Any, **options: Any) -> Any:
-            check_keywords(function.__name__, options, known)
-            return function(*args, **options)
+        def checked(*args: Any, **given: Any) -> Any:
+            # Options of ldm.options are asked for anew: there may be more of them by now.
+            more = getattr(source, "further_keywords", tuple)()
+            check_keywords(
+                function.__name__, given, [*known, *(name for name in more if name not in without)]
+            )
+            return function(*args, **given)
+
+        if hasattr(source, "further_keywords"):
+            checked.further_keywords = source.further_keywords
 
         checked.__signature__ = signature
         about = inspect.cleandoc(getattr(source, "__doc__", None) or "")

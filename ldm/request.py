@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import os
 import secrets
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ldm import images as pictures
+from ldm import options
 from ldm.adapters.deepcache import DeepCache, check_cache
 from ldm.adapters.tome import TokenMerging, check_merging
 from ldm.adapters.use import PromptWords, check_adapters
@@ -26,29 +30,24 @@ from ldm.limits import (
     AUTO,
     AUTO_AT_MOST,
     AUTO_CELLS,
-    BATCH_SIZE,
     CELLS,
-    GUIDANCE_SCALE,
     MAX_PROMPT,
     MAX_SEED,
-    NUM_IMAGES,
-    RNGS,
     SHARE,
     about_whole,
-    choice,
     is_whole,
     real,
     whole,
 )
 from ldm.models.diffusion.samplers import (
     SAMPLERS,
-    WHOLE_INTERVAL,
     check_eta,
-    check_interval,
     split_sampler,
     start_level,
 )
 from ldm.models.introspect import context_width, downsampling, dtype_of, is_inpainting, native_size  # noqa: F401
+from ldm.options import Values
+from ldm.other_words import check_keywords
 from ldm.process.sigmas import check_sigmas
 
 if TYPE_CHECKING:
@@ -75,38 +74,22 @@ class ImageSpec:
     row: int | None = None  # into prompt_embeds, where those were given
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a caller asks of a model, every part of it checked; check_request makes them."""
+class Request(Values):
+    """What a caller asks of a model, every part of it checked; check_request makes them.
+
+    Its attributes are those below and every option of ldm.options that belongs to all of its images, such as `steps`.
+    """
 
     mode: Literal["txt2img", "img2img", "inpaint"]
     images: list[ImageSpec]
-    batch_size: int
-    height: int
-    width: int
     image: Tensor | None  # (1, 3, height, width) in [-1, 1], for the encoder
     original: Tensor | None  # the same in [0, 1], as it comes back where nothing is painted
     image_hash: str | None
     mask: Tensor | None  # (1, 1, height, width), 1 = repaint
-    strength: float | None
     run_last: int  # of the steps, with a picture to start from
-    steps: int
-    sampler: str
-    spacing: str | list[float] | None
-    guidance_scale: float
-    guidance_rescale: float
-    guidance_interval: tuple[float, float]
-    cache_interval: int
-    cache_depth: int
-    merge_ratio: float
-    merge_seed: int | None
-    eta: float
-    rng: Literal["image", "nv", "compvis"]
-    fixed_code: bool
-    output_type: Literal["pil", "np", "pt", "latent"]
     embeds: Tensor | None
     negative_embeds: Tensor | None
-    adapters: tuple[Any, ...] = ()
+    adapters: tuple[Any, ...]
 
     def __repr__(self) -> str:
         how = f"{self.sampler}, {self.steps} steps, guidance_scale {self.guidance_scale:g}"
@@ -116,126 +99,98 @@ class Request:
 Job, Shot = Request, ImageSpec  # as they were called in ldm.wish
 
 
+def _with_options(function: Callable[..., Request]) -> Callable[..., Request]:
+    """Show every keyword of ldm.options in a function's signature and docstring."""
+    signature = inspect.signature(function)
+    own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    further = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in options.keywords().items()
+    ]
+    function.__signature__ = signature.replace(parameters=own + further)
+    function.further_keywords = options.keywords  # asked at each call
+    function.__doc__ = function.__doc__.replace(
+        "        OPTIONS", textwrap.indent(options.describe(), " " * 8)
+    )
+    return function
+
+
+@_with_options
 def check_request(
     model: LatentDiffusion,
     defaults: SamplingDefaults,
     prompt: str | Sequence[str] | None,
     *,
-    negative_prompt: str | Sequence[str] = "",
     image: Any = None,
     mask: Any = None,
-    strength: float | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    steps: int | None = None,
-    sampler: str = "ddim",
-    spacing: str | Sequence[float] | None = None,
-    guidance_scale: float | None = None,
-    guidance_rescale: float = 0.0,
-    guidance_interval: Sequence[float] = WHOLE_INTERVAL,
-    cache_interval: int = 1,
-    cache_depth: int = 1,
-    merge_ratio: float = 0.0,
-    merge_seed: int | None = None,
-    eta: float | None = None,
-    seed: int | str | Sequence[int] | None = None,
-    num_images: int = 1,
-    batch_size: int | Literal["auto"] = 4,
-    rng: Literal["image", "nv", "compvis"] = "image",
-    fixed_code: bool = False,
-    output_type: Literal["pil", "np", "pt", "latent"] = "pil",
     prompt_embeds: Tensor | None = None,
     negative_prompt_embeds: Tensor | None = None,
     adapters: Sequence[Any] = (),
+    **given: Any,
 ) -> Request:
     """Check every part of a request against a model, without painting.
 
     Args:
         prompt: a text, or several; each is painted num_images times, in this order.
-        negative_prompt: one text for all, or one for each prompt; None is the empty one.
         image: PIL picture, path, or (1, 3, height, width) in [-1, 1]: repaint this one.
         mask: PIL picture, path, or (1, 1, height, width): white, or 1, is repainted, the rest kept.
-        strength: 0 to 1, how much of the picture is forgotten; default 0.75, with a mask 1.
-        height, width: pixels, multiples of the model's f (8); default the picture's or the model's own.
-        steps: 1 to the model's number of levels; with strength, that share of them is run. None is the model's
-            (`defaults`), or the fewest that it advises for this sampler if those are more.
-        sampler: "ddim", "plms", "ddpm", "dpm_solver", "dpmpp_2m", "euler", "euler_a", "heun", "dpm2", "dpm2_a",
-            "lms", "dpmpp_2s_a", in any usual spelling, also with its spacing: "DPM++ 2M Karras".
-        spacing: which levels are visited: "karras", "trailing" and others of docs/samplers.md, or steps + 1 sigmas;
-            None is the sampler's own.
-        guidance_scale: 0 to 100; 1 ignores the negative prompt and takes half the time; None is the model's.
-        guidance_interval: (low, high): only levels t of T with low <= t / T < high are guided, the others
-            take half the time; 0 is the cleanest.
-        cache_interval: ask the whole UNet at every so many-th step only, and at the steps between its
-            outermost `cache_depth` blocks on either way.
-        merge_ratio: 0 to 0.75, the share of tokens that are merged before the finest self-attentions;
-            merge_seed draws which ones may be merged into. All five: docs/knobs.md.
-        eta: 0 to 1, fresh noise in each step of DDIM and of the ancestral samplers; None is the sampler's own, 0 for
-            DDIM and 1 for "euler_a" and its like.
-        seed: image i has seed + i; a list names each; None, -1 and "random" draw one, which is in the result's seeds.
-            0 to 2^64 - 1, of which the generator on the CPU keeps 32 bits: 2^32 + 5 paints what 5 paints (not with
-            rng="nv", which keeps all).
-        batch_size: how many are painted at once; no image depends on it but for rounding (not rng="compvis"). "auto" is
-            fast for many small pictures: as many as have together the latent cells of one of 512 x 512, 16 at most.
-        rng: "image" draws image i from its own CPU generator; "nv" draws it as an NVIDIA GPU does, on any
-            device, A1111's "NV" and what its seeds mean on such a GPU; "compvis" seeds the global generators
-            once, at the call, and draws whole batches in the original's order: picture encoding, x_T,
-            then each step. With "compvis" a picture depends on its place in its batch.
-        fixed_code: begin every batch with the same noise, CompVis's --fixed_code.
-        output_type: "pil"; "np" (n, height, width, 3) and "pt" (n, 3, height, width) in [0, 1]; "latent".
         prompt_embeds, negative_prompt_embeds: (n, tokens, d) text features that replace the prompts'.
         adapters: of ldm.adapters: LoRA, Embedding, ControlNet, T2IAdapter, IPAdapter, TokenMerging, DeepCache, any
             number; docs/adapters.md, docs/controls.md.
+        OPTIONS
 
     Raises:
         UsageError: a value out of range, or of another kind.
         MismatchError: an adapter that is for another model.
     """
-    rng = choice("rng", rng, RNGS)
-    if not isinstance(fixed_code, bool | np.bool_):
-        raise UsageError(f"fixed_code must be True or False, got {shown(fixed_code)}")
-    if guidance_scale is None:
-        guidance_scale = defaults.guidance_scale
+    keywords = options.keywords()
+    check_keywords("check_request", given, keywords)
+    given = SimpleNamespace(**{**keywords, **given})
+    # What needs the model, or several options together; the others are checked by their kinds.
     is_inpainting(model)  # refuses UNets of other kinds
     f = downsampling(model)
-    picture = check_picture(image, mask, strength, width, height, f, defaults)
-    if isinstance(batch_size, str) and batch_size == AUTO:
-        batch_size = auto_batch_size(picture["height"] // f, picture["width"] // f)
-    batch_size = whole("batch_size", batch_size, *BATCH_SIZE)
-    prompts, negatives = list_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+    checked = check_picture(image, mask, given.strength, given.width, given.height, f, defaults)
+    if isinstance(given.batch_size, str) and given.batch_size == AUTO:
+        given.batch_size = auto_batch_size(checked["height"] // f, checked["width"] // f)
+    if given.guidance_scale is None:
+        given.guidance_scale = defaults.guidance_scale
+    prompts, negatives = list_prompts(prompt, given.negative_prompt, prompt_embeds, negative_prompt_embeds)
     check_embeds(prompt_embeds, negative_prompt_embeds, context_width(model))
-    num_images = whole("num_images", num_images, *NUM_IMAGES)
-    seeds = list_seeds(seed, len(prompts) * num_images)
-    if rng == "compvis":
-        seeds = [seeds[0]] * len(seeds)
-    elif fixed_code:
-        seeds = [seeds[i % batch_size] for i in range(len(seeds))]
+    checked |= check_sampling(
+        model, defaults, given.sampler, given.steps, given.spacing, given.eta, checked["strength"]
+    )
     words = [*prompts, *negatives] if prompt_embeds is None else []
-    adapting = check_adapting(model, words, adapters, cache_interval, cache_depth, merge_ratio, merge_seed)
+    checked |= check_adapting(
+        model, words, adapters, given.cache_interval, given.cache_depth, given.merge_ratio, given.merge_seed
+    )
+    for option in options.options():
+        if option.keyword and not option.each and option.name not in checked:
+            value = getattr(given, option.name)
+            is_left = value is None and option.default is None
+            checked[option.name] = None if is_left else option.kind.check(option.name, value)
     return Request(
-        images=[
-            ImageSpec(
-                prompts[i],
-                negatives[i],
-                seeds[i * num_images + j],
-                i if prompt_embeds is not None else None,
-            )
-            for i in range(len(prompts))
-            for j in range(num_images)
-        ],
-        batch_size=batch_size,
-        **picture,
-        **check_sampling(model, defaults, sampler, steps, spacing, eta, picture["strength"]),
-        guidance_scale=real("guidance_scale", guidance_scale, *GUIDANCE_SCALE),
-        guidance_rescale=real("guidance_rescale", guidance_rescale, *SHARE),
-        guidance_interval=check_interval(guidance_interval),
-        **adapting,
-        rng=rng,
-        fixed_code=fixed_code,
-        output_type=choice("output_type", output_type, ("pil", "np", "pt", "latent")),
+        images=list_images(prompts, negatives, given.seed, prompt_embeds is not None, checked),
         embeds=prompt_embeds,
         negative_embeds=negative_prompt_embeds,
+        **checked,
     )
+
+
+def list_images(
+    prompts: Sequence[str], negatives: Sequence[str], seed: Any, has_embeds: bool, checked: Mapping[str, Any]
+) -> list[ImageSpec]:
+    """List the images of a request: each prompt num_images times, each with its seed."""
+    count = checked["num_images"]
+    seeds = list_seeds(seed, len(prompts) * count)
+    if checked["rng"] == "compvis":
+        seeds = [seeds[0]] * len(seeds)
+    elif checked["fixed_code"]:
+        seeds = [seeds[i % checked["batch_size"]] for i in range(len(seeds))]
+    return [
+        ImageSpec(prompts[i], negatives[i], seeds[i * count + j], i if has_embeds else None)
+        for i in range(len(prompts))
+        for j in range(count)
+    ]
 
 
 # --- adapters -------------------------------------------------------------------------------------

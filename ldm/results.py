@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,34 +18,22 @@ from torch import Tensor
 
 from ldm import images as pictures
 from ldm.errors import UsageError
+from ldm.options import Values
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-@dataclass(frozen=True)
-class GenerationParameters:
-    """How one image was made: all that is needed to make it again, as it is written into its PNG."""
+class GenerationParameters(Values):
+    """How one image was made: all that is needed to make it again, as it is written into its PNG.
+
+    Its attributes are those below and every option of ldm.options that is told.
+    """
 
     mode: Literal["txt2img", "img2img", "inpaint"]
     prompt: str
     negative_prompt: str
     seed: int
-    steps: int
-    sampler: str
-    spacing: str | list[float] | None
-    guidance_scale: float
-    guidance_rescale: float
-    guidance_interval: list[float]
-    cache_interval: int
-    cache_depth: int
-    merge_ratio: float
-    merge_seed: int | None
-    eta: float
-    width: int
-    height: int
-    strength: float | None
-    rng: Literal["image", "nv", "compvis"]
     batch_size: int
     batch_index: int  # place within its batch; matters for rng="compvis" only
     dropped_words: list[str]  # of the prompt and the negative prompt, beyond what the text encoder reads
@@ -57,7 +45,7 @@ class GenerationParameters:
     threads: int
     torch: str
     version: str
-    adapters: list[dict[str, Any]] = field(default_factory=list)  # kind, name, weight, hash ... of each
+    adapters: list[dict[str, Any]]  # kind, name, weight, hash ... of each
 
 
 @dataclass
@@ -157,7 +145,7 @@ def versions() -> dict[str, Any]:
 
 def metadata_of(parameters: GenerationParameters, model_file: Path | None) -> dict[str, Any]:
     """Collect what goes into the PNG of an image, its model's hash included."""
-    return asdict(parameters) | {"model_hash": file_hash(model_file)}
+    return vars(parameters) | {"model_hash": file_hash(model_file)}
 
 
 def painted(

@@ -11,21 +11,21 @@ try:
 except ModuleNotFoundError:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ldm.cli import number, paint, painting_parser, run
-from ldm.limits import SHARE
+from ldm.cli import paint, painting_parser, run
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, paint, save."""
     parser = painting_parser(
-        "img2img.py", "Repaint a picture by a prompt.", outdir="outputs/img2img-samples", scale=5.0
+        "img2img.py",
+        "Repaint a picture by a prompt.",
+        outdir="outputs/img2img-samples",
+        scale=5.0,
+        strength=0.75,
     )
     parser.add_argument("--init-img", "--init_img", required=True, help="the picture to begin with")
-    parser.add_argument(
-        "--strength", type=number(*SHARE), default=0.75, help="how much of it is forgotten: 0 returns it"
-    )
     args = parser.parse_args(argv)
-    paint(args, {"image": args.init_img, "strength": args.strength})
+    paint(args, {"image": args.init_img})
 
 
 if __name__ == "__main__":

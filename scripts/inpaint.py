@@ -12,9 +12,8 @@ try:
 except ModuleNotFoundError:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ldm.cli import FORMATS, number, paint, painting_parser, run
+from ldm.cli import FORMATS, paint, painting_parser, run
 from ldm.errors import AbsentError, UsageError
-from ldm.limits import SHARE
 
 SUFFIX = "_mask.png"
 
@@ -32,14 +31,15 @@ def pairs_in(folder: str) -> list[tuple[Path, Path]]:
 def main(argv: list[str] | None = None) -> None:
     """Parse, paint, save."""
     parser = painting_parser(
-        "inpaint.py", "Repaint the white parts of a mask.", outdir="outputs/inpaint-samples", scale=7.5
+        "inpaint.py",
+        "Repaint the white parts of a mask.",
+        outdir="outputs/inpaint-samples",
+        scale=7.5,
+        strength=1.0,
     )
     parser.add_argument("--init-img", "--init_img", help="the picture to repaint")
     parser.add_argument("--mask", help="its mask: white is repainted, black is kept")
     parser.add_argument("--indir", help="a folder with x.png and x_mask.png; results keep the names")
-    parser.add_argument(
-        "--strength", type=number(*SHARE), default=1.0, help="how much of the white part is forgotten"
-    )
     args = parser.parse_args(argv)
     if (args.indir is None) == (args.init_img is None) or (args.init_img is None) != (args.mask is None):
         raise UsageError("give --init-img and --mask, or --indir; see inpaint.py --help")
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         args.prompt = ""  # as CompVis's, which knows no prompts: fill in what fits
 
     pairs = pairs_in(args.indir) if args.indir is not None else [(args.init_img, args.mask)]
-    sources = [{"image": image, "mask": mask, "strength": args.strength} for image, mask in pairs]
+    sources = [{"image": image, "mask": mask} for image, mask in pairs]
     if args.indir is None:
         paint(args, *sources)
         return

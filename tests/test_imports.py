@@ -19,7 +19,7 @@ SOURCES = sorted((ROOT / "ldm").rglob("*.py"))
 ROOMS = (
     ("errors",),
     ("limits", "values"),
-    ("config_text",),
+    ("config_text", "options"),
     (
         "batches",
         "config",

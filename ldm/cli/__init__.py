@@ -4,12 +4,11 @@ from ldm.cli.guided import diffusion_parser, given_flags
 from ldm.cli.painting import check, paint
 from ldm.cli.painting_options import FORMATS, painting_parser
 from ldm.cli.parser import Parser, integer, number, seed
-from ldm.cli.prompts import LINE_OPTIONS, Line, read_prompts
+from ldm.cli.prompts import Line, read_prompts
 from ldm.cli.running import printable, run, say
 
 __all__ = [
     "FORMATS",
-    "LINE_OPTIONS",
     "Line",
     "Parser",
     "check",

@@ -22,13 +22,13 @@ from ldm.cli.painting_options import (
     FORMATS,
     GRID_AT_MOST,
     GRID_ROW,
-    KNOBS,
     PRECISIONS,
 )
-from ldm.cli.prompts import REPEATED, Line, read_prompts
+from ldm.cli.prompts import Line, read_prompts
 from ldm.cli.running import printable, say
 from ldm.errors import AbsentError, LdmError, UsageError, nearest_file, refuse_elsewhere, shown
 from ldm.limits import AUTO
+from ldm.options import keywords, options, repeated
 
 if TYPE_CHECKING:
     import torch
@@ -82,13 +82,13 @@ def paint(args: argparse.Namespace, *sources: dict[str, Any], save: Save | None 
             return result.save(samples, "{:05}" + FORMATS[args.format], metadata=not args.no_metadata)
 
     sd = load_model(args, pick_device(args.device))
-    scale = args.scale
+    scale = args.guidance_scale
     if scale is None and (sd.report is None or sd.report.sampling.guidance_scale is None):
         scale = args.v1_scale
     add_embeddings(groups, Embeddings(sd.model))
     requests: deque[tuple[int, Request]] = deque()
     for group in groups:  # all of them are checked before the first picture is begun
-        options = {"guidance_scale": scale, **group.options}
+        options = group.options | ({} if "guidance_scale" in group.own else {"guidance_scale": scale})
         with placed(group):
             request = sd.plan(group.prompts, negative_prompt=group.negatives, seed=group.seeds, **options)
         requests.append((group.source, request))
@@ -132,12 +132,12 @@ def check(args: argparse.Namespace, *sources: dict[str, Any]) -> list[Group]:
                 f"--{option.replace('_', '-')} {getattr(args, option)} needs --ckpt, the file with the weights"
             )
     name = sampler_of(args)
-    for side, pixels in (("height", args.H), ("width", args.W)):
+    for side, pixels in (("height", args.height), ("width", args.width)):
         if args.ckpt is None and pixels is not None:  # of another model the cell is not known yet
             check_size(side, pixels, 8)
     sampler, args.spacing = split_sampler(name, args.spacing)
-    if args.ddim_eta is not None:
-        check_eta(SAMPLERS[sampler], args.ddim_eta)
+    if args.eta is not None:
+        check_eta(SAMPLERS[sampler], args.eta)
     check_interval(args.guidance_interval)
     if args.lowvram and args.compile:
         raise UsageError(
@@ -158,7 +158,7 @@ def check(args: argparse.Namespace, *sources: dict[str, Any]) -> list[Group]:
         {what: open_image(source[what]) for what in ("image", "mask") if what in source} for source in sources
     ]
     for group in groups:
-        for option in REPEATED:
+        for option in repeated():
             with placed(group, option):
                 check_there(group.options[option])
     files: dict[str, LoraFile] = {}
@@ -187,7 +187,7 @@ def placed(group: Group, *options: str) -> Iterator[None]:
     except LdmError as error:
         if not options:  # an error of an option names it, one of a file the file
             named = [name for name in group.own if name in str(error)]
-            options = tuple(named) if isinstance(error, UsageError) else REPEATED
+            options = tuple(named) if isinstance(error, UsageError) else repeated()
         if any(option in group.own for option in options):
             raise type(error)(f"{group.place}: {error}") from None
         raise
@@ -210,7 +210,7 @@ def lines_of(args: argparse.Namespace) -> list[Line]:
     prompt = args.prompt
     if prompt is None:
         prompt = DEFAULT_PROMPT if args.ckpt is None else COMPVIS_PROMPT
-    return [Line(prompt, {} if args.n_samples == AUTO else {"batch_size": args.n_samples})]
+    return [Line(prompt, {} if args.batch_size == AUTO else {"batch_size": args.batch_size})]
 
 
 def lay_out(
@@ -219,11 +219,9 @@ def lay_out(
     """Lay out the whole run, picture by picture, in CompVis's order: all prompts, then all again, n_iter times."""
     from ldm.request import draw_seed
 
-    common = {"steps": args.ddim_steps, "sampler": sampler, "spacing": args.spacing}
-    common |= {"height": args.H, "width": args.W, "eta": args.ddim_eta, "rng": args.rng}
-    common |= {name: getattr(args, name) for name in KNOBS}
-    common |= {"lora": tuple(args.lora), "embedding": tuple(args.embedding)}
-    common |= {"batch_size": args.n_samples, "fixed_code": args.fixed_code, **args.like_also}
+    each = [one.name for one in options() if one.each]
+    common = {name: getattr(args, name) for name in keywords() if hasattr(args, name) and name not in each}
+    common |= {name: tuple(getattr(args, name)) for name in repeated()} | {"sampler": sampler}
 
     def start(seed: int | None) -> int:
         return draw_seed() if seed is None else seed
@@ -300,7 +298,7 @@ def _save_grids(
     from ldm.images import grid, save_numbered
     from ldm.metadata import Painted, png_info
 
-    nrow = args.n_rows or (GRID_ROW if args.n_samples == AUTO else args.n_samples)
+    nrow = args.n_rows or (GRID_ROW if args.batch_size == AUTO else args.batch_size)
     at_most = max(nrow, GRID_AT_MOST // nrow * nrow)
     for start in range(0, len(finished), at_most):
         part = finished[start : start + at_most]

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
-from ldm.errors import UsageError, nearest, shown
-from ldm.limits import SEED, about_real, about_whole, is_real, is_whole
+from ldm.errors import UsageError, nearest
+from ldm.options import Number, Seed, Whole
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -97,46 +97,13 @@ class Parser(argparse.ArgumentParser):
 
 def integer(low: int, high: int) -> Callable[[str], int]:
     """Make an argparse type that takes whole numbers from low to high, both included."""
-
-    def parse(text: str) -> int:
-        wanted = f"wanted {about_whole(low, high)}, got {shown(text)}"
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(wanted) from None
-        if not is_whole(value, low, high):
-            raise argparse.ArgumentTypeError(wanted)
-        return value
-
-    return parse
+    return Whole(low, high).parse
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
     """Make an argparse type that takes finite numbers from low to high, both included."""
-
-    def parse(text: str) -> float:
-        wanted = f"wanted {about_real(low, high)}, got {shown(text)}"
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(wanted) from None
-        if not is_real(value, low, high):
-            raise argparse.ArgumentTypeError(wanted)
-        return value
-
-    return parse
+    return Number(low, high).parse
 
 
-def seed(text: str) -> int | None:
-    """Read a seed as an argparse type: 0 to 2^64 - 1; "random", or -1 as A1111 has it, is None."""
-    if text.strip() in ("random", "-1"):
-        return None
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if not is_whole(value, *SEED):
-        raise argparse.ArgumentTypeError(
-            f"wanted a seed from 0 to 2^64-1, or -1 or 'random' to draw one, got {shown(text)}"
-        )
-    return value
+# An argparse type: 0 to 2^64 - 1; "random", or -1 as A1111 has it, is None.
+seed = Seed().parse

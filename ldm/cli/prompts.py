@@ -6,90 +6,17 @@ import argparse
 import codecs
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from ldm import limits
-from ldm.cli.adapters import embedding_flag, lora_flag
-from ldm.cli.parser import integer, number, seed
 from ldm.cli.running import say
 from ldm.errors import AbsentError, FormatError, UsageError, nearest, shown
+from ldm.options import Interval, Prompt, line_names
 
 MAX_PROMPT_BYTES = 10 * 2**20
 MAX_PROMPT_LINES = 100_000
 MAX_DIGITS = 100  # of a number in a .jsonl file
-
-
-def prompt_text(text: str) -> str:
-    """Read a prompt as an argparse type: any text that can be encoded, of at most limits.MAX_PROMPT characters."""
-    if len(text) > limits.MAX_PROMPT:
-        raise argparse.ArgumentTypeError(
-            f"wanted at most {limits.MAX_PROMPT} characters, got {len(text)}; shorten it"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(
-            f"wanted text, got characters that are none (lone surrogates): {shown(text)}"
-        ) from None
-    return text
-
-
-def _interval(text: str) -> tuple[float, ...]:
-    ends = text.replace(",", " ").split()
-    if len(ends) != 2:
-        raise argparse.ArgumentTypeError(f"wanted two numbers from 0 to 1, got {shown(text)}")
-    return tuple(map(number(*limits.SHARE), ends))
-
-
-def rng(text: str) -> str:
-    """Read where noise is drawn; A1111's words for it, too."""
-    found = {"cpu": "image", "gpu": "nv"}.get(text.lower(), text.lower())
-    if found not in limits.RNGS:
-        raise argparse.ArgumentTypeError(f"wanted one of {', '.join(limits.RNGS)}; got {shown(text)}")
-    return found
-
-
-def _switch(text: str) -> bool:
-    if text.lower() not in ("", "true", "false"):
-        raise argparse.ArgumentTypeError(f"wanted nothing, true or false after it, got {shown(text)}")
-    return text.lower() != "false"
-
-
-# What a line may set beside its prompt, with its type, by the name that StableDiffusion.plan has for it (n_iter and
-# batch_size multiply to a number of pictures; plms and dpm_solver name samplers), and behind it other names: the
-# flags', A1111's, diffusers'.
-_LINE: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
-    "prompt": (prompt_text, ()),
-    "negative_prompt": (prompt_text, ("negative", "n_prompt")),
-    "seed": (seed, ()),
-    "sampler": (str, ("sampler_name", "scheduler")),
-    "spacing": (str, ("schedule_type",)),
-    "steps": (integer(*limits.STEPS), ("ddim_steps", "num_inference_steps", "num_steps")),
-    "guidance_scale": (number(*limits.GUIDANCE_SCALE), ("cfg_scale", "scale", "cfg", "guidance")),
-    "width": (integer(*limits.SIDE), ("W",)),
-    "height": (integer(*limits.SIDE), ("H",)),
-    "n_iter": (integer(*limits.N_ITER), ("num_images", "num_images_per_prompt", "batch_count")),
-    "batch_size": (integer(*limits.BATCH_SIZE), ("n_samples",)),
-    "strength": (number(*limits.SHARE), ("denoising_strength", "denoise")),
-    "eta": (number(*limits.SHARE), ("ddim_eta",)),
-    "guidance_interval": (_interval, ()),
-    "cache_interval": (integer(*limits.CACHE_INTERVAL), ()),
-    "cache_depth": (integer(*limits.CACHE_DEPTH), ()),
-    "merge_ratio": (number(*limits.MERGE_RATIO), ()),
-    "merge_seed": (integer(*limits.SEED), ()),
-    "rng": (rng, ()),
-    "fixed_code": (_switch, ()),
-    "plms": (_switch, ()),
-    "dpm_solver": (_switch, ()),
-    "lora": (lora_flag, ("loras",)),
-    "embedding": (embedding_flag, ("embeddings", "textual_inversion")),
-}
-REPEATED = ("lora", "embedding")  # of which a line may have several
-LINE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    name: (ours, kind) for ours, (kind, others) in _LINE.items() for name in (ours, *others)
-}
 
 
 @dataclass(frozen=True)
@@ -186,8 +113,8 @@ def _from_words(line: str) -> Line:
     first = _OPTION.match(line)
     name = first[1].replace("-", "_") if first else ""
     # A line that begins with one letter, "--H 9 ...", has always been a text.
-    if len(name) < 2 or not (name in LINE_OPTIONS or nearest(name, LINE_OPTIONS, 0.75)):
-        return Line(prompt_text(line))
+    if len(name) < 2 or not (name in line_names() or nearest(name, line_names(), 0.75)):
+        return Line(Prompt().parse(line))
     values: dict[str, list[list[str]]] = {}
     parts: list[str] = []
     never_closed: set[str] = set()  # so that each kind of quote is looked for in vain only once
@@ -196,7 +123,7 @@ def _from_words(line: str) -> Line:
         option, quote = _OPTION.match(line, at), line[at]
         if option:
             name = option[1].replace("-", "_")
-            if name in values and not _is_repeated(name):
+            if name in values and not _is(name, "is_repeated"):
                 raise UsageError(f"option --{name} was given twice; give it once")
             parts = []
             values.setdefault(name, []).append(parts)
@@ -211,13 +138,14 @@ def _from_words(line: str) -> Line:
                 parts.append(found[0])
         at = _SPACE.match(line, found.end()).end()
     for name, given in values.items():
-        if not all(given) and LINE_OPTIONS.get(name, ("", None))[1] is not _switch:
+        if not all(given) and not _is(name, "is_switch"):
             raise UsageError(f"wanted a value after --{name}, got none")
     return _line({name: [" ".join(parts) for parts in given] for name, given in values.items()})
 
 
-def _is_repeated(name: str) -> bool:
-    return LINE_OPTIONS.get(name, ("",))[0] in REPEATED
+def _is(name: str, what: str) -> bool:
+    option = line_names().get(name)
+    return option is not None and getattr(option.kind, what)
 
 
 def _from_json(line: str) -> Line:
@@ -247,24 +175,26 @@ def _from_json(line: str) -> Line:
         raise UsageError(f"wanted a JSON object with a prompt, got {shown(values)}")
     texts: dict[str, list[str]] = {}
     for name, value in values.items():
-        if _is_repeated(name.replace("-", "_")) and value is not None:
+        ours = name.replace("-", "_")
+        kind = line_names()[ours].kind if ours in line_names() else None
+        if value is None:
+            continue
+        if _is(ours, "is_repeated"):
             listed = value if isinstance(value, list) else [value]
             if not all(isinstance(one, str) for one in listed):
                 raise UsageError(f"{name}: wanted a text or a list of texts, got {shown(value)}")
-            texts[name.replace("-", "_")] = listed
+            texts[ours] = listed
             continue
-        is_text = name.replace("-", "_") in ("prompt", "negative_prompt")
-        if name.replace("-", "_") == "guidance_interval" and isinstance(value, list):
+        is_text = isinstance(kind, Prompt)
+        if isinstance(kind, Interval) and isinstance(value, list):
             value = " ".join(map(str, value))
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # 20.0 is what some programs write for 20
-        if value is None:
-            continue
-        if isinstance(value, bool) and LINE_OPTIONS.get(name.replace("-", "_"), ("", None))[1] is _switch:
+        if isinstance(value, bool) and _is(ours, "is_switch"):
             value = str(value)
         if isinstance(value, bool) or not isinstance(value, str if is_text else str | int | float):
             raise UsageError(f"{name}: wanted a text{'' if is_text else ' or a number'}, got {shown(value)}")
-        texts[name.replace("-", "_")] = [str(value)]
+        texts[ours] = [str(value)]
     return _line(texts)
 
 
@@ -272,20 +202,23 @@ def _line(values: dict[str, list[str]]) -> Line:
     """Check the options of a line, each with the texts given for it, as those of the command line are checked."""
     options: dict[str, Any] = {}
     for name, texts in values.items():
-        if name not in LINE_OPTIONS:
-            near = nearest(name, LINE_OPTIONS)
-            hint = f"; did you mean {near!r}?" if near else f"; there are {', '.join(_LINE)}"
-            raise UsageError(f"unknown option {shown(name)}{hint}")
-        option, kind = LINE_OPTIONS[name]
-        if option in options:
-            raise UsageError(f"{name}: {option} was given twice, by two names; give one")
+        option = line_names().get(name)
+        if option is None:
+            near = nearest(name, line_names())
+            ours = ", ".join(dict.fromkeys(one.name for one in line_names().values()))
+            raise UsageError(
+                f"unknown option {shown(name)}"
+                + (f"; did you mean {near!r}?" if near else f"; there are {ours}")
+            )
+        if option.name in options:
+            raise UsageError(f"{name}: {option.name} was given twice, by two names; give one")
         if len(texts) > limits.ADAPTERS[1]:
             raise UsageError(f"{name}: at most {limits.ADAPTERS[1]} adapters work together, got {len(texts)}")
         try:
-            found = tuple(map(kind, texts))
-            options[option] = found if option in REPEATED else found[0]
+            found = tuple(map(option.line_kind.parse, texts))
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"{name}: {error}") from None
+        options[option.name] = found if option.kind.is_repeated else found[0]
     if "prompt" not in options:
         raise UsageError("no prompt")
     flags = [name for name in ("dpm_solver", "plms") if options.pop(name, False)]

@@ -11,7 +11,7 @@ from linear_gaussian import LinearGaussian, normals
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from ldm import metadata
+from ldm import metadata, options
 from ldm.errors import UsageError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.denoiser import Denoiser
@@ -379,11 +379,11 @@ def test_names_of_no_sampler_or_of_two_spacings_are_refused(said, spacing, messa
 
 
 def test_every_sampler_has_a_name_in_a1111s_text_and_its_own_eta():
-    assert metadata.SAMPLER_WORDS.keys() == SAMPLERS.keys()
-    for name, word in metadata.SAMPLER_WORDS.items():
+    assert options.SAMPLER_WORDS.keys() == SAMPLERS.keys()
+    for name, word in options.SAMPLER_WORDS.items():
         assert split_sampler(word) == (name, None)
-        assert metadata.OWN_ETA.get(name, 0) == SAMPLERS[name].own_eta
-    for name, word in metadata.SPACING_WORDS.items():
+        assert options.OWN_ETA.get(name, 0) == SAMPLERS[name].own_eta
+    for name, word in options.SPACING_WORDS.items():
         assert name in SIGMA_TABLES
         said = {"sampler": "euler_a", "spacing": name, "eta": 1.0, "seed": 1, "steps": 3, "prompt": "a"}
         text = metadata.to_infotext(said)

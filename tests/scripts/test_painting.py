@@ -19,8 +19,9 @@ from PIL import Image, PngImagePlugin
 from tiny import write_tiny
 
 import ldm
-from ldm.cli import LINE_OPTIONS, Line, painting_parser, read_prompts, run
+from ldm.cli import Line, painting_parser, read_prompts, run
 from ldm.errors import AbsentError, FormatError, UsageError
+from ldm.options import line_names
 
 ROOT = Path(__file__).parents[2]
 SLOW = partial(pytest.param, marks=pytest.mark.slow)  # one more row of a law that quick rows show
@@ -625,9 +626,9 @@ BAD = [
         2,
         "expected one argument, or one that begins with a dash, as --name=-value",
     ),
-    ("txt2img", ["--prompt", "a\udcffb"], 2, "prompt holds characters that are no text"),
-    ("txt2img", ["--negative_prompt", "a\udcffb"], 2, "negative_prompt holds characters that are no text"),
-    ("txt2img", ["--prompt", "x" * 100_001], 2, "prompt must have at most 100000 characters, got 100001"),
+    ("txt2img", ["--prompt", "a\udcffb"], 2, "--prompt: wanted text, got characters that are none"),
+    ("txt2img", ["--negative_prompt", "a\udcffb"], 2, "wanted text, got characters that are none"),
+    ("txt2img", ["--prompt", "x" * 100_001], 2, "--prompt: wanted at most 100000 characters, got 100001"),
     ("txt2img", ["--seed"], 2, "argument --seed: expected one argument"),
     ("txt2img", ["--seed", "-2"], 2, "or -1 or 'random' to draw one, got '-2'"),
     ("txt2img", ["--seed", "1.5"], 2, "got '1.5'"),
@@ -1180,7 +1181,7 @@ def test_every_painting_flag_is_a_key_of_a_prompt_file():
     for action in parser._actions:
         names = {name.lstrip("-").replace("-", "_") for name in action.option_strings}
         names |= {other for other, ours in parser.also.items() if f"--{ours}" in action.option_strings}
-        assert names - LINE_OPTIONS.keys() == (names if action.dest in of_the_run else set()), action.dest
+        assert names - line_names().keys() == (names if action.dest in of_the_run else set()), action.dest
     assert of_the_run <= {action.dest for action in parser._actions}
 
 

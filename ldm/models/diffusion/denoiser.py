@@ -7,15 +7,16 @@ Samplers know a model only by apply_model(x, t, conditioning), alphas_cumprod, n
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.errors import UsageError, shown
+from ldm.errors import UsageError
+from ldm.limits import SHARE
 from ldm.models.diffusion.levels import LevelTable, alpha_bar_table
+from ldm.options import Interval
 from ldm.process.guidance import guide, join
 from ldm.process.prediction import to_eps, to_x0
 from ldm.process.sigmas import t_of_sigma
@@ -158,13 +159,4 @@ class Denoiser:
 
 def check_interval(interval: Any) -> tuple[float, float]:
     """Return a guidance interval as two floats, or raise UsageError."""
-    sound = (
-        isinstance(interval, Sequence)
-        and len(interval) == 2
-        and all(isinstance(end, Real) and not isinstance(end, bool) for end in interval)
-    )
-    if not sound or not 0 <= interval[0] <= interval[1] <= 1:
-        raise UsageError(
-            f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {shown(interval)}"
-        )
-    return float(interval[0]), float(interval[1])
+    return Interval(*SHARE).check("guidance_interval", interval)

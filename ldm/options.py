@@ -1,0 +1,654 @@
+"""Every option of a painting, one entry each: what may be asked for is written down here and nowhere else.
+
+From `TABLE` are derived: the keywords of StableDiffusion.plan and its like (with their check, their help and the
+nearest name for a misspelt one), the flags of the painting scripts, what a line of a prompt file or of a .jsonl may
+set, what a picture's metadata say in our own words and in A1111's, and what --like repeats of it.
+
+How to add an option: write one entry into TABLE, where A1111 has its key in a picture's text (anywhere, if it has
+none), and use its value: `request.NAME` in ldm.generate. An entry with `part="denoise"` is handed to generate.denoise,
+and on to the samplers, as a keyword of its name. Only a check that needs the model, or two options together, is written
+in ldm.request.check_request. Flags that name files (--lora FILE:weight, repeatable) and become members of `adapters`
+have a function in ldm.cli.adapters that reads the flag's text, an entry of kind `Files` here with `keyword=False`, and
+a line in ldm.cli.painting that makes the adapters of them. What concerns a whole run of a script (--ckpt, --outdir) is
+no option of a painting: such flags are in ldm.cli.painting_options.
+
+Knows no torch, as the scripts answer --help and a wrong option before that is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ldm import limits
+from ldm.errors import UsageError, shown
+
+# A1111's words for samplers and spacings.
+SAMPLER_WORDS = {
+    "ddim": "DDIM",
+    "plms": "PLMS",
+    "ddpm": "DDPM",
+    "dpm_solver": "DPM-Solver",
+    "dpmpp_2m": "DPM++ 2M",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm2": "DPM2",
+    "dpm2_a": "DPM2 a",
+    "lms": "LMS",
+    "dpmpp_2s_a": "DPM++ 2S a",
+}
+OWN_ETA = {"euler_a": 1, "dpm2_a": 1, "dpmpp_2s_a": 1}  # which is not said; of all others it is 0
+SPACING_WORDS = {
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "polyexponential": "Polyexponential",
+    "normal": "Normal",
+    "sgm_uniform": "SGM Uniform",
+    "simple": "Simple",
+    "ddim_uniform": "DDIM",
+    "beta_sigma": "Beta",
+    "kl_optimal_open": "KL Optimal",
+    "align_your_steps": "Align Your Steps",
+    "turbo": "Turbo",
+}
+MAX_WHOLE = 2**64 - 1  # of seeds, the largest whole numbers that anybody writes into a picture
+
+# --- kinds of values ------------------------------------------------------------------------------
+
+
+class Kind:
+    """What the values of an option are; a text, where a kind does not say otherwise.
+
+    Methods: `parse` reads a word of the command line or of a prompt file and raises argparse.ArgumentTypeError; `check`
+    holds a keyword's value against its limits and raises UsageError; `plain` gives a value as JSON has it. `read` and
+    `take` read a picture's text and its JSON, which anybody may have written: None is what no such value is.
+    """
+
+    parts = 1  # words behind a flag; where they are more, `part` is the kind of each
+    is_switch = False  # a flag without a word
+    is_repeated = False  # a flag that may be given several times
+
+    def parse(self, text: str) -> Any:
+        return text
+
+    def check(self, name: str, value: Any) -> Any:
+        if not isinstance(value, str):
+            raise UsageError(f"{name} must be a text, got {shown(value)}")
+        return value
+
+    def plain(self, value: Any) -> Any:
+        return value
+
+    def write(self, value: Any) -> str | None:
+        return str(value)
+
+    def read(self, text: str) -> Any:
+        return text
+
+    def take(self, value: Any) -> Any:
+        return value if isinstance(value, str) else None
+
+
+class Prompt(Kind):
+    """Any text that can be encoded, of at most limits.MAX_PROMPT characters."""
+
+    def parse(self, text: str) -> str:
+        if len(text) > limits.MAX_PROMPT:
+            raise argparse.ArgumentTypeError(
+                f"wanted at most {limits.MAX_PROMPT} characters, got {len(text)}; shorten it"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise argparse.ArgumentTypeError(
+                f"wanted text, got characters that are none (lone surrogates): {shown(text)}"
+            ) from None
+        return text
+
+
+class Words(Kind):
+    """A name of ours that A1111 has a word for.
+
+    Args:
+        words: ours -> A1111's.
+        also: further words of A1111 -> ours; None is nothing.
+    """
+
+    def __init__(self, words: Mapping[str, str], also: Mapping[str, str | None] | None = None):
+        self.words = words
+        self.also = also or {}
+
+    def write(self, value: Any) -> str | None:
+        return self.words.get(value, value) if isinstance(value, str) else None
+
+    def read(self, text: str) -> str | None:
+        return {**{word: name for name, word in self.words.items()}, **self.also}.get(text, text)
+
+
+class Choice(Words):
+    """One of a few names of ours, each with A1111's word, beside which other words may stand for one."""
+
+    def parse(self, text: str) -> str:
+        found = self.also.get(text.lower(), text.lower())
+        if found not in self.words:
+            raise argparse.ArgumentTypeError(f"wanted one of {', '.join(self.words)}; got {shown(text)}")
+        return found
+
+    def check(self, name: str, value: Any) -> str:
+        return limits.choice(name, value, tuple(self.words))
+
+    def read(self, text: str) -> str:
+        try:
+            return self.parse(text)
+        except argparse.ArgumentTypeError:
+            return text  # another program's, kept as it is said
+
+
+class Whole(Kind):
+    """A whole number from low to high, both included.
+
+    Args:
+        word: that may stand in place of a number.
+    """
+
+    def __init__(self, low: int, high: int, word: str | None = None):
+        self.low, self.high, self.word = low, high, word
+
+    def parse(self, text: str) -> int | str:
+        if self.word is not None and text == self.word:
+            return text
+        wanted = f"wanted {limits.about_whole(self.low, self.high)}, got {shown(text)}"
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(wanted) from None
+        if not limits.is_whole(value, self.low, self.high):
+            raise argparse.ArgumentTypeError(wanted)
+        return value
+
+    def check(self, name: str, value: Any) -> int:
+        return limits.whole(name, value, self.low, self.high)
+
+    def read(self, text: str) -> int | None:
+        return int(text) if re.fullmatch(r"[0-9]{1,20}", text) and int(text) <= MAX_WHOLE else None
+
+    def take(self, value: Any) -> int | None:
+        sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_WHOLE
+        return int(value) if sound and value == int(value) else None
+
+
+class Seed(Whole):
+    """A seed from 0 to 2^64 - 1; "random", or -1 as A1111 has it, is None."""
+
+    def __init__(self):
+        super().__init__(*limits.SEED)
+
+    def parse(self, text: str) -> int | None:
+        if text.strip() in ("random", "-1"):
+            return None
+        try:
+            return super().parse(text)
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentTypeError(
+                f"wanted a seed from 0 to 2^64-1, or -1 or 'random' to draw one, got {shown(text)}"
+            ) from None
+
+
+class Number(Kind):
+    """A finite number from low to high, both included."""
+
+    def __init__(self, low: float, high: float):
+        self.low, self.high = low, high
+
+    def parse(self, text: str) -> float:
+        wanted = f"wanted {limits.about_real(self.low, self.high)}, got {shown(text)}"
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(wanted) from None
+        if not limits.is_real(value, self.low, self.high):
+            raise argparse.ArgumentTypeError(wanted)
+        return value
+
+    def check(self, name: str, value: Any) -> float:
+        return limits.real(name, value, self.low, self.high)
+
+    def read(self, text: str) -> float | None:
+        try:
+            value = float(text[:40])
+        except ValueError:
+            return None
+        return value if math.isfinite(value) else None
+
+    def take(self, value: Any) -> float | None:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return value if is_number and abs(value) <= MAX_WHOLE else None
+
+
+class Interval(Kind):
+    """Two numbers from low to high, the first no greater than the second."""
+
+    parts = 2
+
+    def __init__(self, low: float, high: float):
+        self.part = Number(low, high)
+
+    def parse(self, text: str) -> tuple[float, ...]:
+        ends = text.replace(",", " ").split()
+        if len(ends) != 2:
+            raise argparse.ArgumentTypeError(
+                f"wanted two numbers from {self.part.low:g} to {self.part.high:g}, got {shown(text)}"
+            )
+        return tuple(map(self.part.parse, ends))
+
+    def check(self, name: str, value: Any) -> tuple[float, float]:
+        low, high = self.part.low, self.part.high
+        is_pair = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+        if not is_pair or not all(limits.is_real(end, low, high) for end in value) or value[0] > value[1]:
+            raise UsageError(
+                f"{name} must be (low, high) with {low:g} <= low <= high <= {high:g}, got {shown(value)}"
+            )
+        return float(value[0]), float(value[1])
+
+    def plain(self, value: Any) -> list[float]:
+        return list(value)
+
+    def write(self, value: Any) -> str:
+        return f"{value[0]} to {value[1]}"
+
+    def read(self, text: str) -> list[float] | None:
+        numbers = [self.part.read(part) for part in text.split(" to ")]
+        return numbers if len(numbers) == 2 and None not in numbers else None
+
+    def take(self, value: Any) -> list[float] | None:
+        numbers = [self.part.take(one) for one in value] if isinstance(value, list) else []
+        return numbers if len(numbers) == 2 and None not in numbers else None
+
+
+class Switch(Kind):
+    """On or off."""
+
+    is_switch = True
+
+    def parse(self, text: str) -> bool:
+        if text.lower() not in ("", "true", "false"):
+            raise argparse.ArgumentTypeError(f"wanted nothing, true or false after it, got {shown(text)}")
+        return text.lower() != "false"
+
+    def check(self, name: str, value: Any) -> Any:
+        # numpy's bool has no common class with Python's.
+        if type(value).__name__ not in ("bool", "bool_"):
+            raise UsageError(f"{name} must be True or False, got {shown(value)}")
+        return value
+
+    def read(self, text: str) -> bool | None:
+        return {"True": True, "False": False}.get(text)
+
+    def take(self, value: Any) -> bool | None:
+        return value if isinstance(value, bool) else None
+
+
+class Files(Kind):
+    """Files that a flag names, with what is said of each; the flag may be given several times.
+
+    Args:
+        reader: (module, function) that reads the flag's text, of ldm.cli, which is above this module.
+    """
+
+    is_repeated = True
+
+    def __init__(self, module: str, function: str):
+        self.module, self.function = module, function
+
+    def parse(self, text: str) -> Any:
+        import importlib
+
+        return getattr(importlib.import_module(self.module), self.function)(text)
+
+
+SAME = object()  # as the keyword
+
+# --- one option -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """An option of a painting.
+
+    Args:
+        name: the keyword, the request's attribute, the key in our own metadata, the destination of its flags.
+        default: of the keyword; None is what the model advises, or nothing.
+        kind: what its values are.
+        words: what it does, for --help and help(), which adds `more`: what only Python can say.
+        group: of the flags in --help.
+        flags: of the painting scripts; without any no line of a prompt file sets it either.
+        also: other programs' names: understood as flags and in prompt files, named in errors about keywords.
+        infotext: A1111's key, or one of ours in A1111's text; options at their default are left out there, but for
+            `always`, and where `beside`, another option, is at its default.
+        script: default of the flag, where that is not the keyword's.
+        line: kind in a prompt file, where that is not `kind`; None where lines have no such option.
+        keyword: False for what only the scripts have.
+        each: it may differ from picture to picture of a request.
+        told: the picture's metadata say it; what they say is repeated by --like.
+        part: "denoise" for what is handed to generate.denoise.
+        metavar: of the flag in --help.
+    """
+
+    name: str
+    default: Any
+    kind: Kind
+    words: str
+    more: str = ""
+    group: str = "how"
+    flags: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    infotext: str | None = None
+    script: Any = SAME
+    line: Kind | None | bool = True
+    keyword: bool = True
+    each: bool = False
+    told: bool = True
+    always: bool = False
+    beside: str | None = None
+    part: str | None = None
+    metavar: Any = None
+
+    @property
+    def line_kind(self) -> Kind | None:
+        """What a line of a prompt file sets it to; None if none does."""
+        if not self.flags or self.line in (None, False):
+            return None
+        return self.kind if self.line is True else self.line
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name and all others that stand for it, as identifiers."""
+        bare = (flag.lstrip("-").replace("-", "_") for flag in self.flags)
+        return tuple(dict.fromkeys((self.name, *bare, *self.also)))
+
+
+@dataclass(frozen=True, eq=False)
+class Fact:
+    """What a picture's A1111 text says beside the options: a name among its parameters, and A1111's key."""
+
+    name: str
+    infotext: str
+
+
+WHAT, HOW, FASTER, WITH, START = (
+    "what to paint",
+    "how",
+    "faster, for a little fidelity (docs/knobs.md)",
+    "with what besides (docs/adapters.md)",
+    "the picture to begin with",
+)
+SEED_WORDS = "picture i has seed + i; -1 or 'random' draws one; 32 bits count: 2^32 + 5 paints what 5 paints"
+_EVEN = "multiples of the model's f (8); default the picture's or the model's own."
+
+# In the order of A1111's text.
+TABLE: tuple[Option | Fact, ...] = (
+    Option(
+        "prompt", None, Prompt(),
+        "what to paint (default: one that suits the model); one that begins with - as --prompt=-x",
+        group=WHAT, flags=("--prompt",), keyword=False, each=True,
+    ),
+    Option(
+        "negative_prompt", "", Prompt(),
+        "what to keep away from",
+        more="one text for all, or one for each prompt; None is the empty one.",
+        group=WHAT, flags=("--negative_prompt", "--negative-prompt"), also=("negative", "n_prompt"),
+        each=True,
+    ),
+    Option(
+        "steps", None, Whole(*limits.STEPS),
+        "denoising steps (default: the model's; for Stable Diffusion v1: 50)",
+        more="1 to the model's number of levels; with strength, that share of them is run. None is the "
+             "model's (`defaults`), or the fewest that it advises for this sampler if those are more.",
+        flags=("--ddim_steps", "--steps"), also=("num_inference_steps", "num_steps"), infotext="Steps",
+        part="denoise",
+    ),
+    Option(
+        "sampler", "ddim", Words(SAMPLER_WORDS),
+        f"{', '.join(SAMPLER_WORDS)}; also with its spacing, as 'DPM++ 2M Karras' (default: ddim)",
+        more="in any usual spelling.",
+        flags=("--sampler",), also=("sampler_name", "scheduler"), script=None, infotext="Sampler", always=True,
+        part="denoise",
+    ),
+    Option(
+        "spacing", None, Words(SPACING_WORDS, {"Uniform": "normal", "Automatic": None}),
+        "which levels are visited: karras, exponential, sgm_uniform, trailing, ... (docs/samplers.md)",
+        more="or steps + 1 sigmas; None is the sampler's own.",
+        flags=("--spacing",), also=("schedule_type",), infotext="Schedule type", part="denoise",
+    ),
+    Option(
+        "guidance_scale", None, Number(*limits.GUIDANCE_SCALE),
+        "guidance: how strictly to follow the prompt (default: the model's; for Stable Diffusion v1: "
+        "{scale})",
+        more="0 to 100; 1 ignores the negative prompt and takes half the time; None is the model's.",
+        flags=("--scale", "--cfg-scale", "--cfg_scale", "--guidance_scale"), also=("cfg", "guidance"),
+        infotext="CFG scale", part="denoise",
+    ),
+    Option(
+        "guidance_rescale", 0.0, Number(*limits.SHARE),
+        "bring the spread of guided predictions back to the unguided ones' by this share",
+        flags=("--guidance_rescale",), part="denoise",
+    ),
+    Option(
+        "seed", None, Seed(),
+        SEED_WORDS,
+        more="a list names each; None, -1 and \"random\" draw one, which is in the result's seeds. 0 to "
+             '2^64 - 1, of which the generator on the CPU keeps 32 bits (not with rng="nv", which keeps '
+             "all).",
+        group=WHAT, flags=("--seed",), script=42, infotext="Seed", each=True,
+    ),
+    Fact("size", "Size"),
+    Option(
+        "height", None, Whole(*limits.SIDE),
+        "pixels (default: the model's)",
+        more=_EVEN,
+        group=WHAT, flags=("--H", "--height"),
+    ),
+    Option(
+        "width", None, Whole(*limits.SIDE),
+        "pixels (default: the model's)",
+        more=_EVEN,
+        group=WHAT, flags=("--W", "--width"),
+    ),
+    Option(
+        "batch_size", 4, Whole(*limits.BATCH_SIZE, word=limits.AUTO),
+        "pictures painted at once; auto: so many as are fast, which rounds otherwise than one at a time",
+        more='no image depends on it but for rounding (not rng="compvis"). "auto": as many as have '
+             "together the latent cells of one of 512 x 512, 16 at most.",
+        group=WHAT, flags=("--n_samples", "--batch_size"), script=1, line=Whole(*limits.BATCH_SIZE),
+        told=False,
+    ),
+    Option(
+        "num_images", 1, Whole(*limits.NUM_IMAGES),
+        "how many pictures of each prompt",
+        also=("n_iter", "batch_count", "num_images_per_prompt"), told=False,
+    ),
+    Option(
+        "n_iter", 1, Whole(*limits.N_ITER),
+        "how often to paint n_samples",
+        group=WHAT, flags=("--n_iter",), also=("num_images", "num_images_per_prompt", "batch_count"),
+        keyword=False, told=False,
+    ),
+    Fact("model_hash", "Model hash"),
+    Fact("model", "Model"),
+    Option(
+        "strength", None, Number(*limits.SHARE),
+        "how much of the picture is forgotten: 0 returns it",
+        more="default 0.75, with a mask 1.",
+        group=START, flags=("--strength",), also=("denoising_strength", "denoise"),
+        infotext="Denoising strength",
+    ),
+    Option(
+        "eta", None, Number(*limits.SHARE),
+        "fresh noise in each step of DDIM (default 0) and the ancestral samplers (1)",
+        flags=("--ddim_eta", "--eta"), infotext="Eta", part="denoise",
+    ),
+    Fact("init_image_hash", "Init image hash"),
+    Option(
+        "guidance_interval", (0.0, 1.0), Interval(*limits.SHARE),
+        "guide only levels of this part of the noise schedule; 0 is its clean end",
+        more="(low, high): only levels t of T with low <= t / T < high are guided, the others take half "
+             "the time.",
+        group=FASTER, flags=("--guidance_interval",), infotext="Guidance interval", part="denoise",
+        metavar=("LOW", "HIGH"),
+    ),
+    Option(
+        "cache_interval", 1, Whole(*limits.CACHE_INTERVAL),
+        "steps from one whole UNet to the next",
+        more="between them its outermost blocks alone are computed: docs/knobs.md.",
+        group=FASTER, flags=("--cache_interval",), infotext="Cache interval", part="denoise",
+    ),
+    Option(
+        "cache_depth", 1, Whole(*limits.CACHE_DEPTH),
+        "blocks computed at the steps between",
+        more="on either way.",
+        group=FASTER, flags=("--cache_depth",), infotext="Cache depth", beside="cache_interval",
+        part="denoise",
+    ),
+    Option(
+        "merge_ratio", 0.0, Number(*limits.MERGE_RATIO),
+        "share of tokens merged where most are",
+        more="0 to 0.75, before the finest self-attentions.",
+        group=FASTER, flags=("--merge_ratio",), infotext="Token merging ratio", part="denoise",
+    ),
+    Option(
+        "merge_seed", None, Whole(*limits.SEED),
+        "draws the tokens that others are merged into",
+        group=FASTER, flags=("--merge_seed",), infotext="Token merging seed", beside="merge_ratio",
+        part="denoise",
+    ),
+    Option(
+        "plms", False, Switch(),
+        "the same as --sampler plms",
+        flags=("--plms",), keyword=False, told=False,
+    ),
+    Option(
+        "dpm_solver", False, Switch(),
+        "goes before --plms",
+        flags=("--dpm_solver",), keyword=False, told=False,
+    ),
+    Option(
+        "fixed_code", False, Switch(),
+        "begin every batch with the same noise",
+        flags=("--fixed_code",), told=False,
+    ),
+    Option(
+        "lora", (), Files("ldm.cli.adapters", "lora_flag"),
+        "a LoRA or its kin, at a strength (1 = as trained), in the text encoder at another; may be "
+        "repeated",
+        group=WITH, flags=("--lora",), also=("loras",), keyword=False, told=False,
+        metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]",
+    ),
+    Option(
+        "embedding", (), Files("ldm.cli.adapters", "embedding_flag"),
+        "a textual inversion and its name in prompts, or a folder of them; may be repeated",
+        group=WITH, flags=("--embedding",), also=("embeddings", "textual_inversion"), keyword=False,
+        told=False, metavar="FILE[:TOKEN]",
+    ),
+    Fact("lora_hashes", "Lora hashes"),
+    Fact("ti_hashes", "TI hashes"),
+    Option(
+        "rng", "image", Choice({"image": "CPU", "nv": "NV", "compvis": "CompVis"}, {"cpu": "image", "gpu": "nv"}),
+        "a generator for each picture; what an NVIDIA GPU draws, as in web UIs (64 bits of a seed); or "
+        "one for all in the order of CompVis's scripts",
+        more='"image" draws image i from its own CPU generator; "nv" draws it as an NVIDIA GPU does, on '
+             'any device; "compvis" seeds the global generators once, at the call, and draws whole '
+             "batches in the original's order: picture encoding, x_T, then each step. With \"compvis\" a "
+             "picture depends on its place in its batch.",
+        flags=("--rng",), infotext="RNG", always=True, metavar="{image,nv,compvis}",
+    ),
+    Option(
+        "output_type", "pil", Choice(dict.fromkeys(("pil", "np", "pt", "latent"), "")),
+        "what the pictures are given as",
+        more='"pil"; "np" (n, height, width, 3) and "pt" (n, 3, height, width) in [0, 1]; "latent".',
+        told=False,
+    ),
+    Fact("version", "Version"),
+)  # fmt: skip
+
+
+# --- views of the table ---------------------------------------------------------------------------
+
+
+def options() -> tuple[Option, ...]:
+    """List all options."""
+    return tuple(one for one in TABLE if isinstance(one, Option))
+
+
+def keywords() -> dict[str, Any]:
+    """Give the keywords of StableDiffusion.plan with their defaults."""
+    return {one.name: one.default for one in options() if one.keyword}
+
+
+def told() -> tuple[Option, ...]:
+    """List the options that a picture's metadata say."""
+    return tuple(one for one in options() if one.told)
+
+
+def repeated() -> tuple[str, ...]:
+    """Name the flags that name files and may be given several times."""
+    return tuple(one.name for one in options() if one.kind.is_repeated)
+
+
+def line_names() -> dict[str, Option]:
+    """Give the options that a line of a prompt file may set, by each of their names."""
+    return _line_names(TABLE)
+
+
+@functools.lru_cache(maxsize=4)
+def _line_names(table: tuple[Option | Fact, ...]) -> dict[str, Option]:
+    found = [one for one in table if isinstance(one, Option) and one.line_kind is not None]
+    return {name: one for one in found for name in one.names}
+
+
+def other_names(get: Callable[[Option], bool]) -> dict[str, str]:
+    """Give what other programs, and our own flags, call the options that `get` takes: their name -> the option's."""
+    return {name: one.name for one in options() if get(one) for name in one.names if name != one.name}
+
+
+def describe() -> str:
+    """Describe the keywords as the `Args:` of a docstring does."""
+    entries = (
+        f"{one.name}: {one.words.format(scale='7.5')}" + (f"; {one.more}" if one.more else "")
+        for one in options()
+        if one.keyword
+    )
+    return "\n".join(textwrap.fill(entry, 110, subsequent_indent=" " * 4) for entry in entries)
+
+
+class Values:
+    """Values by name, read as attributes and never changed: those of options, and others beside them."""
+
+    def __init__(self, **values: Any):
+        self.__dict__.update(values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen; replace({name}=...) makes another one")
+
+    def replace(self, **changes: Any) -> Any:
+        """Make another one, of which these values differ."""
+        unknown = changes.keys() - self.__dict__.keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
+        return type(self)(**{**self.__dict__, **changes})
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    __hash__ = None

@@ -1,0 +1,143 @@
+"""An option is written once: from its one entry the command line, prompt files, pictures and keywords know it."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model
+
+import ldm
+from ldm import options
+from ldm.cli import painting_parser, read_prompts
+from ldm.errors import OptionError, UsageError
+from ldm.metadata import from_infotext, to_infotext
+from ldm.options import Number, Option
+from ldm.pipeline import StableDiffusion
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return StableDiffusion(tiny_model(), name="tiny")
+
+
+def test_a_new_option_needs_one_entry(sd, tmp_path, monkeypatch):
+    toy = Option(
+        "toy_share", 0.25, Number(0, 1), "a toy", flags=("--toy",), also=("plaything",), infotext="Toy"
+    )
+    monkeypatch.setattr(options, "TABLE", (*options.TABLE, toy))
+    # the command line, with others' name for it and the nearest of a misspelt one
+    parser = painting_parser("txt2img.py", "x", outdir="o", scale=7.5)
+    for words, value in (((), 0.25), (("--toy", "0.5"), 0.5), (("--plaything=1",), 1)):
+        assert parser.parse_args(words).toy_share == value
+    assert "a toy (default: 0.25)" in " ".join(parser.format_help().split())
+    with pytest.raises(UsageError, match="argument --toy: wanted a number from 0 to 1, got '2'"):
+        parser.parse_args(["--toy", "2"])
+    with pytest.raises(UsageError, match="did you mean '--toy'"):
+        parser.parse_args(["--toys", "2"])
+    # prompt files
+    (tmp_path / "p.txt").write_text("--prompt a --toy 0.5\n")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "toy-share": 0.5}))
+    for name in ("p.txt", "p.jsonl"):
+        assert read_prompts(str(tmp_path / name))[0].options == {"toy_share": 0.5}
+    # keywords
+    assert (sd.plan(PROMPT).toy_share, sd.plan(PROMPT, toy_share=1).toy_share) == (0.25, 1.0)
+    with pytest.raises(UsageError, match="toy_share must be a number from 0 to 1, got 'x'"):
+        sd.plan(PROMPT, toy_share="x")
+    with pytest.raises(OptionError, match="'toy_shar' .did you mean toy_share"):
+        sd.txt2img(PROMPT, toy_shar=1)
+    # pictures, there and back, and --like
+    out = sd.txt2img(PROMPT, toy_share=0.75, steps=1, seed=3, progress=False)
+    path = out.save(tmp_path)[0]
+    assert out.parameters[0].toy_share == ldm.read_metadata(path)["toy_share"] == 0.75
+    assert ", Toy: 0.75" in out.infotexts[0] and from_infotext(out.infotexts[0])["toy_share"] == 0.75
+    assert "Toy" not in to_infotext({"prompt": "a", "steps": 1, "toy_share": 0.25})
+    assert parser.parse_args(["--like", str(path)]).toy_share == 0.75
+    assert parser.parse_args(["--like", str(path), "--toy", "0.5"]).toy_share == 0.5
+
+
+def test_every_option_is_what_its_entry_says():
+    names = [one.name for one in options.options()]
+    assert len(set(names)) == len(names)
+    for one in options.options():
+        assert one.words and (one.keyword or one.flags), one.name
+        assert one.beside is None or one.beside in names, one.name
+        assert "{" not in one.words.format(scale=1) and len(one.words) < 200, one.name
+    keys = [entry.infotext for entry in options.TABLE if entry.infotext]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("guidance_interval", "0.2, 0.9", (0.2, 0.9)),
+        ("rng", "GPU", "nv"),
+        ("seed", " -1 ", None),
+        ("batch_size", "auto", "auto"),
+        ("fixed_code", "True", True),
+        ("steps", "7", 7),
+        ("guidance_scale", "7", 7.0),
+        ("prompt", "--x", "--x"),
+    ],
+)
+def test_a_kind_reads_what_it_writes(name, text, value):
+    (option,) = (one for one in options.options() if one.name == name)
+    assert option.kind.parse(text) == value
+    if value not in (None, "auto"):
+        plain = option.kind.plain(value)
+        assert option.kind.take(json.loads(json.dumps(plain))) == plain
+        assert option.kind.read(option.kind.write(value)) == plain
+
+
+# Where an option's name stands as a text beside its entry, and why.
+ELSEWHERE = {
+    "ldm/request.py": (
+        "what needs the model or several options together",
+        "num_images cache_interval cache_depth merge_ratio merge_seed steps sampler spacing eta height width "
+        "strength negative_prompt rng fixed_code batch_size",
+    ),
+    "ldm/generate.py": ("how many there were in the batch", "batch_size"),
+    "ldm/results.py": ("of the class Progress", "steps"),
+    "ldm/pipeline.py": ("img2img's default; what no picture is given as", "strength output_type"),
+    "ldm/metadata.py": (
+        "A1111's size, prompts and eta; InvokeAI's names",
+        "negative_prompt steps sampler guidance_scale width height strength eta scheduler cfg_scale",
+    ),
+    "ldm/advice.py": ("kinds of advice", "steps strength"),
+    "ldm/cli/painting.py": (
+        "files are read, samplers resolved, pictures counted",
+        "plms dpm_solver sampler height width lora embedding guidance_scale negative_prompt batch_size n_iter",
+    ),
+    "ldm/cli/painting_options.py": (
+        "what --like leaves out beside another sampler",
+        "sampler plms dpm_solver strength spacing eta rng",
+    ),
+    "ldm/cli/prompts.py": ("two flags name samplers", "sampler plms dpm_solver"),
+    "scripts/txt2img.py": ("", ""),
+    "scripts/img2img.py": ("", ""),
+    "scripts/inpaint.py": ("", ""),
+}
+
+
+@pytest.mark.parametrize("file", ELSEWHERE)
+def test_no_other_file_spells_an_options_name(file):
+    names = {name for one in options.options() for name in (*one.names, *one.flags)} - {
+        "prompt",
+        "seed",
+        "denoise",
+    }
+    tree = ast.walk(ast.parse((ROOT / file).read_text()))
+    found = {node.value for node in tree if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert found & names == set(ELSEWHERE[file][1].split())
+
+
+def test_what_is_frozen_stays_and_is_replaced(sd):
+    request = sd.plan(PROMPT, steps=3)
+    with pytest.raises(AttributeError, match="Request is frozen; replace"):
+        request.steps = 4
+    assert (request.replace(steps=4).steps, request.steps) == (4, 3)
+    with pytest.raises(TypeError, match="Request has no stepps"):
+        request.replace(stepps=4)
