@@ -202,11 +202,13 @@ class ControlNet:
         start, end: share of the sampler's way, from noise (0) to picture (1): a step has it that lies wholly within.
         guess: ControlNet's guess mode: rows without the prompt's condition are left alone, and the maps weigh
             0.825 ** (12 - i), so that a picture follows the hint without a prompt.
+            A1111 calls it "ControlNet is more important".
         weights: factors of the maps, one for each input block and one for the middle (13 for Stable Diffusion v1), or
-            "soft" for those of guess mode alone: the prompt is more important. None = 1 each.
-        fit: of a hint of another aspect: "crop" or "stretch".
+            "soft" for those of guess mode alone, A1111's "My prompt is more important". None = 1 each.
+        fit: of a hint of another aspect: "crop", "pad" or "stretch".
         pooled: the maps are averaged over their space, as the "shuffle" ControlNet was trained, and rows without the
             condition are left alone; None = where the file's name holds "shuffle".
+        only_mid_control: add the middle block's map alone, as cldm's option of that name.
 
     Raises:
         UsageError: a number that is not finite or out of range, no hint, or one that is no picture.
@@ -222,6 +224,7 @@ class ControlNet:
     weights: Sequence[float] | str | None = None
     fit: str = "crop"
     pooled: bool | None = None
+    only_mid_control: bool = False
     rank: ClassVar[Rank] = Rank.RESIDUALS
 
     def __post_init__(self) -> None:
@@ -239,6 +242,7 @@ class ControlNet:
             "guess": bool(check_value(self.guess, bool, "guess")),
             "weights": weights,
             "hint": self.hint if isinstance(self.hint, Hint) else Hint(self.hint, self.fit),
+            "only_mid_control": bool(check_value(self.only_mid_control, bool, "only_mid_control")),
             "pooled": None if self.pooled is None else bool(check_value(self.pooled, bool, "pooled")),
         }
         checked["file"] = self.file if isinstance(self.file, ControlNetFile) else ControlNetFile(self.file)
@@ -254,9 +258,10 @@ class ControlNet:
 
         Returns:
             name, scale, hint (a hash of it), hash (10 digits of the file's SHA-256, as A1111 writes it), sha256; and
-            start, end, guess, weights, fit and pooled where they are not the usual ones.
+            start, end, guess, weights, fit, pooled and only_mid_control where they are not the usual ones.
         """
         usual = {"start": 0.0, "end": 1.0, "guess": False, "weights": None, "pooled": False}
+        usual |= {"only_mid_control": False}
         return described(self, usual)
 
     def begin(self) -> "ControlNet":
@@ -286,12 +291,14 @@ class ControlNet:
     def factors(self, maps: int) -> list[float]:
         """List what the maps are multiplied by."""
         factors = list(self.weights) if isinstance(self.weights, tuple) else [1.0] * maps
+        if self.only_mid_control:
+            factors = [0.0] * (maps - 1) + factors[-1:]
         if self.guess or self.weights == "soft":
             factors = [a * b for a, b in zip(factors, soft_weights(maps), strict=True)]
         return [self.scale * factor for factor in factors]
 
-    def maps(self, unet: nn.Module, x: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor]:
-        """Compute what is added to a UNet's call, from its arguments."""
+    def maps(self, unet: nn.Module, x: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor | None]:
+        """Compute what is added to a UNet's call, from its arguments; None = nothing."""
         network = self.file.network(unet)
         put(network, x.device, unet.input_blocks[0][0].weight.dtype)
         _optimize_like(network, unet)
@@ -305,10 +312,10 @@ class ControlNet:
         )
         if self.pooled:
             maps = [one.mean((2, 3), keepdim=True) for one in maps]
-        maps = [one * factor for one, factor in zip(maps, self.factors(len(maps)), strict=True)]
+        factors = self.factors(len(maps))
         if leave:
             maps = [torch.cat([one.new_zeros(leave, *one.shape[1:]), one]) for one in maps]
-        return maps
+        return [one * factor if factor else None for one, factor in zip(maps, factors, strict=True)]
 
     def _rows_of_hint(self, network: ControlNetModel, x: Tensor) -> Tensor:
         """Give what the network makes of the hints, a row for each of x."""

@@ -25,8 +25,9 @@ from ldm.values import Range, check_value
 
 log = logging.getLogger(__name__)
 
-FITS = ("crop", "stretch")
+FITS = ("crop", "pad", "stretch")
 MAX_HINTS = 64
+MASKED = -1.0  # in all channels: a pixel that an inpainting ControlNet is to make up
 STEM = "diffusion_pytorch_model"  # of the weights in a diffusers folder
 # Width of a context -> whose it is.
 CONTEXTS = {768: "Stable Diffusion v1", 1024: "Stable Diffusion v2", 2048: "Stable Diffusion XL"}
@@ -61,13 +62,15 @@ class Hint:
     """A picture, or several, that say what is to be where: edges, depths, poses; made by a program of its own.
 
     Attributes:
-        pictures: (3, height, width) float32 in [0, 1] each.
+        pictures: (3, height, width) float32 in [0, 1] each; -1 in all channels where an inpainting ControlNet is to
+            make up what is there (see preprocess.inpaint).
         hash: the first 12 digits of SHA-256 of sizes and values.
 
     Args:
         given: a picture of PIL, the path of one, a tensor (3, height, width) or (n, 3, height, width) in [0, 1], or a
             list of these, one for each picture of a batch. Transparency becomes white.
-        fit: "crop" keeps the aspect and cuts off what is too much on both sides, "stretch" changes the aspect.
+        fit: where the aspect is another: "crop" keeps it and cuts off what is too much on both sides, "pad" keeps it
+            and fills both sides with the median of the hint's border, "stretch" changes it.
 
     Raises:
         UsageError: another kind, or a tensor of another shape or range.
@@ -81,7 +84,7 @@ class Hint:
         several = given if isinstance(given, list | tuple) else [given]
         if not 0 < len(several) <= MAX_HINTS:
             raise UsageError(f"a list of hints should hold 1 to {MAX_HINTS}, got {len(several)}")
-        self.pictures = [picture for one in several for picture in _read(one)]
+        self.pictures = [picture for one in several for picture in read_hints(one)]
         digest = hashlib.sha256()
         for picture in self.pictures:
             digest.update(f"{tuple(picture.shape)}".encode())
@@ -110,18 +113,39 @@ class Hint:
             if (rows, columns) != (h, w):
                 log.warning(
                     "the hint of %d x %d pixels has another aspect than the picture of %d x %d: its middle, %d x %d, "
-                    "is used; fit='stretch' uses all of it",
+                    "is used; fit='stretch' or 'pad' use all of it",
                     *(w, h, width, height, columns, rows),
                 )
                 top, left = (h - rows) // 2, (w - columns) // 2
                 picture = picture[:, top : top + rows, left : left + columns]
-        picture = picture[None]
-        if picture.shape[2:] == (height, width):
-            return picture
-        return F.interpolate(picture, size=(height, width), mode="bicubic", antialias=True).clamp(0.0, 1.0)
+        elif self.fit == "pad":
+            scale = min(height / h, width / w)
+            rows, columns = max(1, round(h * scale)), max(1, round(w * scale))
+            edge = torch.cat([picture[:, [0, -1]].flatten(1), picture[:, :, [0, -1]].flatten(1)], 1)
+            whole = edge.median(1).values[:, None, None].repeat(1, height, width)
+            top, left = (height - rows) // 2, (width - columns) // 2
+            whole[:, top : top + rows, left : left + columns] = resized(picture, rows, columns)
+            picture = whole
+        return resized(picture, height, width)[None]
 
 
-def _read(given: Any) -> list[Tensor]:
+def resized(picture: Tensor, height: int, width: int) -> Tensor:
+    """Resize a hint (3, h, w); pixels that are to be made up stay -1 where more than half of what becomes one is."""
+    if picture.shape[1:] == (height, width):
+        return picture
+    masked = (picture == MASKED).all(0)
+    given = F.interpolate(
+        picture.clamp(min=0.0)[None], size=(height, width), mode="bicubic", antialias=True
+    ).clamp(0.0, 1.0)[0]
+    if masked.any():
+        share = F.interpolate(
+            masked.float()[None, None], size=(height, width), mode="bilinear", antialias=True
+        )
+        given[:, share[0, 0] > 0.5] = MASKED
+    return given
+
+
+def read_hints(given: Any) -> list[Tensor]:
     """Read one entry of hints: pictures (3, height, width) in [0, 1]."""
     if isinstance(given, str | os.PathLike):
         given = images.open_image(given)
@@ -146,9 +170,12 @@ def _checked(given: Tensor) -> list[Tensor]:
     given = given.detach().float().cpu().reshape(-1, *shape[-3:])
     if len(given) > MAX_HINTS:
         raise UsageError(f"at most {MAX_HINTS} hints are taken, got {len(given)}")
-    low, high = given.min().item(), given.max().item()
+    there = given[(given != MASKED).any(1, keepdim=True).expand_as(given)]
+    low, high = (there.min().item(), there.max().item()) if there.numel() else (0.0, 0.0)
     if not (low >= 0 and high <= 1):
-        raise UsageError(f"a hint's values should be from 0 to 1, got {low:g} to {high:g}")
+        raise UsageError(
+            f"a hint's values should be from 0 to 1 (-1 in all channels where it is masked), got {low:g} to {high:g}"
+        )
     return list(given.clone())
 
 

@@ -141,7 +141,7 @@ class T2IAdapter:
         hint: what to paint along: see `controls.Hint`; a Hint from then on.
         scale: of its maps; 0 = none.
         start, end: share of the sampler's way, from noise (0) to picture (1): a step has it that lies wholly within.
-        fit: of a hint of another aspect: "crop" or "stretch".
+        fit: of a hint of another aspect: "crop", "pad" or "stretch".
 
     Raises:
         UsageError: a number that is not finite or out of range, no hint, or one that is no picture.

@@ -102,6 +102,7 @@ def test_the_answers_are_the_recorded_ones(unet, files, recorded):
         ("two_summed", [ControlNet(a, HINT_A), ControlNet(b, HINT_B)], {}),
         ("two_weighted", [ControlNet(b, HINT_B, 0.4), ControlNet(a, HINT_A, 0.7)], {}),
         ("only_mid", [ControlNet(a, HINT_A)], {"only_mid_control": True}),
+        ("only_mid", [ControlNet(a, HINT_A, only_mid_control=True)], {}),
     ):
         close(answer(unet, *controls, **options), recorded[f"control.{name}"])
     with torch.no_grad():
@@ -219,7 +220,10 @@ def test_controls_add_up_and_are_linear_in_scale_and_weights(unet, files):
     factors = [0.5, 0, 2, 1, 0.25, -1, 3]
     scaled = maps(ControlNet(files[0], HINT_A, 1.5, weights=factors))
     for got_one, one, factor in zip(scaled, maps(a), factors, strict=True):
-        close(got_one, 1.5 * factor * one, 1e-6)
+        if factor == 0:
+            assert got_one is None
+        else:
+            close(got_one, 1.5 * factor * one, 1e-6)
     pooled = maps(ControlNet(files[0], HINT_A, pooled=True))
     for got_one, one in zip(pooled, maps(a), strict=True):
         close(got_one, one.mean((2, 3), keepdim=True), 1e-6)
@@ -499,10 +503,36 @@ def test_a_hint_is_cropped_in_its_middle_or_stretched(caplog):
     stretched = Hint(ramp, "stretch").sized(20, 20)
     assert stretched[0, 0, 0, 0] < 0.02 and stretched[0, 0, 0, -1] > 0.98
     assert Hint(ramp).sized(10, 20).shape == (1, 3, 10, 20) and not caplog.records
+    padded = Hint(ramp, "pad").sized(40, 40)[0]
+    close(padded[:, 10:30], ramp)
+    assert (
+        (padded[:, :10] == 0.5).logical_or((padded[:, :10] - 0.5).abs() < 0.05).all()
+    )  # the border's median
+    assert torch.equal(Hint(ramp, "pad").sized(20, 40)[0], ramp) and not caplog.records
     for size in ((64, 24), (24, 64), (8, 8)):
-        for fit in ("crop", "stretch"):
+        for fit in ("crop", "pad", "stretch"):
             sized = Hint(HINT_A, fit).sized(*size)
             assert sized.shape == (2, 3, *size) and sized.min() >= 0 and sized.max() <= 1
+
+
+def test_masked_pixels_stay_masked_whatever_the_size():
+    """A pixel is to be made up (-1 in all channels, as diffusers and A1111 have it) or has values of its own."""
+    masked = (0.2 + 0.5 * HINT_A[0]).clone()
+    masked[:, 16:48, 8:40] = -1
+    hint = Hint(masked)
+    assert torch.equal(hint.sized(64, 64)[0], masked)
+    for fit in ("crop", "pad", "stretch"):
+        for size in ((32, 32), (96, 96), (40, 64)):
+            sized = Hint(masked, fit).sized(*size)[0]
+            holes = (sized == -1).all(0)
+            assert torch.equal(holes, (sized == -1).any(0)) and (sized[:, ~holes] >= 0).all()
+    half = (hint.sized(32, 32)[0] == -1).all(0)
+    assert half[8:24, 4:20].all() and half.sum() == 16 * 16
+    assert hint.hash != Hint(masked.clamp(min=0)).hash
+    with pytest.raises(
+        UsageError, match=r"from 0 to 1 \(-1 in all channels where it is masked\), got -1 to "
+    ):
+        Hint(torch.cat([masked[:2], masked[:1].abs()]))
 
 
 # --- painting ---------------------------------------------------------------------------------------
@@ -630,13 +660,14 @@ def test_what_is_no_controlnet_of_this_model_is_refused_by_name(sd, unet, tensor
         ({"hint": None}, "a hint should be a picture, .* got none"),
         ({"hint": 5}, "a hint should be a picture"),
         ({"hint": []}, "a list of hints should hold 1 to 64, got 0"),
-        ({"hint": HINT_A * 255}, "a hint's values should be from 0 to 1, got 0 to 2"),
-        ({"hint": HINT_A - 0.5}, "a hint's values should be from 0 to 1, got -0.5"),
-        ({"hint": HINT_A * float("nan")}, "a hint's values should be from 0 to 1, got nan"),
+        ({"hint": HINT_A * 255}, "a hint's values should be from 0 to 1 .*, got 0 to 2"),
+        ({"hint": HINT_A - 0.5}, "a hint's values should be from 0 to 1 .*, got -0.5"),
+        ({"hint": HINT_A * float("nan")}, "a hint's values should be from 0 to 1 .*, got nan"),
         ({"hint": HINT_A[:, :2]}, r"got float32 of shape \(2, 2, 64, 64\)"),
         ({"hint": (255 * HINT_A).byte()}, "got uint8 of shape"),
         ({"hint": "absent.png"}, "absent.png"),
-        ({"fit": "pad"}, "fit should be one of crop, stretch, got 'pad'"),
+        ({"fit": "fill"}, "fit should be one of crop, pad, stretch, got 'fill'"),
+        ({"only_mid_control": 1.5}, "only_mid_control should be true or false"),
         ({"scale": float("inf")}, "scale should be a number"),
         ({"start": 0.6, "end": 0.4}, "start should be below end, got start=0.6 and end=0.4"),
         ({"start": 0.5, "end": 0.5}, "start should be below end"),

@@ -248,7 +248,7 @@ def test_what_is_no_adapter_of_this_model_is_refused_by_name(unet, tmp_path):
         ({"hint": None}, "a hint should be a picture, .* got none"),
         ({"scale": float("nan")}, "scale should be a number"),
         ({"start": 1.0}, "start should be below end"),
-        ({"fit": ""}, "fit should be one of crop, stretch"),
+        ({"fit": ""}, "fit should be one of crop, pad, stretch"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(file, options, words):
