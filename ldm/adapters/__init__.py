@@ -8,7 +8,7 @@ from ldm.adapters.deepcache import DeepCache
 from ldm.adapters.embedding import Embedding
 from ldm.adapters.ip_adapter import IPAdapter
 from ldm.adapters.lora import LoRA
-from ldm.adapters.preprocess import preprocess
+from ldm.adapters.preprocessors import preprocess
 from ldm.adapters.style_adapter import StyleAdapter
 from ldm.adapters.t2i_adapter import T2IAdapter
 from ldm.adapters.tome import TokenMerging
@@ -22,4 +22,5 @@ __all__ = [
     "StyleAdapter",
     "T2IAdapter",
     "TokenMerging",
+    "preprocess",
 ]

@@ -63,7 +63,7 @@ class Hint:
 
     Attributes:
         pictures: (3, height, width) float32 in [0, 1] each; -1 in all channels where an inpainting ControlNet is to
-            make up what is there (see preprocess.inpaint).
+            make up what is there (see preprocessors.inpaint).
         hash: the first 12 digits of SHA-256 of sizes and values.
 
     Args:

@@ -9,7 +9,7 @@ from keyed import keyed_input
 from PIL import Image
 
 from ldm.adapters.controls import Hint
-from ldm.adapters.preprocess import KINDS, preprocess
+from ldm.adapters.preprocessors import KINDS, preprocess
 from ldm.errors import AbsentError, LdmError, UsageError
 
 PIXELS = (255 * keyed_input("pixels", (11, 14, 3)).clamp(0, 1)).numpy().astype(np.uint8)
@@ -58,7 +58,7 @@ def test_shuffle_moves_colours_and_makes_none():
     torch.testing.assert_close(one.amax((1, 2)), torch.tensor([1, 0.5, 0]))
     # Every pixel is a mixture of the two colours there are.
     torch.testing.assert_close(one[0] + 2 * one[1], torch.ones(40, 56))
-    assert torch.equal(preprocess(torch.full((3, 9, 7), 0.5), "shuffle"), torch.full((3, 9, 7), 0.5))
+    torch.testing.assert_close(preprocess(torch.full((3, 9, 7), 0.5), "shuffle"), torch.full((3, 9, 7), 0.5))
 
 
 def test_canny_draws_edges_where_opencv_is(monkeypatch):
