@@ -28,6 +28,7 @@ from ldm.errors import (
 )
 from ldm.helpers import living_in, upload
 from ldm.models.diffusion.samplers import (
+    SAMPLERS,
     Noise,
     Step,
     sample_steps,
@@ -75,7 +76,7 @@ def encode_prompts(
     Returns:
         context and unconditional context, (b, n, d) each (None where nothing is guided), and dropped words.
     """
-    guided = request.guidance_scale != 1.0
+    guided = request.guidance_scale != 1.0 or SAMPLERS[request.sampler].needs_unconditional
     if request.embeds is not None:
         rows = [spec.row for spec in batch]
         context = request.embeds[rows].to(model.device)

@@ -28,23 +28,11 @@ from typing import Any
 
 from ldm import limits
 from ldm.errors import UsageError, shown
+from ldm.sampler_names import NAMES
 
 # A1111's words for samplers and spacings.
-SAMPLER_WORDS = {
-    "ddim": "DDIM",
-    "plms": "PLMS",
-    "ddpm": "DDPM",
-    "dpm_solver": "DPM-Solver",
-    "dpmpp_2m": "DPM++ 2M",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpm2": "DPM2",
-    "dpm2_a": "DPM2 a",
-    "lms": "LMS",
-    "dpmpp_2s_a": "DPM++ 2S a",
-}
-OWN_ETA = {"euler_a": 1, "dpm2_a": 1, "dpmpp_2s_a": 1}  # which is not said; of all others it is 0
+SAMPLER_WORDS = {names.name: names.a1111 for names in NAMES}
+OWN_ETA = {names.name: names.own_eta for names in NAMES}  # which is not said
 SPACING_WORDS = {
     "karras": "Karras",
     "exponential": "Exponential",
@@ -416,8 +404,9 @@ TABLE: tuple[Option | Fact, ...] = (
     ),
     Option(
         "sampler", "ddim", Words(SAMPLER_WORDS),
-        f"{', '.join(SAMPLER_WORDS)}; also with its spacing, as 'DPM++ 2M Karras' (default: ddim)",
-        more="in any usual spelling.",
+        "ddim, plms, euler, euler_a, heun, lms, dpmpp_2m, dpmpp_2m_sde, ... (docs/samplers.md); also with its "
+        "spacing, as 'DPM++ 2M Karras' (default: ddim)",
+        more=f"in any usual spelling. There are {', '.join(SAMPLER_WORDS)}.",
         flags=("--sampler",), also=("sampler_name", "scheduler"), script=None, infotext="Sampler", always=True,
         part="denoise",
     ),

@@ -18,7 +18,7 @@ SOURCES = sorted((ROOT / "ldm").rglob("*.py"))
 # and do not know each other.
 ROOMS = (
     ("errors",),
-    ("limits", "values"),
+    ("limits", "sampler_names", "values"),
     ("config_text", "options"),
     (
         "batches",

@@ -5,7 +5,7 @@ float64 tensors on the CPU: factors are worked out in the levels' precision, mul
 device, and no step waits for an accelerator.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -286,6 +286,108 @@ def multistep_weights(sigmas: Sequence[float], sigma_to: float) -> np.ndarray:
         np.prod([(at - other) / (one - other) for other in sigmas if other != one], axis=0) for one in sigmas
     ]
     return np.array([half * (weights * basis).sum() for basis in bases])
+
+
+def sde_dpm_solver_pp_step(
+    x: Tensor,
+    denoised: Sequence[Tensor],
+    *,
+    sigmas: Sequence[Tensor],
+    sigma_to: Tensor,
+    eta: float,
+    solver_type: str = "heun",
+) -> Tensor:
+    """Step by SDE-DPM-Solver++, multistep, without its fresh noise: k-diffusion's DPM++ 2M SDE and 3M SDE.
+
+    In sigma's units. Eq. 18 of DPM-Solver++ (arXiv:2211.01095) with eta as a weight of the noise: where the solver for
+    the flow has h, this has (1 + eta) h. At eta = 0 it is that solver.
+
+    Args:
+        x: (b, ...) sample at sigmas[0].
+        denoised: one to three predicted clean samples, the newest first.
+        sigmas: 0-d, their levels.
+        sigma_to: 0-d, above 0.
+        eta: weight of the noise that `sde_std` measures.
+        solver_type: weight of the difference at order 2: "midpoint", or "heun" (exact for a prediction linear in
+            log sigma).
+    """
+    times = [-sigma.log() for sigma in sigmas]
+    h = -sigma_to.log() - times[0]
+    h_eta = (1 + eta) * h
+    x_to = (-h_eta).exp() * x - (-h_eta).expm1() * denoised[0]
+    if len(denoised) == 1:
+        return x_to
+    r_0 = (times[0] - times[1]) / h
+    slope = (denoised[0] - denoised[1]) / r_0
+    if len(denoised) == 2 and solver_type == "midpoint":
+        return x_to - 0.5 * (-h_eta).expm1() * slope
+    phi_2 = (-h_eta).expm1() / h_eta + 1
+    if len(denoised) == 2:
+        return x_to + phi_2 * slope
+    r_1 = (times[1] - times[2]) / h
+    older = (denoised[1] - denoised[2]) / r_1
+    second = (slope - older) / (r_0 + r_1)
+    return x_to + phi_2 * (slope + r_0 * second) - (phi_2 / h_eta - 0.5) * second
+
+
+def sde_std(sigma: Tensor, sigma_to: Tensor, eta: float) -> Tensor:
+    """Tell how much noise a step of `sde_dpm_solver_pp_step` adds: sigma_to sqrt(1 - (sigma_to / sigma)^(2 eta))."""
+    return sigma_to * (1 - (sigma_to / sigma) ** (2 * eta)).clamp(min=0).sqrt()
+
+
+def ancestral_split(sigma: Tensor, sigma_to: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """Part a step to sigma_to into a longer one down and noise back up: k-diffusion's get_ancestral_step.
+
+    The same as `ddim_std` in sigma's units.
+
+    Returns:
+        (down, up) with down^2 + up^2 = sigma_to^2.
+    """
+    up = eta * (sigma_to**2 * (sigma**2 - sigma_to**2) / sigma**2).clamp(min=0).sqrt()
+    up = up.clamp(max=sigma_to)
+    return (sigma_to**2 - up**2).sqrt(), up
+
+
+def dpm_solver_singlestep(
+    x: Tensor,
+    predict: Callable[[Tensor, Tensor], Tensor],
+    sigma: Tensor,
+    sigma_to: Tensor,
+    order: int,
+    eps: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Step by DPM-Solver-1, -2 or -3 (algorithms 1 and 2 of arXiv:2206.00927) in sigma's units.
+
+    Args:
+        x: (b, ...) sample at sigma.
+        predict: from a sample and its sigma to the predicted clean sample; called `order` times, once less with eps.
+        sigma, sigma_to: 0-d, above 0.
+        order: 1 to 3.
+        eps: noise predicted at x, where the caller has it.
+
+    Returns:
+        (x_to, by a lower order), which the step size of an adaptive solver is judged by: order 2 less 1, or 3 less 2.
+    """
+    h = (sigma / sigma_to).log()
+
+    def noise(x: Tensor, sigma: Tensor) -> Tensor:
+        return (x - predict(x, sigma)) / sigma
+
+    eps = noise(x, sigma) if eps is None else eps
+    first = x - sigma_to * h.expm1() * eps
+    if order == 1:
+        return first, first
+    r_1 = 1 / 2 if order == 2 else 1 / 3
+    sigma_1 = sigma * (-r_1 * h).exp()
+    change = noise(x - sigma_1 * (r_1 * h).expm1() * eps, sigma_1) - eps
+    second = first - sigma_to / (2 * r_1) * h.expm1() * change
+    if order == 2:
+        return second, first
+    r_2 = 2 / 3
+    sigma_2 = sigma * (-r_2 * h).exp()
+    phi = (r_2 * h).expm1()
+    x_2 = x - sigma_2 * phi * eps - sigma_2 * (r_2 / r_1) * (phi / (r_2 * h) - 1) * change
+    return first - sigma_to / r_2 * (h.expm1() / h - 1) * (noise(x_2, sigma_2) - eps), second
 
 
 def _factor(value: Tensor, like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from linear_gaussian import Line, LinearGaussian, Wavy, mix, normals
 from ldm.errors import UsageError
 from ldm.models.diffusion.samplers import (
     DDIM,
+    NAMES,
     SAMPLERS,
     LevelTable,
     Step,
@@ -21,6 +22,8 @@ from ldm.models.diffusion.samplers import (
 from ldm.process.gaussian import posterior
 
 SHAPE = (2, 4, 5, 3)
+CALLS = {names.name: names.calls for names in NAMES}
+TWICE = "2 S - 1"  # the network is called at two levels in each step, but for the last
 MEANS = torch.tensor([0.8, -0.3])
 
 
@@ -35,6 +38,11 @@ def close(got, want, atol=1e-12):
 
 def plan_of(name, model, steps, **options):
     return SAMPLERS[name].plan(alpha_bar_table(model), steps, **options)
+
+
+def afresh(name):
+    """Options of the cheapest noise."""
+    return {"brownian": False} if hasattr(SAMPLERS[name], "brownian") else {}
 
 
 def quiet(like):
@@ -156,11 +164,16 @@ def test_every_step_count_gives_a_plan_of_that_length(name):
     model = Wavy()
     table = alpha_bar_table(model)
     for steps in sorted({*range(1, 1001, 111), 2, 3, 9, 27, 300, 501, 999, 1000}):
+        if name == "dpm_adaptive" and steps == 1000:  # ends at the 1000th level, one step less
+            continue
         plan = SAMPLERS[name].plan(table, steps)
-        assert [level.left for level in plan] == list(range(steps, -1, -1)) and plan[0].total == steps
+        count = steps // 3 + 1 if name == "dpm_fast" else steps
+        assert [level.left for level in plan] == sorted((level.left for level in plan), reverse=True)
+        assert {level.left for level in plan} == set(range(count + 1)) and plan[0].total == count
         t = [level.t for level in plan[:-1]]
-        assert t == sorted(set(t), reverse=True) and t[-1] >= 0 and t[0] <= 999
-        assert all(here.alpha_bar <= to.alpha_bar for here, to in itertools.pairwise(plan))
+        assert min(t) >= 0 and t[0] == max(t) <= 999
+        falls = [here.alpha_bar <= to.alpha_bar for here, to in itertools.pairwise(plan)]
+        assert sum(falls) == count and (all(falls) or name == "restart")
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -169,24 +182,43 @@ def test_a_run_takes_exactly_the_steps_asked_for_and_counts_them(name, steps):
     model = Wavy()
     (x_T,) = normals(*SHAPE)
     done = list(sample_steps(name, model, x_T, None, steps=steps))
-    assert [step.index for step in done] == list(range(steps))
-    assert {step.total for step in done} == {steps}
-    twice = name in ("heun", "dpm2", "dpm2_a", "dpmpp_2s_a")  # at two levels in each step, but for the last
-    # PLMS looks at both ends of its first step.
-    asked = steps + 1 if name == "plms" else 2 * steps - 1 if twice else steps
-    assert len(model.asked) == asked
+    count = steps // 3 + 1 if name == "dpm_fast" else len(done) if name == "dpm_adaptive" else steps
+    assert [step.index for step in done] == list(range(count))
+    assert done[-1].total == count
+    if CALLS[name] != "by tolerance":
+        assert len(model.asked) == eval(CALLS[name].replace("2 S", "2 * S"), {"S": steps})
     times = [step.t for step in done]
-    assert times == sorted(times, reverse=True)
+    assert times == sorted(times, reverse=True) or name == "restart"
     told = [t[0].item() for _, t in model.asked]
-    firsts = told[::2] if twice else told if name != "plms" else [told[0], *told[2:]]
-    assert times == pytest.approx(firsts, abs=1e-4)
+    # PLMS looks at both ends of its first step.
+    firsts = told[::2] if CALLS[name] == TWICE else told if name != "plms" else [told[0], *told[2:]]
+    if name not in ("dpm_fast", "dpm_adaptive"):
+        assert times == pytest.approx(firsts, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "counts", [(2, 5, 6, 22, 37), pytest.param(range(1, 101), marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_every_number_of_steps_calls_the_network_as_often_as_the_docs_say(counts):
+    """PLMS's "S + 1", Heun's "2 S - 1" and so on are the words of the docs' own table."""
+    (x_T,), model = normals(1, 1, 1, 1), Wavy()
+    model.raw = lambda x, t: x
+    for name, calls in CALLS.items():
+        if calls == "by tolerance":
+            continue
+        for steps in counts:
+            model.asked.clear()
+            last(sample_steps(name, model, x_T, None, steps=steps, **afresh(name)))
+            want = eval(calls.replace("2 S", "2 * S"), {"S": steps})
+            assert len(model.asked) == want, (name, steps)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 def test_the_longest_run_ends_with_finite_numbers(name):
     (x_T,) = normals(1, 2, 3, 1)
-    assert last(sample_steps(name, LinearGaussian(), x_T, MEANS[:1], steps=1000)).isfinite().all()
+    steps = sample_steps(name, LinearGaussian(), x_T, MEANS[:1], steps=1000, **afresh(name))
+    assert last(steps).isfinite().all()
 
 
 def test_whole_levels_are_told_as_integers_and_fractions_as_floats():
@@ -194,7 +226,7 @@ def test_whole_levels_are_told_as_integers_and_fractions_as_floats():
     (x_T,) = normals(*SHAPE)
     for name in SAMPLERS:
         last(sample_steps(name, model, x_T, None, steps=2))
-        whole = name in ("ddim", "plms", "ddpm", "dpmpp_2m")
+        whole = name in ("ddim", "ddim_cfg_pp", "plms", "ddpm", "dpmpp_2m")
         assert model.asked[-1][1].dtype == (torch.int64 if whole else torch.float32)
 
 
@@ -233,13 +265,15 @@ def test_no_last_steps_are_no_steps():
 def test_start_levels_follow_the_original():
     model = Wavy()
     for name in SAMPLERS:
+        if name in ("dpm_fast", "restart"):  # whose plans are of another length
+            continue
         assert start_level(name, model, 20, 0) == (0, None)
         assert start_level(name, model, 20, 0.04) == (0, None)
         assert start_level(name, model, 20, 1.0) == (20, None)
         count, alpha_bar = start_level(name, model, 20, 0.6)
         plan = plan_of(name, model, 20)
         # CompVis noises to the level above the first one that DDIM denoises; the others meet it exactly.
-        left = 13 if name in ("ddim", "plms") else 12
+        left = 13 if name in ("ddim", "ddim_cfg_pp", "plms") else 12
         assert count == 12 and alpha_bar == plan[20 - left].alpha_bar
     assert start_level("ddim", model, 50, 0.58)[0] == 28  # int(0.58 * 50) = int(28.999...), as CompVis has it
 
@@ -427,13 +461,18 @@ def test_where_the_mask_is_one_the_image_is_noised_afresh_before_every_step(name
     plan = plan_of(name, model, 3)[:-1]
     close(seen[0][:, :, :2], SAMPLERS[name].start(x_T, plan[0])[:, :, :2])
     # PLMS asks a second time within its first step, of its own guess and without blending; others in each.
-    twice = name in ("heun", "dpm2", "dpm2_a", "dpmpp_2s_a")
-    steps_seen = [seen[0], *seen[2:]] if name == "plms" else seen[::2] if twice else seen
-    own = int(name in ("ddim", "ddpm", "plms", "euler_a", "dpm2_a", "dpmpp_2s_a"))
-    first = 0
+    if name == "dpm_adaptive":  # at levels of its own
+        return
+    steps_seen = [seen[0], *seen[2:]] if name == "plms" else seen[::2] if CALLS[name] == TWICE else seen
+    if name == "dpm_fast":  # of orders 2 and 1
+        steps_seen = [seen[0], seen[2]]
+    own = int(
+        name in ("ddim", "ddim_cfg_pp", "ddpm", "plms", "euler_a", "euler_a_cfg_pp", "dpm2_a", "dpmpp_2s_a")
+    )
+    first, brownian = 0, hasattr(SAMPLERS[name], "brownian")  # which draws once, after the first blend
     for i, (x, level) in enumerate(zip(steps_seen, plan, strict=True)):
         close(x[:, :, 2:], mix(x0, noises[first], level.alpha_bar)[:, :, 2:])
-        first += 1 + own + (1 if name == "plms" and i == 0 else 0)
+        first += 1 + own + (1 if (name == "plms" or brownian) and i == 0 else 0)
 
 
 def test_an_empty_mask_changes_nothing():
@@ -639,7 +678,7 @@ def test_samplers_answer_to_every_common_spelling(spellings, name):
     assert {resolve_sampler(spelling) for spelling in spellings} == {name}
 
 
-@pytest.mark.parametrize("name", ["euler b", "DPM++ 2M SDE Karras", "", "ddimm", None, 3])
+@pytest.mark.parametrize("name", ["euler b", "DPM++ 9M SDE Karras", "", "ddimm", None, 3])
 def test_unknown_samplers_are_answered_with_the_known_ones(name):
     known = "one of ddim, plms, ddpm, dpm_solver, dpmpp_2m, euler, .*; got"
     with pytest.raises(UsageError, match=known) as caught:

@@ -17,7 +17,11 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.levels import visited_levels
 from ldm.models.diffusion.samplers import (
+    NAMES,
     SAMPLERS,
+    DPMAdaptive,
+    DPMFast,
+    LevelTable,
     alpha_bar_table,
     make_plan,
     run_levels,
@@ -40,9 +44,11 @@ OURS = {
     "sample_euler_ancestral": "euler_a",
     "sample_dpm_2_ancestral": "dpm2_a",
     "sample_dpmpp_2s_ancestral": "dpmpp_2s_a",
+    "sample_dpmpp_sde": "dpmpp_sde",
+    "sample_dpmpp_2m_sde": "dpmpp_2m_sde",
+    "sample_dpmpp_3m_sde": "dpmpp_3m_sde",
 }
 THEIRS = {name.removeprefix("sample_"): ours for name, ours in OURS.items()}
-TWICE = ("heun", "dpm2", "dpm2_a", "dpmpp_2s_a")  # they call the network twice a step
 
 
 def close(got, want, rtol=1e-9):
@@ -70,6 +76,11 @@ class Mixture:
             answers.append(mean + variance / total * (x - mean))
         shares = torch.stack(logs).softmax(0)[..., None, None]  # (3, b, 1, 1)
         return (shares * torch.stack(answers)).sum(0)
+
+    def both_at_sigma(self, x, sigma):
+        """As recorded, the prediction without the condition is 0.9 of the other and 0.05 more."""
+        x0 = self.at_sigma(x, sigma)
+        return x0, 0.9 * x0 + 0.05
 
     def __call__(self, x, t, alpha_bar):
         sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
@@ -112,15 +123,97 @@ def test_every_recorded_step_of_k_diffusion(kdiffusion):
             continue
         kind = name.split(".")[1]
         sigmas = sigmas_of(cases, kind if kind in ("steps1", "steps2", "steps3", "nozero") else "0")
-        drawn = (keyed_input(f"noise.{i}", (2, 2, 3)).double() for i in range(20))
-        model = Mixture()
-        sampler = SAMPLERS[ours](model, lambda like, drawn=drawn: next(drawn), **case["args"])
+        model, options = Mixture(), dict(case["args"])
+        if hasattr(SAMPLERS[ours], "brownian"):
+            options["brownian"] = False  # the recorded noise is one draw after another
+        sampler = SAMPLERS[ours](model, recorded_noise(), **options)
         x, denoised = run(sampler, sigmas, keyed_input("x", (2, 2, 3)).double() * sigmas[0])
         close(x, recorded[name])
         close(denoised, recorded[f"{name}.denoised"])
         assert model.calls == case["model_calls"]
         held.add(name)
-    assert len(held) == 52
+    assert len(held) == 74
+
+
+def recorded_noise():
+    drawn = (keyed_input(f"noise.{i}", (2, 2, 3)).double() for i in range(20))
+    return lambda like: next(drawn)
+
+
+def test_dpm_fast_takes_the_recorded_steps(kdiffusion):
+    """Theirs work their levels out in float32, which shows after six digits."""
+    told, recorded = kdiffusion
+    for case in told["cases"]:
+        if case.get("function") != "sample_dpm_fast":
+            continue
+        sigmas = [draw[0] for draw in case["noise_at"]] + [case["noise_at"][-1][1]]
+        model = Mixture()
+        bars = alpha_bar_of_sigma(np.array(sigmas))
+        model.levels = LevelTable(np.linspace(bars[-1], bars[0], 1000))
+        plan = DPMFast.plan(model.levels.alpha_bar, case["n"])
+        assert [float(level.sigma) for level in plan] == pytest.approx(sigmas, rel=1e-6)
+        x = keyed_input("x", (2, 2, 3)).double() * 14.6146317 * bars[0] ** 0.5
+        *_, last = run_levels(plan, x, DPMFast(model, recorded_noise(), **case["args"]).step)
+        close(last.x_t / bars[-1] ** 0.5, recorded[case["name"]], rtol=5e-6)
+        assert model.calls == case["model_calls"]
+
+
+def test_dpm_adaptive_takes_the_recorded_steps(kdiffusion):
+    """As many, to nearly the same levels: theirs measure the error in float32, from which the lengths follow."""
+    told, recorded = kdiffusion
+    for case in told["cases"]:
+        if case.get("function") != "sample_dpm_adaptive":
+            continue
+        ends = np.array([case["noise_at"][0][0], case["noise_at"][-1][1]])
+        bars = alpha_bar_of_sigma(ends)
+        model, options = Mixture(), dict(case["args"])
+        del options["return_info"]
+        model.levels = LevelTable(np.linspace(bars[-1], bars[0], 1000))
+        sampler = DPMAdaptive(model, recorded_noise(), **options)
+        plan, reached = make_plan(np.zeros(1), bars[:1], bars[1]), []
+
+        def step(x, here, to, sampler=sampler, reached=reached):
+            x, pred_x0, stop = sampler.step(x, here, to)
+            reached.append(float(stop.sigma))
+            return x, pred_x0, stop
+
+        x = keyed_input("x", (2, 2, 3)).double() * 14.6146317 * bars[0] ** 0.5
+        *_, last = run_levels(plan, x, step)
+        assert reached == pytest.approx([to for _, to in case["noise_at"]], rel=2e-3)
+        close(last.x_t / bars[1] ** 0.5, recorded[case["name"]], rtol=5e-5)
+        # Where a step is tried again, theirs call the network again at its start.
+        attempts, order = case["info"]["steps"], options.get("order", 3)
+        assert model.calls == len(reached) + attempts * (order - 1)
+
+
+def test_restart_takes_a1111s_steps(golden):
+    recorded = load_file(golden / "samplers_a1111.safetensors")
+    table = alpha_bar_of_sigma(np.exp(np.linspace(math.log(0.0291671582), math.log(14.6146317), 1000)))
+    told = json.loads((golden / "samplers_a1111.json").read_text())["cases"]
+    for case in told:
+        name, _, steps = case["name"].partition(".")
+        if name != "restart" or steps == "list":
+            continue
+        model = Mixture()
+        plan = SAMPLERS["restart"].plan(table, int(steps))
+        x = keyed_input("x", (2, 2, 3)).double() * 14.6146317 * float(plan[0].alpha_bar) ** 0.5
+        done = list(run_levels(plan, x, SAMPLERS["restart"](model, recorded_noise()).step))
+        close(done[-1].x_t, recorded[case["name"]], rtol=5e-6)  # its sigmas are in float32
+        assert len(done) == case["callbacks"] == done[-1].total and model.calls == case["model_calls"]
+
+
+def test_comfyuis_steps_where_k_diffusion_has_none(kdiffusion, golden):
+    """CFG++, and the SDE solvers in one step and two."""
+    cases = {case["name"]: case for case in kdiffusion[0]["cases"]}
+    recorded = load_file(golden / "samplers_comfyui.safetensors")
+    rows = [("euler_cfg_pp.0", "euler_cfg_pp"), ("euler_ancestral_cfg_pp.0", "euler_a_cfg_pp")]
+    rows += [(f"{name}.steps{n}", name) for name in ("dpmpp_2m_sde", "dpmpp_3m_sde") for n in (1, 2)]
+    for row, ours in rows:
+        sigmas = sigmas_of(cases, row.split(".")[1])
+        options = {"brownian": False} if "sde" in ours else {}
+        sampler = SAMPLERS[ours](Mixture(), recorded_noise(), **options)
+        x, _ = run(sampler, sigmas, keyed_input("x", (2, 2, 3)).double() * sigmas[0])
+        close(x, recorded[row])
 
 
 def test_ancestral_steps_split_as_recorded(kdiffusion):
@@ -167,7 +260,7 @@ CHAINS += [("uniform", theirs) for theirs in ("lms", "dpmpp_2m", "euler_ancestra
 
 
 @pytest.mark.parametrize(("table", "theirs"), CHAINS)
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 def test_chains_over_compvis_unet_are_the_recorded_ones(tiny, table, theirs):
     model, recorded = tiny
     # As a list, for DPM2 leaves one out where it is given a name.
@@ -186,6 +279,7 @@ def test_chains_over_compvis_unet_are_the_recorded_ones(tiny, table, theirs):
         guidance_scale=3.0,
         unconditional_conditioning=keyed_input("uc", (2, 7, 24)),
         noise=lambda like: next(drawn),
+        **({"brownian": False} if "sde" in theirs else {}),
     )
     *_, last = steps
     want = recorded[f"unet.{table}10.{theirs}"]
@@ -236,7 +330,8 @@ def test_they_converge_to_the_exact_flow_at_their_order(name, ratio):
     assert error(80) < 1.15 / ratio * error(40)
 
 
-@pytest.mark.parametrize("name", ["euler_a", "dpm2_a", "dpmpp_2s_a"])
+@pytest.mark.parametrize("name", ["euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_3m_sde"])
+@pytest.mark.thinned(2)
 def test_ancestral_samplers_keep_mean_and_spread_of_the_data(name):
     model = LinearGaussian()
     (x_T,) = normals(2, 8, 25, 20)
@@ -252,7 +347,7 @@ def test_ancestral_samplers_keep_mean_and_spread_of_the_data(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_each_sampler_goes_with_each_spacing(name):
     """Near the data whatever the levels are: one step of another kind would be seen at once."""
     model = LinearGaussian()
@@ -260,15 +355,14 @@ def test_each_sampler_goes_with_each_spacing(name):
     for spacing in dict.fromkeys((*EXACT_METHODS, *SIGMA_TABLES)):
         if spacing == "vp":  # begins far above the model's levels
             continue
-        steps = list(
-            sample_steps(name, model, x_T, MEANS[:1], steps=8, spacing=spacing, noise=torch.zeros_like)
-        )  # of 4 steps over beta_sigma's one is so long that Heun's second slope overshoots
+        # Of 4 steps over beta_sigma's one is so long that Heun's second slope overshoots.
+        options = {"steps": 8, "spacing": spacing, "noise": torch.zeros_like}
+        if hasattr(SAMPLERS[name], "brownian"):
+            options["brownian"] = False
+        steps = list(sample_steps(name, model, x_T, MEANS[:1], **options))
         assert steps[-1].x_t.isfinite().all() and (steps[-1].x_t - 0.8).abs().max() < 3
         assert [step.t for step in steps] == sorted((step.t for step in steps), reverse=True)
-        assert len(steps) == 8
-        plan = SAMPLERS[name].plan(alpha_bar_table(model), 8, spacing=spacing)
-        for level in plan[:-1]:
-            assert float(level.log_snr) == pytest.approx(-2 * math.log(level.sigma), abs=1e-9)
+        assert len(steps) == {"dpm_fast": 3, "dpm_adaptive": len(steps)}.get(name, 8)
 
 
 def test_dpm2_leaves_out_the_lowest_sigma_of_a_table():
@@ -353,6 +447,16 @@ NAMED = [  # (what people write, sampler, spacing)
     ("Euler Align Your Steps", "euler", "align_your_steps"),
     ("dpmpp_2m_k", "dpmpp_2m", "karras"),
     ("DDIM", "ddim", None),
+    ("DPM++ SDE Karras", "dpmpp_sde", "karras"),
+    ("DPM++ 2M SDE Heun Exponential", "dpmpp_2m_sde_heun", "exponential"),
+    ("dpmpp_3m_sde_gpu", "dpmpp_3m_sde", None),
+    ("DPM++ 3M SDE Karras", "dpmpp_3m_sde", "karras"),
+    ("DPM fast", "dpm_fast", None),
+    ("DPM adaptive Karras", "dpm_adaptive", "karras"),
+    ("Restart", "restart", None),
+    ("euler_ancestral_cfg_pp", "euler_a_cfg_pp", None),
+    ("Euler CFG++", "euler_cfg_pp", None),
+    ("--dpm_solver", "dpm_solver", None),
 ]
 
 
@@ -397,9 +501,16 @@ def test_every_sampler_has_a_name_in_a1111s_text_and_its_own_eta():
 
 
 def test_every_name_is_in_the_docs(request):
+    """And the table of samplers is the one that lookups and pictures use, row by row."""
     page = (request.path.parents[2] / "docs" / "samplers.md").read_text()
-    for name in (*SAMPLERS, *EXACT_METHODS, *SIGMA_TABLES, "compvis"):
+    for name in (*EXACT_METHODS, *SIGMA_TABLES, "compvis"):
         assert f"`{name}`" in page
+    for names in NAMES:
+        cls, words = SAMPLERS[names.name], ", ".join(names.others)
+        eta = (
+            f"{cls.own_eta:g}, 0 to 1" if cls.accepts_eta(0.5) else "fixed" if cls.accepts_eta(1) else "none"
+        )
+        assert f"| `{cls.name}` | {words} | {names.calls} | `{cls.spacing}` | {eta} |\n" in page
 
 
 REFUSED = [

@@ -5,6 +5,9 @@ import torch
 
 from ldm.models.diffusion.samplers import SAMPLERS, sample_steps
 
+# DPM adaptive decides by what it sees, and waits for it.
+NAMED = sorted(SAMPLERS.keys() - {"dpm_adaptive"})
+
 
 class Model:
     """A network that only has shapes, and a schedule on the CPU, from where a sampler reads its levels once."""
@@ -25,7 +28,7 @@ def x_meta(*size):
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("name", NAMED)
 def test_steps_are_queued_without_a_look_at_any_value(name, parameterization):
     x, words = x_meta(3, 4, 5, 6), x_meta(3, 7, 2)
     options = {"eta": 0.5} if name == "ddim" else {}
@@ -42,10 +45,12 @@ def test_steps_are_queued_without_a_look_at_any_value(name, parameterization):
         **options,
     )
     steps = list(run)
-    assert len(steps) == 9 and all(step.x_t.is_meta and step.x_t.shape == x.shape for step in steps)
+    assert len(steps) == (4 if name == "dpm_fast" else 9) and all(
+        step.x_t.is_meta and step.x_t.shape == x.shape for step in steps
+    )
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("name", NAMED)
 def test_a_masked_run_looks_at_no_value_either(name):
     x, words = x_meta(2, 4, 5, 6), x_meta(2, 7, 2)
     run = sample_steps(name, Model("eps"), x, words, steps=5, mask=x_meta(2, 1, 5, 6), x0=x_meta(2, 4, 5, 6))

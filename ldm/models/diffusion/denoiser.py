@@ -99,16 +99,32 @@ class Denoiser:
 
     def __call__(self, x: Tensor, t: float | Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
         """Predict (eps, x0) for a sample (b, ...) at one level."""
-        guided = self.is_guided(t)
+        return self._predict(x, t, alpha_bar)[0]
+
+    def both(self, x: Tensor, t: float | Tensor, alpha_bar: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Predict (eps, x0) guided, and (eps, x0) without the condition; the same twice at levels that are not guided.
+
+        At guidance_scale 1 the unconditional pass is not skipped.
+        """
+        guided, without = self._predict(x, t, alpha_bar, both=True)
+        return guided, guided if without is None else without
+
+    def _predict(
+        self, x: Tensor, t: float | Tensor, alpha_bar: Tensor, both: bool = False
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+        guided = self.is_guided(t, at_scale_1=both)
         if not isinstance(t, Tensor):
             dtype = torch.long if isinstance(t, int) else torch.float32
             t = torch.full(x.shape[:1], t, device=x.device, dtype=dtype)
-        output = self._output(x, t, guided)
+        output, uncond = self._output(x, t, guided)
         if self.score_corrector is not None:
             output = self.score_corrector.modify_score(
                 self.model, output, x, t, self.conditioning, **self.corrector_kwargs
             )
-        return to_eps(self.kind, output, x, alpha_bar), to_x0(self.kind, output, x, alpha_bar)
+        without = None
+        if both and uncond is not None:
+            without = to_eps(self.kind, uncond, x, alpha_bar), to_x0(self.kind, uncond, x, alpha_bar)
+        return (to_eps(self.kind, output, x, alpha_bar), to_x0(self.kind, output, x, alpha_bar)), without
 
     def at_sigma(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Predict the clean sample from x = x0 + sigma * noise, at any sigma: k-diffusion's CompVisDenoiser.
@@ -120,6 +136,13 @@ class Denoiser:
         alpha_bar = 1 / (1 + sigma**2)
         return self(x * alpha_bar.sqrt(), float(t_of_sigma(float(sigma), self.sigmas)), alpha_bar)[1]
 
+    def both_at_sigma(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict the clean sample as `at_sigma` does, and without the condition as `both` does."""
+        alpha_bar = 1 / (1 + sigma**2)
+        t = float(t_of_sigma(float(sigma), self.sigmas))
+        (_, guided), (_, without) = self.both(x * alpha_bar.sqrt(), t, alpha_bar)
+        return guided, without
+
     @cached_property
     def levels(self) -> LevelTable:
         """The levels of the model."""
@@ -130,9 +153,9 @@ class Denoiser:
         """(T,) of the model, ascending; a level without signal has one with a 2^24th."""
         return self.levels.sigmas
 
-    def is_guided(self, t: float | Tensor) -> bool | Tensor:
+    def is_guided(self, t: float | Tensor, *, at_scale_1: bool = False) -> bool | Tensor:
         """Tell whether level t is guided; for levels (b,) of which only some are, tell which."""
-        if self.unconditional is None or self.scale == 1:
+        if self.unconditional is None or (self.scale == 1 and not at_scale_1):
             return False
         if self.interval == WHOLE_INTERVAL:
             return True
@@ -145,16 +168,18 @@ class Denoiser:
             return True
         return within if within.any() else False
 
-    def _output(self, x: Tensor, t: Tensor, guided: bool | Tensor) -> Tensor:
+    def _output(self, x: Tensor, t: Tensor, guided: bool | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Give the model's guided output, and the one without the condition where it was made."""
         if guided is False:
-            return self.model.apply_model(x, t, self.conditioning)
+            return self.model.apply_model(x, t, self.conditioning), None
         uncond, cond = predict_both(
             self.model.apply_model, x, t, self.unconditional, self.conditioning, self.separate_passes
         )
         answer = guide(uncond, cond, self.scale, self.rescale)
         if guided is True:
-            return answer
-        return torch.where(guided.reshape(-1, *(1 for _ in x.shape[1:])), answer, cond)
+            return answer, uncond
+        rows = guided.reshape(-1, *(1 for _ in x.shape[1:]))
+        return torch.where(rows, answer, cond), torch.where(rows, uncond, cond)
 
 
 def check_interval(interval: Any) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from ldm.models.diffusion.levels import (
     visited_levels,
 )
 from ldm.models.diffusion.samplers.base import NoisySampler, Sampler, SigmaSampler, check_eta
+from ldm.models.diffusion.samplers.cfg_pp import DDIMCFGPP, EulerAncestralCFGPP, EulerCFGPP
 from ldm.models.diffusion.samplers.compvis import DDIM, DDPM, PLMS
 from ldm.models.diffusion.samplers.dpm_solver import DPMSolver, DPMSolverPP2M
 from ldm.models.diffusion.samplers.kdiffusion import (
@@ -33,7 +34,8 @@ from ldm.models.diffusion.samplers.kdiffusion import (
     EulerAncestral,
     Heun,
 )
-from ldm.models.diffusion.samplers.names import NAMES, SAMPLERS, Names, resolve_sampler, split_sampler
+from ldm.models.diffusion.samplers.names import SAMPLERS, resolve_sampler, split_sampler
+from ldm.models.diffusion.samplers.restart import Restart
 from ldm.models.diffusion.samplers.run import (
     check_mask,
     sample_steps,
@@ -42,18 +44,36 @@ from ldm.models.diffusion.samplers.run import (
     start_level,
     warn_of_batch,
 )
+from ldm.models.diffusion.samplers.sde import (
+    DPMSolverPP2MSDE,
+    DPMSolverPP2MSDEHeun,
+    DPMSolverPP3MSDE,
+    DPMSolverPPSDE,
+    SDESampler,
+)
+from ldm.models.diffusion.samplers.singlestep import DPMAdaptive, DPMFast
+from ldm.sampler_names import NAMES, Names
 
 __all__ = [
     "DDIM",
+    "DDIMCFGPP",
     "DDPM",
     "DPM2",
     "DPM2Ancestral",
+    "DPMAdaptive",
+    "DPMFast",
     "DPMSolver",
     "DPMSolverPP2M",
+    "DPMSolverPP2MSDE",
+    "DPMSolverPP2MSDEHeun",
     "DPMSolverPP2SAncestral",
+    "DPMSolverPP3MSDE",
+    "DPMSolverPPSDE",
     "Denoiser",
     "Euler",
     "EulerAncestral",
+    "EulerAncestralCFGPP",
+    "EulerCFGPP",
     "Heun",
     "LMS",
     "Level",
@@ -63,7 +83,9 @@ __all__ = [
     "Noise",
     "NoisySampler",
     "PLMS",
+    "Restart",
     "SAMPLERS",
+    "SDESampler",
     "Sampler",
     "SigmaSampler",
     "Step",

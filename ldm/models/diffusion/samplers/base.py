@@ -39,6 +39,8 @@ class Sampler:
     starts_above: ClassVar[bool] = (
         False  # an image is noised to the level above the first one it is denoised from
     )
+    needs_unconditional: ClassVar[bool] = False  # the prediction without the condition, whatever the guidance
+    chooses_levels: ClassVar[bool] = False  # between the first and the last of its run
     inverts: ClassVar[bool] = False  # also steps from a cleaner level to a noisier one
     own_eta: ClassVar[float] = 0.0  # where a request names none
     etas: ClassVar[str] = "must be 0: this sampler adds no noise"

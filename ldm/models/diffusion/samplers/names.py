@@ -1,13 +1,13 @@
-"""The one table of samplers and of the names that people have for them. Lookups, metadata and docs are made from it."""
+"""The list of samplers, and how they are found by the names that people have for them."""
 
 import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ldm.errors import UsageError, nearest, shown
 from ldm.models.diffusion.levels import resolve_spacing
 from ldm.models.diffusion.samplers.base import Sampler
+from ldm.models.diffusion.samplers.cfg_pp import DDIMCFGPP, EulerAncestralCFGPP, EulerCFGPP
 from ldm.models.diffusion.samplers.compvis import DDIM, DDPM, PLMS
 from ldm.models.diffusion.samplers.dpm_solver import DPMSolver, DPMSolverPP2M
 from ldm.models.diffusion.samplers.kdiffusion import (
@@ -19,47 +19,46 @@ from ldm.models.diffusion.samplers.kdiffusion import (
     EulerAncestral,
     Heun,
 )
-from ldm.process.sigmas import resolve_sigma_table
-
-
-@dataclass(frozen=True)
-class Names:
-    """A sampler in other programs' words, each understood in any spelling (see `_reduce`).
-
-    Attributes:
-        sampler: its class; `sampler.name` is our own name.
-        a1111: what A1111's text says for it, and the text of our pictures; where A1111 has none, a word in its manner.
-        comfyui: KSampler's name, None where ComfyUI has none.
-        diffusers: the class of diffusers, less "Scheduler".
-        also: more spellings: CompVis's flag, InvokeAI's, stable-diffusion.cpp's.
-        calls: of the network in a run of S steps.
-    """
-
-    sampler: type[Sampler]
-    a1111: str
-    comfyui: str | None = None
-    diffusers: str | None = None
-    also: tuple[str, ...] = ()
-    calls: str = "S"
-
-
-NAMES: tuple[Names, ...] = (
-    Names(DDIM, "DDIM", "ddim", "DDIM"),
-    Names(PLMS, "PLMS", None, "PNDM", ("--plms",), "S + 1"),
-    Names(DDPM, "DDPM", "ddpm", "DDPM"),
-    Names(DPMSolver, "DPM-Solver", also=("--dpm_solver",)),
-    Names(DPMSolverPP2M, "DPM++ 2M", "dpmpp_2m", "DPMSolverMultistep", ("DPM-Solver++", "DPM++")),
-    Names(Euler, "Euler", "euler", "EulerDiscrete"),
-    Names(EulerAncestral, "Euler a", "euler_ancestral", "EulerAncestralDiscrete"),
-    Names(Heun, "Heun", "heun", "HeunDiscrete", calls="2 S - 1"),
-    Names(DPM2, "DPM2", "dpm_2", "KDPM2Discrete", calls="2 S - 1"),
-    Names(DPM2Ancestral, "DPM2 a", "dpm_2_ancestral", "KDPM2AncestralDiscrete", calls="2 S - 1"),
-    Names(LMS, "LMS", "lms", "LMSDiscrete"),
-    Names(DPMSolverPP2SAncestral, "DPM++ 2S a", "dpmpp_2s_ancestral", calls="2 S - 1"),
+from ldm.models.diffusion.samplers.restart import Restart
+from ldm.models.diffusion.samplers.sde import (
+    DPMSolverPP2MSDE,
+    DPMSolverPP2MSDEHeun,
+    DPMSolverPP3MSDE,
+    DPMSolverPPSDE,
 )
+from ldm.models.diffusion.samplers.singlestep import DPMAdaptive, DPMFast
+from ldm.process.sigmas import resolve_sigma_table
+from ldm.sampler_names import NAMES
 
-# The one list of samplers by name: what is put into it works wherever a sampler is named (docs/own-sampler.md).
-SAMPLERS: dict[str, type[Sampler]] = {names.sampler.name: names.sampler for names in NAMES}
+# The one list of samplers by name: what is put into it works wherever a sampler is named (docs/own-sampler.md). What
+# other programs call them is in ldm.sampler_names.
+SAMPLERS: dict[str, type[Sampler]] = {
+    cls.name: cls
+    for cls in (
+        DDIM,
+        PLMS,
+        DDPM,
+        DPMSolver,
+        DPMSolverPP2M,
+        Euler,
+        EulerAncestral,
+        Heun,
+        DPM2,
+        DPM2Ancestral,
+        LMS,
+        DPMSolverPP2SAncestral,
+        DPMSolverPPSDE,
+        DPMSolverPP2MSDE,
+        DPMSolverPP2MSDEHeun,
+        DPMSolverPP3MSDE,
+        DPMFast,
+        DPMAdaptive,
+        Restart,
+        EulerCFGPP,
+        EulerAncestralCFGPP,
+        DDIMCFGPP,
+    )
+}
 
 
 def _reduce(name: str) -> str:
@@ -67,12 +66,7 @@ def _reduce(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p")).removesuffix("scheduler")
 
 
-_ALIASES = {
-    _reduce(word): names.sampler.name
-    for names in NAMES
-    for word in (names.a1111, names.comfyui, names.diffusers, *names.also)
-    if word is not None
-}
+_ALIASES = {_reduce(word): names.name for names in NAMES for word in names.others}
 
 
 def resolve_sampler(name: str) -> str:

@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from numbers import Real
 from typing import Any
 
@@ -129,6 +129,8 @@ def sample_steps(
     elif start_from is not None:
         x_T = start_from
     levels = [level for level in plan if level.left <= count]
+    if cls.chooses_levels and count > 0:
+        levels = [replace(levels[0], left=1, total=1), replace(levels[-1], total=1)]
     return run_levels(levels, x_T, cls(denoise, draw, eta=eta, **own).step, before)
 
 

@@ -1,0 +1,66 @@
+"""CFG++ (arXiv:2406.08070): step to the guided clean sample by the noise that is predicted without the condition."""
+
+from dataclasses import KW_ONLY, dataclass
+
+from torch import Tensor
+
+from ldm.models.diffusion.levels import Level
+from ldm.models.diffusion.samplers.base import SigmaSampler
+from ldm.models.diffusion.samplers.compvis import DDIM
+from ldm.process.steps import ancestral_split
+
+
+class DDIMCFGPP(DDIM):
+    """DDIM with CFG++: algorithm 2 of the paper. Scales from 0 to about 2 are its range.
+
+    At guidance_scale 1 it is not DDIM: the noise is still the one without the condition. Where nothing is guided, for
+    want of an unconditional condition or outside the guidance interval, it is.
+    """
+
+    name = "ddim_cfg_pp"
+    needs_unconditional = True
+
+    def step(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
+        (_, pred_x0), (eps, _) = self.denoise.both(x, here.t, here.alpha_bar)
+        return self.move(x, eps, self.quantize(pred_x0), here, to)
+
+
+@dataclass
+class EulerAncestralCFGPP(SigmaSampler):
+    """The same in k-diffusion's units, with fresh noise: ComfyUI's euler_ancestral_cfg_pp.
+
+    Options:
+        s_noise: factor on the noise.
+    """
+
+    name = "euler_a_cfg_pp"
+    own_eta = 1.0
+    etas = "must be from 0 to 1"
+    needs_unconditional = True
+
+    _: KW_ONLY
+    s_noise: float = 1.0
+
+    @classmethod
+    def accepts_eta(cls, eta: float) -> bool:
+        return 0 <= eta <= 1
+
+    def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
+        denoised, unconditional = map(self.quantize, self.denoise.both_at_sigma(x, here.sigma))
+        down, up = ancestral_split(here.sigma, to.sigma, self.eta)
+        x_to = denoised + down * (x - unconditional) / here.sigma
+        if self.eta == 0 or to.sigma == 0:
+            return x_to, denoised
+        return x_to + self.s_noise * up * self.draw(x, here, to), denoised
+
+
+class EulerCFGPP(EulerAncestralCFGPP):
+    """Without fresh noise: ComfyUI's euler_cfg_pp. Options as `EulerAncestralCFGPP`."""
+
+    name = "euler_cfg_pp"
+    own_eta = 0.0
+    etas = "must be 0: take euler_a_cfg_pp for fresh noise"
+
+    @classmethod
+    def accepts_eta(cls, eta: float) -> bool:
+        return eta == 0

@@ -1,0 +1,213 @@
+"""DPM-Solver in steps that call the network within themselves: k-diffusion's DPM fast and DPM adaptive."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.errors import UsageError, shown
+from ldm.models.diffusion.levels import Level, LevelTable
+from ldm.models.diffusion.samplers.base import SigmaSampler
+from ldm.process.spacing import check_steps
+from ldm.process.steps import ancestral_split, dpm_solver_singlestep
+
+
+@dataclass(frozen=True, eq=False)
+class OrderedLevel(Level):
+    """A level that says of which order the step from it is."""
+
+    order: int = 3
+
+
+@dataclass
+class DPMFast(SigmaSampler):
+    """DPM-Solver-fast (arXiv:2206.00927, section 3.4): "DPM fast".
+
+    `steps` counts calls of the network: S of them are S // 3 + 1 steps of order 3, but for the last. Its own levels are
+    even in log sigma and end at the model's lowest sigma, for its steps cannot reach 0; so do other spacings' here. A
+    list of sigmas is stepped through as it is, by order 3, to 0 by order 1.
+
+    Options:
+        s_noise: factor on the noise, where eta is above 0.
+    """
+
+    name = "dpm_fast"
+    spacing = "exponential"
+    etas = "must be from 0 to 1"
+
+    _: KW_ONLY
+    s_noise: float = 1.0
+
+    @classmethod
+    def accepts_eta(cls, eta: float) -> bool:
+        return 0 <= eta <= 1
+
+    @classmethod
+    def plan(
+        cls,
+        alpha_bar: np.ndarray,
+        steps: int,
+        *,
+        spacing: str | Sequence[float] | None = None,
+        **options: Any,
+    ) -> list[Level]:
+        calls = check_steps(steps, len(alpha_bar))
+        if spacing is not None and not isinstance(spacing, str):
+            plan = super().plan(alpha_bar, steps, spacing=spacing, **options)
+            return [OrderedLevel(one.t, one.alpha_bar, one.left, one.total) for one in plan]
+        orders = [3] * (calls // 3 - 1) + [2, 1] if calls % 3 == 0 else [3] * (calls // 3) + [calls % 3]
+        levels = ending_above_0(super().plan, alpha_bar, len(orders), spacing=spacing, **options)
+        left = range(len(levels) - 1, -1, -1)
+        orders += [1] * (len(levels) - len(orders))  # a spacing may give more levels than it was asked for
+        rows = zip(levels, left, orders, strict=True)
+        return [OrderedLevel(one.t, one.alpha_bar, i, len(levels) - 1, order) for one, i, order in rows]
+
+    def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
+        sigma = here.sigma
+        denoised = self.predict(x, sigma)
+        if to.sigma == 0:
+            return denoised, denoised
+        end = self.denoise.levels.sigmas[0] if self.eta else 0.0
+        down, up = split_down_to(sigma, to.sigma, self.eta, end)
+        eps = (x - denoised) / sigma
+        x, _ = dpm_solver_singlestep(x, self.predict, sigma, down, getattr(here, "order", 3), eps)
+        if self.eta == 0:
+            return x, denoised
+        return x + self.s_noise * up * self.draw(x, here, to), denoised
+
+
+@dataclass
+class DPMAdaptive(SigmaSampler):
+    """DPM-Solver of order 3, embedded in order 2, whose steps are as long as a tolerance allows: "DPM adaptive".
+
+    From the noisiest level of the spacing to the model's lowest sigma; `steps` has no effect on a whole run. A run from
+    a picture begins at the level that the steps and the strength name. The error is measured over the batch, so that
+    pictures of one batch share their steps and depend, within the tolerance, on one another.
+
+    Options:
+        order: 2 or 3.
+        rtol, atol: relative and absolute tolerance of a step.
+        h_init: length of the first step, in log sigma.
+        pcoeff, icoeff, dcoeff: of the PID controller of the steps' lengths.
+        accept_safety: least factor on the length at which a step counts.
+        s_noise: factor on the noise, where eta is above 0.
+    """
+
+    name = "dpm_adaptive"
+    spacing = "exponential"
+    chooses_levels = True
+    etas = "must be from 0 to 1"
+
+    _: KW_ONLY
+    order: int = 3
+    rtol: float = 0.05
+    atol: float = 0.0078
+    h_init: float = 0.05
+    pcoeff: float = 0.0
+    icoeff: float = 1.0
+    dcoeff: float = 0.0
+    accept_safety: float = 0.81
+    s_noise: float = 1.0
+    h: float = field(default=0.0, init=False, repr=False)
+    errors: list[float] = field(default_factory=list, init=False, repr=False)
+    low: Tensor | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order not in (2, 3):
+            raise UsageError(f"order must be 2 or 3, got {shown(self.order)}")
+        for name in ("rtol", "atol", "h_init", "accept_safety"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"{name} must be a number above 0, got {shown(getattr(self, name))}")
+        self.h = self.h_init
+
+    @classmethod
+    def accepts_eta(cls, eta: float) -> bool:
+        return 0 <= eta <= 1
+
+    @classmethod
+    def plan(
+        cls,
+        alpha_bar: np.ndarray,
+        steps: int,
+        *,
+        spacing: str | Sequence[float] | None = None,
+        **options: Any,
+    ) -> list[Level]:
+        if spacing is not None and not isinstance(spacing, str):
+            return super().plan(alpha_bar, steps, spacing=spacing, **options)
+        levels = ending_above_0(super().plan, alpha_bar, steps, spacing=spacing, **options)
+        total = len(levels) - 1
+        return [Level(one.t, one.alpha_bar, total - i, total) for i, one in enumerate(levels)]
+
+    def step(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, ...]:
+        """Step towards a level, as far as the tolerance allows: (x, predicted clean sample, level reached)."""
+        x, sigma = x / here.alpha_bar.sqrt(), here.sigma
+        denoised = self.predict(x, sigma)
+        if to.sigma == 0:
+            return denoised, denoised
+        eps, accepted = (x - denoised) / sigma, False
+        while not accepted:
+            remaining = float((sigma / to.sigma).log())
+            sigma_to = to.sigma if self.h >= remaining - 1e-5 else sigma * math.exp(-self.h)
+            down, up = split_down_to(sigma, sigma_to, self.eta, float(to.sigma))
+            high, low = dpm_solver_singlestep(x, self.predict, sigma, down, self.order, eps)
+            accepted = self.propose(self.error(low, high, x if self.low is None else self.low))
+        self.low = low
+        reached = to if sigma_to is to.sigma else self.denoise.levels.at_sigma(float(sigma_to))
+        if self.eta > 0:
+            high = high + self.s_noise * up * self.draw(x, here, reached)
+        return reached.alpha_bar.sqrt() * high, denoised, reached
+
+    def error(self, low: Tensor, high: Tensor, before: Tensor) -> float:
+        """Measure the difference of the orders in units of the tolerance: its root mean square."""
+        tolerance = (self.rtol * torch.maximum(low.abs(), before.abs())).clamp(min=self.atol)
+        return float(((low - high) / tolerance).square().mean().sqrt())
+
+    def propose(self, error: float) -> bool:
+        """Make the next step's length from an error, and tell whether the step of that error counts."""
+        order = 1.5 if self.eta else self.order
+        inverse = 1 / (error + 1e-8)
+        self.errors = [inverse, *(self.errors[1:] or [inverse, inverse])]
+        powers = (
+            (self.pcoeff + self.icoeff + self.dcoeff) / order,
+            -(self.pcoeff + 2 * self.dcoeff) / order,
+            self.dcoeff / order,
+        )
+        factor = math.prod(one**power for one, power in zip(self.errors, powers, strict=True))
+        factor = 1 + math.atan(factor - 1)
+        accepted = factor >= self.accept_safety
+        if accepted:
+            self.errors = [self.errors[0], self.errors[0], self.errors[1]]
+        self.h *= factor
+        return accepted
+
+
+def split_down_to(sigma: Tensor, sigma_to: Tensor, eta: float, end: float) -> tuple[Tensor, Tensor]:
+    """`ancestral_split` that goes down no further than the end of the run."""
+    if eta == 0:
+        return sigma_to, torch.zeros_like(sigma_to)
+    down = ancestral_split(sigma, sigma_to, eta)[0].clamp(min=end)
+    return down, (sigma_to**2 - down**2).clamp(min=0).sqrt()
+
+
+def ending_above_0(
+    plan: Any, alpha_bar: np.ndarray, steps: int, *, spacing: str | None, **options: Any
+) -> list[Level]:
+    """List the steps + 1 levels of a spacing down to the lowest of its sigmas, or of the model's, instead of 0."""
+    table = LevelTable(alpha_bar)
+    lowest = options.get("sigma_min") or table.sigmas[0]
+    if steps < len(alpha_bar):
+        longer = plan(alpha_bar, steps + 1, spacing=spacing, **options)
+        if float(longer[-2].sigma) < lowest * (1 + 1e-6):
+            return longer[:-1]
+    levels = plan(alpha_bar, steps, spacing=spacing, **options)
+    if levels[-1].alpha_bar < 1:
+        return levels
+    if float(levels[-2].sigma) < lowest * (1 + 1e-6):
+        return levels[:-1] if len(levels) > 2 else levels
+    return [*levels[:-1], table.at_sigma(lowest)]

@@ -1,0 +1,75 @@
+"""Brownian motion over sigma, for samplers whose noise of two overlapping steps has to belong together.
+
+One path an image, made from a seed: independent of the batch, of the device and of the intervals that are asked for, so
+that runs of another number of steps meet the same noise. A path is a tree: known at both ends of an interval, it is
+drawn in the middle (Levy's construction), down to the interval that is asked for.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+TOP = 13  # sigmas up to 2^13; a level without signal counts as 2^12
+CELL = 14  # and in steps of 2^-14, to which ends of intervals are rounded
+
+
+class BrownianPaths:
+    """Paths W(sigma) with W(0) = 0, one for each seed.
+
+    Args:
+        seeds: one an image, any whole numbers.
+        shape: of an image, without the batch.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int]):
+        self.seeds = [int(seed) for seed in seeds]
+        self.shape = tuple(shape)
+        top = math.sqrt(2**TOP) * self._normal(0, 0)
+        # Of each depth the node met last: (index, W at its left end, W at its right end).
+        self._nodes: dict[int, tuple[int, Tensor, Tensor]] = {0: (0, torch.zeros_like(top), top)}
+
+    def at(self, sigma: float) -> Tensor:
+        """Give W at a sigma, rounded to the grid: (b, ...) float64."""
+        return self._at(self._cell(sigma))
+
+    def between(self, sigma: float, sigma_to: float) -> Tensor:
+        """Give W(sigma_to) - W(sigma) over the root of the interval's length: unit normal, (b, ...) float64."""
+        start, end = self._cell(sigma), self._cell(sigma_to)
+        if start == end:
+            start, end = (start, start + 1) if sigma_to >= sigma else (start + 1, start)
+        return (self._at(end) - self._at(start)) / math.sqrt(abs(end - start) * 2.0**-CELL)
+
+    def _cell(self, sigma: float) -> int:
+        return min(round(sigma * 2**CELL), 2 ** (TOP + CELL) - 1)
+
+    def _at(self, cell: int) -> Tensor:
+        """Walk down the tree to the place where a node ends at this cell."""
+        depth, left, right = 0, *self._nodes[0][1:]
+        if cell == 0:
+            return left
+        length = TOP + CELL
+        while cell % (1 << (length - depth)):
+            index = cell >> (length - depth - 1)
+            known = self._nodes.get(depth + 1)
+            if known is None or known[0] != index:
+                # W in the middle, given both ends: their mean, and a quarter of the interval as variance.
+                spread = math.sqrt(2.0 ** (TOP - depth) / 4)
+                middle = (left + right) / 2 + spread * self._normal(depth + 1, index >> 1)
+                ends = (left, middle) if index % 2 == 0 else (middle, right)
+                known = (index, *ends)
+                self._nodes[depth + 1] = known
+            _, left, right = known
+            depth += 1
+        return left
+
+    def _normal(self, depth: int, index: int) -> Tensor:
+        """Draw what belongs to one node of each tree: (b, ...) float64."""
+        draws = []
+        for seed in self.seeds:
+            name = hashlib.blake2b(f"{seed} {depth} {index}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(name, "little"))
+            draws.append(torch.randn(self.shape, generator=generator))
+        return torch.stack(draws).double()

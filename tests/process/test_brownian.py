@@ -1,0 +1,57 @@
+"""The laws of Brownian motion, and that a path belongs to its seed alone."""
+
+import math
+
+import pytest
+import torch
+
+from ldm.process.brownian import BrownianPaths
+
+SEEDS = [5, -3, 2**63]
+PAIRS = [(14.6, 9.1), (9.1, 5.5), (5.5, 1.3), (1.3, 0.2), (0.2, 0.029), (0.029, 0.0), (4096.0, 150.0)]
+
+
+@pytest.fixture(scope="module")
+def paths():
+    return BrownianPaths(SEEDS, (41, 31))
+
+
+def test_increments_have_the_variance_of_their_interval_and_are_independent(paths):
+    """Of 3813 values each: means, variances and correlations within 5 standard errors."""
+    error = 5 / math.sqrt(3 * 41 * 31)
+    drawn = [paths.between(*pair).flatten() for pair in PAIRS]
+    for (high, low), noise in zip(PAIRS, drawn, strict=True):
+        assert abs(noise.mean()) < error and abs(noise.var() - 1) < 1.5 * error
+        increment = (paths.at(low) - paths.at(high)).flatten()
+        assert increment.var() == pytest.approx(high - low, rel=0.15, abs=1e-4)
+    correlations = torch.corrcoef(torch.stack(drawn)) - torch.eye(len(drawn))
+    assert correlations.abs().max() < error
+
+
+def test_an_interval_is_the_sum_of_its_parts_and_correlates_with_them(paths):
+    a, b, c = 9.25, 4.5, 1.75  # on the grid
+    whole, first, second = paths.between(a, c), paths.between(a, b), paths.between(b, c)
+    torch.testing.assert_close(
+        whole * math.sqrt(a - c), first * math.sqrt(a - b) + second * math.sqrt(b - c), rtol=0, atol=1e-12
+    )
+    torch.testing.assert_close(paths.between(c, a), -whole, rtol=0, atol=1e-12)
+    correlation = float((whole * first).mean())
+    assert correlation == pytest.approx(math.sqrt((a - b) / (a - c)), abs=0.08)
+
+
+def test_a_path_does_not_depend_on_its_neighbours_or_on_what_was_asked_before():
+    shape, pairs = (2, 3), [(0.4, 0.03), (14.6, 3.2), (0.4, 0.03), (7.7, 7.6), (0.0, 8191.0)]
+    together = BrownianPaths(SEEDS, shape)
+    for high, low in pairs:
+        noise = together.between(high, low)
+        for row, seed in enumerate(SEEDS):
+            alone = BrownianPaths([seed], shape).between(high, low)[0]
+            assert torch.equal(alone, noise[row])
+    assert not torch.equal(together.at(3.0)[0], together.at(3.0)[1])
+
+
+def test_intervals_shorter_than_the_grid_are_still_unit_noise(paths):
+    for low in (1.0 + 1e-9, 1.0):
+        noise = paths.between(1.0 + 1e-9, low)
+        assert noise.var() == pytest.approx(1, abs=0.05)
+    assert torch.equal(paths.at(0.0), torch.zeros_like(paths.at(0.0)))
