@@ -6,6 +6,7 @@ sd.txt2img("a <birb-style> portrait", adapters=[LoRA("style.safetensors", 0.8), 
 from ldm.adapters.controlnet import ControlNet
 from ldm.adapters.deepcache import DeepCache
 from ldm.adapters.embedding import Embedding
+from ldm.adapters.freeu import FreeU
 from ldm.adapters.ip_adapter import IPAdapter
 from ldm.adapters.lora import LoRA
 from ldm.adapters.preprocessors import preprocess
@@ -17,6 +18,7 @@ __all__ = [
     "ControlNet",
     "DeepCache",
     "Embedding",
+    "FreeU",
     "IPAdapter",
     "LoRA",
     "StyleAdapter",

@@ -55,6 +55,12 @@ def is_within(step: StepInfo | None, start: float, end: float) -> bool:
     return not (step.index / step.total < start or (step.index + 1) / step.total > end)
 
 
+def span_of(adapter: Any) -> dict[str, float]:
+    """Say an adapter's part of the sampler's way where it is not all of it, for a picture's metadata."""
+    usual = {"start": 0.0, "end": 1.0}
+    return {name: getattr(adapter, name) for name, value in usual.items() if getattr(adapter, name) != value}
+
+
 # --- hints ------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm.errors import UsageError
 from ldm.limits import CACHE_INTERVAL, whole
 from ldm.modules.diffusionmodules.openaimodel import SuperResModel, UNetModel
-from ldm.modules.seams import Execution, Rank, StepInfo, Undo, Wrapped, wrap
+from ldm.modules.seams import Execution, Rank, StepInfo, Undo, Wrapped, own_forward, wrap
 
 
 def check_unet(unet: nn.Module, knob: str) -> None:
@@ -45,18 +45,24 @@ def check_cache(unet: nn.Module, cache_interval: int, cache_depth: int) -> tuple
 
 
 def _check_forward(unet: nn.Module) -> None:
-    check_unet(unet, "cache_interval > 1")
     forward = vars(unet).get("forward")
     while isinstance(forward, Wrapped):
         if isinstance(getattr(forward.around, "__self__", None), DeepCache):
             raise UsageError("this UNet has a DeepCache already; leave one of the two off")
         forward = forward.inner
+    check_own_forward(unet, "cache_interval > 1")
+
+
+def check_own_forward(unet: nn.Module, knob: str) -> None:
+    """Raise UsageError unless a network is a UNetModel that runs its blocks by its own forward, and not compiled."""
+    check_unet(unet, knob)
+    forward = own_forward(unet)
     # What `ldm.kernels.optimize` puts there gives the plain code's numbers and takes its arguments.
     if type(unet).forward not in (UNetModel.forward, SuperResModel.forward) or not isinstance(
         forward, Execution | None
     ):
         raise UsageError(
-            f"cache_interval > 1 needs the UNet's own forward, but this {type(unet).__name__} has another one; "
+            f"{knob} needs the UNet's own forward, but this {type(unet).__name__} has another one; "
             "leave it off"
         )
 

@@ -7,7 +7,8 @@ for as long as it is attached, and leaves no trace behind. There are five slots,
     attention   CrossAttention.processor, BasicTransformerBlock.around, SpatialTransformer.entering: `fill`
     tokens      behind those of the text, in the context of a UNet's call: `wrap`
     residuals   maps that a UNet adds to its skips, middle and way down, the arguments `control` and `features` of its
-                call: `wrap`
+                call: `wrap`; UNetModel.joining, what becomes of a skip and of what it is joined to; the `edges` of a
+                UNet, an encoder or a decoder, what its convolutions see beyond a map: `fill`
     shortcuts   which part of a UNet's loop is computed, the argument `deep` of its call: `wrap`
 
 How all of that is computed is the business of `ldm.kernels.optimize`, which asks `on` about every module.
@@ -91,6 +92,25 @@ class WeightChange(Protocol):
 
     def at(self, step: StepInfo) -> None:
         """Learn where the sampler is."""
+
+
+@runtime_checkable
+class GuidanceTerm(Protocol):
+    """An attachment that adds a term to the guided answer of a model, such as perturbed-attention guidance.
+
+    Attributes:
+        joins_batch: it wants the rows of the condition once more in the batch, and computes them otherwise.
+        rows: which rows of the next call are those; None = none. Whoever calls the network sets it.
+    """
+
+    joins_batch: bool
+    rows: slice | None
+
+    def guides(self, step: StepInfo) -> bool:
+        """Tell whether it adds something at a step."""
+
+    def term(self, call: Any) -> Tensor:
+        """Give what is added, of the answer's shape; `call` is an ldm.models.diffusion.denoiser.GuidedCall."""
 
 
 class Change:
@@ -452,7 +472,7 @@ class Presence(NamedTuple):
 
 
 PLAIN = Presence("plain")
-SLOTS = ("processor", "around", "entering")
+SLOTS = ("processor", "around", "entering", "joining", "edges")
 _code: dict[type[nn.Module], tuple[Any, Any]] = {}
 
 
@@ -480,6 +500,7 @@ def on(module: nn.Module) -> Presence:
         (forward is None or isinstance(forward, Execution))
         and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
         and own.get("processor") is own.get("around") is own.get("entering") is None
+        and own.get("joining") is own.get("edges") is None
         and "processor" not in own["_modules"]
         and is_registered(type(module))
     ):

@@ -230,7 +230,12 @@ class Encoder(nn.Module):
         use_linear_attn: short for attn_type="linear".
         num_groups: of every norm. The original's 32 leave one channel to a group where a level has 32 channels,
             which wipes out how bright a picture is; narrow models want fewer.
+
+    Attributes:
+        edges: a slot (ldm.modules.seams): see UNetModel.
     """
+
+    edges: Any = None
 
     def __init__(
         self,
@@ -306,7 +311,12 @@ class Decoder(nn.Module):
         tanh_out: squash the picture into [-1, 1].
         give_pre_end: return the last features instead of a picture.
         double_z: the encoder's; accepted because both are built from one configuration.
+
+    Attributes:
+        edges: a slot (ldm.modules.seams): see UNetModel.
     """
+
+    edges: Any = None
 
     def __init__(
         self,

@@ -600,7 +600,15 @@ class UNetModel(_UNetBase):
         num_attention_blocks: for each level, how many of its blocks are followed by attention.
         disable_middle_self_attn: the middle transformer only looks at the context.
         use_linear_in_transformer: linear layers instead of 1x1 convolutions around the transformers.
+
+    Attributes:
+        joining: a slot (ldm.modules.seams): called with the number of an output block, what it gets from the block
+            before and its skip, it gives the two that are joined; None = as they are.
+        edges: a slot: says that convolutions see something else than zeros beyond a map (ldm.adapters.seamless).
     """
+
+    joining: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    edges: Any = None
 
     # long: half of it is CompVis's signature of 27 options and the handing on of each by its name.
     @leaves_others_to_subclasses
@@ -840,6 +848,8 @@ class UNetModel(_UNetBase):
                     h = _with(h, control[middle])
                 continue
             skip = _with(skips.pop(), control[2 * middle - i])
+            if self.joining is not None:
+                h, skip = self.joining(i - middle - 1, h, skip)
             h = torch.cat([h, skip], dim=1)
             reach = skips[-1].shape[2:] if skips else h.shape[2:]
             # Sides that do not halve evenly: the map has to reach its skip's size, not twice its own.
