@@ -10,11 +10,13 @@ from ldm.adapters.freeu import FreeU
 from ldm.adapters.ip_adapter import IPAdapter
 from ldm.adapters.lora import LoRA
 from ldm.adapters.preprocessors import preprocess
+from ldm.adapters.slicing import AttentionSlicing
 from ldm.adapters.style_adapter import StyleAdapter
 from ldm.adapters.t2i_adapter import T2IAdapter
 from ldm.adapters.tome import TokenMerging
 
 __all__ = [
+    "AttentionSlicing",
     "ControlNet",
     "DeepCache",
     "Embedding",

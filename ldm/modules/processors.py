@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldm.errors import UsageError, shown
+from ldm.limits import about_whole, is_whole
 from ldm.modules.attention import CrossAttention, attend
 from ldm.modules.seams import state_of
 
 Processor = Callable[..., Tensor]
+MOST_HEADS = 1 << 20  # of all rows of a batch together
 
 
 class AttnProcessor(nn.Module):
@@ -53,6 +56,51 @@ class AttnProcessor(nn.Module):
     def state(self) -> Hashable:
         """Say what a captured graph of it depends on: nothing."""
         return ("AttnProcessor",)
+
+
+class SlicedAttnProcessor:
+    """What a CrossAttention does by itself, for some heads of some rows at a time: less memory where scores are held.
+
+    Args:
+        slice_size: how many at a time, 1 to any number; of a batch of b rows there are b * heads.
+
+    Raises:
+        UsageError: a slice_size that is no whole number from 1 on.
+    """
+
+    def __init__(self, slice_size: int):
+        if not is_whole(slice_size, 1, MOST_HEADS):
+            raise UsageError(f"slice_size must be {about_whole(1, MOST_HEADS)}, got {shown(slice_size)}")
+        self.slice_size = int(slice_size)
+
+    def __call__(
+        self,
+        attn: CrossAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Answer as AttnProcessor does; see there."""
+        tokens = tokens_of(hidden_states)
+        context = tokens if encoder_hidden_states is None else encoder_hidden_states
+        mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(tokens), out_dim=4)
+        q, k, v = (
+            attn.head_to_batch_dim(layer(y), out_dim=4).flatten(0, 1)
+            for layer, y in ((attn.to_q, tokens), (attn.to_k, context), (attn.to_v, context))
+        )  # (b heads, n, d) each
+        if mask is not None:
+            mask = mask.expand(len(tokens), attn.heads, -1, -1).flatten(0, 1)
+        out = torch.empty_like(q)
+        for i in range(0, len(q), self.slice_size):
+            part = slice(i, i + self.slice_size)
+            own = None if mask is None else mask[None, part]
+            out[part] = attend(q[None, part], k[None, part], v[None, part], own, attn.scale)[0]
+        return answered(attn, out.unflatten(0, (-1, attn.heads)), hidden_states)
+
+    def state(self) -> Hashable:
+        """Say what a captured graph of it depends on."""
+        return ("SlicedAttnProcessor", self.slice_size)
 
 
 class IPAttnProcessor(nn.Module):
