@@ -36,7 +36,7 @@ from ldm.models.diffusion.samplers import (
 )
 from ldm.models.introspect import downsampling, dtype_of, is_inpainting
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.seams import Scope, StepInfo
+from ldm.modules.seams import GuidanceTerm, Scope, StepInfo
 from ldm.options import options as every_option
 from ldm.options import told
 from ldm.process.philox import cuda_normal
@@ -337,6 +337,7 @@ class _WithAttachments:
         self._model = model
         self._autocast = autocast
         self._attachments = [begun(one) for one in attachments]
+        self._terms = [one for one in self._attachments if isinstance(one, GuidanceTerm)]
         self._batch, self._unconditional = batch, unconditional
         self._scopes: dict[tuple[int, ...], Scope] = {}
         self.step = StepInfo(0, total)
@@ -359,12 +360,17 @@ class _WithAttachments:
             return self._model.apply_model(x, t, cond, *args, **kwargs)
 
     def _rows_without(self, x: Tensor, cond: Any) -> int:
-        """Tell how many rows are without the condition: of a call that joins both, the first half."""
+        """Tell how many rows are without the condition: of a call that joins both, the first images' worth."""
         if self._unconditional is None:
             return 0
         if cond is self._unconditional:
             return len(x)
-        return self._batch if len(x) == 2 * self._batch else 0
+        own = sum(one.rows is not None for one in self._terms)  # of guidance terms, which have the condition
+        return self._batch if len(x) == (2 + own) * self._batch else 0
+
+    def guidance_terms(self) -> list[GuidanceTerm]:
+        """List what adds to the guidance of the next call."""
+        return [one for one in self._terms if one.guides(self.step)]
 
     def _scope(self, network: torch.nn.Module, attachments: Sequence[Any]) -> Scope:
         """Give the scope of the call before, which knows already what becomes of the weights, or a new one."""

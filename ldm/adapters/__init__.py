@@ -7,6 +7,7 @@ from ldm.adapters.controlnet import ControlNet
 from ldm.adapters.deepcache import DeepCache
 from ldm.adapters.embedding import Embedding
 from ldm.adapters.freeu import FreeU
+from ldm.adapters.guidance import PAG, SAG
 from ldm.adapters.ip_adapter import IPAdapter
 from ldm.adapters.lora import LoRA
 from ldm.adapters.preprocessors import preprocess
@@ -23,6 +24,8 @@ __all__ = [
     "FreeU",
     "IPAdapter",
     "LoRA",
+    "PAG",
+    "SAG",
     "StyleAdapter",
     "T2IAdapter",
     "TokenMerging",

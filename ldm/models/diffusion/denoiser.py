@@ -1,12 +1,14 @@
 """A model with its conditions and guidance: from a sample and its level to the predicted noise and clean sample.
 
 Samplers know a model only by apply_model(x, t, conditioning), alphas_cumprod, num_timesteps, parameterization ("eps",
-"x0" or "v"), and first_stage_model where they are to quantise.
+"x0" or "v"), and first_stage_model where they are to quantise. One that has `guidance_terms()` lists there what adds to
+the guidance of its next call (ldm.modules.seams.GuidanceTerm).
 """
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,9 @@ from torch import Tensor
 from ldm.errors import UsageError
 from ldm.limits import SHARE
 from ldm.models.diffusion.levels import LevelTable, alpha_bar_table
+from ldm.modules.seams import GuidanceTerm
 from ldm.options import Interval
-from ldm.process.guidance import guide, join
+from ldm.process.guidance import guide, join, rescale
 from ldm.process.prediction import to_eps, to_x0
 from ldm.process.sigmas import t_of_sigma
 
@@ -43,6 +46,30 @@ def predict_both(
     both = join(unconditional, conditioning)
     uncond, cond = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
     return uncond, cond
+
+
+@dataclass(frozen=True)
+class GuidedCall:
+    """What a GuidanceTerm adds to, and what it may ask for.
+
+    Attributes:
+        x, t, alpha_bar: the sample (b, ...), its levels (b,) and signal.
+        base, base_conditioning: the model's output without the condition, or with it where nothing else guides.
+        cond: the model's output with the condition.
+        own: the output of the term's own rows; None where it has none.
+        kind: what the model predicts, "eps", "x0" or "v".
+        predict: the model, called with (x, t, conditioning).
+    """
+
+    x: Tensor
+    t: Tensor
+    alpha_bar: Tensor
+    base: Tensor
+    base_conditioning: Any
+    cond: Tensor
+    own: Tensor | None
+    kind: str
+    predict: Callable[[Tensor, Tensor, Any], Tensor]
 
 
 class Denoiser:
@@ -116,7 +143,11 @@ class Denoiser:
         if not isinstance(t, Tensor):
             dtype = torch.long if isinstance(t, int) else torch.float32
             t = torch.full(x.shape[:1], t, device=x.device, dtype=dtype)
-        output, uncond = self._output(x, t, guided)
+        terms = getattr(self.model, "guidance_terms", tuple)()
+        if terms:
+            output, uncond = self._output_with(terms, x, t, guided, alpha_bar)
+        else:
+            output, uncond = self._output(x, t, guided)
         if self.score_corrector is not None:
             output = self.score_corrector.modify_score(
                 self.model, output, x, t, self.conditioning, **self.corrector_kwargs
@@ -175,11 +206,69 @@ class Denoiser:
         uncond, cond = predict_both(
             self.model.apply_model, x, t, self.unconditional, self.conditioning, self.separate_passes
         )
-        answer = guide(uncond, cond, self.scale, self.rescale)
+        return self._mixed(guided, uncond, cond, self.rescale)
+
+    def _mixed(
+        self, guided: bool | Tensor, uncond: Tensor | None, cond: Tensor, mix: float
+    ) -> tuple[Tensor, Tensor | None]:
+        if guided is False:
+            return cond, None
+        answer = guide(uncond, cond, self.scale, mix)
         if guided is True:
             return answer, uncond
-        rows = guided.reshape(-1, *(1 for _ in x.shape[1:]))
+        rows = guided.reshape(-1, *(1 for _ in cond.shape[1:]))
         return torch.where(rows, answer, cond), torch.where(rows, uncond, cond)
+
+    def _output_with(
+        self, terms: Sequence[GuidanceTerm], x: Tensor, t: Tensor, guided: bool | Tensor, alpha_bar: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Give what `_output` gives, with the terms added to the first; the spread is restored last."""
+        joining = [term for term in terms if term.joins_batch]
+        uncond, cond, *own = self._predict_with(joining, x, t, guided)
+        base, base_conditioning = (
+            (cond, self.conditioning) if uncond is None else (uncond, self.unconditional)
+        )
+        answer, uncond = self._mixed(guided, uncond, cond, 0.0)
+        rows = iter(own)
+        for term in terms:
+            mine = next(rows) if term.joins_batch else None
+            call = GuidedCall(
+                x, t, alpha_bar, base, base_conditioning, cond, mine, self.kind, self.model.apply_model
+            )
+            answer = answer + term.term(call)
+        return rescale(answer, cond, self.rescale) if self.rescale else answer, uncond
+
+    def _predict_with(
+        self, joining: Sequence[GuidanceTerm], x: Tensor, t: Tensor, guided: bool | Tensor
+    ) -> list[Tensor | None]:
+        """Run the model without the condition (None where not guided), with it, and once more for each term.
+
+        In one batch, the unconditional first, or one after the other, the unconditional last: what a term that only
+        watches the network saw in the first rows of the last call is `base`'s.
+        """
+        b = len(x)
+        first = [] if guided is False else [self.unconditional]
+        conditions = [*first, *[self.conditioning] * (1 + len(joining))]
+        try:
+            if not self.separate_passes:
+                for i, term in enumerate(joining, len(conditions) - len(joining)):
+                    term.rows = slice(i * b, (i + 1) * b)
+                several = len(conditions)
+                joined = reduce(join, conditions)
+                out = self.model.apply_model(torch.cat([x] * several), torch.cat([t] * several), joined)
+                out = list(out.chunk(several))
+            else:
+                own = []
+                for term in joining:
+                    term.rows = slice(0, b)
+                    own.append(self.model.apply_model(x, t, self.conditioning))
+                    term.rows = None
+                cond = self.model.apply_model(x, t, self.conditioning)
+                out = [*(self.model.apply_model(x, t, one) for one in first), cond, *own]
+        finally:
+            for term in joining:
+                term.rows = None
+        return out if first else [None, *out]
 
 
 def check_interval(interval: Any) -> tuple[float, float]:
