@@ -21,7 +21,7 @@ from torch import Tensor
 from ldm import images as pictures
 from ldm.adapters.deepcache import DeepCache
 from ldm.adapters.tome import TokenMerging
-from ldm.adapters.use import begun, described, text_scope, unet_attachments
+from ldm.adapters.use import begun, described, text_scope, unet_attachments, vae_scope
 from ldm.devices import dtype_name
 from ldm.errors import (
     NumericError,
@@ -198,12 +198,13 @@ def encode_source(
     Args:
         shared, key: where its latents are kept from one batch to the next, and under which name.
     """
-    if request.rng != "compvis":
-        return encode_image(model, image, b, noise)
-    if key not in shared:
-        count = min(request.batch_size, len(request.images))
-        shared[key] = encode_image(model, image, count, noise)
-    return shared[key][:b]
+    with vae_scope(model, request.adapters):
+        if request.rng != "compvis":
+            return encode_image(model, image, b, noise)
+        if key not in shared:
+            count = min(request.batch_size, len(request.images))
+            shared[key] = encode_image(model, image, count, noise)
+        return shared[key][:b]
 
 
 def masked_picture(
@@ -462,10 +463,12 @@ def finish_batch(
     """Turn the latents of a batch into what was asked for; None stands for the picture itself (strength 0)."""
     b = len(batch)
     if latents is None:
-        latents = encode_image(model, request.image, b, torch.zeros_like)
+        with vae_scope(model, request.adapters):
+            latents = encode_image(model, request.image, b, torch.zeros_like)
         unit = request.original.repeat(b, 1, 1, 1)
     elif request.output_type != "latent":
-        unit = pictures.to_unit(decode(model, latents)).cpu()
+        with vae_scope(model, request.adapters):
+            unit = pictures.to_unit(decode(model, latents)).cpu()
         if request.mask is not None:
             unit = pictures.paste(unit, request.original, request.mask)
     latents = latents.float().cpu()

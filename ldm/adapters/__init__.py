@@ -11,6 +11,7 @@ from ldm.adapters.guidance import PAG, SAG
 from ldm.adapters.ip_adapter import IPAdapter
 from ldm.adapters.lora import LoRA
 from ldm.adapters.preprocessors import preprocess
+from ldm.adapters.seamless import SeamlessTiling
 from ldm.adapters.slicing import AttentionSlicing
 from ldm.adapters.style_adapter import StyleAdapter
 from ldm.adapters.t2i_adapter import T2IAdapter
@@ -26,6 +27,7 @@ __all__ = [
     "LoRA",
     "PAG",
     "SAG",
+    "SeamlessTiling",
     "StyleAdapter",
     "T2IAdapter",
     "TokenMerging",

@@ -15,6 +15,7 @@ from ldm.adapters.embedding import Embedding
 from ldm.adapters.lora import LoRA
 from ldm.errors import MismatchError, UsageError, escaped, shown
 from ldm.limits import ADAPTERS
+from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.encoders.extra_tokens import ExtraTokens
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.seams import Change, Rank, StepInfo, Undo, attached, fill
@@ -77,6 +78,17 @@ def text_scope(model: nn.Module, adapters: Sequence[Any]) -> Iterator[None]:
         yield
         return
     with attached(model.cond_stage_model, *parts):
+        yield
+
+
+@contextlib.contextmanager
+def vae_scope(model: nn.Module, adapters: Sequence[Any]) -> Iterator[None]:
+    """Let a model's autoencoder compute with the adapters that are for it, too, until the end of the block."""
+    parts = [one for one in adapters if getattr(one, "is_for_vae", False)]
+    with contextlib.ExitStack() as stack:
+        for half in model.first_stage_model.modules() if parts else ():
+            if isinstance(half, Encoder | Decoder):
+                stack.enter_context(attached(half, *parts))
         yield
 
 
