@@ -69,9 +69,12 @@ def encode_prompt(
 
 
 def encode_prompts(
-    model: LatentDiffusion, request: Request, batch: Sequence[ImageSpec], known: dict[str, Tensor]
+    model: LatentDiffusion, request: Request, batch: Sequence[ImageSpec], shared: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None, list[list[str]]]:
     """Encode prompts and, if guidance needs them, negative prompts; list the words that did not fit.
+
+    Args:
+        shared: what the batches of a request use again: features of their prompts, and the text encoder's adapters.
 
     Returns:
         context and unconditional context, (b, n, d) each (None where nothing is guided), and dropped words.
@@ -82,11 +85,14 @@ def encode_prompts(
         context = request.embeds[rows].to(model.device)
         unconditional = request.negative_embeds[rows].to(model.device) if guided else None
         return context, unconditional, [[] for _ in batch]
+    known: dict[str, Tensor] = shared.setdefault("features", {})
     wanted = {text for spec in batch for text in (spec.prompt, spec.negative_prompt)}
     for text in known.keys() - wanted:  # a list of many prompts must not fill the memory
         del known[text]
     negatives = [spec.negative_prompt for spec in batch]
-    with text_scope(model, request.adapters):
+    if "text_scope" not in shared:
+        shared["text_scope"] = text_scope(model, request.adapters)
+    with shared["text_scope"]:
         context = encode_prompt(model, [spec.prompt for spec in batch], known)
         unconditional = encode_prompt(model, negatives, known) if guided else None
         dropped_words = getattr(model.cond_stage_model, "dropped_words", lambda text: [])
@@ -405,7 +411,7 @@ def paint_batch(
     """
     b = len(batch)
     noise, encoder_noise = noise_sources(request.rng, [spec.seed for spec in batch])
-    context, unconditional, dropped = encode_prompts(model, request, batch, shared.setdefault("features", {}))
+    context, unconditional, dropped = encode_prompts(model, request, batch, shared)
     options: dict[str, Any] = {"noise": noise}
 
     def finished(latents: Tensor | None) -> Progress:

@@ -1,5 +1,7 @@
 """A latent diffusion model small enough for every test, with the parts and key names of a real one."""
 
+import copy
+import functools
 from pathlib import Path
 
 import torch
@@ -75,7 +77,12 @@ def tiny_config(in_channels: int = 4) -> dict:
 
 
 def tiny_model(in_channels: int = 4) -> LatentDiffusion:
-    """Build the model with weights from its key names."""
+    """Give a model of the caller's own, with weights from its key names."""
+    return copy.deepcopy(_built(in_channels))  # half the time that building takes
+
+
+@functools.cache
+def _built(in_channels: int) -> LatentDiffusion:
     cls = LatentInpaintDiffusion if in_channels == 9 else LatentDiffusion
     params = tiny_config(in_channels)["model"]["params"]
     return fill(cls(**params), only=("model.", "first_stage_model.", "cond_stage_model."))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,16 +69,15 @@ def begun(attachment: Any) -> Any:
     return getattr(attachment, "begin", lambda: attachment)()
 
 
-@contextlib.contextmanager
-def text_scope(model: nn.Module, adapters: Sequence[Any]) -> Iterator[None]:
-    """Let a model encode prompts with its LoRAs and embeddings until the end of the block."""
+def text_scope(model: nn.Module, adapters: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+    """Let a model encode prompts with its LoRAs and embeddings, within each `with` block of what is returned.
+
+    Weights are folded when the first block is entered, a vocabulary with the vectors of embeddings among them, and are
+    known in those that follow.
+    """
     words = PromptWords.of(model, adapters)
     parts = [one for one in adapters if isinstance(one, LoRA)] + ([] if words is None else words.attachments)
-    if not parts:
-        yield
-        return
-    with attached(model.cond_stage_model, *parts):
-        yield
+    return attached(model.cond_stage_model, *parts) if parts else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ldm.kernels import cpu, cuda
 from ldm.kernels.backend import Backend
-from ldm.modules.seams import Execution, is_registered, on, say_once, state_of
+from ldm.modules.seams import Execution, is_registered, on, say_once, state_of, states_in_use
 
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": cuda}
 
@@ -29,7 +29,7 @@ class WeightCache:
     """Values computed from weights (packed, cast or copied ones), until one of them changes. A copy of it is empty.
 
     The last few combinations of weights are remembered, so that weights that are swapped in and out again (a LoRA, a
-    moving average) are packed once each.
+    moving average) are packed once each; where more runs take turns, each with weights of its own, as many as theirs.
 
     Attributes:
         value: the one given last; None at first.
@@ -52,7 +52,7 @@ class WeightCache:
                 del self._entries[stale]
             refs = tuple(None if x is None else weakref.ref(x) for x in tensors)
             entry = self._entries[key] = _Cached(compute(), states, refs)
-            while len(self._entries) > self.MAX_ENTRIES:
+            while len(self._entries) > max(self.MAX_ENTRIES, states_in_use()):
                 self._entries.popitem(last=False)
         if len(self._entries) > 1:
             self._entries.move_to_end(key)

@@ -23,7 +23,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -236,7 +236,13 @@ def set_execution(module: nn.Module, execution: Execution | None) -> None:
 
 # Weights that changes were folded into. They live as long as the last of their changes does.
 _folded: WeakKeyDictionary[Change, WeakTensorKeyDictionary] = WeakKeyDictionary()
-MOST_FOLDED = 2  # of one weight and one last change
+MOST_FOLDED = 2  # of one weight and one last change, or as many as are in use
+_plans: WeakSet[_Plan] = WeakSet()
+
+
+def states_in_use() -> int:
+    """Tell how many states the weights of runs that go on may be in: each plan of one, and the weights as they are."""
+    return len(_plans) + 1
 
 
 def state_of(x: Tensor | None) -> tuple[Any, ...]:
@@ -274,7 +280,7 @@ def _fold(weight: nn.Parameter, changes: tuple[Change, ...]) -> nn.Parameter:
                 new = wide.to(weight.dtype)
             made[key] = nn.Parameter(new, requires_grad=False)
     made.move_to_end(key)
-    while len(made) > MOST_FOLDED:
+    while len(made) > max(MOST_FOLDED, states_in_use()):
         made.popitem(last=False)
     return made[key]
 
@@ -333,6 +339,7 @@ class _Plan:
         self._states = self._current()
         self._mine = [mine for _, _, _, mine in self._swaps]
         self._addresses = list(map(Tensor.data_ptr, self._mine))
+        _plans.add(self)
 
     def _module(self, modules: dict[str, nn.Module], path: str, name: str) -> nn.Module:
         if path not in modules:

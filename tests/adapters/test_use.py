@@ -15,7 +15,10 @@ from ldm.adapters import DeepCache, Embedding, LoRA, TokenMerging
 from ldm.adapters.use import PromptWords, _Names, text_scope
 from ldm.checkpoints import save_safetensors
 from ldm.errors import MismatchError, UsageError
+from ldm.kernels import cpu
+from ldm.kernels.fused_module import WeightCache
 from ldm.modules.encoders.extra_tokens import ExtraTokens
+from ldm.modules.seams import execution_of
 from ldm.pipeline import StableDiffusion
 
 PROMPT = "a large red circle"
@@ -223,6 +226,41 @@ def test_a_long_prompt_is_cut_where_it_is_cut_without_embeddings_and_names_what_
     assert ids.shape == (2, encoder.max_length) and ids[0, -1] == encoder.tokenizer.eos_token_id
     first = len(table_of(sd).weight)
     assert ids[1, 1:4].tolist() == [first, first + 1, first + 2]
+
+
+def test_the_vocabulary_is_joined_with_vectors_once_for_all_batches_of_a_request(sd, embedding):
+    """Of Stable Diffusion v1 it is a table of 150 MB."""
+    tables = []
+    handle = table_of(sd).register_forward_pre_hook(lambda layer, args: tables.append(layer.weight))
+    options = {"steps": 1, "batch_size": 1, "guidance_scale": 1.0, "adapters": [embedding]}
+    paint(sd, ["a birb", "birb red", "two birb"], **options)
+    handle.remove()
+    assert len(tables) == 3 and all(table is tables[0] for table in tables)
+    assert len(tables[0]) == len(table_of(sd).weight) + 3
+
+
+# --- runs in turn ---
+
+
+def test_streams_with_weights_of_their_own_are_packed_once_each_however_many_take_turns(lora, monkeypatch):
+    sd = StableDiffusion(tiny_model()).optimize()
+    packed, pack = [], cpu.pack_linear
+    monkeypatch.setattr(cpu, "pack_linear", lambda *args: packed.append(1) or pack(*args))
+    options = {"steps": 2, "num_images": 2, "batch_size": 1, "guidance_scale": 1.0, "output_type": "latent"}
+    shared = LoRA(lora, 0.1, text_weight=0.0)  # the last to change a weight, in every stream
+    sets = [[LoRA(lora, weight, text_weight=0.0), shared] for weight in (0.2, 0.3, 0.4, 0.5, 0.6)]
+    streams = [sd.stream("a red star", seed=3, adapters=adapters, **options) for adapters in sets]
+    for one in streams:
+        next(one)
+    once = len(packed)
+    for _ in zip(*streams, strict=True):
+        pass
+    assert len(packed) == once > 0
+    # When they have ended, only the last few are kept.
+    del streams, one, _
+    paint(sd, steps=1, adapters=[LoRA(lora, 0.7, text_weight=0.0)])
+    layer = sd.model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2.to_out[0]
+    assert len(execution_of(layer)._packed._entries) == WeightCache.MAX_ENTRIES
 
 
 # --- what pictures say ---

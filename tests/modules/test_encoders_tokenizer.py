@@ -155,6 +155,7 @@ def test_copies_work_on_their_own(clip):
     for twin in (copy.deepcopy(clip), pickle.loads(pickle.dumps(clip))):
         assert twin("A photo of a cat")["input_ids"] == CAT
         assert twin.origin == clip.origin
+        assert twin.decode(CAT, skip_special_tokens=True) == "a photo of a cat"
         assert len(twin) == CLIP_VOCAB_SIZE
 
 

@@ -104,6 +104,11 @@ class CleaningTokenizer:
     def tokenize(self, text: str, *args: Any, **kwargs: Any) -> list[str]:
         return self._tokenizer.tokenize(_clean_all(text), *args, **kwargs)
 
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """As the tokenizer's own; a copied or unpickled one of transformers 5 leaves the marks of words' ends in."""
+        text = self._tokenizer.decode(*args, **kwargs)
+        return text.replace(WORD_END, " ").rstrip() if isinstance(text, str) and WORD_END in text else text
+
     def __len__(self) -> int:
         return len(self._tokenizer)
 
