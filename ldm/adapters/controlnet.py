@@ -67,6 +67,7 @@ class ControlNetFile(ControlFile):
         self._networks: WeakKeyDictionary[nn.Module, tuple[Any, ControlNetModel]] = WeakKeyDictionary()
 
     def own(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """As ControlFile.own; of a whole model, the ControlNet's part. Those of Stable Diffusion XL are refused."""
         found = super().own(infos)
         if any(name.startswith(CONTROL) for name in found):
             self.ignored = {name: BESIDE for name in found if not name.startswith(CONTROL)}

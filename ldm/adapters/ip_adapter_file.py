@@ -84,6 +84,7 @@ class IPAdapterFile(ControlFile):
         self._places: WeakKeyDictionary[nn.Module, list[Place]] = WeakKeyDictionary()
 
     def own(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """As ControlFile.own; files with further tensors are refused."""
         found = super().own(infos)
         odd = [name for name in found if not name.startswith((PROJECTION, LAYERS))]
         if odd:

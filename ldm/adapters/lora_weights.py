@@ -151,10 +151,12 @@ def lora_delta(parts: Parts, weight: Tensor) -> Tensor:
 
 
 def lora_rank(parts: Parts) -> int:
+    """r: the rows of lora_down."""
     return len(parts["lora_down"])
 
 
 def lora_sizes(parts: Parts, kernel: int) -> tuple[int, int]:
+    """lora_up (out, r, ...) @ lora_down (r, in, k, k), or lora_mid (r, r', k, k) between: (out, in * k * k)."""
     up, down, mid = parts["lora_up"], parts["lora_down"], parts.get("lora_mid")
     _require(up.dim() > 1 and down.dim() > 1, parts, "lora_up", "lora_down")
     rank, columns = len(down), down[0].numel()
@@ -183,10 +185,12 @@ def loha_delta(parts: Parts, weight: Tensor) -> Tensor:
 
 
 def loha_rank(parts: Parts) -> int:
+    """r: the rows of w1_b."""
     return len(parts["hada_w1_b"])
 
 
 def loha_sizes(parts: Parts, kernel: int) -> tuple[int, int]:
+    """(out, in * k * k) of both products, w_a (out, r) @ w_b (r, ...), or (r, out), (r, in) and a core (r, r, k, k)."""
     sizes = set()
     roles = tuple(role for role in parts if role.startswith("hada_"))
     _require(("hada_t1" in parts) == ("hada_t2" in parts), parts, *roles)
@@ -228,6 +232,7 @@ def lokr_rank(parts: Parts) -> int | None:
 
 
 def lokr_sizes(parts: Parts, kernel: int) -> tuple[int, int]:
+    """The product of the sizes of w1 and w2, each whole or of w_a and w_b: (out, in * k * k)."""
     roles = tuple(role for role in parts if role.startswith("lokr_"))
     shapes = []
     for one in "12":
@@ -259,6 +264,7 @@ def full_delta(parts: Parts, weight: Tensor) -> Tensor:
 
 
 def full_sizes(parts: Parts, kernel: int) -> tuple[int, int]:
+    """(out, in * k * k) of the difference itself; a vector of n is (n, 1)."""
     diff = parts["diff"]
     return (len(diff), diff[0].numel()) if diff.dim() else (1, 1)
 
@@ -269,6 +275,7 @@ def norm_delta(parts: Parts, weight: Tensor) -> Tensor:
 
 
 def norm_sizes(parts: Parts, kernel: int) -> tuple[int | None, int | None]:
+    """(c, 1) of w_norm (c,); nothing where the file has none."""
     return (parts["w_norm"].numel(), 1) if "w_norm" in parts else (None, None)
 
 
@@ -278,6 +285,7 @@ def nothing(parts: Parts, weight: Tensor) -> Tensor:
 
 
 def no_sizes(parts: Parts, kernel: int) -> tuple[None, None]:
+    """Nothing is said of the weight."""
     return None, None
 
 
@@ -317,6 +325,7 @@ def glora_delta(parts: Parts, weight: Tensor) -> Tensor:
 
 
 def glora_sizes(parts: Parts, kernel: int) -> tuple[None, None]:
+    """Nothing: which side is which, the weight alone tells; two layouts of a1, a2, b1, b2 are held to be possible."""
     roles = ("a1", "a2", "b1", "b2")
     _require(all(parts[role].dim() > 1 for role in roles) and bool(_glora_layouts(parts)), parts, *roles)
     return None, None
@@ -329,6 +338,7 @@ def ia3_delta(parts: Parts, weight: Tensor) -> Tensor:
 
 
 def ia3_sizes(parts: Parts, kernel: int) -> tuple[int | None, int | None]:
+    """One factor for each column or, without on_input, for each row."""
     count = parts["weight"].numel()
     return (None, count * kernel) if _number(parts["on_input"]) else (count, None)
 
@@ -397,14 +407,17 @@ def _block_sizes(parts: Parts, role: str, dims: int) -> tuple[int, None]:
 
 
 def oft_sizes(parts: Parts, kernel: int) -> tuple[int, None]:
+    """The rows (n * size) that oft_blocks (n, size, size) turn."""
     return _block_sizes(parts, "oft_blocks", 3)
 
 
 def oft_diag_sizes(parts: Parts, kernel: int) -> tuple[int, None]:
+    """The rows (n * size) that oft_diag (n, size, size) turn."""
     return _block_sizes(parts, "oft_diag", 3)
 
 
 def boft_sizes(parts: Parts, kernel: int) -> tuple[int, None]:
+    """The rows (n * size) that oft_blocks (levels, n, size, size) turn."""
     rows, _ = _block_sizes(parts, "oft_blocks", 4)
     levels, _, size, _ = parts["oft_blocks"].shape
     _require(size % 2 == 0 and rows % (2 ** (levels - 1) * size) == 0, parts, "oft_blocks")

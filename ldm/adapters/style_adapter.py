@@ -44,6 +44,7 @@ class StyleAdapterFile(ControlFile):
             raise self.misfit(f"one that is damaged, or of another kind: {error}") from None
 
     def own(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """As ControlFile.own; those that read a hint are refused."""
         found = super().own(infos)
         if MARK not in found:
             raise self.misfit("one that reads a hint; use it as T2IAdapter(file, hint)")

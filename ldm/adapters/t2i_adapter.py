@@ -42,6 +42,7 @@ class T2IAdapterFile(ControlFile):
         self._networks: WeakKeyDictionary[nn.Module, T2IAdapterModel] = WeakKeyDictionary()
 
     def own(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """As ControlFile.own; those of style, or for pixels of another depth, are refused."""
         found = super().own(infos)
         if any(name.startswith(STYLE) for name in found):
             raise self.misfit(

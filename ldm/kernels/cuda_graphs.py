@@ -277,6 +277,10 @@ class GraphedModule(ForwardWrapper):
         return [entry.replay is not None for _, shapes in self._states[:1] for entry in shapes.values()]
 
     def try_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take and give what the module does: by its graph, or by the module's own call where there is none (yet).
+
+        What the module raises, it raises.
+        """
         values, form = tree_flatten((args, kwargs))
         given = [value for value in values if type(value) is Tensor]
         key = (form, *map(_signature, values))

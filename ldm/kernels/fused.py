@@ -48,6 +48,7 @@ class FusedLinear(FusedModule):
         self._packed = WeightCache()
 
     def try_forward(self, x: Tensor) -> Tensor | None:
+        """Compute (..., in) -> (..., out)."""
         return self.multiply(x, self.module.bias) if self.supports(x) else None
 
     def supports(self, x: Tensor) -> bool:
@@ -78,6 +79,7 @@ class FusedConv(FusedModule):
         self._packed: defaultdict[str, WeightCache] = defaultdict(WeightCache)
 
     def try_forward(self, x: Tensor) -> Tensor | None:
+        """Compute (b, in, h, w) -> (b, out, h', w')."""
         return self.convolve(x) if self.supports(x) else None
 
     def supports(self, x: Tensor) -> bool:
@@ -107,6 +109,7 @@ class FusedGroupNorm(FusedModule):
         self._affine = WeightCache()
 
     def try_forward(self, x: Tensor) -> Tensor | None:
+        """Compute (b, c, h, w) -> the same."""
         return self.normalise(x) if self.supports(x) else None
 
     def supports(self, x: Tensor) -> bool:
@@ -150,6 +153,7 @@ class FusedResBlock(FusedModule):
     """The UNet's residual block: norm and SiLU in one pass, the sum within the last convolution."""
 
     def try_forward(self, x: Tensor, emb: Tensor, size: Any = None) -> Tensor | None:
+        """Compute x (b, in, h, w) with emb (b, d) -> (b, out, h, w); not where the block resizes its map."""
         m = self.module
         if m.updown or not is_supported(x) or x.dim() != 4:
             return None
@@ -182,6 +186,7 @@ class FusedResnetBlock(FusedModule):
     """The autoencoder's residual block: norm and SiLU in one pass, the sum within the last convolution."""
 
     def try_forward(self, x: Tensor, temb: Tensor | None) -> Tensor | None:
+        """Compute x (b, in, h, w), with temb (b, d) if there is one -> (b, out, h, w)."""
         m = self.module
         parts = fused_parts(m.norm1, m.conv1, m.norm2, m.conv2)
         if parts is None or not is_supported(x) or x.dim() != 4:
@@ -202,6 +207,7 @@ class FusedDecoder(FusedModule):
     """The autoencoder's decoder: its last norm and SiLU in one pass over its largest map."""
 
     def try_forward(self, z: Tensor) -> Tensor | None:
+        """Decode latents (b, z, h, w) -> (b, 3, 8 h, 8 w) for Stable Diffusion's."""
         m = self.module
         parts = fused_parts(m.norm_out, m.conv_out)
         if parts is None or m.give_pre_end:
@@ -222,6 +228,7 @@ class FusedUpsample(FusedModule):
         self._packed = WeightCache()
 
     def try_forward(self, x: Tensor, size: Any = None) -> Tensor | None:
+        """Compute (b, c, h, w) -> (b, c, 2 h, 2 w); not where `size` is another."""
         m = self.module
         if not getattr(m, "use_conv", getattr(m, "with_conv", False)) or not is_supported(x) or x.dim() != 4:
             return None
@@ -258,6 +265,8 @@ class FusedCrossAttention(FusedModule):
     def try_forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, add: Tensor | None = None
     ) -> Tensor | None:
+        """Attend from x (b, n, c) to context (b, m, d), None = x itself -> (b, n, c), plus `add` of that shape; without
+        a mask."""
         m = self.module
         if m.processor is not None or mask is not None or not is_supported(x) or x.dim() != 3:
             return None
@@ -311,6 +320,7 @@ class FusedFeedForward(FusedModule):
         self._bias = WeightCache()
 
     def try_forward(self, x: Tensor, add: Tensor | None = None) -> Tensor | None:
+        """Compute (..., c) -> the same, plus `add` of that shape."""
         m = self.module
         gate = m.net[0]
         if (
@@ -344,6 +354,7 @@ class FusedTransformerBlock(FusedModule):
     """A transformer block: each of its three residual sums is computed within the product before it."""
 
     def try_forward(self, x: Tensor, context: Tensor | None = None) -> Tensor | None:
+        """Compute tokens (b, n, c), with context (b, m, d) -> (b, n, c)."""
         return (
             self.cross_attention_and_feed_forward(self.self_attention(x, context), context)
             if self.supports(x)
@@ -380,6 +391,7 @@ class FusedSpatialTransformer(FusedModule):
     """A SpatialTransformer. Of a guided batch whose halves are equal it also takes one half, and gives the whole."""
 
     def try_forward(self, x: Tensor, context: Any = None) -> Tensor | None:
+        """Compute x (b, c, h, w), with context (b, m, d) -> (b, c, h, w); x may have b / 2 rows, equal halves of b."""
         m = self.module
         if m.use_linear or not is_supported(x) or x.dim() != 4 or not isinstance(context, Tensor):
             return None
@@ -423,6 +435,7 @@ class FusedAttnBlock(FusedModule):
     """The autoencoder's attention, one head as wide as the map is deep."""
 
     def try_forward(self, x: Tensor) -> Tensor | None:
+        """Compute (b, c, h, w) -> the same."""
         m = self.module
         parts = fused_parts(m.norm, m.q, m.k, m.v, m.proj_out)
         if parts is None or not is_supported(x) or x.dim() != 4:
@@ -448,6 +461,7 @@ class FusedAttentionBlock(FusedModule):
         self._packed_qkv, self._packed_out = WeightCache(), WeightCache()
 
     def try_forward(self, x: Tensor) -> Tensor | None:
+        """Compute (b, c, h, w) -> the same."""
         m = self.module
         norm = fused_part(m.norm)
         parts = (m.attention, m.qkv, m.proj_out)
@@ -507,6 +521,11 @@ class FusedUNet(FusedModule):
         depth: int = 0,
         deep: Tensor | None = None,
     ) -> Any:
+        """Compute UNetModel.forward's x (b, c, h, w) -> (b, out, h, w), where both halves of x and timesteps are equal.
+
+        Raises:
+            UsageError: `control` or `features` do not fit, as UNetModel.forward.
+        """
         m, half = self.module, x.shape[0] // 2
         first = self._first_context_block(m)
         if not (

@@ -37,6 +37,7 @@ class FusedCLIPText(FusedModule):
     def try_forward(
         self, input_ids: Any, output_hidden_states: bool | None = None, **kwargs: Any
     ) -> Any | None:
+        """Encode token numbers (b, n) into what CLIPTextTransformer gives, features (b, n, d); without a mask."""
         text, config = self.module.text_model, self.module.config
         plain_call = not kwargs and isinstance(input_ids, Tensor) and input_ids.dim() == 2
         if not plain_call or config.output_attentions or not self._is_known(text):

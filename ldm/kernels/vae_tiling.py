@@ -106,6 +106,7 @@ class TiledForward(FusedModule):
     """An encoder's or decoder's forward by tiling, on any device; what tiling does not support falls back."""
 
     def try_forward(self, x: Tensor) -> Tensor | None:
+        """Decode (b, z, h, w) or encode (b, 3, h, w) by tiles; None where they do not fit the module."""
         if torch.is_autocast_enabled(x.device.type):
             return None
         tiled = decode_tiled if isinstance(self.module, Decoder) else encode_tiled
@@ -124,6 +125,7 @@ class SlicedForward(ForwardWrapper):
     """An encoder's or decoder's forward for one image of a batch after the other."""
 
     def try_forward(self, x: Tensor) -> Tensor:
+        """Take and give what the module does, one row of the batch at a time."""
         return torch.cat([self.fallback(one) for one in x.split(1)]) if len(x) else self.fallback(x)
 
 
