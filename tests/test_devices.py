@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 import tiny_training
 import torch
+from keyed import keyed_input
+from lora_files import write_lora_for
 from PIL import Image
 from pretended_device import GPU, OnDevice, pretended
 from tiny import tiny_model
 from tiny_pixels import SMALL
 
 from ldm import helpers
+from ldm.adapters import Embedding, LoRA
+from ldm.adapters.use import token_width
+from ldm.checkpoints import save_safetensors
 from ldm.config import instantiate_from_config
 from ldm.errors import UsageError
 from ldm.generate import decode
@@ -312,6 +317,21 @@ def test_offloaded_weights_paint_the_same(on_cpu):
     sd = StableDiffusion(tiny_model()).optimize(low_vram="cuda", tiled_vae=True)
     for how in ("txt2img", "inpaint"):
         assert_same(paint(sd, how), paint(on_cpu[4], how))
+
+
+@pytest.mark.slow
+def test_offloaded_weights_take_a_lora_and_an_embedding(on_cpu, tmp_path):
+    """What is folded for a few steps lies in CPU memory as well, and is copied part by part."""
+    lora = write_lora_for(tmp_path / "style.safetensors", on_cpu[4].model)
+    width = token_width(on_cpu[4].model)
+    save_safetensors(tmp_path / "star.safetensors", {"emb_params": keyed_input("star", (2, width))}, {})
+    adapters = [LoRA(lora, 0.7, end=0.5), Embedding(tmp_path / "star.safetensors", width=width)]
+    sd = StableDiffusion(tiny_model()).optimize(low_vram="cuda")
+    want = paint(on_cpu[4], "txt2img", adapters=adapters)
+    assert_same(paint(sd, "txt2img", adapters=adapters), want)
+    plain = paint(on_cpu[4], "txt2img")
+    assert (want.latents - plain.latents).abs().max() > 1e-2
+    assert_same(paint(sd, "txt2img"), plain)
 
 
 @pytest.mark.slow
