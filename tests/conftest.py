@@ -1,5 +1,6 @@
 """What holds for every test: no network, one known thread count, no gradient surprises between tests."""
 
+import fcntl
 import gc
 import os
 import socket
@@ -22,18 +23,13 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_collection_modifyitems(items):
-    """Leave one row of n of a thinned test quick, and let slow tests take turns on one worker.
-
-    Full-size models do not fit into the memory side by side.
-    """
+    """Leave one row of n of a thinned test quick."""
     rows = Counter()
     for item in items:
         if thinned := item.get_closest_marker("thinned"):
             rows[item.function] += 1
             if rows[item.function] % thinned.args[0] != 1:
                 item.add_marker("slow")
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.xdist_group("slow"))
 
 
 def pytest_collection_finish():
@@ -42,17 +38,8 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Hand quick tests out in stretches: neighbours share what their file builds, and each worker has its half."""
-    if config.option.markexpr == "not slow":
-        from xdist.scheduler import WorkStealingScheduling
-
-        return WorkStealingScheduling(config, log)
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
     """Refuse every connection that leaves this machine, so that a test cannot quietly need a hub."""
     connect = socket.socket.connect
 
@@ -61,7 +48,17 @@ def no_network(monkeypatch):
             raise AssertionError(f"a test tried to reach {address}")
         return connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", local_only)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", local_only)
+        yield
+
+
+@pytest.fixture
+def full_size(tmp_path_factory):
+    """Let full-size models take turns: they do not fit into the memory side by side."""
+    with open(tmp_path_factory.getbasetemp().parent / "full-size.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture

@@ -310,11 +310,11 @@ def test_noise_takes_dtype_and_device_after_the_draw():
 @pytest.mark.parametrize(
     ("batch_size", "sampler"),
     [
-        (3, ALL[0]),
         *((2, sampler) for sampler in (*ALL, *SIGMA)),  # a full batch and one that is not
-        *(pytest.param(3, sampler, marks=pytest.mark.slow) for sampler in ALL[1:]),
+        *((3, sampler) for sampler in ALL),
     ],
 )
+@pytest.mark.thinned(4)
 def test_an_image_of_a_batch_is_the_image_alone(sd, sampler, batch_size):
     eta = 0.7 if sampler == "ddim" else None
     options = {"steps": 4, "sampler": sampler, "eta": eta, "output_type": "latent"}

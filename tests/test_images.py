@@ -349,16 +349,19 @@ def test_stale_parts_go_and_live_ones_stay(tmp_path):
 
 
 def test_two_processes_in_one_folder_lose_nothing(tmp_path):
-    code = (
-        "import os, sys; from PIL import Image; from ldm import images\n"
-        "child = os.fork()\n"
-        "for i in range(40):\n"
-        " images.save_numbered(Image.new('RGB', (9, 8), (int(child > 0), i, 0)), sys.argv[1])\n"
-        "raise SystemExit(child and os.waitpid(child, 0)[1])"
-    )
-    root = Path(images.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=root, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    def save(red):
+        for i in range(40):
+            images.save_numbered(Image.new("RGB", (9, 8), (red, i, 0)), tmp_path)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            save(0)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    save(1)
+    assert os.waitpid(child, 0)[1] == 0
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == [f"{i:05}.png" for i in range(80)]
     assert len({Image.open(tmp_path / name).getpixel((0, 0)) for name in names}) == 80

@@ -102,7 +102,9 @@ def test_the_own_sampler_of_the_docs_runs_and_is_nearer_than_ddim(newcomer, monk
         assert done.parameters[0].sampler == "ddim_heun"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(one, marks=[pytest.mark.slow] * (one == FIRST)) for one in COMMANDS]
+)
 def test_command_runs(command, newcomer, monkeypatch):
     if command.startswith(("pip ", "pytest")):
         # The guard of the main line installs and tests with these words, and the first line's are part of them.

@@ -62,7 +62,7 @@ def test_every_name_has_its_place_in_diffusers(empty, part):
 
 
 @pytest.mark.slow
-def test_all_1131_tensors_of_a_full_file_are_accounted_for(tmp_path):
+def test_all_1131_tensors_of_a_full_file_are_accounted_for(tmp_path, full_size):
     path = tmp_path / "v1-5-pruned-emaonly.safetensors"
     make_full(path)
     summary = inspect(path, check_values=False)

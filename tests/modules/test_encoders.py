@@ -634,7 +634,7 @@ def test_importing_the_module_and_cleaning_a_prompt_import_neither_transformers_
 
 
 @pytest.mark.slow
-def test_full_size_clip_l_encodes_a_prompt():
+def test_full_size_clip_l_encodes_a_prompt(full_size):
     embedder = FrozenCLIPEmbedder()
     states = embedder.encode(["a photo of a cat"])
     assert states.shape == (1, 77, 768) and states.isfinite().all()

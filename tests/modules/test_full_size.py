@@ -15,7 +15,7 @@ from ldm.config import get_obj_from_str
 from ldm.config_text import load_config
 from ldm.paths import shipped
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("full_size")]
 PREFIXES = {"unet_config": "model.diffusion_model.", "first_stage_config": "first_stage_model."}
 
 

@@ -65,7 +65,8 @@ def tint(picture, rng):
     return Image.fromarray((np.asarray(picture) + rng.normal(0, 6, 3)).clip(0, 255).astype(np.uint8))
 
 
-# Measured on the 2,000 scenes of the slow test below, at 128 pixels: 100 % each, and 99.95 % for `tint`.
+MANY = 600  # scenes of the slow tests
+# Measured on 2,000 scenes at 128 pixels: 100 % each, and 99.95 % for `tint`.
 TAMPERED = {
     "blur": blur,
     "jpeg": jpeg,
@@ -100,11 +101,11 @@ def test_another_caption_does_not_hold():
 
 
 @pytest.mark.slow
-def test_agreement_on_two_thousand_renders():
-    drawn = scenes(2000)
+def test_agreement_on_many_renders():
+    drawn = scenes(MANY)
     assert agreement(drawn) >= 0.995
     count, share = mismatches(drawn)
-    assert count > 1950 and share <= 0.05
+    assert count > 0.975 * MANY and share <= 0.05
 
 
 def wrong_in_one(claim):
@@ -140,8 +141,8 @@ def test_damaged_pictures_are_still_read(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TAMPERED)
-def test_agreement_on_two_thousand_damaged_renders(name):
-    assert agreement(scenes(2000, seed=33), tamper=TAMPERED[name]) >= 0.98
+def test_agreement_on_many_damaged_renders(name):
+    assert agreement(scenes(MANY, seed=33), tamper=TAMPERED[name]) >= 0.98
 
 
 def test_strongly_blurred_pictures_are_mostly_read():
