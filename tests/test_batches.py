@@ -36,7 +36,7 @@ def latents(sd: ldm.StableDiffusion, batch_size: int, **options) -> torch.Tensor
         *(pytest.param(name, 0.0, marks=pytest.mark.slow) for name in ("ddim", "ddpm", "plms", "dpm_solver")),
     ],
 )
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 def test_latents_of_a_batch_are_those_of_its_pictures_alone(exact, sampler, eta):
     options = {"sampler": sampler, "eta": eta, "steps": 3, "guidance_scale": 7.5}
     alone, together = latents(exact, 1, **options), latents(exact, 2, **options)

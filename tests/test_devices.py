@@ -84,7 +84,7 @@ def assert_same(got, want):
         ("inpaint", "plms"),
     ],
 )
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(8)
 def test_every_sampler_paints_what_it_paints_on_a_cpu(on_gpu, on_cpu, how, sampler):
     channels = 9 if (how, sampler) == ("inpaint", "ddim") else 4
     got, want = (paint(where[channels], how, sampler=sampler) for where in (on_gpu, on_cpu))
@@ -108,7 +108,7 @@ def test_every_sampler_paints_what_it_paints_on_a_cpu(on_gpu, on_cpu, how, sampl
     ],
     ids=str,
 )
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_every_knob_turns(device, on_gpu, on_cpu, knobs):
     got = paint(on_gpu[4], "txt2img", **knobs)
     waited = [what for what in device.waits if what[1].startswith("kernels/")]

@@ -425,7 +425,7 @@ def test_every_door_takes_the_knobs_and_the_picture_tells_them_and_repeats_itsel
         "inpaint9": lambda **options: sd9.inpaint(PROMPT, picture(), half_mask(), **options),
     }
     for name, paint in doors.items():
-        out, plain = paint(seed=1, steps=4, **KNOBS), paint(seed=1, steps=4)
+        out, plain = paint(seed=1, steps=3, **KNOBS), paint(seed=1, steps=3)
         told = ldm.read_metadata(out.save(tmp_path / name)[0])
         assert {knob: told[knob] for knob in KNOBS} == KNOBS
         again = paint(**{option: told[option] for option in ("seed", "steps", *KNOBS)})
@@ -461,6 +461,7 @@ def test_compvis_draws_reproduce_the_recorded_chain(recorded, golden):
     assert far(chain(recorded, seed=123).latents, want) > 0.1  # our own draws are others
 
 
+@pytest.mark.slow
 def test_compvis_fixed_code_draws_x_T_once(recorded):
     free = chain(recorded, seed=5, rng="compvis", num_images=2, batch_size=2)
     fixed = chain(recorded, seed=5, rng="compvis", num_images=2, batch_size=2, fixed_code=True)
@@ -772,6 +773,7 @@ def test_a_decoder_that_overflows_in_half_is_put_into_float32(own, caplog):
 
 
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+@pytest.mark.thinned(2)
 def test_half_precision_is_the_unets_only(sd, own, how):
     want = sd.txt2img(PROMPT, seed=1, steps=4, output_type="pt")
     if how == "autocast":
@@ -870,6 +872,7 @@ def test_strength_zero_returns_the_picture_itself(sd):
 
 
 @pytest.mark.parametrize("sampler", (*ALL, *SIGMA[:2]))
+@pytest.mark.thinned(3)
 def test_strength_one_forgets_the_picture(sd, sampler):
     a, b = (sd.img2img(PROMPT, picture(seed=s), 1.0, seed=1, steps=3, sampler=sampler) for s in (1, 2))
     assert torch.equal(a.latents, b.latents)

@@ -80,10 +80,12 @@ def room_of(module):
     raise AssertionError(f"{module} is in no room of tests/test_imports.py")
 
 
+MODULES = frozenset(map(name_of, SOURCES))
+
+
 @functools.cache
 def imports_of(path):
     """List (imported dotted name, whether inside a function, whether for type checkers only, line)."""
-    modules = {name_of(source) for source in SOURCES}
 
     def walk(node, late, typing):
         if isinstance(node, ast.Import):
@@ -92,7 +94,7 @@ def imports_of(path):
             assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                yield full if full in modules else node.module, late, typing, node.lineno
+                yield full if full in MODULES else node.module, late, typing, node.lineno
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             for child in ast.iter_child_nodes(node):
                 yield from walk(child, late, True)
@@ -104,19 +106,19 @@ def imports_of(path):
     return list(walk(ast.parse(path.read_text(encoding="utf-8")), False, False))
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_imports_point_down(path):
-    height, room = room_of(name_of(path))
+def test_imports_point_down():
     wrong = []
-    for imported, _, typing, line in imports_of(path):
-        if imported.split(".")[0] in ("scripts", "tests", "bench"):
-            wrong.append(f"line {line}: {imported}")
-        if imported.split(".")[0] != "ldm" or typing:
-            continue
-        below, other = room_of(imported)
-        if not (room == other or below < height):
-            wrong.append(f"line {line}: {room} imports {imported}")
-    assert wrong == []
+    for path in SOURCES:
+        height, room = room_of(name_of(path))
+        for imported, _, typing, line in imports_of(path):
+            if imported.split(".")[0] in ("scripts", "tests", "bench"):
+                wrong.append(f"{path}:{line}: {imported}")
+            if imported.split(".")[0] != "ldm" or typing:
+                continue
+            below, other = room_of(imported)
+            if not (room == other or below < height):
+                wrong.append(f"{path}:{line}: {room} imports {imported}")
+    assert wrong == [] and len(SOURCES) > 200
 
 
 def circles(arrows):
@@ -143,15 +145,16 @@ def test_no_imports_go_in_a_circle():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"e2"}}) == [["b", "c"]]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_heavy_packages_are_imported_late_or_never(path):
-    module, wrong = name_of(path), []
-    for imported, late, typing, line in imports_of(path):
-        root = imported.split(".")[0]
-        if root in CORE_FORBIDS and not module.startswith("ldm.training"):
-            wrong.append(f"line {line}: {imported}")
-        if root in LATE and not (late or typing):
-            wrong.append(f"line {line}: {imported} outside a function")
+def test_heavy_packages_are_imported_late_or_never():
+    wrong = []
+    for path in SOURCES:
+        module = name_of(path)
+        for imported, late, typing, line in imports_of(path):
+            root = imported.split(".")[0]
+            if root in CORE_FORBIDS and not module.startswith("ldm.training"):
+                wrong.append(f"{path}:{line}: {imported}")
+            if root in LATE and not (late or typing):
+                wrong.append(f"{path}:{line}: {imported} outside a function")
     assert wrong == []
 
 
@@ -173,9 +176,9 @@ def long_functions(source):
     return long
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_functions_fit_on_a_screen_or_say_why_not(path):
-    assert long_functions(path.read_text(encoding="utf-8")) == []
+def test_functions_fit_on_a_screen_or_say_why_not():
+    found = {str(path): long_functions(path.read_text(encoding="utf-8")) for path in SOURCES}
+    assert {path: names for path, names in found.items() if names} == {}
 
 
 def test_the_eye_that_counts_lines_counts_them():

@@ -108,6 +108,7 @@ def test_inpaint_keeps_each_pixel_outside_the_mask(painters, channels, kind, rng
 
 
 @pytest.mark.parametrize("kind", ["pil", "np", "pt"])
+@pytest.mark.thinned(3)
 def test_five_inpaints_in_a_row_change_nothing_outside(painters, kind):
     image, mask = all_levels(), edge_mask()
     given = image

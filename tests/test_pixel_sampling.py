@@ -80,6 +80,7 @@ SHORT = [*PIXELS, "-n", 1]
         ("inspect_checkpoint", ["{latent}/model.ckpt", "--config", "{latent}/config.yaml"], ["model.ckpt"]),
     ],
 )  # fmt: skip
+@pytest.mark.thinned(3)
 def test_one_run_opens_every_weight_file_once(files, tmp_path, monkeypatch, name, words, read):
     opened, own = [], OpenFile.__init__
 
@@ -146,6 +147,7 @@ def test_a_single_sample_that_does_not_fit_is_an_error(labelled, room):
         likelihood.measure(labelled, likelihood.shapes_to_measure(labelled, 2), seeds=[1, 2], batch_size=2)
 
 
+@pytest.mark.thinned(2)
 def test_the_chain_is_built_once_for_all_batches(latent, labelled, monkeypatch):
     built, own = [], SpacedDiffusion.__init__
 
@@ -243,6 +245,7 @@ def test_a_sample_says_how_it_was_made(files, labelled):
           "height": 64, "model": "model", "timestep_respacing": "ddim2"}),
     ],
 )  # fmt: skip
+@pytest.mark.thinned(2)
 def test_the_picture_that_is_saved_says_how_its_first_sample_was_made(
     files, tmp_path, monkeypatch, words, said
 ):

@@ -53,7 +53,7 @@ def same_bits(one, other):
         *(pytest.param(name, 9, marks=pytest.mark.slow) for name in NAMES[2:]),
     ],
 )
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 def test_what_is_saved_is_read_back_with_equal_bits(sd, tmp_path, name, channels):
     sd = sd if channels == 4 else StableDiffusion(tiny_model(9))
     path = f"{tmp_path}/{name}"
@@ -108,6 +108,7 @@ def test_diffusers_reads_the_folder_and_paints_the_same(sd, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.thinned(3)
 def test_weights_keep_their_dtypes(tmp_path, dtype):
     from safetensors.torch import load_file
 

@@ -443,6 +443,7 @@ def test_ours_and_diffusers_agree_on_every_part(studio, row):
     )
 
 
+@pytest.mark.slow
 def test_in_half_precision_our_error_is_held_to_theirs(studio):
     """Also where diffusers itself is not to run."""
     row = Row("unet", "bfloat16", 64, 2)

@@ -455,7 +455,7 @@ def test_a_place_is_said_for_plain_data_too():
         ("model.params.scheduler_config.params.f_start", ["1e-6"]),
     ],
 )
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(7)
 def test_what_public_files_write_is_read(path, value):
     config = plain("shapes-diffusion")
     put(config, path, value)
@@ -571,7 +571,7 @@ def test_any_leaf_of_a_shipped_file_may_be_anything(file):
     draw = random.Random(file.stem)
     whole = plain(file.stem)
     for part in [name for name in ("model", "data") if name in whole]:
-        for place in draw.sample(list(leaves(whole[part])), 12):
+        for place in draw.sample(list(leaves(whole[part])), 6):
             value = draw.choice(WRONG)
             config = copy.deepcopy(whole)
             put(config[part], place, value)

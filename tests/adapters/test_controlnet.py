@@ -342,6 +342,7 @@ def layouts(tensors):
 
 
 @pytest.mark.parametrize("layout", ["whole model", "diffusers", "linear"])
+@pytest.mark.thinned(3)
 def test_each_layout_is_read(unet, files, tensors, tmp_path, layout):
     given = layouts(tensors)[layout]
     suffix = "safetensors" if layout == "diffusers" else "pth"
@@ -555,6 +556,7 @@ def paint(sd, *adapters, **options):
     return sd.txt2img("a large red circle", adapters=adapters, **options)
 
 
+@pytest.mark.thinned(2)
 def test_pictures_follow_a_hint_and_say_so(sd, control):
     before = identity(sd.model)
     plain = paint(sd).latents

@@ -316,6 +316,7 @@ def test_files_of_one_name_in_a_folder_go_by_their_tokens(home, capsys):
 # --- --like ---
 
 
+@pytest.mark.slow
 def test_like_names_what_is_not_given_and_repeats_the_picture_with_it(end):
     given = ["--lora", "style.safetensors:0.8:0.5", "--embedding", "words/birb.safetensors"]
     assert end("--prompt", "a embedding:birb", *given, "--seed", 5, "--outdir", "first")[0] == 0

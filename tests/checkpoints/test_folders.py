@@ -122,6 +122,7 @@ def test_the_schedule_and_scale_are_the_folders(folder):
         ("trained", {"trained_betas": [0.003] * 500}, ("eps", 0.003)),
     ],
 )
+@pytest.mark.thinned(3)
 def test_schedulers_are_translated(folder, words, changes, wanted):
     edit(folder / "scheduler" / "scheduler_config.json", **changes)
     model, _ = load_latent_diffusion(folder)
@@ -246,6 +247,7 @@ def test_an_inpainting_folder_becomes_the_inpainting_model(folder, pipeline):
 
 
 @pytest.mark.parametrize("where", ["folder", "vae", "renamed"])
+@pytest.mark.thinned(3)
 def test_a_vae_loads_from_a_folder(folder, tiny, where, tmp_path):
     settings = folder_settings(folder)[1]
     model, _ = load_latent_diffusion(folder)

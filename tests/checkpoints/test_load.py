@@ -90,7 +90,7 @@ def test_each_load_owns_its_memory(tiny):
 
 @pytest.mark.parametrize("nested", [0, 1, 2])
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_pickles_of_every_dtype_bare_and_nested(tiny, tmp_path, nested, stored):
     state = {name: value.to(stored) for name, value in tiny.tensors.items()}
     outer = state
@@ -681,6 +681,7 @@ def test_a_vae_of_its_own_replaces_the_files(tiny, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", VAE])
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+@pytest.mark.thinned(3)
 def test_a_vae_loads_into_a_model_with_and_without_prefix(tiny, tmp_path, prefix, suffix):
     state = {prefix + name: value for name, value in vae_state(tiny).items()}
     if suffix == ".ckpt":

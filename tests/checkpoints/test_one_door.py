@@ -61,10 +61,9 @@ def offences(tree: ast.AST) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_file_but_one_unpickles(path):
-    found = offences(ast.parse(path.read_text(encoding="utf-8")))
-    assert found == (["import pickletools"] if path == DOOR else [])
+def test_no_file_but_one_unpickles():
+    found = {path: offences(ast.parse(path.read_text(encoding="utf-8"))) for path in SOURCES}
+    assert {path: names for path, names in found.items() if names} == {DOOR: ["import pickletools"]}
 
 
 def test_the_reader_has_no_way_from_a_word_to_what_it_names():

@@ -148,7 +148,7 @@ def saved(folder, tensors, name="model.pt"):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @torch.no_grad()
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(2)
 def test_a_file_gives_the_flags_and_the_model_that_it_was_saved_from(name, tmp_path):
     kind, flags = LAYOUTS[name]
     model = fill(build(kind, flags), "o.")
@@ -207,7 +207,7 @@ def random_flags(draw):
 
 
 @pytest.mark.parametrize("seed", range(40))
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(2)
 def test_flags_come_back_from_the_shapes_that_they_make(seed):
     kind, flags, given = random_flags(random.Random(seed))
     model = build_empty(kind, flags)
@@ -306,6 +306,7 @@ def test_the_256_pixel_model_has_the_published_names():
 
 
 @torch.no_grad()
+@pytest.mark.thinned(2)
 def test_every_kind_of_file_gives_the_same_weights(improved, tmp_path):
     model, path = improved
     tensors = model.state_dict()

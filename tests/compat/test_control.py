@@ -174,6 +174,7 @@ def test_a_batch_gives_latents_and_both_conditions(speaking):
 
 
 @pytest.mark.parametrize("locked", [True, False])
+@pytest.mark.thinned(2)
 def test_training_reaches_the_control_and_only_what_is_unlocked(speaking_config, locked):
     model = fill(build(speaking_config), only=KEYED).train()
     model.sd_locked, model.learning_rate = locked, 1e-3
@@ -192,6 +193,7 @@ def test_training_reaches_the_control_and_only_what_is_unlocked(speaking_config,
     assert lost == []
 
 
+@pytest.mark.slow
 def test_pictures_to_look_at(speaking):
     log = speaking.log_images(batch(), N=2, sample=True, ddim_steps=2, plot_diffusion_rows=True)
     assert {key: tuple(value.shape) for key, value in log.items()} == {
@@ -250,6 +252,7 @@ def test_a_sampler_of_its_own_gives_the_recorded_chains(config, parts, recorded)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6])
+@pytest.mark.thinned(2)
 def test_a_sampler_of_its_own_agrees_with_ours(recorded_model, eta):
     """Guess mode: the unconditional pass has no hint, so that the two conditions cannot join into one batch."""
     options = {

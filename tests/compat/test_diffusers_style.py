@@ -195,6 +195,7 @@ def test_steps_from_no_level_are_refused(t, eta):
 # --- the pipeline, beside diffusers' own ---
 
 
+@pytest.mark.thinned(2)
 def test_networks_answer_as_diffusers_do(ours, theirs):
     x, t, text = (
         keyed_input("p.x", (3, 4, 8, 6)),
@@ -269,7 +270,7 @@ def test_prompts_are_encoded_in_diffusers_order(ours, theirs, prompt, negative, 
         },
     ],
 )
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 def test_pictures_are_diffusers(ours, theirs, options):
     """Same weights, words and generators: latents, pixels and PIL's bytes."""
     options = {"prompt": PROMPT, "negative_prompt": NEGATIVE, **options}
@@ -550,6 +551,7 @@ def test_an_inpainting_model_is_sent_elsewhere():
         StableDiffusionPipeline(ldm.StableDiffusion(tiny_model(in_channels=9)))
 
 
+@pytest.mark.slow
 def test_the_model_in_the_box_answers_with_noise():
     """It was trained to predict velocities; loops written by hand take an answer as noise, and DDIMSampler agrees."""
     pipe = (
@@ -674,6 +676,7 @@ def as_ints(picture):
     return np.asarray(picture, dtype=int)
 
 
+@pytest.mark.slow
 def test_the_ddim_notebook_runs_with_diffusers_numbers(ours, theirs, tmp_path):
     """Every step of it, on both pipes: a picture from a file, inversion, both ways back, a noised start and an edit."""
     path = tmp_path / "dog.png"

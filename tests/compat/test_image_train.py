@@ -139,6 +139,7 @@ def files(folder):
 OPTIONS = {"lr": 1e-3, "ema_rate": "0.9,0.99", "lr_anneal_steps": 6, "weight_decay": 0.01}
 
 
+@pytest.mark.slow
 def test_the_script_trains_and_a_resumed_run_is_the_uninterrupted_one(
     pictures, tmp_path, monkeypatch, capsys
 ):

@@ -192,6 +192,7 @@ def test_the_special_strings_build_nothing(special):
 @pytest.mark.parametrize(
     ("file", "tensors"), [("configs/v1-inference.yaml", 1130), ("configs/v1-inpainting.yaml", 1130)]
 )
+@pytest.mark.thinned(2)
 def test_the_shipped_configurations_build_on_the_meta_device(file, tensors):
     """686 of the UNet, 248 of the autoencoder, 196 of the text encoder, and the tables computed for real."""
     with torch.device("meta"):

@@ -95,6 +95,7 @@ def test_the_script_paints_what_was_asked_for(tmp_path):
         assert saved[2:10, 2:10].min() > 180
 
 
+@pytest.mark.slow
 def test_what_the_script_gives_is_the_samplers_own(tmp_path):
     """Seeded after loading, so that no weight that is drawn moves the noise; -1 draws 0 to 65535."""
     checkpoint, config = write_tiny(tmp_path)

@@ -136,6 +136,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("change", "words"), WRONG.values(), ids=WRONG)
+@pytest.mark.thinned(2)
 def test_what_is_wrong_or_refuses_at_one_width_is_left_out_there(monkeypatch, caplog, trials, change, words):
     dtype = torch.float16
     found = cuda.kernels()

@@ -103,7 +103,7 @@ def watch(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", list(KINDS))
 @torch.no_grad()
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(2)
 def test_a_unet_gives_the_plain_numbers(name, dtype):
     unet = make_unet(name, dtype)
     compare(unet, **inputs(unet, dtype))

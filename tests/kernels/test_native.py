@@ -162,7 +162,7 @@ def halved(*axes):
     halved(list(CLOSE), [False, True], [False, True], [False, True]),
     ids=str,
 )
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 def test_group_norm_is_the_formula(backend, dtype, silu, per_picture, shifted):
     b, c, h, w, groups = 3, 48, 5, 29, 4  # more cells than enter a float sum at a time
     x = (keyed_input("norm.x", (b, c, h, w)) * 2 + 1).to(dtype).contiguous(memory_format=torch.channels_last)

@@ -122,6 +122,7 @@ def test_weights_are_at_home_between_calls_and_after_errors(model):
 
 
 @pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.thinned(2)
 def test_weights_written_or_replaced_between_calls_are_used(model, ahead):
     """All of them: those, too, that were fetched ahead at the end of the call before."""
     sequential = offload.SequentialOffload(model, CPU, ahead)

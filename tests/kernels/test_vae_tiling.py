@@ -73,6 +73,7 @@ def test_tiles_of_any_height_give_the_plain_numbers(kind, tiled, name, shape, op
 
 @sides
 @torch.no_grad()
+@pytest.mark.thinned(2)
 def test_float32_and_half_precision_are_as_near_to_the_truth_as_the_plain_modules(kind, tiled, name, shape):
     x = keyed_input(name, shape)
     truth = build(kind)(x.double())
@@ -183,6 +184,7 @@ WIDE = {**BASE, "ch": 8, "ch_mult": (1, 2, 4, 4), "num_groups": 4}  # the widths
     ],
     ids=SIDE_NAMES,
 )
+@pytest.mark.thinned(2)
 def test_so_many_maps_of_the_first_level_are_alive_at_most(kind, tiled, shape, maps, usual, layout):
     """What comes in is alive, too, and four tiles of 4 of 144 rows, of 2 ch channels at most."""
     network = fill(kind(**WIDE)).to(memory_format=layout)

@@ -70,6 +70,7 @@ def test_the_network_sees_nine_channels(batch):
     assert torch.equal(net.asked[-1]["x"][:, 4:], c["c_concat"][0][:2])
 
 
+@pytest.mark.slow
 def test_images_to_look_at(batch):
     log = inpaint_model(c_concat_log_start=1, c_concat_log_end=5).log_images(
         batch,

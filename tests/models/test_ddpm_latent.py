@@ -157,6 +157,7 @@ def test_the_loss_of_a_velocity_is_the_recorded_one(golden):
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.thinned(2)
 def test_ancestral_samples_are_the_recorded_ones(recorded, short, inputs, masked):
     options = {"mask": inputs["mask"], "x0": inputs["x0"]} if masked else {}
     torch.manual_seed(3)

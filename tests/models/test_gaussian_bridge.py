@@ -51,7 +51,7 @@ def respaced(diffusion, levels):
 
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])
 @pytest.mark.parametrize("separate", [False, True])
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_ddim_is_our_ddim_sampler_s_at_the_same_levels(models, kind, separate):
     """CompVis's run ends at level 0, where one more step of OpenAI's leads to the clean end."""
     model = models(kind)
@@ -86,6 +86,7 @@ def test_ddim_with_noise_is_our_ddim_sampler_s(models, eta):
 
 
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+@pytest.mark.thinned(3)
 def test_ddpm_is_our_ancestral_sampling(models, kind):
     model = models(kind, timesteps=7)
     torch.manual_seed(3)

@@ -214,7 +214,7 @@ def test_every_number_of_steps_calls_the_network_as_often_as_the_docs_say(counts
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(12)
 def test_the_longest_run_ends_with_finite_numbers(name):
     (x_T,) = normals(1, 2, 3, 1)
     steps = sample_steps(name, LinearGaussian(), x_T, MEANS[:1], steps=1000, **afresh(name))

@@ -36,6 +36,7 @@ def start():
 
 
 @pytest.mark.parametrize("door", [DDIMSampler, PLMSSampler])
+@pytest.mark.thinned(2)
 def test_every_number_of_steps_is_given_exactly(door):
     sampler = door(Wavy())
     for steps in range(1, 1001):

@@ -150,6 +150,7 @@ def test_the_order_of_positional_flags_is_guided_diffusions():
 
 @pytest.mark.parametrize("new_order", [False, True])
 @torch.no_grad()
+@pytest.mark.thinned(2)
 def test_flags_build_the_unet_that_their_meaning_names(new_order):
     flags = {
         "image_size": 24,
@@ -490,6 +491,7 @@ def test_labels_that_the_model_does_not_have_are_named():
 
 @pytest.mark.parametrize("pool", ["adaptive", "attention", "spatial", "spatial_v2"])
 @torch.no_grad()
+@pytest.mark.thinned(2)
 def test_a_classifier_is_the_encoder_unet_that_its_flags_name(pool):
     flags = {**TINY_CLASSIFIER, "classifier_pool": pool}
     built = fill(create_classifier(**flags_for(create_classifier, flags)), "c.")

@@ -242,6 +242,7 @@ def test_the_argument_comes_before_everything(tmp_path, clip):
 
 
 @pytest.mark.parametrize("inner", ["", "tokenizer"])
+@pytest.mark.thinned(2)
 def test_a_folder_beside_the_checkpoint_comes_before_the_package(tmp_path, inner):
     (tmp_path / inner).mkdir(exist_ok=True)
     write_vocabulary(tmp_path / inner, *read_vocabulary(MERGES))
@@ -271,6 +272,7 @@ def test_a_tokenizer_json_is_read_in_both_forms(tmp_path, as_text):
 
 
 @pytest.mark.parametrize("name", ["openai/clip-vit-large-patch14", "CompVis/stable-diffusion-v1-4"])
+@pytest.mark.thinned(2)
 def test_the_hub_cache_is_read_without_a_network(nothing_else, name):
     repo = nothing_else / f"models--{name.replace('/', '--')}"
     (repo / "refs").mkdir(parents=True)
@@ -284,6 +286,7 @@ def test_the_hub_cache_is_read_without_a_network(nothing_else, name):
 
 
 @pytest.mark.parametrize("name", ["open_clip_torch", "clip_anytorch"])
+@pytest.mark.thinned(2)
 def test_the_file_of_an_installed_package_is_read_without_importing_it(
     nothing_else, tmp_path, monkeypatch, name
 ):

@@ -149,6 +149,7 @@ def test_a_folder_is_measured_with_the_classes_of_its_names_and_nothing_is_overw
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_latents_are_measured_with_their_captions_and_said_to_be_no_pixels(end, pictures, tmp_path):
     checkpoint, config = tiny.write_tiny(tmp_path)
     words = ["-r", checkpoint, "--config", config, "--data_dir", pictures, "--timestep_respacing", 3]

@@ -169,6 +169,7 @@ def test_every_option_reaches_the_picture(model, home, end):
     assert Image.open("o/samples/00003.png").size == (88, 80)
 
 
+@pytest.mark.slow
 def test_knobs_reach_the_picture(model, home, end):
     argv = ["--guidance_interval", 0.2, 0.8, "--cache_interval", 2, "--cache_depth", 3, "--merge_ratio", 0.4]
     argv += ["--merge_seed", 11, "--prompt", "x", "--steps", 4, "--skip_grid", "--outdir", "o"]
@@ -209,6 +210,7 @@ def test_a_random_seed_is_told(model, home, end):
     assert seeds[0] != seeds[1]
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_pixels(model, home, end):
     for folder in "ab":
         assert end("txt2img", *model, "--prompt", "x", "--steps", 2, "--outdir", folder)[0] == 0
@@ -673,7 +675,7 @@ BAD = [
 @pytest.mark.parametrize(
     ("name", "argv", "code", "words"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
 )
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_bad_input_is_one_line_with_its_code_and_leaves_nothing(model, home, end, name, argv, code, words):
     Path("empty.txt").touch()
     picture("in.png")
@@ -726,6 +728,7 @@ def test_nan_from_a_model_file_ends_with_8_and_no_picture(home, end):
     assert code == 8 and "finite" in err and files("o") == []
 
 
+@pytest.mark.slow
 def test_overflow_in_the_unet_names_stage_step_and_dtype(home, end):
     checkpoint, config = write_tiny(home, poison="model.diffusion_model.out.2.bias", value=3e38)
     argv = ["--ckpt", checkpoint, "--config", config, "--prompt", "x", "--steps", 5, "--outdir", "o"]
@@ -842,6 +845,7 @@ TROUBLE = [
 @pytest.mark.parametrize(
     ("name", "argv", "words"), TROUBLE, ids=lambda v: " ".join(map(str, v))[:50] if isinstance(v, list) else v
 )
+@pytest.mark.thinned(2)
 def test_trouble_that_is_known_is_one_line_each_on_stderr(home, end, name, argv, words):
     Path("p.txt").write_text(
         "a (red:1.3) cat\n--prompt a dog --steps 5\n--prompt a (blue:1.3) dog --steps 6\n"
@@ -1072,7 +1076,7 @@ SAMPLED = [
 
 
 @pytest.mark.parametrize(("said", "argv", "want"), SAMPLED)
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 def test_like_takes_the_sampler_with_its_spacing(model, home, end, said, argv, want):
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", f"x\nSteps: 2, {said}, Seed: 5, Size: 64x64, Version: v1.10.1")
@@ -1088,7 +1092,7 @@ SAID = [("NV", "nv"), ("GPU", "nv"), ("CPU", "image"), ("Quantum", "image")]
 
 
 @pytest.mark.parametrize(("said", "rng"), SAID)
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_like_draws_where_the_other_program_drew(model, home, end, said, rng):
     text = f"x\nSteps: 1, Sampler: DDIM, Seed: 5, Size: 64x64, RNG: {said}, Version: v1.10.1"
     info = PngImagePlugin.PngInfo()
@@ -1099,6 +1103,7 @@ def test_like_draws_where_the_other_program_drew(model, home, end, said, rng):
     assert (told["rng"], told["seed"]) == (rng, 5)
 
 
+@pytest.mark.slow
 def test_like_repeats_img2img_with_its_strength(model, home, end):
     picture("in.png")
     argv = ["--prompt", "x", "--steps", 4, "--strength", 0.5, "--init-img", "in.png"]

@@ -190,6 +190,7 @@ def test_an_upsampler_enlarges_base_samples(files, end):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_latent_model_paints_a_prompt_through_the_bridge(end, tmp_path):
     checkpoint, config = tiny.write_tiny(tmp_path)
     code, _, err = end(

@@ -203,6 +203,7 @@ def config_of(folder, steps, batch_size=2):
     return config
 
 
+@pytest.mark.slow
 def test_a_run_leaves_unreadable_pictures_out_and_goes_on_with_others(tmp_path, capsys, caplog):
     """One of five is damaged; the run goes on bit for bit, then with one picture fewer and two more."""
     for i in range(5):
@@ -269,7 +270,7 @@ def of_command(files, words, folder):
 
 
 @pytest.mark.parametrize(("files", "words"), COMMANDS, ids=[files.split()[-1] for files, _ in COMMANDS])
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(3)
 def test_every_command_of_the_page_builds_its_model_and_data(tmp_path, files, words):
     for name in ("cat/0.png", "dog/1.png"):
         paint(tmp_path / name, size=(40, 40))

@@ -110,6 +110,7 @@ def test_a_run_saves_each_row_and_a_second_does_what_is_missing(tiny, tmp_path, 
     assert "[1/3] first-stage/seen: 0.0 % right" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_no_picture(tiny):
     pipeline = quality.load_pipeline(tiny[1], tiny[3], "cpu")
     row = quality.Row("ddim-1", 5, 3.0, "seen")

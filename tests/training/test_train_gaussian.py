@@ -151,6 +151,7 @@ def test_two_processes_draw_the_levels_of_one():
 
 
 @pytest.mark.parametrize("flags", [HYBRID, BOUND], ids=str)
+@pytest.mark.thinned(2)
 def test_steps_along_the_gradient_lower_the_loss(flags):
     model = make(**flags)
     objective, batch = GaussianObjective(model), batch_of(3)

@@ -121,6 +121,7 @@ def test_every_option_that_changed_is_said_and_no_other(changed):
         ("training.scheduler.target", "ldm.lr_scheduler.LambdaWarmUpCosineScheduler2", 2e-3),
     ],
 )
+@pytest.mark.thinned(2)
 def test_a_rate_or_schedule_of_its_own_is_taken(tmp_path, begun, option, value, rate):
     config = until(planned(), 3)
     put(config, option, value)
@@ -134,6 +135,7 @@ def test_an_option_of_the_command_line_alone_is_taken(tmp_path, begun, capsys):
     assert "resuming with learning_rate 0.001 instead of 0.002" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_a_schedule_a_new_rate_holds_from_the_first_step_on(tmp_path, capsys):
     run(until(first_stage(), 2), tmp_path)
     config = until(first_stage(), 4)
@@ -412,6 +414,7 @@ def test_a_flaw_ends_the_run_itself(tmp_path, begun):
         run(until(planned(), 3), tmp_path / "run", resume=tmp_path / "a.ckpt")
 
 
+@pytest.mark.thinned(2)
 def test_a_diffusion_state_without_a_counter_or_table_is_refused(diffusion_run, begun_diffusion):
     state = torch.load(begun_diffusion / "checkpoints" / "last.ckpt", weights_only=True)
     for name in ("model_ema.num_updates", "model_ema.decay", "scale_factor", "betas"):

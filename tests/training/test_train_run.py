@@ -384,6 +384,7 @@ def test_the_effective_rate_is_printed(tmp_path, capsys):
     assert figures(tmp_path / "b", "lr") == {0: 1e-3}
 
 
+@pytest.mark.slow
 def test_another_optimizer_takes_the_models_parameters(tmp_path, diffusion_run, stage_run):
     config = until(diffusion(str(stage_run / "weights.safetensors")), 1)
     config["training"]["optimizer"] = {"target": "torch.optim.SGD", "params": {"momentum": 0.5}}
@@ -410,6 +411,7 @@ def test_both_networks_of_a_gan_move_once_the_discriminator_starts(tmp_path):
     assert judged[0] == judged[1] == 0 and judged[2] > 0
 
 
+@pytest.mark.slow
 def test_the_discriminator_rests_before_its_start(tmp_path):
     config = first_stage(disc_factor=1.0, disc_start=9, disc_ndf=8, disc_num_layers=1)
     run(until(config, 1), tmp_path)
@@ -453,6 +455,7 @@ def test_clipping_bounds_the_step(tmp_path):
     assert float(moved) == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_close_to_float32(tmp_path, stage_run):
     config = first_stage()
     config["lightning"]["trainer"]["precision"] = "bf16-mixed"
@@ -803,6 +806,7 @@ def test_a_text_encoder_to_be_trained_must_not_be_frozen(tmp_path):
 
 
 @pytest.mark.parametrize("source, params", [("DiesAt", {"step": 4}), ("DiesHandingOver", {})])
+@pytest.mark.thinned(2)
 def test_a_killed_loader_worker_ends_the_run_saved(tmp_path, source, params):
     from ldm.errors import ResourceError
 
