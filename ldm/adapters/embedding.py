@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm.adapters.file_hash import hashes_of, stamp_of
@@ -50,6 +51,7 @@ class Embedding:
 
     Attributes:
         vectors: (n, width), float32.
+        dtype: that the file has them in.
         names: what stands for it in a prompt: its token, the file's name without suffix (A1111), and
             `embedding:NAME` of that (ComfyUI).
 
@@ -70,6 +72,7 @@ class Embedding:
     token: str | None = None
     width: int = CLIP_WIDTH
     vectors: Tensor = field(init=False, repr=False)
+    dtype: torch.dtype = field(init=False, repr=False)
     names: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -90,6 +93,7 @@ class Embedding:
             "file": path,
             "token": called,
             "vectors": _vectors(path, name, vectors, self.width),
+            "dtype": vectors.dtype,
             "names": tuple(dict.fromkeys((called, stem, f"embedding:{stem}"))),
             "_stamp": stamp,
             "_is_safetensors": is_safetensors,
