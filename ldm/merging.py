@@ -426,7 +426,7 @@ def _earlier(model: CompVisWeights) -> dict[str, str]:
 
 def _settings_of(path: Path, first: CompVisWeights) -> str | None:
     """Write down the configuration of the first model, as YAML, or None where a reader needs none."""
-    place = follow_hub(path)
+    place = follow_hub(path).resolve()  # the text encoder's folder is found from everywhere
     if is_diffusers_folder(place):
         with contextlib.ExitStack() as opened:
             model, report, _ = match_file(place, None, opened)

@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ldm.checkpoints import save_safetensors
 from ldm.checkpoints.build import build_empty, collector_paused
@@ -27,6 +26,7 @@ from ldm.paths import shipped
 from ldm.training.export import plain_weights
 
 if TYPE_CHECKING:
+    from ldm.diffusers_style.parts import Part
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 # Whose class each part of a folder is, for model_index.json.
@@ -159,7 +159,18 @@ def _difference(model: LatentDiffusion, settings: Mapping[str, Any]) -> str | No
 
 
 def _save_folder(model: LatentDiffusion, path: Path) -> Path:
-    """Write beside the name first, so that a folder under its name is whole."""
+    with whole_folder(path) as part:
+        fill_folder(model, part, _write_state)
+    return path
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to write into, beside the name, which takes the name at the end: whole or not at all.
+
+    Raises:
+        OutputError: something is there already, or the disk does not take it.
+    """
     path = Path(os.path.abspath(path))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(
@@ -173,28 +184,42 @@ def _save_folder(model: LatentDiffusion, path: Path) -> Path:
             f"cannot write '{escaped(path)}': {error.strerror or error}; choose another folder"
         ) from error
     try:
-        _fill_folder(model, part)
+        yield part
         os.chmod(part, 0o755)
         os.replace(part, path)
     except OutputError:
         raise
     except OSError as error:
+        if isinstance(error, LdmError):  # of a file that is read meanwhile
+            raise
         raise OutputError(
             f"cannot write '{escaped(path)}': {error.strerror or error}; free some space"
         ) from error
     finally:
         with suppress(OSError):
             shutil.rmtree(part)
-    return path
 
 
-def _fill_folder(model: LatentDiffusion, folder: Path) -> None:
+def _write_state(file: Path, name: str, part: Part) -> None:
+    weights = {key: value for key, value in part.state_dict().items() if not key.startswith("loss.")}
+    save_safetensors(file, weights, {"format": "pt"})
+
+
+def fill_folder(model: LatentDiffusion, folder: Path, write: Callable[[Path, str, Part], None]) -> None:
+    """Write a model in diffusers' layout into a folder.
+
+    Args:
+        write: (file, "unet", "vae" or "text_encoder", that part of the model) -> nothing; writes the part's weights.
+
+    Raises:
+        UsageError: the layout cannot describe the model.
+    """
     from ldm.diffusers_style.parts import VAE, TextEncoder, UNet
     from ldm.diffusers_style.scheduler import schedule_config
 
     with model.ema_scope():  # what paints
         try:
-            parts: dict[str, nn.Module] = {
+            parts: dict[str, Part] = {
                 "unet": UNet(model),
                 "vae": VAE(model),
                 "text_encoder": TextEncoder(model),
@@ -208,19 +233,19 @@ def _fill_folder(model: LatentDiffusion, folder: Path) -> None:
                 "prediction_type": prediction,
             }
             configs = {name: _config_of(part) for name, part in parts.items()}
-            states = {name: part.state_dict() for name, part in parts.items()}
+            for part in parts.values():
+                part.names()  # all of them have one
         except (LdmError, AttributeError, TypeError) as error:
             raise _no_words(str(error)) from error
-        for name, state in states.items():
+        for name, part in parts.items():
             (folder / name).mkdir()
-            _write_json(folder / name / "config.json", configs[name])
-            weights = {key: value for key, value in state.items() if not key.startswith("loss.")}
-            save_safetensors(folder / name / f"{STEMS[name]}.safetensors", weights, {"format": "pt"})
+            write_json(folder / name / "config.json", configs[name])
+            write(folder / name / f"{STEMS[name]}.safetensors", name, part)
     _save_tokenizer(model.cond_stage_model.tokenizer, folder / "tokenizer")
     (folder / "scheduler").mkdir()
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     kind = "StableDiffusionInpaintPipeline" if is_inpainting(model) else "StableDiffusionPipeline"
-    _write_json(folder / "model_index.json", {"_class_name": kind, "requires_safety_checker": False, **INDEX})
+    write_json(folder / "model_index.json", {"_class_name": kind, "requires_safety_checker": False, **INDEX})
     try:
         difference = _difference(model, folder_settings(folder)[1])
     except MismatchError as error:
@@ -255,5 +280,6 @@ def _config_of(part: Any) -> dict[str, Any]:
     )
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file of a diffusers folder."""
     path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")

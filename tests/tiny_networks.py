@@ -1,6 +1,9 @@
 """Keywords of a UNet and of an autoencoder's halves that are small and have every kind of part."""
 
+import torch
 from torch import nn
+
+from ldm.modules.diffusionmodules.controlnet import ControlNetModel
 
 UNET = {
     "image_size": 8,
@@ -25,6 +28,14 @@ VAE = {
     "resolution": 16,
     "z_channels": 4,
 }
+
+
+def control_shapes(width: int = 32, **options) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a ControlNet of cldm's with one ResBlock a level."""
+    given = {"channel_mult": [1, 2], "num_heads": 8, "transformer_depth": 1, "context_dim": 24, **options}
+    with torch.device("meta"):
+        network = ControlNetModel(4, width, 3, 1, [1], **given)
+    return {name: tuple(one.shape) for name, one in network.state_dict().items()}
 
 
 def replace_weights_in_place(root: nn.Module, factor: float) -> None:

@@ -57,8 +57,12 @@ class Part(nn.Module):
     def dtype(self) -> torch.dtype:
         return dtype_of(self.inner)
 
-    def _names(self) -> dict[str, str]:
-        """Our name -> diffusers' name of every tensor."""
+    def names(self) -> dict[str, str]:
+        """Our name -> diffusers' name of every tensor but those of a loss.
+
+        Raises:
+            MismatchError: a network that diffusers could not hold.
+        """
         own = [name for name in self.inner.state_dict() if not name.startswith("loss.")]
         names = self.to_diffusers(own)
         if lacking := [name for name in own if name not in names]:
@@ -74,11 +78,11 @@ class Part(nn.Module):
             MismatchError: a network that diffusers could not hold.
         """
         own = self.inner.state_dict()
-        return {theirs: as_linear(theirs, own[name]) for name, theirs in self._names().items()}
+        return {theirs: as_linear(theirs, own[name]) for name, theirs in self.names().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, **kwargs: Any) -> Any:
         """Take weights by diffusers' names."""
-        ours = {theirs: name for name, theirs in self._names().items()}
+        ours = {theirs: name for name, theirs in self.names().items()}
         own = self.inner.state_dict()
         given = {
             ours.get(name, name): tensor.reshape(own[ours[name]].shape) if name in ours else tensor
@@ -233,7 +237,7 @@ class TextEncoder(Part):
         self._model, self._adapters = (model,), adapters
         self.config = self.inner.config
 
-    def _names(self) -> dict[str, str]:
+    def names(self) -> dict[str, str]:
         return {name: name for name in self.inner.state_dict()}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:

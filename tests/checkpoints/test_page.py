@@ -6,10 +6,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-from lora_files import write_lora_for
-from tiny import tiny_model, write_tiny
+import torch
+from lora_files import write_lora
+from tiny_networks import control_shapes
 
-from ldm.checkpoints import inspect, read_tensors, save_safetensors
+from ldm.checkpoints import inspect, save_object, save_safetensors
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
@@ -24,15 +25,27 @@ def load_script(name):
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
+def home(tiny, tmp_path, monkeypatch):
     """A folder with the files that the page names."""
-    weights, settings = write_tiny(tmp_path)
-    tensors = read_tensors(weights)[0]
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(OmegaConf.create(tiny.config), tmp_path / "config.yaml")
     for n, name in enumerate(("a", "b", "base", "tuned")):
-        changed = {key: one * (1 + n / 8) if one.is_floating_point() else one for key, one in tensors.items()}
-        save_safetensors(tmp_path / f"{name}.safetensors", changed)
-        (tmp_path / f"{name}.yaml").write_bytes(settings.read_bytes())
-    write_lora_for(tmp_path / "style.safetensors", tiny_model())
+        changed = {
+            key: one * (1 + n / 8) if "attn1.to_q" in key or one.dim() == 1 else one
+            for key, one in tiny.tensors.items()
+        }
+        tiny.save(tmp_path, changed, f"{name}.safetensors")
+    body = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    write_lora(
+        tmp_path / "style.safetensors",
+        {f"{body}.lora_up.weight": (32, 2), f"{body}.lora_down.weight": (2, 32)},
+    )
+    control = {name: torch.ones(shape) for name, shape in control_shapes().items()}
+    save_safetensors(tmp_path / "canny.safetensors", control)
+    save_object(
+        tmp_path / "birb.pt", {"string_to_param": {"*": torch.ones(2, 768)}, "string_to_token": {"*": 265}}
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -46,6 +59,7 @@ def test_commands_of_the_page_run_and_models_load(home):
         assert program == "python" and load_script(Path(script).stem).main(words) == 0, line
         written.append(words[words.index("-o") + 1])
     assert all((home / name).exists() for name in written) and len(set(written)) == len(written)
+    assert inspect("for-web-uis.safetensors", check_values=False).problem is None
     assert inspect("baked.safetensors", check_values=False).problem is None
 
 
