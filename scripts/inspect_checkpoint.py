@@ -1,4 +1,4 @@
-"""Say what a checkpoint, a LoRA or an embedding holds, and what of it would not load and why.
+"""Say what a checkpoint or an adapter (LoRA, embedding, ControlNet, ...) holds, and what of it would not load and why.
 
 Ends with 0 if every file given would load, as a full model, a VAE or an adapter; else with the code of the first error.
 """
