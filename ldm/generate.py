@@ -7,14 +7,11 @@ what comes out is in ldm.results.
 from __future__ import annotations
 
 import logging
-import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +23,7 @@ from ldm.devices import dtype_name
 from ldm.errors import (
     NumericError,
 )
-from ldm.helpers import living_in, upload
+from ldm.helpers import living_in
 from ldm.models.diffusion.samplers import (
     SAMPLERS,
     Noise,
@@ -37,9 +34,9 @@ from ldm.models.diffusion.samplers import (
 from ldm.models.introspect import downsampling, dtype_of, is_inpainting
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.seams import GuidanceTerm, Scope, StepInfo
+from ldm.noise import SeedOptions, Source, noise_sources
 from ldm.options import options as every_option
 from ldm.options import told
-from ldm.process.philox import cuda_normal
 from ldm.request import ImageSpec, Request
 from ldm.results import GenerationParameters, GenerationResult, Progress, painted, versions
 
@@ -103,73 +100,11 @@ def encode_prompts(
     return context, unconditional, dropped
 
 
-class ImageNoise:
-    """One CPU generator for each image, float32: what image i draws depends on its seed alone.
-
-    Not on the batch it is in, nor on the device. (torch.randn of a batch has no such law: row i is not what
-    seed + i gives, and row 0 only if the image holds a multiple of 16 numbers.)
-    """
-
-    def __init__(self, seeds: Sequence[int]):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, like: Tensor) -> Tensor:
-        """Draw unit normal noise of this shape, its first dimension being the images."""
-        draws = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators]
-        noise = torch.stack(draws).to(like.dtype)
-        return upload(noise, like.device)
-
-
-class NvNoise:
-    """The noise of an NVIDIA GPU, on any device: torch.randn there after each image's own seed (rng="nv").
-
-    A1111's web UI has it as "NV", and without that word wherever it ran on such a GPU; see ldm.process.philox. All 64
-    bits of a seed count.
-    """
-
-    def __init__(self, seeds: Sequence[int]):
-        self.seeds = list(seeds)
-        self.draws = 0
-
-    def __call__(self, like: Tensor) -> Tensor:
-        """Draw unit normal noise of this shape, its first dimension being the images."""
-        size = math.prod(like.shape[1:])
-        noise = np.stack([cuda_normal(seed, self.draws, size) for seed in self.seeds])
-        self.draws += 1
-        return upload(torch.from_numpy(noise).reshape(-1, *like.shape[1:]).to(like.dtype), like.device)
-
-
-class CompVisNoise:
-    """The global generator of the device, a whole batch at once, in the order in which CompVis's scripts draw."""
-
-    def __call__(self, like: Tensor) -> Tensor:
-        """Draw unit normal noise of this shape."""
-        return torch.randn(like.shape, device=like.device).to(like)
-
-
-def noise_sources(rng: str, seeds: Sequence[int]) -> tuple[Noise, Noise]:
-    """Make what a batch draws its noise from, and what the VAE's encoder does: the same but for rng="nv".
-
-    There the first draw must be x_T's also where a picture was encoded before.
-    """
-    if rng == "nv":
-        return NvNoise(seeds), ImageNoise(seeds)
-    noise = ImageNoise(seeds) if rng == "image" else CompVisNoise()
-    return noise, noise
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of random, numpy and torch, as CompVis's scripts do (rng="compvis")."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def initial_latents(model: LatentDiffusion, count: int, height: int, width: int, noise: Noise) -> Tensor:
+def initial_latents(model: LatentDiffusion, count: int, height: int, width: int, noise: Source) -> Tensor:
     """Draw x_T, (count, c, height / f, width / f), on the model's device."""
     f = downsampling(model)
     like = torch.empty(count, model.channels, height // f, width // f, device=model.device)
-    return noise(like)
+    return noise.begin(like)
 
 
 def encode_image(model: LatentDiffusion, image: Tensor, count: int, noise: Noise) -> Tensor:
@@ -229,7 +164,7 @@ def masked_picture(
 
 
 def starting_noise(
-    model: LatentDiffusion, request: Request, b: int, noise: Noise, shared: dict[str, Any]
+    model: LatentDiffusion, request: Request, b: int, noise: Source, shared: dict[str, Any]
 ) -> Tensor:
     """Draw x_T (b, c, h, w) for a batch; fixed_code in CompVis's order of draws takes that of the first batch again."""
     if not (request.fixed_code and request.rng == "compvis"):
@@ -410,7 +345,15 @@ def paint_batch(
         autocast: see denoise.
     """
     b = len(batch)
-    noise, encoder_noise = noise_sources(request.rng, [spec.seed for spec in batch])
+    f = downsampling(model)
+    resize_from = request.seed_resize_from and tuple(side // f for side in reversed(request.seed_resize_from))
+    extra = SeedOptions(
+        [spec.variation_seed for spec in batch],
+        request.variation_strength,
+        resize_from,
+        request.eta_noise_seed_delta,
+    )
+    noise, encoder_noise = noise_sources(request.rng, [spec.seed for spec in batch], extra)
     context, unconditional, dropped = encode_prompts(model, request, batch, shared)
     options: dict[str, Any] = {"noise": noise}
 
@@ -492,6 +435,7 @@ def finish_batch(
             prompt=spec.prompt,
             negative_prompt=spec.negative_prompt,
             seed=spec.seed,
+            variation_seed=spec.variation_seed,
             batch_index=i,
             dropped_words=dropped[i],
             **shared,

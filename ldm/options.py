@@ -260,6 +260,42 @@ class Interval(Kind):
         return numbers if len(numbers) == 2 and None not in numbers else None
 
 
+class Size(Kind):
+    """(width, height) in pixels, each from low to high; "512x384" in words."""
+
+    def __init__(self, low: int, high: int):
+        self.side = Whole(low, high)
+
+    def parse(self, text: str) -> tuple[int, int]:
+        sides = text.lower().split("x")
+        if len(sides) != 2:
+            raise argparse.ArgumentTypeError(f"wanted WIDTHxHEIGHT in pixels, as 512x384, got {shown(text)}")
+        return self.side.parse(sides[0]), self.side.parse(sides[1])
+
+    def check(self, name: str, value: Any) -> tuple[int, int]:
+        low, high = self.side.low, self.side.high
+        is_pair = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+        if not is_pair or not all(limits.is_whole(side, low, high) for side in value):
+            raise UsageError(
+                f"{name} must be (width, height) in pixels, each from {low} to {high}, got {shown(value)}"
+            )
+        return int(value[0]), int(value[1])
+
+    def plain(self, value: Any) -> list[int] | None:
+        return None if value is None else list(value)
+
+    def write(self, value: Any) -> str:
+        return f"{value[0]}x{value[1]}"
+
+    def read(self, text: str) -> list[int] | None:
+        sides = [self.side.read(side) for side in text.split("x")]
+        return sides if len(sides) == 2 and None not in sides else None
+
+    def take(self, value: Any) -> list[int] | None:
+        sides = [self.side.take(side) for side in value] if isinstance(value, list) else []
+        return sides if len(sides) == 2 and None not in sides else None
+
+
 class Switch(Kind):
     """On or off."""
 
@@ -472,6 +508,25 @@ TABLE: tuple[Option | Fact, ...] = (
     Fact("model_hash", "Model hash"),
     Fact("model", "Model"),
     Option(
+        "variation_seed", None, Seed(),
+        "with variation_strength: the seed of other noise; picture i then has variation_seed + i and one seed",
+        more="None draws one. A list names one for each picture, and a list of seeds stays as it is.",
+        flags=("--variation_seed",), also=("subseed",), infotext="Variation seed", each=True,
+        beside="variation_strength",
+    ),
+    Option(
+        "variation_strength", 0.0, Number(*limits.SHARE),
+        "how far the starting noise is turned to the other seed's, A1111's formula; 1 is all the way",
+        flags=("--variation_strength",), also=("subseed_strength", "variation_seed_strength"),
+        infotext="Variation seed strength",
+    ),
+    Option(
+        "seed_resize_from", None, Size(*limits.SIDE),
+        "WIDTHxHEIGHT: put the noise that the seed gives at this size into the middle, A1111's rule",
+        more="(width, height) in pixels.",
+        flags=("--seed_resize_from",), infotext="Seed resize from", metavar="WxH",
+    ),
+    Option(
         "strength", None, Number(*limits.SHARE),
         "how much of the picture is forgotten: 0 returns it",
         more="default 0.75, with a mask 1.",
@@ -482,6 +537,11 @@ TABLE: tuple[Option | Fact, ...] = (
         "eta", None, Number(*limits.SHARE),
         "fresh noise in each step of DDIM (default 0) and the ancestral samplers (1)",
         flags=("--ddim_eta", "--eta"), infotext="Eta", part="denoise",
+    ),
+    Option(
+        "eta_noise_seed_delta", 0, Whole(*limits.SEED),
+        "add this to the seed for all noise but the starting noise (A1111's ENSD; 31337 is NovelAI's)",
+        flags=("--eta_noise_seed_delta", "--ensd"), also=("ensd",), infotext="ENSD",
     ),
     Fact("init_image_hash", "Init image hash"),
     Option(

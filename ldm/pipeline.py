@@ -23,8 +23,9 @@ from ldm.batches import in_batches
 from ldm.checkpoints.sampling import SamplingDefaults
 from ldm.devices import check_low_vram, dtype_name, pick_device, pick_dtype
 from ldm.errors import UsageError, nearest, refuse_elsewhere, shown
-from ldm.generate import decode, paint_batch, seed_everything
+from ldm.generate import decode, paint_batch
 from ldm.models.introspect import dtype_of, native_size
+from ldm.noise import seed_everything
 from ldm.other_words import PIPELINE, attribute_advice, taking_options_of
 from ldm.paths import shipped
 from ldm.request import ImageSpec, Request, check_request

@@ -72,6 +72,7 @@ class ImageSpec:
     negative_prompt: str
     seed: int
     row: int | None = None  # into prompt_embeds, where those were given
+    variation_seed: int | None = None  # with variation_strength
 
 
 class Request(Values):
@@ -168,26 +169,62 @@ def check_request(
             value = getattr(given, option.name)
             is_left = value is None and option.default is None
             checked[option.name] = None if is_left else option.kind.check(option.name, value)
+    check_extra_seeds(checked, f)
     return Request(
-        images=list_images(prompts, negatives, given.seed, prompt_embeds is not None, checked),
+        images=list_images(
+            prompts, negatives, given.seed, given.variation_seed, prompt_embeds is not None, checked
+        ),
         embeds=prompt_embeds,
         negative_embeds=negative_prompt_embeds,
         **checked,
     )
 
 
+def check_extra_seeds(checked: Mapping[str, Any], f: int) -> None:
+    """Raise UsageError for what departs from a picture's seed where no picture has a generator of its own."""
+    names = ("variation_strength", "seed_resize_from", "eta_noise_seed_delta")
+    used = [name for name in names if checked[name]]
+    if used and checked["rng"] == "compvis":
+        raise UsageError(
+            f'{used[0]} is of the noise of single pictures, and rng="compvis" draws whole batches; take rng="image" '
+            'or "nv"'
+        )
+    size = checked["seed_resize_from"]
+    if size is not None and min(size) < f:
+        raise UsageError(
+            f"seed_resize_from must be a latent cell at least, {f} x {f} pixels, got {size[0]} x {size[1]}"
+        )
+
+
 def list_images(
-    prompts: Sequence[str], negatives: Sequence[str], seed: Any, has_embeds: bool, checked: Mapping[str, Any]
+    prompts: Sequence[str],
+    negatives: Sequence[str],
+    seed: Any,
+    variation_seed: Any,
+    has_embeds: bool,
+    checked: Mapping[str, Any],
 ) -> list[ImageSpec]:
     """List the images of a request: each prompt num_images times, each with its seed."""
     count = checked["num_images"]
-    seeds = list_seeds(seed, len(prompts) * count)
+    seeds, variations = list_seeds(seed, len(prompts) * count), [None] * (len(prompts) * count)
+    if checked["variation_strength"] > 0:
+        variations = list_seeds(variation_seed, len(seeds), "variation_seed")
+        if not is_list(seed):  # A1111's rule: variations of one picture
+            seeds = [seeds[0]] * len(seeds)
+    elif variation_seed is not None:
+        raise UsageError("variation_seed needs a variation_strength above 0, got none; add one, up to 1")
     if checked["rng"] == "compvis":
         seeds = [seeds[0]] * len(seeds)
     elif checked["fixed_code"]:
         seeds = [seeds[i % checked["batch_size"]] for i in range(len(seeds))]
     return [
-        ImageSpec(prompts[i], negatives[i], seeds[i * count + j], i if has_embeds else None)
+        ImageSpec(
+            prompts[i],
+            negatives[i],
+            seeds[i * count + j],
+            i if has_embeds else None,
+            variations[i * count + j],
+        )
         for i in range(len(prompts))
         for j in range(count)
     ]
@@ -478,10 +515,18 @@ def draw_seed() -> int:
     return secrets.randbelow(2**31)
 
 
-def list_seeds(seed: Any, count: int) -> list[int]:
+def is_list(value: Any) -> bool:
+    """Tell whether a value is a list of values, and no text."""
+    return isinstance(value, np.ndarray | Sequence) and not isinstance(value, str | bytes)
+
+
+def list_seeds(seed: Any, count: int, name: str = "seed") -> list[int]:
     """List one seed for each of count images: seed + i, or a list as given.
 
     None, -1 and "random" draw one, also within a list.
+
+    Args:
+        name: what errors call it.
 
     Raises:
         UsageError: no such seed, or a list of another length.
@@ -492,14 +537,16 @@ def list_seeds(seed: Any, count: int) -> list[int]:
             return draw_seed()
         if not is_whole(value, 0, high):
             raise UsageError(
-                f"seed must be {about_whole(0, high)}, or -1, 'random' or None to draw one; got {shown(value)}"
+                f"{name} must be {about_whole(0, high)}, or -1, 'random' or None to draw one; got {shown(value)}"
             )
         return int(value)
 
     seed = seed.tolist() if isinstance(seed, np.ndarray) else seed
-    if isinstance(seed, Sequence) and not isinstance(seed, str | bytes):
+    if is_list(seed):
         if len(seed) != count:
-            raise UsageError(f"a list of seeds must name one for each image, wanted {count}, got {len(seed)}")
+            raise UsageError(
+                f"a list of {name}s must name one for each image, wanted {count}, got {len(seed)}"
+            )
         return [one(value, MAX_SEED) for value in seed]
     first = one(seed, MAX_SEED - count + 1)
     return [first + i for i in range(count)]

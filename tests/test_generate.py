@@ -28,10 +28,10 @@ from ldm.checkpoints.report import LoadReport
 from ldm.checkpoints.sampling import read_sampling
 from ldm.devices import pick_device, pick_dtype
 from ldm.errors import AbsentError, MismatchError, NumericError, ResourceError, UsageError
-from ldm.generate import ImageNoise, NvNoise
 from ldm.images import to_tensor
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.introspect import downsampling, dtype_of, native_size
+from ldm.noise import ImageNoise, NvNoise
 from ldm.pipeline import StableDiffusion
 from ldm.process.philox import cuda_normal
 from ldm.results import file_hash

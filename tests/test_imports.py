@@ -51,6 +51,7 @@ STORIES = (
     "guided_diffusion",
     "merging",
     "metadata",
+    "noise",
     "pipeline",
     "request",
     "results",

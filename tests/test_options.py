@@ -97,7 +97,8 @@ ELSEWHERE = {
     "ldm/request.py": (
         "what needs the model or several options together",
         "num_images cache_interval cache_depth merge_ratio merge_seed steps sampler spacing eta height width "
-        "strength negative_prompt rng fixed_code batch_size",
+        "strength negative_prompt rng fixed_code batch_size variation_seed variation_strength seed_resize_from "
+        "eta_noise_seed_delta",
     ),
     "ldm/generate.py": ("how many there were in the batch", "batch_size"),
     "ldm/results.py": ("of the class Progress", "steps"),
@@ -109,7 +110,8 @@ ELSEWHERE = {
     "ldm/advice.py": ("kinds of advice", "steps strength"),
     "ldm/cli/painting.py": (
         "files are read, samplers resolved, pictures counted",
-        "plms dpm_solver sampler height width lora embedding guidance_scale negative_prompt batch_size n_iter",
+        "plms dpm_solver sampler height width lora embedding guidance_scale negative_prompt batch_size n_iter "
+        "variation_seed variation_strength",
     ),
     "ldm/cli/painting_options.py": (
         "what --like leaves out beside another sampler",

@@ -137,7 +137,7 @@ def paint(painter: Any, *, px: int, steps: int, batch: int) -> "Tensor":
     """
     import torch
 
-    from ldm.generate import ImageNoise
+    from ldm.noise import ImageNoise
 
     if hasattr(painter, "txt2img"):
         return painter.txt2img(

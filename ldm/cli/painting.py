@@ -39,16 +39,17 @@ if TYPE_CHECKING:
     from ldm.request import Request
     from ldm.results import GenerationResult
 
+SEEDS = ("seed", "variation_seed")
 Save = Callable[["GenerationResult", int], list[Path]]
 
 
 @dataclass
 class Group:
-    """Pictures of one request: they differ in prompt, negative prompt and seed only, and so may share batches.
+    """Pictures of one request: they differ in prompt, negative prompt and seeds only, and so may share batches.
 
     Attributes:
         source: which of paint's sources they are painted from.
-        options: of StableDiffusion.plan, beside the three lists.
+        options: of StableDiffusion.plan, beside the four lists.
         own: those of them that the lines of a prompt file set; place is the first line's.
     """
 
@@ -59,6 +60,7 @@ class Group:
     prompts: list[str] = field(default_factory=list)
     negatives: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
+    variation_seeds: list[int] = field(default_factory=list)  # with variation_strength
 
 
 def paint(args: argparse.Namespace, *sources: dict[str, Any], save: Save | None = None) -> None:
@@ -90,7 +92,13 @@ def paint(args: argparse.Namespace, *sources: dict[str, Any], save: Save | None 
     for group in groups:  # all of them are checked before the first picture is begun
         options = group.options | ({} if "guidance_scale" in group.own else {"guidance_scale": scale})
         with placed(group):
-            request = sd.plan(group.prompts, negative_prompt=group.negatives, seed=group.seeds, **options)
+            request = sd.plan(
+                group.prompts,
+                negative_prompt=group.negatives,
+                seed=group.seeds,
+                variation_seed=group.variation_seeds or None,
+                **options,
+            )
         requests.append((group.source, request))
     groups.clear()
     if args.like_adapters:
@@ -226,16 +234,30 @@ def lay_out(
     def start(seed: int | None) -> int:
         return draw_seed() if seed is None else seed
 
-    groups: list[Group] = []
-    for i, source in enumerate(sources):
-        shared = itertools.count(start(args.seed))  # lines without a seed of their own share one count
-        seeds = [
-            itertools.count(start(line.options["seed"])) if "seed" in line.options else shared
+    def numbers_of(name: str, stays: Callable[[Line], bool]) -> list[Iterator[int]]:
+        # Lines without a seed of their own share one count, or where it stays one seed.
+        first = start(getattr(args, name))
+        shared = {False: itertools.count(first), True: itertools.repeat(first)}
+        return [
+            (itertools.repeat if stays(line) else itertools.count)(start(line.options[name]))
+            if name in line.options
+            else shared[stays(line)]
             for line in lines
         ]
+
+    def varies(line: Line) -> bool:  # variations are of one seed, as in A1111
+        return line.options.get("variation_strength", args.variation_strength) > 0
+
+    named = [line for line in lines if line.options.get("variation_seed", args.variation_seed) is not None]
+    if named and not args.like and not any(map(varies, named)):
+        raise UsageError("--variation_seed needs a --variation_strength above 0, got none; add one, up to 1")
+    groups: list[Group] = []
+    for i, source in enumerate(sources):
+        seeds = numbers_of("seed", varies)
+        others = numbers_of("variation_seed", lambda line: False)
         for _ in range(args.n_iter):
-            for line, numbers in zip(lines, seeds, strict=True):
-                own = {name: value for name, value in line.options.items() if name != "seed"}
+            for line, numbers, variations in zip(lines, seeds, others, strict=True):
+                own = {name: value for name, value in line.options.items() if name not in SEEDS}
                 count = own.pop("n_iter", 1) * own.pop("batch_size", 1)
                 negative = own.pop("negative_prompt", args.negative_prompt)
                 if not groups or (groups[-1].source, groups[-1].own) != (i, own):
@@ -243,6 +265,8 @@ def lay_out(
                 groups[-1].prompts += [line.prompt] * count
                 groups[-1].negatives += [negative] * count
                 groups[-1].seeds += itertools.islice(numbers, count)
+                if varies(line):
+                    groups[-1].variation_seeds += itertools.islice(variations, count)
     return groups
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ldm.batches import in_batches
 from ldm.errors import AbsentError, MismatchError, NumericError, UsageError, escaped
-from ldm.generate import ImageNoise
 from ldm.guided_diffusion.image_datasets import needs_training
 from ldm.guided_diffusion.models import Conditions, LatentModel, Model
 from ldm.images import save_file
+from ldm.noise import ImageNoise
 from ldm.training.listing import class_name
 
 SHAPES_SEED = 2_000_003  # of scenes that no configuration here trains or validates on

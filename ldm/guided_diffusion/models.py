@@ -22,7 +22,7 @@ from ldm.checkpoints import Weights, load_latent_diffusion, open_weights
 from ldm.checkpoints.families import family_of
 from ldm.checkpoints.folders import is_diffusers_folder
 from ldm.errors import MismatchError, UsageError, escaped
-from ldm.generate import ImageNoise, decode, encode_image, encode_prompt
+from ldm.generate import decode, encode_image, encode_prompt
 from ldm.guided_diffusion.files import load_openai_model
 from ldm.guided_diffusion.gaussian_bridge import GuidedNetwork, as_gaussian_diffusion
 from ldm.guided_diffusion.script_util import COLOURS, diffusion_from_flags
@@ -31,6 +31,7 @@ from ldm.kernels import optimize
 from ldm.models.introspect import downsampling, dtype_of, is_inpainting
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, SuperResModel
 from ldm.modules.diffusionmodules.util import check_label_range
+from ldm.noise import ImageNoise
 from ldm.paths import shipped
 from ldm.pipeline import StableDiffusion
 from ldm.request import check_size, list_texts

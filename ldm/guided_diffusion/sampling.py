@@ -21,12 +21,12 @@ from ldm.advice import about_seeds, about_size, about_steps, about_syntax, about
 from ldm.batches import in_batches
 from ldm.devices import dtype_name
 from ldm.errors import AbsentError, FormatError, escaped
-from ldm.generate import ImageNoise
 from ldm.guided_diffusion.models import Classifier, Conditions, LatentModel, Model
 from ldm.guided_diffusion.script_util import COLOURS
 from ldm.images import grid, save_file, save_png
 from ldm.metadata import png_info
 from ldm.models.introspect import downsampling
+from ldm.noise import ImageNoise
 from ldm.results import GenerationResult, Progress, painted, versions
 
 MAX_IN_GRID = 64
