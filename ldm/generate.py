@@ -29,7 +29,6 @@ from ldm.models.diffusion.samplers import (
     Noise,
     Step,
     sample_steps,
-    start_level,
 )
 from ldm.models.introspect import downsampling, dtype_of, is_inpainting
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -365,9 +364,7 @@ def paint_batch(
     # Where to start: pure noise, or the picture noised to the level of its strength.
     z = None
     if request.strength is not None:
-        run_last, _ = start_level(
-            request.sampler, model, request.steps, request.strength, spacing=request.spacing
-        )
+        run_last = request.run_last
         if run_last == 0:
             yield finished(None)
             return
@@ -385,7 +382,7 @@ def paint_batch(
     x_T = starting_noise(model, request, b, noise, shared)
 
     # From noise to latents.
-    options |= {one.name: getattr(request, one.name) for one in every_option() if one.part == "denoise"}
+    options |= {one.name: getattr(request, one.name) for one in every_option() if one.part is not None}
     options["adapters"] = unet_attachments(request.adapters)
     for step in denoise(
         model, x_T, context, unconditional_conditioning=unconditional, autocast=autocast, **options

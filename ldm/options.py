@@ -361,7 +361,8 @@ class Option:
         keyword: False for what only the scripts have.
         each: it may differ from picture to picture of a request.
         told: the picture's metadata say it; what they say is repeated by --like.
-        part: "denoise" for what is handed to generate.denoise.
+        part: "denoise" for what is handed to generate.denoise; "sampler" for an option that only some samplers or
+            spacings have, which is handed on where it is set.
         metavar: of the flag in --help.
     """
 
@@ -543,6 +544,57 @@ TABLE: tuple[Option | Fact, ...] = (
         "add this to the seed for all noise but the starting noise (A1111's ENSD; 31337 is NovelAI's)",
         flags=("--eta_noise_seed_delta", "--ensd"), also=("ensd",), infotext="ENSD",
     ),
+    Option(
+        "rho", None, Number(*limits.TABLE_OPTION),
+        "how much denser low noise is in karras (7) and polyexponential (1)",
+        flags=("--rho",), infotext="Schedule rho", part="sampler",
+    ),
+    Option(
+        "sigma_min", None, Number(*limits.SIGMA),
+        "lowest sigma above 0 of the spacing, where it is a table (default: the model's)",
+        flags=("--sigma_min",), infotext="Schedule min sigma", part="sampler",
+    ),
+    Option(
+        "sigma_max", None, Number(*limits.SIGMA),
+        "highest sigma of the spacing (default: the model's)",
+        flags=("--sigma_max",), infotext="Schedule max sigma", part="sampler",
+    ),
+    Option(
+        "discard_next_to_last", None, Switch(),
+        "leave out the last sigma above 0 of the spacing",
+        flags=("--discard_next_to_last",), also=("always_discard_next_to_last_sigma",),
+        infotext="Discard penultimate sigma", part="sampler",
+    ),
+    Option(
+        "s_churn", None, Number(*limits.SIGMA),
+        "noise added before the steps of euler, heun, dpm2 and restart, over all steps",
+        flags=("--s_churn",), infotext="Sigma churn", part="sampler",
+    ),
+    Option(
+        "s_tmin", None, Number(*limits.SIGMA),
+        "lowest sigma with s_churn",
+        flags=("--s_tmin",), infotext="Sigma tmin", part="sampler",
+    ),
+    Option(
+        "s_tmax", None, Number(*limits.SIGMA),
+        "highest sigma with s_churn",
+        flags=("--s_tmax",), infotext="Sigma tmax", part="sampler",
+    ),
+    Option(
+        "s_noise", None, Number(0, 10),
+        "factor on a sampler's fresh noise",
+        flags=("--s_noise",), infotext="Sigma noise", part="sampler",
+    ),
+    Option(
+        "order", None, Whole(1, 9),
+        "of a sampler that has several",
+        flags=("--order",), infotext="Solver order", part="sampler",
+    ),
+    Option(
+        "solver_type", None, Kind(),
+        "of a sampler that has several: midpoint, heun, ...",
+        flags=("--solver_type",), infotext="Solver type", part="sampler",
+    ),
     Fact("init_image_hash", "Init image hash"),
     Option(
         "guidance_interval", (0.0, 1.0), Interval(*limits.SHARE),
@@ -643,6 +695,16 @@ def keywords() -> dict[str, Any]:
 def told() -> tuple[Option, ...]:
     """List the options that a picture's metadata say."""
     return tuple(one for one in options() if one.told)
+
+
+def option(name: str) -> Option:
+    """Give the option of a name."""
+    return next(one for one in options() if one.name == name)
+
+
+def of_samplers() -> tuple[str, ...]:
+    """Name the options that only some samplers or spacings have."""
+    return tuple(one.name for one in options() if one.part == "sampler")
 
 
 def repeated() -> tuple[str, ...]:

@@ -41,7 +41,7 @@ from ldm.limits import (
 )
 from ldm.models.diffusion.samplers import (
     SAMPLERS,
-    check_eta,
+    split_options,
     split_sampler,
     start_level,
 )
@@ -157,8 +157,12 @@ def check_request(
         given.guidance_scale = defaults.guidance_scale
     prompts, negatives = list_prompts(prompt, given.negative_prompt, prompt_embeds, negative_prompt_embeds)
     check_embeds(prompt_embeds, negative_prompt_embeds, context_width(model))
+    for name in options.of_samplers():
+        value = getattr(given, name)
+        checked[name] = None if value is None else options.option(name).kind.check(name, value)
+    of_sampler = {name: checked[name] for name in options.of_samplers()}
     checked |= check_sampling(
-        model, defaults, given.sampler, given.steps, given.spacing, given.eta, checked["strength"]
+        model, defaults, given.sampler, given.steps, given.spacing, given.eta, checked["strength"], of_sampler
     )
     words = [*prompts, *negatives] if prompt_embeds is None else []
     checked |= check_adapting(
@@ -302,8 +306,13 @@ def check_sampling(
     spacing: Any,
     eta: Any,
     strength: float | None,
+    of_sampler: dict[str, Any],
 ) -> dict[str, Any]:
-    """Check the sampler and its steps, and how many of them a picture's strength leaves to be run."""
+    """Check the sampler and its steps, and how many of them a picture's strength leaves to be run.
+
+    Args:
+        of_sampler: options that only some samplers or spacings have; None is not set.
+    """
     sampler, spacing = split_sampler(sampler, spacing)
     if isinstance(spacing, Sequence | np.ndarray) and not isinstance(spacing, str):
         spacing = check_sigmas(spacing).tolist()
@@ -315,9 +324,10 @@ def check_sampling(
         steps = min(max(defaults.steps, fewest), model.num_timesteps)
     steps = whole("steps", steps, 1, model.num_timesteps)
     # Refuses what no spacing has the name of.
-    run_last, _ = start_level(sampler, model, steps, strength or 0.0, spacing=spacing)
+    run_last, _ = start_level(sampler, model, steps, strength or 0.0, spacing=spacing, **of_sampler)
     eta = SAMPLERS[sampler].own_eta if eta is None else real("eta", eta, *SHARE)
-    check_eta(SAMPLERS[sampler], eta)
+    own, _ = split_options(SAMPLERS[sampler], of_sampler)
+    SAMPLERS[sampler](None, eta=eta, **own)  # refuses values that it does not take
     return {"sampler": sampler, "steps": steps, "spacing": spacing, "eta": eta, "run_last": run_last}
 
 

@@ -92,7 +92,7 @@ def add_option(group: argparse._ActionsContainer, option: Option, **words: str) 
     named = {"dest": option.name, "help": help}
     default = option.default if option.script is options.SAME else option.script
     if option.kind.is_switch:
-        group.add_argument(*option.flags, action="store_true", **named)
+        group.add_argument(*option.flags, action="store_true", default=default, **named)
     elif option.kind.is_repeated:
         group.add_argument(
             *option.flags,
@@ -202,7 +202,7 @@ class _PaintingParser(Parser):
         if given & {"plms", "dpm_solver"}:
             given = given | {"sampler"}
         if "sampler" in given:  # these were the other sampler's
-            given = given | {"spacing", "eta"}
+            given = given | {"spacing", "eta", *options.of_samplers()}
         for option in options.told():
             value = parameters.get(option.name)
             if option.name in given or value is None or not hasattr(found, option.name):

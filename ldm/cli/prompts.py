@@ -205,7 +205,8 @@ def _line(values: dict[str, list[str]]) -> Line:
         option = line_names().get(name)
         if option is None:
             near = nearest(name, line_names())
-            ours = ", ".join(dict.fromkeys(one.name for one in line_names().values()))
+            some = dict.fromkeys(one.name for one in line_names().values() if one.part != "sampler")
+            ours = f"{', '.join(some)} and those of samplers"
             raise UsageError(
                 f"unknown option {shown(name)}"
                 + (f"; did you mean {near!r}?" if near else f"; there are {ours}")

@@ -73,7 +73,7 @@ def resolve_sampler(name: str) -> str:
     """Find a sampler by any common spelling: CompVis's, A1111's, ComfyUI's or diffusers' class name.
 
     Raises:
-        UsageError: no such sampler; the message lists those there are. Or what SAMPLERS has there is none.
+        UsageError: no such sampler; the message lists some, and those of one's own. Or what SAMPLERS has there is none.
     """
     by_spelling = _ALIASES | {_reduce(key): key for key in SAMPLERS}
     spelling = _reduce(name) if isinstance(name, str) else None
@@ -83,7 +83,10 @@ def resolve_sampler(name: str) -> str:
     if found not in SAMPLERS:
         near = nearest(spelling or "", by_spelling, 0.7)
         hint = f" (did you mean {by_spelling[near]}?)" if near else ""
-        raise UsageError(f"the sampler must be one of {', '.join(SAMPLERS)}; got {shown(name)}{hint}")
+        own = SAMPLERS.keys() - {names.name for names in NAMES}
+        some = [key for key in SAMPLERS if key not in own][:12]
+        listed = ", ".join([*some, "others of docs/samplers.md", *sorted(map(str, own))[:12]])
+        raise UsageError(f"the sampler must be one of {listed}; got {shown(name)}{hint}")
     cls = SAMPLERS[found]
     if not (isinstance(cls, type) and issubclass(cls, Sampler)):
         raise UsageError(

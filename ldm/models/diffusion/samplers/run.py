@@ -37,8 +37,13 @@ def sampler_options(cls: type[Sampler]) -> set[str]:
 
 
 def split_options(cls: type[Sampler], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part options into those of a sampler and those of spacings, or raise UsageError for any other."""
+    """Part options into those of a sampler and those of spacings, or raise UsageError for any other.
+
+    An option that is None is not set.
+    """
     known = sampler_options(cls)
+    every = SPACING_OPTIONS.union(*map(sampler_options, SAMPLERS.values()))
+    options = {name: value for name, value in options.items() if value is not None or name not in every}
     if unknown := sorted(options.keys() - known - SPACING_OPTIONS):
         raise UsageError(f"{cls.name} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     own = {name: value for name, value in options.items() if name in known}

@@ -1,0 +1,103 @@
+"""Options of samplers and spacings at a request: they reach the sampler, are said by the picture, and are refused."""
+
+import pytest
+from tiny import tiny_model
+
+from ldm.cli import painting_parser, read_prompts
+from ldm.errors import UsageError
+from ldm.metadata import from_infotext
+from ldm.pipeline import StableDiffusion
+
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return StableDiffusion(tiny_model(), name="tiny")
+
+
+def latents(sd, **options):
+    size = {"width": 64, "height": 64, "seed": 3, "steps": 3, "output_type": "latent", "progress": False}
+    return sd.txt2img(PROMPT, **{**size, **options})
+
+
+# (sampler, what is asked for, what A1111's text says of it)
+HEARD = [
+    ("heun", {"spacing": "karras", "rho": 4.0}, "Schedule rho: 4.0"),
+    ("euler", {"spacing": "karras", "sigma_min": 0.5}, "Schedule min sigma: 0.5"),
+    ("euler", {"spacing": "exponential", "sigma_max": 9.0}, "Schedule max sigma: 9.0"),
+    ("euler", {"discard_next_to_last": True}, "Discard penultimate sigma: True"),
+    ("euler", {"s_churn": 3.0, "s_tmin": 0.5, "s_tmax": 12.0, "s_noise": 1.1}, "Sigma churn: 3.0"),
+    ("euler_a", {"s_noise": 1.2}, "Sigma noise: 1.2"),
+    ("lms", {"order": 2}, "Solver order: 2"),
+    ("dpmpp_2m_sde", {"solver_type": "heun"}, "Solver type: heun"),
+]
+
+
+def test_options_reach_the_sampler_and_the_picture_says_them(sd):
+    for sampler, options, said in HEARD:
+        plain = latents(sd, sampler=sampler, spacing=options.get("spacing"))
+        other = latents(sd, sampler=sampler, **options)
+        assert not (plain.latents == other.latents).all(), said
+        assert f", {said}" in other.infotexts[0] and said not in plain.infotexts[0]
+        found = from_infotext(other.infotexts[0])
+        assert {name: found[name] for name in options} == options
+    unset = latents(sd, sampler="euler", rho=None, order=None, s_churn=None)
+    assert (unset.latents == latents(sd, sampler="euler").latents).all()
+
+
+REFUSED = [
+    ({"sampler": "euler", "order": 2}, "euler has no option order; it has dynamic_threshold, quantize_denoised, s_"),
+    ({"sampler": "lms", "order": 5}, "order must be 1, 2, 3 or 4, got 5"),
+    ({"sampler": "lms", "order": 10}, "order must be a whole number from 1 to 9, got 10"),
+    ({"sampler": "ddim", "rho": 5.0}, "the spacing 'uniform' has no option rho"),
+    ({"sampler": "ddim", "s_churn": 1.0}, "ddim has no option s_churn"),
+    ({"sampler": "euler", "spacing": "karras", "rho": 0}, "rho must be a number from 0.01 to 100, got 0"),
+    ({"sampler": "euler", "spacing": "karras", "sigma_min": 20.0}, "sigmas must go from above 0 up"),
+    ({"sampler": "euler", "spacing": [5.0, 1.0, 0.0], "sigma_max": 3.0, "steps": 2}, "list of sigmas has no option"),
+    ({"sampler": "euler", "spacing": [5.0, 5.0, 0.0], "steps": 2}, "sigmas must hold two at least, each below"),
+    ({"sampler": "dpmpp_2m_sde", "solver_type": "bh2"}, "solver_type must be midpoint or heun, got 'bh2'"),
+    ({"sampler": "dpmpp_2m_sde", "solver_type": 2}, "solver_type must be a text, got 2"),
+    ({"sampler": "dpmpp_2m_sde", "eta": 2.0}, "eta must be a number from 0 to 1, got 2.0"),
+    ({"sampler": "restart", "eta": 0.5}, "eta of restart must be 0"),
+    ({"sampler": "euler", "discard_next_to_last": 3}, "discard_next_to_last must be True or False, got 3"),
+    ({"sampler": "euler cgf"}, "the sampler must be one of ddim, .*; got 'euler cgf'"),
+    ({"sampler": "DPM++ 3N SDE Karras"}, "got 'DPM\\+\\+ 3N SDE Karras'"),
+    ({"sampler": "dpm_adaptiv"}, "did you mean dpm_adaptive"),
+    ({"sampler": "euler", "spacing": "karas"}, "did you mean karras|got 'karas'"),
+    ({"sampler": "dpm_fast", "steps": 0}, "steps must be a whole number from 1"),
+]  # fmt: skip
+
+
+def test_options_without_meaning_are_refused_before_anything_is_painted(sd):
+    for options, message in REFUSED:
+        with pytest.raises(UsageError, match=message) as caught:
+            sd.plan(PROMPT, **{"steps": 3, **options})
+        assert "\n" not in str(caught.value), options
+
+
+def test_flags_and_prompt_files_set_them(tmp_path):
+    parser = painting_parser("txt2img.py", "x", outdir="o", scale=7.5)
+    args = parser.parse_args(["--sampler", "lms", "--order", "2", "--rho", "5", "--discard_next_to_last"])
+    assert (args.order, args.rho, args.discard_next_to_last, args.s_noise) == (2, 5.0, True, None)
+    assert parser.parse_args([]).discard_next_to_last is None
+    (tmp_path / "p.txt").write_text("--prompt a --sampler euler --s_churn 2 --discard_next_to_last\n")
+    assert read_prompts(str(tmp_path / "p.txt"))[0].options == {
+        "sampler": "euler", "s_churn": 2.0, "discard_next_to_last": True,
+    }  # fmt: skip
+
+
+def test_cfg_pp_has_the_negative_prompt_at_any_scale(sd):
+    options = {"sampler": "euler_cfg_pp", "guidance_scale": 1.0}
+    assert not (
+        latents(sd, **options).latents == latents(sd, **options, negative_prompt="blue").latents
+    ).all()
+    plain = {"sampler": "euler", "guidance_scale": 1.0}
+    assert (latents(sd, **plain).latents == latents(sd, **plain, negative_prompt="blue").latents).all()
+
+
+def test_pictures_of_sde_samplers_do_not_depend_on_their_batch(sd):
+    options = {"sampler": "dpmpp_2m_sde", "num_images": 3, "spacing": "karras"}
+    together, alone = latents(sd, **options, batch_size=3), latents(sd, **options, batch_size=1)
+    assert (together.latents - alone.latents).abs().max() < 1e-4 * together.latents.abs().max()
+    assert (together.latents[0] - together.latents[1]).abs().max() > 0.1
