@@ -34,6 +34,7 @@ from ldm.diffusers_style.parts import Part, as_linear
 from ldm.errors import AbsentError, MismatchError, UsageError, escaped, refuse_elsewhere, shown
 from ldm.merging import DTYPES, merge
 from ldm.saving import fill_folder, whole_folder, write_json
+from ldm.values import check_value
 
 # Kind of file -> the layouts that it may get.
 LAYOUTS = {
@@ -78,6 +79,8 @@ def convert(
         MismatchError: it is of no known kind, not whole, or has what the layout cannot hold.
         OutputError: it cannot be written.
     """
+    for one in (output, path):
+        check_value(one, str | os.PathLike, "a file")
     refuse_elsewhere("file", path)
     source, target = follow_hub(Path(path)), Path(output)
     kind, file = _find(source)
@@ -110,12 +113,13 @@ def convert(
         layout = convert_control(weights, to)
         metadata = layout.metadata | _recipe([file], to)
         if not is_folder:
-            stream_safetensors(target, layout.infos, layout.read, metadata)
+            stream_safetensors(target, layout.infos, layout.read, metadata, weights.close)
             return layout.report
         config = control_config(layout.infos)
         with whole_folder(target) as folder:
             write_json(folder / "config.json", config)
-            stream_safetensors(folder / f"{STEM}.safetensors", layout.infos, layout.read, metadata)
+            file = folder / f"{STEM}.safetensors"
+            stream_safetensors(file, layout.infos, layout.read, metadata, weights.close)
         return layout.report
 
 
@@ -190,6 +194,7 @@ def _model_folder(target: Path, source: Path, dtype: torch.dtype | None) -> Load
 
         with whole_folder(target) as folder:
             fill_folder(model, folder, write)
+            weights.close()  # says if a file changed meanwhile
     return report
 
 

@@ -41,7 +41,7 @@ from ldm.checkpoints.matching import without_trailing_ones
 from ldm.checkpoints.report import LoadReport, TensorInfo, first_few
 from ldm.checkpoints.tensors import is_finite
 from ldm.checkpoints.write import replacing, stream_safetensors
-from ldm.errors import MismatchError, NumericError, UsageError, escaped, shown
+from ldm.errors import LdmError, MismatchError, NumericError, UsageError, escaped, shown
 from ldm.process.schedule import SCHEDULE_BUFFERS
 from ldm.saving import as_yaml, settings_beside
 from ldm.values import check_value
@@ -182,7 +182,7 @@ def merge(
         raise UsageError(f"ema should be one of {', '.join(EMAS)}, got {shown(ema)}")
     if dtype is not None and dtype not in DTYPES.values():
         raise UsageError(f"dtype should be one of {', '.join(DTYPES)}, got {shown(dtype)}")
-    loras = list(loras)
+    loras = _checked_loras(loras)
     if any((one.start, one.end) != (0.0, 1.0) for one in loras):
         raise UsageError("a LoRA that is baked in is there at all steps; leave its start and end out")
     with contextlib.ExitStack() as opened:
@@ -213,11 +213,21 @@ def merge(
                 infos,
                 lambda name: _values(name, entries[name], infos[name].dtype),
                 {**models[0].metadata, "format": "pt", **recipe},
+                opened.close,  # says if a file changed meanwhile
             )
     return reports
 
 
 # --- what is asked for ----------------------------------------------------------------------------------------------
+
+
+def _checked_loras(loras: Any) -> list[LoRA]:
+    if not isinstance(loras, Iterable) or isinstance(loras, str):
+        raise UsageError(f"loras should be a list of ldm.adapters.LoRA, got {shown(loras)}")
+    found = list(loras)
+    if odd := [one for one in found if not isinstance(one, LoRA)]:
+        raise UsageError(f"loras should be a list of ldm.adapters.LoRA, got {shown(odd[0])} in it")
+    return found
 
 
 def _checked_alpha(b: Any, c: Any, alpha: float | None, blocks: Any) -> float:
@@ -431,8 +441,13 @@ def _settings_of(path: Path, first: CompVisWeights) -> str | None:
         with contextlib.ExitStack() as opened:
             model, report, _ = match_file(place, None, opened)
         return settings_beside(model, report.sampling)
-    beside = config_beside(path)
-    is_v1 = first_shape(first.infos)[:1] == (V1_WIDTH,)
-    if beside is None or (is_v1 and beside.stem != path.stem):
+    beside = config_beside(place)
+    if beside is None:
         return None
-    return as_yaml(read_settings(beside))
+    if beside.stem == place.stem or first_shape(first.infos)[:1] != (V1_WIDTH,):
+        return as_yaml(read_settings(beside))
+    # A folder's config.yaml may be another model's, or another program's.
+    with contextlib.ExitStack() as opened, contextlib.suppress(LdmError):
+        model, report, _ = match_file(place, None, opened)
+        return settings_beside(model, report.sampling)
+    return None

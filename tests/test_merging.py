@@ -352,6 +352,12 @@ BAD = [
     (dict(a="a", ema="keep"), UsageError, "ema should be one of drop, use"),
     (dict(a="a", dtype=torch.int8), UsageError, "dtype should be one of"),
     (dict(a="a", dtype="float16"), UsageError, "dtype should be one of"),
+    (dict(a="a", loras="lora"), UsageError, "loras should be a list of ldm.adapters.LoRA, got 'lora'"),
+    (dict(a="a", loras=["lora"]), UsageError, "got 'lora' in it"),
+    (dict(a="a", loras=None), UsageError, "loras should be a list"),
+    (dict(a=5), UsageError, "a file should be"),
+    (dict(a="a", b=["b"], alpha=1), UsageError, "a file should be"),
+    (dict(a="a", vae=5), UsageError, "a file should be"),
     (dict(a="a", output="a"), UsageError, "is, or lies in, the input"),
     (dict(a="a", b="b", alpha=1, output="b"), UsageError, "is, or lies in, the input"),
     (dict(a="a", vae="b", output="b"), UsageError, "is, or lies in, the input"),
@@ -411,13 +417,42 @@ def test_bad_input_is_one_line_and_leaves_everything_as_it_was(tmp_path, put):
         return str(tmp_path / f"{word}.safetensors") if isinstance(word, str) and word.isalnum() else word
 
     for given, kind, words in BAD:
-        arguments = {key: place(one) if key in ("a", "b", "c", "vae") else one for key, one in given.items()}
+        arguments = {
+            key: place(one) if key in ("a", "b", "c", "vae") and isinstance(one, str) else one
+            for key, one in given.items()
+        }
         output = given.get("output", "out")
         arguments["output"] = tmp_path / (output if "." in output else f"{output}.safetensors")
         with pytest.raises(kind, match=words) as caught:
             merge(**arguments, **({"overwrite": True} if output in "ab" else {}))
         assert len(str(caught.value)) <= 400 and "\n" not in str(caught.value), given
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before, given
+
+
+def test_a_model_that_changes_meanwhile_is_said_before_the_result_has_its_name(tmp_path, put, monkeypatch):
+    a, b = put("a", model("a")), put("b", model("b"))
+    blend = merging.blend
+
+    def touch(*arguments):
+        os.utime(b, ns=(1, 1))
+        return blend(*arguments)
+
+    monkeypatch.setattr(merging, "blend", touch)
+    with pytest.raises(FormatError, match="changed while it was read"):
+        merge(tmp_path / "out.safetensors", a, b, alpha=0.5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_pickled_checkpoint_is_merged_as_well(tmp_path, put):
+    tensors = model("a")
+    path = tmp_path / "old.ckpt"
+    old = {name.replace("text_model.", ""): one for name, one in tensors.items()}  # as A1111 once merged
+    torch.save({"state_dict": {**old, IDS: torch.arange(9)[None]}, "global_step": 5, "epoch": 1}, path)
+    merge(tmp_path / "out.safetensors", path, put("b", model("b")), alpha=0.25)
+    got = read_tensors(tmp_path / "out.safetensors")[0]
+    for name in SHAPES:
+        wide = a1111(tensors[name].double(), model("b")[name].double(), None, 0.25)
+        assert torch.equal(got[name], wide.float()), name
 
 
 def test_a_full_disk_leaves_nothing_and_the_old_file(tmp_path, put, monkeypatch):

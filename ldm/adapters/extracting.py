@@ -20,7 +20,7 @@ from ldm.checkpoints import save_safetensors
 from ldm.checkpoints.compvis import CompVisWeights, check_fit, check_output, network_of, sha256_of
 from ldm.checkpoints.key_mapping import TEXT, UNET, unet_to_diffusers
 from ldm.checkpoints.report import first_few
-from ldm.checkpoints.tensors import check_finite
+from ldm.checkpoints.tensors import check_dtype, check_finite
 from ldm.errors import MismatchError
 from ldm.values import Range, check_value
 
@@ -91,6 +91,8 @@ def extract_lora(
         RANK if rank is None and error is None else rank, int | None, "rank", Range(1, 1 << 16)
     )
     share = 0.0 if error is None else float(check_value(error, float, "error", Range(0, 1)))
+    check_value(conv, bool, "conv")
+    check_dtype(dtype)
     found, tensors = Extraction(), {}
     with CompVisWeights(base) as first, CompVisWeights(tuned) as second:
         check_fit(second, first)

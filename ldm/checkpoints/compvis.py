@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,6 +23,7 @@ from ldm.checkpoints.open_file import OpenFile
 from ldm.checkpoints.report import NAMED, TensorInfo, first_few
 from ldm.checkpoints.tensors import scaled
 from ldm.errors import FormatError, MismatchError, OutputError, UsageError, escaped, refuse_elsewhere
+from ldm.values import check_value
 
 NETWORKS = {"UNet": UNET, "VAE": VAE, "text encoder": TEXT}
 TAKEN = ("v1", "v1-inpainting", "UNet")
@@ -260,13 +261,15 @@ def _check_channels(one: CompVisWeights, first: CompVisWeights) -> None:
 # --- where the result goes ------------------------------------------------------------------------------------------
 
 
-def check_output(output: str | os.PathLike, inputs: Iterable[str | os.PathLike], overwrite: bool) -> Path:
+def check_output(output: str | os.PathLike, inputs: Sequence[str | os.PathLike], overwrite: bool) -> Path:
     """Give the path of a safetensors file that is to be written.
 
     Raises:
         UsageError: another kind of file, or one of the inputs.
         OutputError: it is there already, and is not to be replaced.
     """
+    for one in (output, *inputs):
+        check_value(one, str | os.PathLike, "a file")
     path = Path(output)
     if path.suffix.lower() != ".safetensors":
         raise UsageError(f"the output should be 'name.safetensors', got '{escaped(path)}'")

@@ -124,6 +124,7 @@ def stream_safetensors(
     infos: Mapping[str, TensorInfo],
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
+    finish: Callable[[], object] = lambda: None,
 ) -> None:
     """Write a safetensors file, atomically, of tensors that are made one by one when their turn comes.
 
@@ -134,6 +135,7 @@ def stream_safetensors(
         infos: name -> shape and dtype of what `read` will give.
         read: name -> tensor, on any device.
         metadata: text -> text for the header.
+        finish: called when all are read, before the file takes its name; what it raises keeps the name from it.
 
     Raises:
         UsageError: a name, dtype or metadata value that the format does not take.
@@ -171,6 +173,7 @@ def stream_safetensors(
             assert (tuple(value.shape), value.dtype) == (infos[name].shape, infos[name].dtype), name
             flat = value.detach().to("cpu").contiguous().reshape(-1)
             file.write(memoryview(flat.view(torch.uint8).numpy()))
+        finish()
 
 
 def save_object(path: str | os.PathLike, value: Any) -> None:

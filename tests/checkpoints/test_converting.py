@@ -111,6 +111,20 @@ def test_a_model_becomes_a_folder_that_diffusers_reads_and_a_file_again(tiny, tm
     half = read_tensors(tmp_path / "half/vae/diffusion_pytorch_model.safetensors")[0]
     assert torch.equal(half["encoder.conv_in.weight"], own[f"{VAE}encoder.conv_in.weight"].half())
 
+    # A file that holds its UNet as a moving average only gets its parts' names from the model.
+    average = {
+        names.ema_name(name) if name.startswith(UNET) else name: one
+        for name, one in own.items()
+        if "." in name
+    }
+    tiny.save(tmp_path, average, "average.safetensors")
+    OmegaConf.save(OmegaConf.create(tiny.config), tmp_path / "average.yaml")
+    convert(tmp_path / "plain.safetensors", tmp_path / "average.safetensors")
+    same(
+        read_tensors(tmp_path / "plain.safetensors")[0],
+        {name: one for name, one in own.items() if "." in name},
+    )
+
     before = contents(tmp_path)
     for output, source, options, kind, words in (
         ("folder", weights, {}, OutputError, "holds something already"),
