@@ -46,6 +46,14 @@ SPACING_WORDS = {
     "align_your_steps": "Align Your Steps",
     "turbo": "Turbo",
 }
+# Ours -> A1111's; and its words in small letters -> ours.
+CONTROL_MODES = {
+    "balanced": "Balanced",
+    "prompt": "My prompt is more important",
+    "control": "ControlNet is more important",
+    "middle": "",
+}
+_CONTROL_WORDS = {word.lower(): name for name, word in CONTROL_MODES.items() if word}
 MAX_WHOLE = 2**64 - 1  # of seeds, the largest whole numbers that anybody writes into a picture
 
 # --- kinds of values ------------------------------------------------------------------------------
@@ -337,6 +345,24 @@ class Files(Kind):
         return getattr(importlib.import_module(self.module), self.function)(text)
 
 
+class Part(Files):
+    """What a flag says of the adapter that the flag before it names: the pair of the option's name and a value.
+
+    All flags of such options (Option.into) fill one list, in the order in which they are given.
+
+    Args:
+        name: of the option.
+        kind: of the value.
+        begins: the flag names an adapter's file, and those that follow are said of it.
+    """
+
+    def __init__(self, name: str, kind: Kind, begins: bool = False):
+        self.name, self.kind, self.begins = name, kind, begins
+
+    def parse(self, text: str) -> tuple[str, Any]:
+        return self.name, self.kind.parse(text)
+
+
 SAME = object()  # as the keyword
 
 # --- one option -----------------------------------------------------------------------------------
@@ -363,6 +389,7 @@ class Option:
         told: the picture's metadata say it; what they say is repeated by --like.
         part: "denoise" for what is handed to generate.denoise; "sampler" for an option that only some samplers or
             spacings have, which is handed on where it is set.
+        into: of a Part: the name of the list that its values join.
         metavar: of the flag in --help.
     """
 
@@ -383,7 +410,13 @@ class Option:
     always: bool = False
     beside: str | None = None
     part: str | None = None
+    into: str | None = None
     metavar: Any = None
+
+    @property
+    def dest(self) -> str:
+        """Where the scripts keep what its flags say."""
+        return self.into or self.name
 
     @property
     def line_kind(self) -> Kind | None:
@@ -405,6 +438,17 @@ class Fact:
 
     name: str
     infotext: str
+
+
+def _said_of_adapter(
+    name: str, kind: Kind, words: str, also: tuple[str, ...] = (), metavar: Any = None, begins: bool = False
+) -> Option:
+    """Make an option whose flag names a ControlNet or T2I-Adapter, or is said of the one that was named before it."""
+    dashed = f"--{name.replace('_', '-')}"
+    return Option(
+        name, (), Part(name, kind, begins), words, group=WITH, flags=tuple(dict.fromkeys((dashed, f"--{name}"))),
+        also=also, keyword=False, told=False, into="controls", metavar=metavar or "NUMBER",
+    )  # fmt: skip
 
 
 WHAT, HOW, FASTER, WITH, START = (
@@ -657,6 +701,46 @@ TABLE: tuple[Option | Fact, ...] = (
         group=WITH, flags=("--embedding",), also=("embeddings", "textual_inversion"), keyword=False,
         told=False, metavar="FILE[:TOKEN]",
     ),
+    _said_of_adapter(
+        "control", Kind(),
+        "a ControlNet; --hint and the flags that follow are said of it; may be repeated (docs/controls.md)",
+        also=("controlnet", "control_net"), metavar="FILE", begins=True,
+    ),
+    _said_of_adapter("t2i_adapter", Kind(), "a T2I-Adapter, in the same way", metavar="FILE", begins=True),
+    _said_of_adapter(
+        "hint", Kind(),
+        "what to paint along: a ready map, or a picture for --preprocess (default: the picture to begin with); "
+        "several are a batch's, one each",
+        also=("control_image", "control_hint"), metavar="PICTURE",
+    ),
+    _said_of_adapter(
+        "preprocess", Kind(),
+        "how to make the hint of it: canny, inpaint, invert, scribble, shuffle, threshold, tile; with numbers as "
+        "canny:100:200",
+        also=("preprocessor", "control_module"), metavar="KIND[:NUMBER...]",
+    ),
+    _said_of_adapter(
+        "control_scale", Number(-100, 100), "how strongly (default: 1)",
+        also=("control_weight", "controlnet_conditioning_scale", "control_strength"),
+    ),
+    _said_of_adapter(
+        "control_start", Number(*limits.SHARE), "share of the steps from which on (default: 0)",
+        also=("control_guidance_start",),
+    ),
+    _said_of_adapter(
+        "control_end", Number(*limits.SHARE), "share of the steps up to which (default: 1)",
+        also=("control_guidance_end",),
+    ),
+    _said_of_adapter(
+        "control_mode", Choice(CONTROL_MODES, _CONTROL_WORDS),
+        "who leads where prompt and hint differ: balanced, prompt (soft weights), control (guess mode); or middle, "
+        "the middle's map alone",
+        metavar="MODE",
+    ),
+    _said_of_adapter(
+        "control_fit", Choice(dict.fromkeys(("crop", "pad", "stretch"), "")),
+        "of a hint of another aspect: crop, pad or stretch (default: crop)", metavar="FIT",
+    ),
     Fact("lora_hashes", "Lora hashes"),
     Fact("ti_hashes", "TI hashes"),
     Option(
@@ -708,8 +792,8 @@ def of_samplers() -> tuple[str, ...]:
 
 
 def repeated() -> tuple[str, ...]:
-    """Name the flags that name files and may be given several times."""
-    return tuple(one.name for one in options() if one.kind.is_repeated)
+    """Name the lists of files, which flags that may be given several times fill."""
+    return tuple(dict.fromkeys(one.dest for one in options() if one.kind.is_repeated))
 
 
 def line_names() -> dict[str, Option]:

@@ -48,9 +48,7 @@ def preprocess(picture: Any, kind: str, **options: Any) -> Tensor:
         AbsentError: "canny" without OpenCV.
         Others: as images.open_image.
     """
-    name = kind.lower().strip() if isinstance(kind, str) else kind
-    if name not in KINDS:
-        raise _unknown(kind)
+    name = find(kind)
     function = KINDS[name]
     known = list(inspect.signature(function).parameters)[1:]
     for option in options:
@@ -63,17 +61,24 @@ def preprocess(picture: Any, kind: str, **options: Any) -> Tensor:
     return function(pictures[0], **options)
 
 
-def _unknown(kind: Any) -> UsageError:
-    wanted = f"a kind of hint should be one of {', '.join(KINDS)}"
-    if isinstance(kind, str):
-        if kind.lower().strip().startswith(WITH_WEIGHTS):
-            return UsageError(
-                f"{shown(kind, 40)} is drawn by a network of its own, which is not here: give a ready map as the hint; "
-                f"{', '.join(KINDS)} need none"
-            )
-        if near := nearest(kind, KINDS):
-            return UsageError(f"{wanted}, got {shown(kind, 40)}; did you mean {near!r}?")
-    return UsageError(f"{wanted}, got {shown(kind, 40)}")
+def find(kind: Any) -> str:
+    """Give the name of a kind of hint, in any case.
+
+    Raises:
+        UsageError: there is no such kind, or it needs weights.
+    """
+    name = kind.lower().strip() if isinstance(kind, str) else None
+    if name in KINDS:
+        return name
+    names = ", ".join(KINDS)
+    if name is not None and name.startswith(WITH_WEIGHTS):
+        raise UsageError(
+            f"{shown(kind, 40)} is drawn by a network of its own, which is not here: give a ready map as the hint; "
+            f"{names} need none"
+        )
+    near = nearest(name, KINDS) if name else None
+    hint = f"; did you mean {near!r}?" if near else ""
+    raise UsageError(f"a kind of hint should be one of {names}, got {shown(kind, 40)}{hint}")
 
 
 def canny(picture: Tensor, low: float = 100, high: float = 200) -> Tensor:

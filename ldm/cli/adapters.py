@@ -216,6 +216,9 @@ def _of_folder(folder: str, width: int) -> list[Embedding]:
 # --- --like ---------------------------------------------------------------------------------------
 
 HOW = ("weight", "text_weight", "start", "end", "blocks")  # what a picture says of a LoRA's strength
+# And of what follows a hint, with the flags that say so.
+CONTROLLED = {"ControlNet": "--control", "T2IAdapter": "--t2i-adapter"}
+HOW_CONTROLLED = ("scale", "start", "end", "guess", "weights", "fit", "pooled", "only_mid_control", "hint")
 
 
 def told_adapters(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -241,6 +244,14 @@ def lacking(told: Sequence[Mapping[str, Any]], given: Iterable[Any]) -> str | No
     for one in told:
         name, kind, digits = (escaped(one.get(key, "?"), 40) for key in ("name", "kind", "hash"))
         same = [other for other in here if one.get("kind") == other["kind"] and _is_hash_of(one, other)]
+        if kind in CONTROLLED:
+            differing = [_differing(one, other) for other in same]
+            if [] not in differing:
+                now = (
+                    f"which is given with another {', '.join(differing[0])}" if same else "which is not given"
+                )
+                parts.append(f"{kind} '{name}' (hash {digits}), {now} ({_controlled(one)})")
+            continue
         if any("weight" not in one or all(one.get(key) == other.get(key) for key in HOW) for other in same):
             continue
         option = {"LoRA": "--lora FILE", "Embedding": "--embedding FILE"}.get(kind, "")
@@ -255,6 +266,26 @@ def lacking(told: Sequence[Mapping[str, Any]], given: Iterable[Any]) -> str | No
         at = f" at {_strength(one)}" if "weight" in one else ""
         parts.append(f"{kind} '{name}'{at}{more} (hash {digits}), {now}" + (f" ({option})" if option else ""))
     return f"was painted with {'; '.join(parts)}" if parts else None
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Name in what a ControlNet or T2I-Adapter that a picture says differs from one that is given."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    return [key for key in HOW_CONTROLLED if plain(one.get(key)) != plain(other.get(key))]
+
+
+def _controlled(one: Mapping[str, Any]) -> str:
+    """Write the flags that give a ControlNet or T2I-Adapter as a picture says."""
+    flags = [f"{CONTROLLED[one['kind']]} FILE --hint PICTURE with hash {escaped(one.get('hint', '?'), 20)}"]
+    flags += [
+        f"--control-{key} {escaped(one[key], 20)}" for key in ("scale", "start", "end", "fit") if key in one
+    ]
+    modes = {"guess": "control", "weights": "prompt", "only_mid_control": "middle"}
+    flags += [f"--control-mode {mode}" for key, mode in modes.items() if one.get(key) in (True, "soft")]
+    return " ".join(flags)
 
 
 def _is_hash_of(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

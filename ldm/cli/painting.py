@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.adapters import Embeddings, check_there, lacking, read_loras
+from ldm.cli.controls import Controls, check_controls
 from ldm.cli.painting_options import (
     COMPVIS_PROMPT,
     DEFAULT_PROMPT,
@@ -166,11 +167,14 @@ def check(args: argparse.Namespace, *sources: dict[str, Any]) -> list[Group]:
         {what: open_image(source[what]) for what in ("image", "mask") if what in source} for source in sources
     ]
     for group in groups:
-        for option in repeated():
+        for option in ("lora", "embedding"):
             with placed(group, option):
                 check_there(group.options[option])
+        with placed(group, "controls"):
+            check_controls(group.options["controls"], sources[group.source])
     files: dict[str, LoraFile] = {}
     flags, loras = None, []
+    controls = Controls()
     for group in groups:
         group.options |= opened[group.source]
         # Weights that a LoRA was folded into are kept as long as it is: groups in succession share it, others do not.
@@ -179,7 +183,9 @@ def check(args: argparse.Namespace, *sources: dict[str, Any]) -> list[Group]:
             with placed(group, "lora"):
                 loras = read_loras(flags, files)
         del group.options["lora"]
-        group.options["adapters"] = list(loras)
+        with placed(group, "controls"):
+            parts = group.options.pop("controls")
+            group.options["adapters"] = [*loras, *controls.read(parts, opened[group.source], group.source)]
     return groups
 
 

@@ -89,7 +89,7 @@ def add_option(group: argparse._ActionsContainer, option: Option, **words: str) 
         words: that its help has places for.
     """
     help = option.words.format(**words)
-    named = {"dest": option.name, "help": help}
+    named = {"dest": option.dest, "help": help}
     default = option.default if option.script is options.SAME else option.script
     if option.kind.is_switch:
         group.add_argument(*option.flags, action="store_true", default=default, **named)

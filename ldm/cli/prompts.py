@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from ldm import limits
 from ldm.cli.running import say
 from ldm.errors import AbsentError, FormatError, UsageError, nearest, shown
-from ldm.options import Interval, Prompt, line_names
+from ldm.options import Interval, Part, Prompt, line_names
 
 MAX_PROMPT_BYTES = 10 * 2**20
 MAX_PROMPT_LINES = 100_000
@@ -115,7 +115,9 @@ def _from_words(line: str) -> Line:
     # A line that begins with one letter, "--H 9 ...", has always been a text.
     if len(name) < 2 or not (name in line_names() or nearest(name, line_names(), 0.75)):
         return Line(Prompt().parse(line))
-    values: dict[str, list[list[str]]] = {}
+    said: list[
+        tuple[str, list[str]]
+    ] = []  # in their order, which counts where flags are said of the one before
     parts: list[str] = []
     never_closed: set[str] = set()  # so that each kind of quote is looked for in vain only once
     at = 0
@@ -123,10 +125,10 @@ def _from_words(line: str) -> Line:
         option, quote = _OPTION.match(line, at), line[at]
         if option:
             name = option[1].replace("-", "_")
-            if name in values and not _is(name, "is_repeated"):
+            if any(name == other for other, _ in said) and not _is(name, "is_repeated"):
                 raise UsageError(f"option --{name} was given twice; give it once")
             parts = []
-            values.setdefault(name, []).append(parts)
+            said.append((name, parts))
             found = option
         else:
             found = _QUOTED[quote].match(line, at) if quote in _QUOTED and quote not in never_closed else None
@@ -137,10 +139,10 @@ def _from_words(line: str) -> Line:
                 found = _WORD.match(line, at)
                 parts.append(found[0])
         at = _SPACE.match(line, found.end()).end()
-    for name, given in values.items():
-        if not all(given) and not _is(name, "is_switch"):
+    for name, parts in said:
+        if not parts and not _is(name, "is_switch"):
             raise UsageError(f"wanted a value after --{name}, got none")
-    return _line({name: [" ".join(parts) for parts in given] for name, given in values.items()})
+    return _line([(name, " ".join(parts)) for name, parts in said])
 
 
 def _is(name: str, what: str) -> bool:
@@ -173,17 +175,21 @@ def _from_json(line: str) -> Line:
         raise UsageError(f'wanted a JSON object, such as {{"prompt": "a cat"}}; {error}') from None
     if not isinstance(values, dict):
         raise UsageError(f"wanted a JSON object with a prompt, got {shown(values)}")
-    texts: dict[str, list[str]] = {}
+    texts: list[tuple[str, str]] = []
+    lists: dict[str, list[Any]] = {}  # of options that are said of others
     for name, value in values.items():
         ours = name.replace("-", "_")
         kind = line_names()[ours].kind if ours in line_names() else None
         if value is None:
             continue
+        if isinstance(kind, Part):
+            lists[ours] = value if isinstance(value, list) else [value]
+            continue
         if _is(ours, "is_repeated"):
             listed = value if isinstance(value, list) else [value]
             if not all(isinstance(one, str) for one in listed):
                 raise UsageError(f"{name}: wanted a text or a list of texts, got {shown(value)}")
-            texts[ours] = listed
+            texts += [(ours, one) for one in listed]
             continue
         is_text = isinstance(kind, Prompt)
         if isinstance(kind, Interval) and isinstance(value, list):
@@ -194,23 +200,60 @@ def _from_json(line: str) -> Line:
             value = str(value)
         if isinstance(value, bool) or not isinstance(value, str if is_text else str | int | float):
             raise UsageError(f"{name}: wanted a text{'' if is_text else ' or a number'}, got {shown(value)}")
-        texts[ours] = [str(value)]
-    return _line(texts)
+        texts.append((ours, str(value)))
+    return _line(texts + _in_turn(lists))
 
 
-def _line(values: dict[str, list[str]]) -> Line:
-    """Check the options of a line, each with the texts given for it, as those of the command line are checked."""
+def _in_turn(lists: dict[str, list[Any]]) -> list[tuple[str, str]]:
+    """Bring lists of what is said of adapters into the order of flags: each adapter, and what is said of it.
+
+    Raises:
+        UsageError: a list that is neither as long as there are adapters nor a single value for their only one.
+    """
+    for name, values in lists.items():
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+                raise UsageError(f"{name}: wanted a text, a number or a list of these, got {shown(value)}")
+    kinds = {name: line_names()[name].kind for name in lists}
+    firsts = [(name, value) for name, values in lists.items() if kinds[name].begins for value in values]
+    others = {name: values for name, values in lists.items() if not kinds[name].begins}
+    if len(firsts) < 2:  # several hints are a batch's
+        return [(name, str(value)) for name, value in firsts] + [
+            (name, str(value)) for name, values in others.items() for value in values
+        ]
+    said: list[tuple[str, str]] = []
+    for i, (first, file) in enumerate(firsts):
+        said.append((first, str(file)))
+        for name, values in others.items():
+            if len(values) != len(firsts):
+                raise UsageError(
+                    f"{name}: wanted {len(firsts)} values, one for each of {len(firsts)} adapters (null = not given), "
+                    f"got {len(values)}"
+                )
+            if values[i] is not None:
+                said.append((name, str(values[i])))
+    return said
+
+
+def _line(said: list[tuple[str, str]]) -> Line:
+    """Check the options of a line, names and texts in their order, as those of the command line are checked."""
     options: dict[str, Any] = {}
+    values: dict[str, list[str]] = {}
+    for name, text in said:
+        values.setdefault(name, []).append(text)
     for name, texts in values.items():
         option = line_names().get(name)
         if option is None:
             near = nearest(name, line_names())
-            some = dict.fromkeys(one.name for one in line_names().values() if one.part != "sampler")
-            ours = f"{', '.join(some)} and those of samplers"
+            names = line_names().values()
+            some = dict.fromkeys(one.name for one in names if one.part != "sampler" and one.into is None)
+            ours = f"{', '.join(some)} and those of samplers and controls"
             raise UsageError(
                 f"unknown option {shown(name)}"
                 + (f"; did you mean {near!r}?" if near else f"; there are {ours}")
             )
+        if isinstance(option.kind, Part):
+            continue  # below, in their order
         if option.name in options:
             raise UsageError(f"{name}: {option.name} was given twice, by two names; give one")
         if len(texts) > limits.ADAPTERS[1]:
@@ -220,6 +263,13 @@ def _line(values: dict[str, list[str]]) -> Line:
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"{name}: {error}") from None
         options[option.name] = found if option.kind.is_repeated else found[0]
+    for name, text in said:
+        option = line_names()[name]
+        if isinstance(option.kind, Part):
+            try:
+                options[option.dest] = (*options.get(option.dest, ()), option.kind.parse(text))
+            except argparse.ArgumentTypeError as error:
+                raise UsageError(f"{name}: {error}") from None
     if "prompt" not in options:
         raise UsageError("no prompt")
     flags = [name for name in ("dpm_solver", "plms") if options.pop(name, False)]

@@ -1,0 +1,180 @@
+"""The ControlNets and T2I-Adapters of a run of a painting script: how flags say them, and each file read once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ldm.errors import AbsentError, UsageError, nearest_file, refuse_elsewhere, shown
+from ldm.limits import ADAPTERS
+
+if TYPE_CHECKING:
+    from ldm.adapters import ControlNet, T2IAdapter
+
+FLAGS = {"control": "--control", "t2i_adapter": "--t2i-adapter"}
+MODES = {
+    "balanced": {},
+    "prompt": {"weights": "soft"},
+    "control": {"guess": True},
+    "middle": {"only_mid_control": True},
+}
+NUMBERS = {
+    "canny": ("low", "high"),
+    "scribble": ("level",),
+    "shuffle": ("seed",),
+    "threshold": ("level",),
+    "tile": ("rate",),
+}
+
+
+@dataclass
+class Said:
+    """What flags say of one adapter.
+
+    Attributes:
+        kind: the option that names its file.
+        hints: pictures, by their paths.
+        options: what else, by the options' names.
+    """
+
+    kind: str
+    file: str
+    hints: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{FLAGS[self.kind]} {shown(self.file)}"
+
+
+def gather(parts: Sequence[tuple[str, Any]]) -> list[Said]:
+    """Bring what flags say, in their order, into one record for each adapter.
+
+    Raises:
+        UsageError: a flag that stands before any adapter, or twice behind one; or too many adapters.
+    """
+    found: list[Said] = []
+    for name, value in parts:
+        flag = "--" + name.replace("_", "-")
+        if name in FLAGS:
+            if not value:
+                raise UsageError(f"wanted a file after {flag}, got none")
+            found.append(Said(name, value))
+        elif not found:
+            raise UsageError(
+                f"{flag} {shown(value)} is said of the --control or --t2i-adapter before it, and there is none; name "
+                "one first"
+            )
+        elif name == "hint":
+            found[-1].hints.append(value)
+        elif name in found[-1].options:
+            raise UsageError(f"{flag} was given twice for {found[-1]}; give it once")
+        else:
+            found[-1].options[name] = value
+    if len(found) > ADAPTERS[1]:
+        raise UsageError(f"at most {ADAPTERS[1]} adapters work together, got {len(found)}")
+    for one in found:
+        if one.kind == "t2i_adapter" and "control_mode" in one.options:
+            raise UsageError(f"--control-mode is for ControlNets, and {one} is a T2I-Adapter; leave it out")
+    return found
+
+
+def check_controls(parts: Sequence[tuple[str, Any]], source: Mapping[str, Any]) -> None:
+    """Refuse files and hints that are not on this machine.
+
+    Args:
+        parts: what the flags say.
+        source: the picture to begin with ("image") and its mask ("mask"), where there are any.
+
+    Raises:
+        AbsentError: one is not there. UsageError: as gather; an address; no hint.
+    """
+    for one in gather(parts):
+        for flag, path in ((FLAGS[one.kind], one.file), *(("--hint", hint) for hint in one.hints)):
+            refuse_elsewhere(flag, path)
+            if not os.path.lexists(path):
+                near = nearest_file(path)
+                hint = f"did you mean {near!r}?" if near else "check the path; nothing is downloaded here"
+                raise AbsentError(f"{flag} {shown(path)} is not there; {hint}")
+        if not one.hints and "image" not in source:
+            raise UsageError(f"{one} has no hint; say what to paint along: --hint PICTURE")
+        if "preprocess" in one.options:
+            _preprocessor(one, source)
+
+
+def _preprocessor(one: Said, source: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """Give what makes a hint of a picture, as --preprocess KIND[:NUMBER...] says.
+
+    Raises:
+        UsageError: more numbers than the kind has, or words in their place; a hole without a mask.
+    """
+    from ldm.adapters.preprocessors import find, preprocess
+
+    kind, *texts = one.options["preprocess"].split(":")
+    kind = find(kind)
+    names = NUMBERS.get(kind, ())
+    if len(texts) > len(names):
+        wanted = f"takes {' and '.join(names)} behind it" if names else "takes no numbers"
+        raise UsageError(f"--preprocess {kind} {wanted}, got {shown(':'.join(texts))}")
+    options: dict[str, Any] = {}
+    for name, text in zip(names, texts, strict=False):
+        try:
+            options[name] = int(text) if name == "seed" else float(text)
+        except ValueError:
+            raise UsageError(f"--preprocess {kind}: {name} should be a number, got {shown(text)}") from None
+    if kind == "inpaint":
+        if "mask" not in source:
+            raise UsageError(
+                "--preprocess inpaint wants a mask, which inpaint.py has; in Python: preprocess(picture, mask=)"
+            )
+        options["mask"] = source["mask"]
+    return lambda picture: preprocess(picture, kind, **options)
+
+
+class Controls:
+    """Makes the adapters of a run; files and hints are read once."""
+
+    def __init__(self) -> None:
+        self._files: dict[tuple[str, str], Any] = {}
+        self._made: dict[Any, list[ControlNet | T2IAdapter]] = {}
+
+    def read(
+        self, parts: Sequence[tuple[str, Any]], source: Mapping[str, Any], number: int
+    ) -> list[ControlNet | T2IAdapter]:
+        """Make adapters.
+
+        Args:
+            parts: what the flags say.
+            source: the pictures to begin with, opened; number: which they are.
+
+        Raises:
+            LdmError: a file that cannot be read, or is another kind; a hint that is no picture.
+        """
+        key = (tuple(parts), number)
+        if key not in self._made:
+            self._made[key] = [self._make(one, source) for one in gather(parts)]
+        return self._made[key]
+
+    def _make(self, one: Said, source: Mapping[str, Any]) -> ControlNet | T2IAdapter:
+        from ldm.adapters import ControlNet, T2IAdapter
+        from ldm.adapters.controlnet import ControlNetFile
+        from ldm.adapters.t2i_adapter import T2IAdapterFile
+
+        is_control = one.kind == "control"
+        place = (one.kind, os.path.realpath(one.file))
+        if place not in self._files:
+            self._files[place] = (ControlNetFile if is_control else T2IAdapterFile)(one.file)
+        hints: list[Any] = list(one.hints) or [source["image"]]
+        if "preprocess" in one.options:
+            hints = list(map(_preprocessor(one, source), hints))
+        names = {
+            "control_scale": "scale",
+            "control_start": "start",
+            "control_end": "end",
+            "control_fit": "fit",
+        }
+        options = {ours: one.options[name] for name, ours in names.items() if name in one.options}
+        if is_control:
+            options |= MODES[one.options.get("control_mode", "balanced")]
+        return (ControlNet if is_control else T2IAdapter)(self._files[place], hints, **options)

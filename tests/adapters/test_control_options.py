@@ -1,0 +1,264 @@
+"""--control, --t2i-adapter and what is said of them: how it is read, painted with, told by --like, refused."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from keyed import keyed_input, weight
+from PIL import Image
+from tiny import tiny_model, write_tiny
+
+import ldm
+from ldm.adapters.controls import Hint
+from ldm.adapters.preprocessors import preprocess
+from ldm.checkpoints import save_safetensors
+from ldm.cli import painting_parser, read_prompts, run
+from ldm.cli.controls import check_controls, gather
+from ldm.errors import LdmError
+from ldm.modules.diffusionmodules.controlnet import ControlNetModel
+
+ROOT = Path(__file__).parents[2]
+
+
+def said(*words):
+    return (
+        painting_parser("txt2img.py", "x", outdir="o", scale=7.5)
+        .parse_args([str(word) for word in words])
+        .controls
+    )
+
+
+def records(parts):
+    return [(one.kind, one.file, one.hints, one.options) for one in gather(parts)]
+
+
+# --- how they are read ---
+
+WORDS = (
+    "--control a.pth --hint e.png --control-scale 0.8 --control_end=0.5 --t2i-adapter t.pth --hint f.png --hint g.png "
+    "--control-fit pad --control a.pth --control-mode control --hint h.png --preprocess canny:80"
+)
+WANTED = [
+    ("control", "a.pth", ["e.png"], {"control_scale": 0.8, "control_end": 0.5}),
+    ("t2i_adapter", "t.pth", ["f.png", "g.png"], {"control_fit": "pad"}),
+    ("control", "a.pth", ["h.png"], {"control_mode": "control", "preprocess": "canny:80"}),
+]
+
+
+def test_each_flag_belongs_to_the_file_before_it_on_the_command_line_and_in_prompt_files(tmp_path):
+    assert records(said(*WORDS.split())) == WANTED
+    (tmp_path / "p.txt").write_text(f"--prompt a cat {WORDS}\n")
+    lists = {
+        "control": ["a.pth", "a.pth"],
+        "hint": ["e.png", "h.png"],
+        "control-scale": [0.8, None],
+        "control_mode": [None, "ControlNet is more important"],
+    }
+    one = {"control": "a.pth", "hint": ["e.png", "f.png"], "control_start": 0.25}
+    (tmp_path / "p.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": "a cat", **more}) for more in (lists, one))
+    )
+    assert records(read_prompts(str(tmp_path / "p.txt"))[0].options["controls"]) == WANTED
+    both, single = (records(line.options["controls"]) for line in read_prompts(str(tmp_path / "p.jsonl")))
+    assert both == [
+        ("control", "a.pth", ["e.png"], {"control_scale": 0.8}),
+        ("control", "a.pth", ["h.png"], {"control_mode": "control"}),
+    ]
+    assert single == [("control", "a.pth", ["e.png", "f.png"], {"control_start": 0.25})]
+    assert records(said()) == [] and records(said("--controlnet", "a")) == [("control", "a", [], {})]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"control": ["a", "b"], "hint": "e.png"}, "hint: wanted 2 values, one for each of 2 adapters"),
+        ({"control": ["a", "b"], "hint": ["e", "f", "g"]}, "hint: wanted 2 values, .* got 3"),
+        (
+            {"control": "a", "control_scale": True},
+            "control_scale: wanted a text, a number or a list of these, got True",
+        ),
+        ({"control": {"file": "a"}}, "control: wanted a text, a number or a list"),
+        ({"control": "a", "control_scale": "x"}, "control_scale: wanted a number from -100 to 100, got 'x'"),
+        ({"control": "a", "control_fit": "fill"}, "control_fit: wanted one of crop, pad, stretch"),
+    ],
+)
+def test_wrong_lines_are_refused(line, words, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "a", **line}))
+    with pytest.raises(LdmError, match=words):
+        read_prompts(str(path))
+
+
+def test_what_needs_no_model_to_be_wrong_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("c.pth", "e.png"):
+        (tmp_path / name).touch()
+    ready = ("--control", "c.pth", "--hint", "e.png")
+    for words, message in (
+        (
+            ("--hint", "e.png"),
+            "--hint 'e.png' is said of the --control or --t2i-adapter before it, and there is none",
+        ),
+        (("--control-end", "0.5", *ready), "--control-end 0.5 is said of the --control"),
+        (
+            (*ready, "--control-end", "0.5", "--control-end", "0.6"),
+            "--control-end was given twice for --control 'c.pth'",
+        ),
+        (
+            ("--t2i-adapter", "c.pth", "--hint", "e.png", "--control-mode", "prompt"),
+            "--control-mode is for ControlNets",
+        ),
+        (("--control", "c.pth"), "--control 'c.pth' has no hint; say what to paint along: --hint PICTURE"),
+        (("--control", ""), "wanted a file after --control, got none"),
+        (("--control", "cc.pth", "--hint", "e.png"), "--control 'cc.pth' is not there; did you mean 'c.pth'"),
+        (("--control", "c.pth", "--hint", "x/absent.png"), "--hint 'x/absent.png' is not there"),
+        (("--control", "https://host/c.pth"), "https://host/c.pth"),
+        ((*ready, "--preprocess", "depth"), "'depth' is drawn by a network of its own"),
+        ((*ready, "--preprocess", "cany"), "did you mean 'canny'"),
+        (
+            (*ready, "--preprocess", "canny:1:2:3"),
+            "--preprocess canny takes low and high behind it, got '1:2:3'",
+        ),
+        ((*ready, "--preprocess", "invert:1"), "--preprocess invert takes no numbers, got '1'"),
+        ((*ready, "--preprocess", "tile:big"), "--preprocess tile: rate should be a number, got 'big'"),
+        ((*ready, "--preprocess", "inpaint"), "--preprocess inpaint wants a mask, which inpaint.py has"),
+        (ready * 101, "at most 100 adapters work together, got 101"),
+    ):
+        with pytest.raises(LdmError, match=message) as error:
+            check_controls(said(*words), {})
+        assert len(str(error.value)) <= 400
+    for words, message in (
+        (
+            ("--control-scale", "nan"),
+            "argument --control-scale.*: wanted a number from -100 to 100, got 'nan'",
+        ),
+        (("--control-start", "1.5"), "wanted a number from 0 to 1, got '1.5'"),
+        (("--control-mode", "both"), "wanted one of balanced, prompt, control, middle; got 'both'"),
+    ):
+        with pytest.raises(LdmError, match=message):
+            said("--control", "c.pth", *words)
+    check_controls(said(*ready), {})
+    check_controls(said("--control", "c.pth"), {"image": "e.png"})
+
+
+# --- what is painted ---
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """A model, a ControlNet and a T2I-Adapter for it, and pictures."""
+    folder = tmp_path_factory.mktemp("shelf")
+    write_tiny(folder)
+    unet = tiny_model().model.diffusion_model
+    with torch.device("meta"):
+        network = ControlNetModel.beside(unet)
+    state = {name: weight(f"control.{name}", tuple(one.shape)) for name, one in network.state_dict().items()}
+    save_safetensors(folder / "edges.safetensors", state, {})
+    width = [unet.model_channels * mult for mult in unet.channel_mult]
+    shapes = {"conv_in.weight": (width[0], 192, 3, 3), "conv_in.bias": (width[0],)}
+    before = width[0]
+    for i, one in enumerate(width):
+        if one != before:
+            shapes |= {f"body.{i}.in_conv.weight": (one, before, 1, 1), f"body.{i}.in_conv.bias": (one,)}
+        shapes |= {f"body.{i}.block1.weight": (one, one, 3, 3), f"body.{i}.block1.bias": (one,)}
+        shapes |= {f"body.{i}.block2.weight": (one, one, 1, 1), f"body.{i}.block2.bias": (one,)}
+        before = one
+    save_safetensors(folder / "sketch.safetensors", {k: weight(f"t2i.{k}", s) for k, s in shapes.items()}, {})
+    pixels = (255 * keyed_input("hint", (64, 72, 3)).clamp(0, 1)).byte().numpy()
+    Image.fromarray(pixels).save(folder / "hint.png")
+    Image.fromarray(pixels[:, :64]).save(folder / "init.png")
+    mask = torch.zeros(64, 64, dtype=torch.uint8)
+    mask[16:40, 8:48] = 255
+    Image.fromarray(mask.numpy()).save(folder / "mask.png")
+    return folder
+
+
+@pytest.fixture
+def end(shelf, tmp_path, monkeypatch, capsys):
+    """Run a script on the tiny model to its exit: (code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    for one in shelf.iterdir():
+        (tmp_path / one.name).symlink_to(one)
+
+    def ending(name, *argv):
+        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        common = ["--ckpt", "tiny.safetensors", "--device", "cpu", "--steps", 2, "--skip_grid", "--seed", 4]
+        with pytest.raises(SystemExit) as stop:
+            run(module.main, [str(word) for word in (*common, *argv)])
+        return (stop.value.code, *capsys.readouterr())
+
+    return ending
+
+
+def adapters(path):
+    return ldm.read_metadata(path)["adapters"]
+
+
+def test_a_script_paints_along_hints_says_so_and_repeats_what_it_is_told(end):
+    flags = [
+        "--control",
+        "edges.safetensors",
+        "--hint",
+        "hint.png",
+        "--control-scale",
+        0.5,
+        "--control-mode",
+        "prompt",
+    ]
+    flags += [
+        "--t2i-adapter",
+        "sketch.safetensors",
+        "--hint",
+        "hint.png",
+        "--preprocess",
+        "invert",
+        "--control-fit",
+        "stretch",
+    ]
+    size = ["--H", 64, "--W", 64, "--prompt", "a circle"]
+    assert end("txt2img", *size, *flags, "--outdir", "o")[0] == 0
+    one, other = adapters("o/samples/00000.png")
+    hint = Hint(["hint.png"])
+    assert {k: one[k] for k in ("kind", "name", "scale", "weights", "hint")} == {
+        "kind": "ControlNet", "name": "edges", "scale": 0.5, "weights": "soft", "hint": hint.hash
+    }  # fmt: skip
+    assert {k: other[k] for k in ("kind", "name", "scale", "fit", "hint")} == {
+        "kind": "T2IAdapter", "name": "sketch", "scale": 1, "fit": "stretch",
+        "hint": Hint([preprocess("hint.png", "invert")]).hash,
+    }  # fmt: skip
+    like = ["--like", "o/samples/00000.png"]
+    code, out, _ = end("txt2img", *like, *flags, "--outdir", "again")
+    assert code == 0 and "was painted with" not in out
+    assert Path("again/samples/00000.png").read_bytes() == Path("o/samples/00000.png").read_bytes()
+    code, out, _ = end("txt2img", *like, *flags[:8], "--control-end", 0.5, "--outdir", "less")
+    assert code == 0
+    assert "ControlNet 'edges' (hash " in out and "which is given with another end" in out
+    assert (
+        "T2IAdapter 'sketch' (hash " in out and "which is not given (--t2i-adapter FILE --hint PICTURE" in out
+    )
+
+
+@pytest.mark.slow
+def test_the_picture_to_begin_with_is_the_hint_and_its_mask_the_holes(end):
+    where = ["--init-img", "init.png", "--prompt", "a circle", "--control", "edges.safetensors"]
+    assert end("img2img", *where, "--preprocess", "tile:2", "--outdir", "o")[0] == 0
+    assert adapters("o/samples/00000.png")[0]["hint"] == Hint([preprocess("init.png", "tile", rate=2)]).hash
+    masked = ["--mask", "mask.png", "--preprocess", "inpaint", "--outdir", "p"]
+    assert end("inpaint", *where, *masked)[0] == 0
+    holes = preprocess("init.png", "inpaint", mask="mask.png")
+    assert (holes == -1).sum() == 3 * 24 * 40
+    assert adapters("p/samples/00000.png")[0]["hint"] == Hint([holes]).hash
+
+
+def test_one_kind_for_the_other_is_refused_in_one_line(end):
+    code, _, err = end("txt2img", "--control", "sketch.safetensors", "--hint", "hint.png")
+    assert code == 5 and "a ControlNet was wanted, and this is a T2I-Adapter" in err
+    code, _, err = end("txt2img", "--t2i-adapter", "edges.safetensors", "--hint", "hint.png")
+    assert code == 5 and "a T2I-Adapter was wanted, and this is a ControlNet" in err
+    Path("p.txt").write_text("a cat\n--prompt a dog --control edges.safetensors --hint tiny.safetensors\n")
+    code, _, err = end("txt2img", "--from-file", "p.txt")
+    assert code == 3 and "line 2 of 'p.txt'" in err and err.count("\n") == 1
