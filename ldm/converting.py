@@ -40,7 +40,7 @@ from ldm.values import check_value
 LAYOUTS = {
     "model": ("compvis", "diffusers"),
     "ControlNet": ("compvis", "diffusers"),
-    "LoRA": ("kohya", "diffusers"),
+    "LoRA": ("kohya", "diffusers", "peft"),
     "embedding": ("a1111", "diffusers", "kohya"),
 }
 MODELS = ("v1", "v1-inpainting")
@@ -64,8 +64,8 @@ def convert(
         output: name.safetensors, or a folder for models and ControlNets in diffusers' layout; an embedding's file
             may be .pt or .bin, which is written by torch.save.
         path: a file, or a folder of diffusers or PEFT.
-        to: "compvis" or "diffusers" for a model or ControlNet (None: by the output's name), "kohya" or "diffusers" for
-            a LoRA, "a1111", "diffusers" or "kohya" for an embedding.
+        to: "compvis" or "diffusers" for a model or ControlNet (None: by the output's name); "kohya", "diffusers" or
+            "peft" (a folder) for a LoRA; "a1111", "diffusers" or "kohya" for an embedding.
         dtype: of a model's weights: float32, float16 or bfloat16; None = as they are.
         token: the embedding's name in prompts, which diffusers' files say; None = the file's own.
         overwrite: whether a file that has the output's name may be replaced; a folder never is.
@@ -95,7 +95,7 @@ def convert(
     if token is not None and kind != "embedding":
         raise UsageError(f"token (--token) is for embeddings, and '{escaped(path)}' is a {kind}")
     refuse_input(target, [source, file])
-    is_folder = to == "diffusers" and kind in ("model", "ControlNet")
+    is_folder = to == "peft" or (to == "diffusers" and kind in ("model", "ControlNet"))
     _check_name(target, kind, is_folder)
     if not is_folder:
         refuse_existing(target, overwrite)
@@ -107,7 +107,13 @@ def convert(
         return _embedding(target, file, to, token)
     if kind == "LoRA":
         layout = convert_lora(LoraFile(file), to)
-        stream_safetensors(target, layout.infos, layout.read, layout.metadata | _recipe([file], to))
+        metadata = layout.metadata | _recipe([file], to)
+        if not is_folder:
+            stream_safetensors(target, layout.infos, layout.read, metadata)
+            return layout.report
+        with whole_folder(target) as folder:
+            write_json(folder / "adapter_config.json", layout.config)
+            stream_safetensors(folder / f"{LORA_FILE}.safetensors", layout.infos, layout.read, metadata)
         return layout.report
     with contextlib.closing(open_weights(file)) as weights:
         layout = convert_control(weights, to)

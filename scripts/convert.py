@@ -1,7 +1,7 @@
 """Convert a model, ControlNet, LoRA or textual inversion from one program's layout to another's; bits are kept.
 
-Models and ControlNets: a file with CompVis's names, or a folder for diffusers. LoRAs: kohya's names, or those of
-diffusers and PEFT. Embeddings: A1111's .pt, diffusers' {token: vectors}, or kohya's emb_params.
+Models and ControlNets: a file with CompVis's names, or a folder for diffusers. LoRAs: kohya's names, those
+of diffusers, or a folder for PEFT. Embeddings: A1111's .pt, diffusers' {token: vectors}, or kohya's emb_params.
 """
 
 import sys
@@ -26,7 +26,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "--to",
-        choices=["compvis", "diffusers", "kohya", "a1111"],
+        choices=["compvis", "diffusers", "kohya", "peft", "a1111"],
         help="the layout; default: of models and ControlNets, by the output's name",
     )
     parser.add_argument(

@@ -39,6 +39,7 @@ class Layout(NamedTuple):
     read: Read
     metadata: dict[str, str]
     report: LoadReport
+    config: dict[str, Any] | None = None
 
 
 def _of_tensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], report: LoadReport) -> Layout:
@@ -145,6 +146,7 @@ _SIMPLE = (
 _WORD = re.compile(rf"({'|'.join(sorted([*_COMPOUND, *_SIMPLE], key=len, reverse=True))}|\d+)(?:_|$)")
 # Ends of keys of the roles whose tensors are weights of layers.
 _ENDS = {role: f"{role}.weight" for role in ("lora_up", "lora_down", "lora_mid", "a1", "a2", "b1", "b2")}
+_PEFT_PREFIX = "base_model.model."
 _PEFT = {"lora_down": "lora_A.weight", "lora_up": "lora_B.weight", "dora_scale": "lora_magnitude_vector"}
 
 
@@ -185,20 +187,20 @@ def convert_lora(file: LoraFile, to: str) -> Layout:
     """Rename a LoRA's tensors.
 
     Args:
-        to: "kohya", which holds every family; or "diffusers", PEFT's names below "unet." and "text_encoder.", which
-            hold LoRA, LoCon and DoRA whose lengths are those of rows. alpha is in the metadata there
-            (lora_adapter_metadata), where diffusers and PEFT look for it.
+        to: "kohya", which holds every family; or "diffusers", PEFT's names below "unet." and "text_encoder.", and
+            "peft", below "base_model.model.", which hold LoRA, LoCon and DoRA whose lengths are those of rows. Ranks
+            and alphas are in the metadata for diffusers (lora_adapter_metadata), in the layout's `config` for PEFT.
 
     Raises:
-        MismatchError: a family or module that the layout has no place for.
+        MismatchError: a family or module that the layout has no place for; for PEFT, modules of two networks.
     """
     report = LoadReport(escaped(file.path), "LoRA", ignored=dict(file.ignored), notes=list(file.notes))
     tensors: dict[str, Tensor] = {}
     configs: dict[str, dict[str, tuple[int, float]]] = {}
-    says_alpha = any("alpha" in change.parts for change in file.modules)
+    says_alpha = to == "peft" or any("alpha" in change.parts for change in file.modules)
     for change in file.modules:
         part, name = _module_of(file, change)
-        if to == "diffusers":
+        if to != "kohya":
             _check_peft(file, change)
         for role, values in change.parts.items():
             key = change.keys.get(role, change.keys.get("magnitude") if role == "dora_scale" else None)
@@ -208,23 +210,36 @@ def convert_lora(file: LoraFile, to: str) -> Layout:
                 values = _as_kohya(change, role, values)
             elif role == "alpha":
                 if key is not None:
-                    report.assigned[key] = "metadata: lora_adapter_metadata"
+                    report.assigned[key] = f"its configuration, for {to}"
                 continue
             else:
-                target = f"{part}.{name}.{_PEFT[role]}"
+                where = (
+                    f"{part}.{name}" if to == "diffusers" else _PEFT_PREFIX + name.removeprefix("text_model.")
+                )
+                target = f"{where}.{_PEFT[role]}"
                 values = values.flatten() if role == "dora_scale" else values
             tensors[target] = values
             if key is not None:
                 report.assigned[key] = target
-        if to == "diffusers" and says_alpha:
+        if to != "kohya" and says_alpha:
             rank = len(change.parts["lora_down"])
             alpha = float(change.parts["alpha"]) if "alpha" in change.parts else float(rank)
             configs.setdefault(part, {})[name] = (rank, alpha)
     metadata = {key: value for key, value in file.metadata.items() if key != "lora_adapter_metadata"}
-    if configs:
-        has_lengths = any("dora_scale" in change.parts for change in file.modules)
-        metadata["lora_adapter_metadata"] = json.dumps(_peft_config(configs, has_lengths), sort_keys=True)
-    return _of_tensors(tensors, {"format": "pt", **metadata}, report)
+    layout = _of_tensors(tensors, {**metadata, "format": "pt"}, report)
+    has_lengths = any("dora_scale" in change.parts for change in file.modules)
+    described = {part: _peft_config(modules, has_lengths) for part, modules in configs.items()}
+    if to == "peft":
+        if len(described) > 1:
+            raise file.misfit(
+                "it is for the UNet and the text encoder, PEFT's layout for one network; use diffusers'"
+            )
+        (config,) = described.values()
+        return layout._replace(config={"peft_type": "LORA", "bias": "none", "inference_mode": True, **config})
+    if described:
+        flat = {f"{part}.{key}": one for part, config in described.items() for key, one in config.items()}
+        layout.metadata["lora_adapter_metadata"] = json.dumps(flat, sort_keys=True)
+    return layout
 
 
 def _as_kohya(change: ModuleChange, role: str, values: Tensor) -> Tensor:
@@ -252,23 +267,19 @@ def _check_peft(file: LoraFile, change: ModuleChange) -> None:
         )
 
 
-def _peft_config(configs: Mapping[str, Mapping[str, tuple[int, float]]], has_lengths: bool) -> dict[str, Any]:
-    """Describe ranks and alphas as PEFT's LoraConfig takes them, those of each network below its name."""
-    config: dict[str, Any] = {}
-    for part, modules in configs.items():
-        # transformers 5 has no "text_model." in its modules' names; PEFT looks for names by their ends.
-        named = {name.removeprefix("text_model."): values for name, values in modules.items()}
-        rank, alpha = (Counter(values[i] for values in named.values()).most_common(1)[0][0] for i in (0, 1))
-        own = {
-            "r": rank,
-            "lora_alpha": alpha,
-            "rank_pattern": {name: one for name, (one, _) in named.items() if one != rank},
-            "alpha_pattern": {name: one for name, (_, one) in named.items() if one != alpha},
-            "target_modules": sorted(named),
-            "use_dora": has_lengths,
-        }
-        config |= {f"{part}.{key}": value for key, value in own.items()}
-    return config
+def _peft_config(modules: Mapping[str, tuple[int, float]], has_lengths: bool) -> dict[str, Any]:
+    """Describe ranks and alphas as PEFT's LoraConfig takes them."""
+    # transformers 5 has no "text_model." in its modules' names; PEFT looks for names by their ends.
+    named = {name.removeprefix("text_model."): values for name, values in modules.items()}
+    rank, alpha = (Counter(values[i] for values in named.values()).most_common(1)[0][0] for i in (0, 1))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: one for name, (one, _) in named.items() if one != rank},
+        "alpha_pattern": {name: one for name, (_, one) in named.items() if one != alpha},
+        "target_modules": sorted(named),
+        "use_dora": has_lengths,
+    }
 
 
 # --- textual inversion ----------------------------------------------------------------------------------------------

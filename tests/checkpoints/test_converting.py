@@ -1,5 +1,6 @@
 """Converting: every layout there and back with equal bits, what diffusers reads, what is refused."""
 
+import copy
 import importlib.util
 import json
 import re
@@ -244,6 +245,30 @@ def test_a_lora_goes_to_diffusers_and_back(tmp_path):
             same(read_tensors(tmp_path / "peft2.safetensors")[0], there)
 
 
+def test_a_lora_goes_to_peft_and_back(tmp_path):
+    for n, start in enumerate(("lora_unet_", "lora_te_")):
+        tensors = {name: one for name, one in KOHYA.items() if name.startswith(start)}
+        source, folder = write_lora(tmp_path / f"{n}.safetensors", tensors), tmp_path / f"peft{n}"
+        report = convert(folder, source, "peft")
+        assert report.assigned.keys() == tensors.keys()
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["peft_type"] == "LORA" and len(config["target_modules"]) == (2, 1)[n]
+        there = read_tensors(folder / "adapter_model.safetensors")[0]
+        stem = (
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
+            "encoder.layers.3.self_attn.q_proj",
+        )[n]
+        assert f"base_model.model.{stem}.lora_A.weight" in there
+        convert(tmp_path / f"back{n}.safetensors", folder, "kohya")
+        same(read_tensors(tmp_path / f"back{n}.safetensors")[0], read_tensors(source)[0])
+    both = write_lora(tmp_path / "both.safetensors", KOHYA)
+    with pytest.raises(MismatchError, match="PEFT's layout for one network"):
+        convert(tmp_path / "new", both, "peft")
+    with pytest.raises(UsageError, match="is a folder, got the name of a file"):
+        convert(tmp_path / "new.safetensors", both, "peft")
+    assert not [path for path in tmp_path.iterdir() if "new" in path.name]
+
+
 def test_every_programs_lora_becomes_kohyas_and_diffusers(tmp_path):
     """The twelve spellings of one module of the UNet, and the seven of one of the text encoder."""
     peft = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_{AB}.weight"
@@ -323,6 +348,12 @@ def test_diffusers_makes_the_same_change_of_the_converted_lora(tmp_path):
     convert(tmp_path / "peft.safetensors", tmp_path / "own.safetensors", "diffusers")
     with safe_open(tmp_path / "peft.safetensors", "pt") as file:
         config = json.loads(file.metadata()["lora_adapter_metadata"])
+    from peft import PeftModel
+
+    convert(tmp_path / "folder", tmp_path / "own.safetensors", "peft")
+    peft = PeftModel.from_pretrained(copy.deepcopy(unet), tmp_path / "folder").merge_and_unload()
+    for module, weight in wanted.items():
+        assert (peft.get_submodule(module).weight - weight).abs().max() < 1e-5, module
     unet.load_lora_adapter(read_tensors(tmp_path / "peft.safetensors")[0], metadata=config, prefix="unet")
     unet.fuse_lora()
     for module, weight in wanted.items():
@@ -410,7 +441,7 @@ def test_bad_input_is_one_line_and_leaves_everything_as_it_was(tmp_path, control
             "lora.safetensors",
             ["-o", "x.safetensors"],
             UsageError,
-            "one of kohya, diffusers for a LoRA, got None",
+            "one of kohya, diffusers, peft for a LoRA, got None",
         ),
         ("lora.safetensors", ["-o", "x.bin", "--to", "kohya"], UsageError, "should be name.safetensors"),
         (
@@ -426,7 +457,7 @@ def test_bad_input_is_one_line_and_leaves_everything_as_it_was(tmp_path, control
             "is, or lies in",
         ),
         ("lora.safetensors", ["-o", "e.safetensors", "--to", "kohya"], OutputError, "is there already"),
-        ("lora.safetensors", ["-o", "x.safetensors", "--to", "peft"], UsageError, "--to"),
+        ("lora.safetensors", ["-o", "x.safetensors", "--to", "other"], UsageError, "--to"),
         (
             "odd.safetensors",
             ["-o", "x.safetensors", "--to", "kohya"],
