@@ -17,6 +17,7 @@ from ldm.options import Interval, Part, Prompt, line_names
 MAX_PROMPT_BYTES = 10 * 2**20
 MAX_PROMPT_LINES = 100_000
 MAX_DIGITS = 100  # of a number in a .jsonl file
+NAMED = 12  # options that an error lists
 
 
 @dataclass(frozen=True)
@@ -245,12 +246,11 @@ def _line(said: list[tuple[str, str]]) -> Line:
         option = line_names().get(name)
         if option is None:
             near = nearest(name, line_names())
-            names = line_names().values()
-            some = dict.fromkeys(one.name for one in names if one.part != "sampler" and one.into is None)
-            ours = f"{', '.join(some)} and those of samplers and controls"
+            ours = list(dict.fromkeys(one.name for one in line_names().values()))
+            some = f"{', '.join(ours[:NAMED])} and {len(ours) - NAMED} more, which --help lists"
             raise UsageError(
                 f"unknown option {shown(name)}"
-                + (f"; did you mean {near!r}?" if near else f"; there are {ours}")
+                + (f"; did you mean {near!r}?" if near else f"; there are {some}")
             )
         if isinstance(option.kind, Part):
             continue  # below, in their order
