@@ -6,6 +6,7 @@ once; a second run does what is missing. diffusers needs peft (`pip install peft
 
     python bench/adapters.py                                       # v1, float32 and bfloat16, 0, 1, 3 and 10 LoRAs
     python bench/adapters.py --dtypes bfloat16 --counts 3 --px 256
+    python bench/adapters.py --set --dtypes bfloat16 --repeats 2   # a ControlNet, a LoRA and an IP-Adapter together
 """
 
 import importlib.util
@@ -109,26 +110,13 @@ def their_step(
     fused: bool,
 ) -> Step:
     """Build diffusers' UNet with LoRAs on, beside the weights or within them."""
-    from safetensors.torch import load_file
-
     from bench.speedlib.models import build_their_unet
 
     if fused:  # it writes into the weights
         weights = {name: weight.clone() for name, weight in weights.items()}
     unet = build_their_unet(shape, weights, inputs["x"].device)
-    modules = {name.replace(".", "_"): name for name, _ in unet.named_modules()}
-    for number, file in enumerate(files):
-        state = {}
-        for key, tensor in load_file(file).items():
-            module, _, role = key.removeprefix("lora_unet_").partition(".")
-            if role != "alpha":  # it is the rank, which diffusers takes where nothing is said
-                end = "lora_A.weight" if role.startswith("lora_down") else "lora_B.weight"
-                state[f"{modules[module]}.{end}"] = tensor
-        unet.load_lora_adapter(state, prefix=None, adapter_name=f"style{number}")
-    if files:
-        names = [f"style{number}" for number in range(len(files))]
-        unet.set_adapters(names, weights=[0.7] * len(files))
-        unet.to(inputs["x"].dtype)  # the files are float16
+    names = load_their_loras(unet, files)
+    unet.to(inputs["x"].dtype)  # the files are float16
     is_ready = not fused
 
     def step() -> "Tensor":
@@ -140,6 +128,25 @@ def their_step(
         return unet(inputs["x"], inputs["t"], inputs["context"], return_dict=False)[0]
 
     return step
+
+
+def load_their_loras(unet: Any, files: list[Path]) -> list[str]:
+    """Put LoRAs beside the weights of diffusers' UNet; gives their names there."""
+    from safetensors.torch import load_file
+
+    modules = {name.replace(".", "_"): name for name, _ in unet.named_modules()}
+    for number, file in enumerate(files):
+        state = {}
+        for key, tensor in load_file(file).items():
+            module, _, role = key.removeprefix("lora_unet_").partition(".")
+            if role != "alpha":  # it is the rank, which diffusers takes where nothing is said
+                end = "lora_A.weight" if role.startswith("lora_down") else "lora_B.weight"
+                state[f"{modules[module]}.{end}"] = tensor
+        unet.load_lora_adapter(state, prefix=None, adapter_name=f"style{number}")
+    names = [f"style{number}" for number in range(len(files))]
+    if files:
+        unet.set_adapters(names, weights=[0.7] * len(files))
+    return names
 
 
 def held_bytes(device: "torch.device") -> int:
@@ -218,6 +225,68 @@ def measure(
     return row
 
 
+def measure_set(
+    shape: "Geometry", dtype: str, px: int, device: "torch.device", repeats: int
+) -> dict[str, Any]:
+    """Measure a ControlNet, a LoRA and an IP-Adapter together, as `measure` does; held is all but the UNet's weights.
+
+    Raises:
+        MismatchError: an answer is wrong.
+    """
+    import torch
+
+    from bench.speedlib import adapter_set, models, timing
+    from bench.speedlib.contestants import tidy
+    from bench.speedlib.gate import relative_errors
+    from ldm.checkpoints.key_mapping import UNET
+
+    weights = models.make_weights(shape, getattr(torch, dtype), device, prefixes=(UNET,))
+    inputs = models.make_inputs(shape, "unet", 2, getattr(torch, dtype), device, px)
+    extras = adapter_set.make_extras(px)
+    row: dict[str, Any] = {"contestants": {}, "left_out": {}}
+    steps: dict[str, Step] = {}
+    with ExitStack() as stack, torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        files = {"lora": make_loras(shape, Path(folder), 1)[0], **adapter_set.make_files(shape, Path(folder))}
+        given = (shape, weights, inputs, files, extras)
+        builders = {
+            "diffusers, set": lambda: adapter_set.their_set(*given, load_their_loras),
+            "ldm, set": lambda: adapter_set.our_set(*given, False, stack),
+            "ldm optimized, set": lambda: adapter_set.our_set(*given, True, stack),
+        }
+        if importlib.util.find_spec("peft") is None:
+            del builders["diffusers, set"]
+            row["left_out"] = {"diffusers": "no peft: pip install peft"}
+        reference = None
+        for name, build in builders.items():
+            tidy()
+            before = held_bytes(device)
+            steps[name] = build()
+            watch: list[torch.Tensor] = []
+            first = timing.clocked(lambda step=steps[name], watch=watch: watch.append(step()), device)
+            tidy()
+            held = (held_bytes(device) - before) / 1e9
+            answer = watch[0].float()
+            reference = answer if reference is None else reference
+            error, rms = relative_errors(answer, reference)
+            row["contestants"][name] = {
+                "first_seconds": first["seconds"], "held_gb": held, "max_error": error, "rms_error": rms,
+            }  # fmt: skip
+            if error > LIMITS[dtype]:
+                raise MismatchError(
+                    f"{name} in {dtype} is off by {error:.2g} of the largest number, not timed"
+                )
+        runs = timing.interleave(
+            {name: lambda step=step: timing.clocked(step, device) for name, step in steps.items()},
+            repeats=repeats,
+        )
+    seconds = {name: [run["seconds"] for run in several] for name, several in runs.items()}
+    for name, several in seconds.items():
+        row["contestants"][name]["seconds"] = timing.spread(several)
+        if name != "diffusers, set" and "diffusers, set" in seconds:
+            row["contestants"][name]["to_diffusers"] = timing.compare(several, seconds["diffusers, set"])
+    return row
+
+
 def make_table(results: dict[str, Any]) -> str:
     """Lay the rows out as Markdown."""
     lines = [
@@ -228,7 +297,9 @@ def make_table(results: dict[str, Any]) -> str:
         "where it does. Then all run in turn, so that every round switches ldm's LoRAs off and on again: medians and, "
         "in brackets, the least and the greatest. To none: the ratio of medians, and of the least, to its step "
         "without LoRAs. Held: "
-        "memory that stays after the first step, without the network itself. Made by `python bench/adapters.py` on "
+        "memory that stays after the first step, without the network itself (of a set with all that it brings). Set: "
+        "a ControlNet, a LoRA and an IP-Adapter (plain, one picture) together, diffusers' LoRA beside the weights. "
+        "Made by `python bench/adapters.py` on "
         f"{results['machine']}, {results['threads']} threads, torch {results['versions']['torch']}, diffusers "
         f"{results['versions']['diffusers']}, peft {results['versions']['peft']}.",
         "",
@@ -238,7 +309,8 @@ def make_table(results: dict[str, Any]) -> str:
     for key, row in results["rows"].items():
         for name, one in row["contestants"].items():
             s, ratio = one["seconds"], one.get("to_none")
-            least = s["min"] / row["contestants"][f"{name.split(',')[0]}, none"]["seconds"]["min"]
+            none = row["contestants"].get(f"{name.split(',')[0]}, none")
+            least = None if none is None else s["min"] / none["seconds"]["min"]
             cells = (
                 f"`{key}`",
                 name,
@@ -262,6 +334,7 @@ def parse(argv: list[str] | None) -> Any:
     parser.add_argument(
         "--counts", nargs="+", type=cli.integer(1, 100), default=list(COUNTS), help="how many LoRAs"
     )
+    parser.add_argument("--set", action="store_true", help="not --counts: three kinds at once")
     parser.add_argument(
         "--px", type=cli.integer(64, 2048), help="side of the pictures (default: the model's)"
     )
@@ -297,11 +370,12 @@ def main(argv: list[str] | None = None) -> None:
     results = {**head, "rows": {}} if opt.fresh else quality.load_results(opt.results, head)
     px = opt.px or shape.px
     for dtype in opt.dtypes:
-        for count in opt.counts:
+        for count in ["set"] if opt.set else opt.counts:
             key = f"{dtype}/{px}/{count}"
             if key in results["rows"]:
                 continue
-            results["rows"][key] = measure(shape, dtype, count, px, device, opt.repeats)
+            one = (shape, dtype) if opt.set else (shape, dtype, count)
+            results["rows"][key] = (measure_set if opt.set else measure)(*one, px, device, opt.repeats)
             tidy()
             quality.save_results(opt.results, results)
             quality.write(opt.results.with_suffix(".md"), make_table(results).encode())

@@ -51,3 +51,15 @@ def test_diffusers_and_peft_paint_the_same_with_the_same_files(dtype):
     )
     near = 2e-5 if dtype == "float32" else 0.05
     assert all(one["max_error"] < near for one in row["contestants"].values())
+
+
+@pytest.mark.slow
+def test_a_set_of_three_is_measured_beside_diffusers(tmp_path):
+    pytest.importorskip("peft", reason="there is no peft")
+    path = tmp_path / "r.json"
+    words = ["--model", "tiny", "--device", "cpu", "--dtypes", "float32", "--set", "--repeats", "1"]
+    adapters.main([*words, "--results", str(path)])
+    row = json.loads(path.read_text())["rows"]["float32/64/set"]
+    assert list(row["contestants"]) == ["diffusers, set", "ldm, set", "ldm optimized, set"]
+    assert all(one["max_error"] < 2e-5 and one["seconds"]["n"] == 1 for one in row["contestants"].values())
+    assert "| `float32/64/set` | ldm, set |" in path.with_suffix(".md").read_text()
