@@ -361,7 +361,7 @@ def dpm_solver_singlestep(
     Args:
         x: (b, ...) sample at sigma.
         predict: from a sample and its sigma to the predicted clean sample; called `order` times, once less with eps.
-        sigma, sigma_to: 0-d, above 0.
+        sigma, sigma_to: 0-d, above 0; where they are the same, x is the answer.
         order: 1 to 3.
         eps: noise predicted at x, where the caller has it.
 
@@ -369,6 +369,8 @@ def dpm_solver_singlestep(
         (x_to, by a lower order), which the step size of an adaptive solver is judged by: order 2 less 1, or 3 less 2.
     """
     h = (sigma / sigma_to).log()
+    if h == 0:
+        return x, x
 
     def noise(x: Tensor, sigma: Tensor) -> Tensor:
         return (x - predict(x, sigma)) / sigma

@@ -1,10 +1,11 @@
 """Laws of the samplers with Brownian noise, of CFG++, and of the samplers that make their own steps."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from linear_gaussian import LinearGaussian, Wavy, normals
+from linear_gaussian import Line, LinearGaussian, Wavy, mix, normals
 
 from ldm.errors import UsageError
 from ldm.models.diffusion.samplers import SAMPLERS, Denoiser, alpha_bar_table, sample_steps
@@ -35,7 +36,7 @@ def images(seeds):
 def test_an_image_does_not_depend_on_its_batch_nor_on_its_place_in_it():
     assert len(SDE) >= 4
     for name in SDE:
-        options = {"steps": 5, "spacing": "karras"}
+        options = {"steps": 3, "spacing": "karras"}
         noise = images([7, 8, 9])
         x_T = noise(torch.empty(3, 4, 5, 3, dtype=torch.float64))
         together = last(name, Wavy(), x_T, None, noise=noise, **options)
@@ -140,6 +141,94 @@ def test_restart_keeps_mean_and_spread_of_the_data():
     x = last("restart", model, x_T, steps=40, noise=noise).flatten(1)
     torch.testing.assert_close(x.mean(1), MEANS.double(), rtol=0, atol=0.04)
     torch.testing.assert_close(x.std(1) / model.spread, torch.ones(2).double(), rtol=0, atol=0.06)
+
+
+INVERTS = ("ddim", "dpm_solver", "dpmpp_2m", "euler", "heun", "dpm2", "lms")
+
+
+def test_an_inversion_leads_to_the_noise_that_leads_back():
+    """Exactly where the noise is one along the way, also a part of it; nearer with more steps where it is not."""
+    z, eps = normals(*SHAPE, count=2)
+    model = LinearGaussian()
+    assert tuple(sorted(INVERTS)) == tuple(sorted(name for name, cls in SAMPLERS.items() if cls.inverts))
+    for name in INVERTS:
+        spacing = "trailing" if name in ("ddim", "dpmpp_2m") else "exponential"
+        for count in (None, 4):
+            options = {"steps": 9, "spacing": spacing, "run_last": count}
+            up = list(sample_steps(name, Line(eps), z, None, invert=True, **options))
+            plan = SAMPLERS[name].plan(alpha_bar_table(model), 9, spacing=spacing)
+            top, end = plan[-1 - (count or 9)], float(plan[-1].alpha_bar)
+            x0 = (z - math.sqrt(1 - end) * eps) / math.sqrt(end)  # z itself, but for DDIM
+            torch.testing.assert_close(up[-1].x_t, mix(x0, eps, top.alpha_bar), rtol=0, atol=1e-6)
+            assert len(up) == (count or 9)
+        errors = []
+        for steps in (20, 80):
+            options = {"steps": steps, "spacing": spacing}
+            noise = last(name, model, z, invert=True, **options)
+            top = SAMPLERS[name].plan(alpha_bar_table(model), steps, spacing=spacing)[0]
+            start = (
+                noise if name in ("ddim", "dpm_solver", "dpmpp_2m") else noise / (1 - top.alpha_bar).sqrt()
+            )
+            errors.append((last(name, model, start, **options) - z).abs().max())
+        assert errors[1] < 0.5 * errors[0] and errors[1] < 0.2, name
+
+
+def test_what_cannot_be_inverted_is_refused():
+    z = normals(*SHAPE)[0]
+    for name in SAMPLERS.keys() - set(INVERTS):
+        with pytest.raises(
+            UsageError, match=f"{name} does not invert at all; these do, .*: ddim, "
+        ) as caught:
+            sample_steps(name, Wavy(), z, None, steps=3, invert=True)
+        assert len(str(caught.value)) <= 400
+    for name, options in (("ddim", {"eta": 0.5}), ("heun", {"s_churn": 1.0})):
+        with pytest.raises(UsageError, match=f"{name} does not invert with fresh noise"):
+            sample_steps(name, Wavy(), z, None, steps=3, invert=True, **options)
+    with pytest.raises(UsageError, match="leave mask and start_from out"):
+        sample_steps("ddim", Wavy(), z, None, steps=3, invert=True, mask=torch.ones(1, 1, 5, 3), x0=z)
+
+
+def test_a_step_to_the_same_level_changes_nothing():
+    """The first step of each, and one that remembers another before it."""
+    (x,) = normals(*SHAPE)
+    for name, cls in SAMPLERS.items():
+        sampler = cls(Denoiser(Wavy(), None), eta=0.0) if cls.accepts_eta(0) else cls(Denoiser(Wavy(), None))
+        here, to, *_ = cls.plan(alpha_bar_table(Wavy()), 8, spacing="karras")
+        same = replace(here)
+        torch.testing.assert_close(sampler.step(x, here, same)[0], x, rtol=0, atol=1e-9, msg=name)
+        sampler = cls(Denoiser(Wavy(), None), eta=0.0)
+        x_to, *_ = sampler.step(x, here, to)
+        if name != "dpm_adaptive":
+            again = sampler.step(x_to, to, replace(to))[0]
+            torch.testing.assert_close(again, x_to, rtol=0, atol=1e-9, msg=name)
+
+
+def test_without_fresh_noise_all_are_deterministic():
+    """At eta 0, or where noise has no weight, whatever is drawn; DDPM's alone has no such setting."""
+    for name in SAMPLERS.keys() - {"ddpm"}:
+        silent = {"s_noise": 0.0} if name == "restart" else {"eta": 0.0}
+        steps = 20 if name == "restart" else 4
+        ends = [last(name, steps=steps, noise=images(seeds), **silent) for seeds in ([1, 2], [3, 4])]
+        assert torch.equal(*ends), name
+
+
+def test_a_mask_keeps_what_is_kept_at_the_last_level_that_is_blended():
+    """Where it is 1, the sample before the last step is x0 noised; a network that gives it back is told so there."""
+    x_T, x0 = normals(*SHAPE, count=2)
+    mask = torch.zeros(1, 1, 5, 3, dtype=torch.float64)
+    mask[..., 1:] = 1
+    for name in SAMPLERS:
+        seen = []
+
+        class Seen(Wavy):
+            def apply_model(self, x, t, cond, seen=seen):
+                seen.append(x)
+                return self.raw(x, t)
+
+        options = {"steps": 3, "noise": torch.zeros_like, "mask": mask, "x0": x0, "spacing": "karras"}
+        last(name, Seen(), x_T, None, **options)
+        kept = seen[0][..., 1:] / x0[..., 1:]  # sqrt(alpha_bar), for the noise is 0
+        torch.testing.assert_close(kept, torch.full_like(kept, float(kept.median())), rtol=1e-9, atol=0)
 
 
 REFUSED = [

@@ -13,8 +13,10 @@ from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.levels import Level, Noise, is_table, make_plan, unit_noise, visited_levels
 from ldm.models.diffusion.sampling_util import norm_thresholding
 from ldm.process.gaussian import q_sample
+from ldm.process.prediction import to_x0
 from ldm.process.schedule import LEAST_SIGNAL
 from ldm.process.spacing import check_steps
+from ldm.process.steps import ddim_inverse_step
 
 
 @dataclass
@@ -41,7 +43,9 @@ class Sampler:
     )
     needs_unconditional: ClassVar[bool] = False  # the prediction without the condition, whatever the guidance
     chooses_levels: ClassVar[bool] = False  # between the first and the last of its run
-    inverts: ClassVar[bool] = False  # also steps from a cleaner level to a noisier one
+    inverts: ClassVar[bool] = (
+        False  # also steps from a cleaner level to a noisier one, where it draws no noise
+    )
     own_eta: ClassVar[float] = 0.0  # where a request names none
     etas: ClassVar[str] = "must be 0: this sampler adds no noise"
 
@@ -102,8 +106,17 @@ class Sampler:
         return noise if z is None else q_sample(z, noise, alpha_bar=level.alpha_bar)
 
     def step(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
-        """Step from a level to another, mostly a cleaner one: (sample there, predicted clean sample)."""
+        """Step from a level to another, mostly a cleaner one: (sample there, predicted clean sample).
+
+        To a noisier one (to.left > here.left) it inverts, where the class says that it can.
+        """
         raise NotImplementedError
+
+    def rise(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
+        """Step to a noisier level by the noise predicted there, as DDIM's inversion does; also from the clean end."""
+        eps, _ = self.denoise(x, to.t, to.alpha_bar)
+        x_to = ddim_inverse_step(x, eps, alpha_bar_t=here.alpha_bar, alpha_bar_next=to.alpha_bar)
+        return x_to, to_x0("eps", eps, x, here.alpha_bar)
 
     def draw(self, x: Tensor, here: Level, to: Level) -> Tensor:
         """Draw unit normal noise shaped like x, for the step between two levels."""
@@ -155,6 +168,8 @@ class SigmaSampler(Sampler):
         return (1 - level.alpha_bar).sqrt() * noise if z is None else super().start(noise, level, z)
 
     def step(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
+        if here.alpha_bar == 1:
+            return self.rise(x, here, to)
         x, denoised = self.step_sigma(x / here.alpha_bar.sqrt(), here, to)
         return to.alpha_bar.sqrt() * x, denoised
 

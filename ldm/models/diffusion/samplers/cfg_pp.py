@@ -18,6 +18,7 @@ class DDIMCFGPP(DDIM):
     """
 
     name = "ddim_cfg_pp"
+    inverts = False
     needs_unconditional = True
 
     def step(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:

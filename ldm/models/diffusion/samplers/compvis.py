@@ -24,6 +24,7 @@ class DDIM(NoisySampler):
     spacing = "uniform"
     ends_clean = False
     starts_above = True  # as CompVis's img2img; kept, for its seeds' images
+    inverts = True
     etas = "must be from 0 to 1"
 
     @classmethod
@@ -35,6 +36,8 @@ class DDIM(NoisySampler):
         return 0 <= eta <= 1
 
     def step(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
+        if to.left > here.left:
+            return self.rise(x, here, to)
         eps, pred_x0 = self.denoise(x, here.t, here.alpha_bar)
         return self.move(x, eps, self.quantize(pred_x0), here, to)
 
@@ -66,6 +69,7 @@ class PLMS(DDIM):
     """
 
     name = "plms"
+    inverts = False
     etas = "must be 0: PLMS adds no noise"
 
     old_eps: list[Tensor] = field(default_factory=list, init=False)

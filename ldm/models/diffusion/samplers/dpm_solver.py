@@ -28,6 +28,7 @@ class DPMSolver(Sampler):
     name = "dpm_solver"
     spacing = "time_uniform"
     needs_signal = True
+    inverts = True
 
     _: KW_ONLY
     predict_x0: bool = True
@@ -46,7 +47,11 @@ class DPMSolver(Sampler):
             )
 
     def step(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
+        if here.alpha_bar == 1:
+            return self.rise(x, here, to)
         eps, pred_x0 = self.denoise(x, here.t, here.alpha_bar)
+        if here.alpha_bar == to.alpha_bar:
+            return x, pred_x0
         pred_x0 = self.quantize(pred_x0)
         self.past = [(pred_x0 if self.predict_x0 else eps, here.alpha_bar), *self.past][: self.order]
         outputs, alpha_bars = zip(*self.past[: self.order_at(here)], strict=True)

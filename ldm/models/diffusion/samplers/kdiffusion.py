@@ -22,6 +22,7 @@ class Euler(SigmaSampler):
     """
 
     name = "euler"
+    inverts = True
 
     _: KW_ONLY
     s_churn: float = 0.0
@@ -148,6 +149,7 @@ class LMS(SigmaSampler):
     """
 
     name = "lms"
+    inverts = True
 
     _: KW_ONLY
     order: int = 4

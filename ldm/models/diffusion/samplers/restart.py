@@ -20,6 +20,7 @@ class Restart(Heun):
     """
 
     name = "restart"
+    inverts = False
     spacing = "karras"
     low, high = 0.1, 2.0
 

@@ -63,6 +63,7 @@ def sample_steps(
     noise: Noise | None = None,
     run_last: int | None = None,
     start_from: Tensor | None = None,
+    invert: bool = False,
     mask: Tensor | None = None,
     x0: Tensor | None = None,
     guidance_rescale: float = 0.0,
@@ -89,6 +90,8 @@ def sample_steps(
             of the blended image (with mask), then the sampler's own. None = `unit_noise`.
         run_last: run only the last so many steps.
         start_from: (b, ...) clean sample that x_T noises, to the level where a run of the last steps starts.
+        invert: walk the other way, up the last so many steps or all, along the deterministic path: x_T is then the
+            clean sample, and the last step's x_t the noise that leads back to it, nearer with more steps.
         mask: broadcastable to x_T; where 1 the image x0 is kept, where 0 it is repainted. x0, noised
             afresh, is blended in before every step.
         x0: (b, ...) clean sample for the mask.
@@ -127,7 +130,10 @@ def sample_steps(
         return q_sample(x0, draw(x0), alpha_bar=level.alpha_bar) * mask + (1 - mask) * x
 
     before = None if mask is None else keep_known
-    if count == total:
+    sampler = cls(denoise, draw, eta=eta, **own)
+    if invert:
+        check_inverts(sampler, mask, start_from)
+    elif count == total:
         x_T = cls.start(x_T, plan[0])
     elif start_from is not None and count > 0:
         x_T = cls.start(x_T, noised_level(cls, plan, count), start_from)
@@ -136,7 +142,19 @@ def sample_steps(
     levels = [level for level in plan if level.left <= count]
     if cls.chooses_levels and count > 0:
         levels = [replace(levels[0], left=1, total=1), replace(levels[-1], total=1)]
-    return run_levels(levels, x_T, cls(denoise, draw, eta=eta, **own).step, before)
+    return run_levels(levels[::-1] if invert else levels, x_T, sampler.step, before)
+
+
+def check_inverts(sampler: Sampler, mask: Tensor | None, start_from: Tensor | None) -> None:
+    """Raise UsageError unless a sampler can walk from a clean sample to noise."""
+    if not sampler.inverts or sampler.eta or getattr(sampler, "s_churn", 0):
+        able = ", ".join(name for name, cls in SAMPLERS.items() if cls.inverts)
+        why = "with fresh noise" if sampler.inverts else "at all"
+        raise UsageError(f"{sampler.name} does not invert {why}; these do, at eta and s_churn 0: {able}")
+    if mask is not None or start_from is not None:
+        raise UsageError(
+            "an inversion begins at the clean sample and keeps nothing: leave mask and start_from out"
+        )
 
 
 def noised_level(cls: type[Sampler], plan: Sequence[Level], count: int) -> Level:

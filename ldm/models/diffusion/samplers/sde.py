@@ -107,6 +107,8 @@ class DPMSolverPP2MSDE(SDESampler):
         self.past = [(denoised, here.sigma), *self.past][: self.order]
         if to.sigma == 0:
             return denoised, denoised
+        if to.sigma == here.sigma:
+            return x, denoised
         outputs, sigmas = zip(*self.past, strict=True)
         x = sde_dpm_solver_pp_step(
             x, outputs, sigmas=sigmas, sigma_to=to.sigma, eta=self.eta, solver_type=self.solver_type
