@@ -37,6 +37,13 @@ HISTORIC_NAMES = {
     "main.DataModuleFromConfig": "ldm.training.data.DataModuleFromConfig",
     "main.ImageLogger": "ldm.training.callbacks.ImageLogger",
 }
+# Names in ControlNet's configurations -> ours, which build the same keys; where a program has imported its own cldm,
+# they are that one's.
+CLDM_NAMES = {
+    "cldm.cldm.ControlLDM": "ldm.models.diffusion.control.ControlLDM",
+    "cldm.cldm.ControlNet": "ldm.models.diffusion.control.ControlNet",
+    "cldm.cldm.ControlledUnetModel": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+}
 
 
 def get_obj_from_str(string: str, reload: bool = False, *, allow: Iterable[str] = ()) -> type:
@@ -56,6 +63,8 @@ def get_obj_from_str(string: str, reload: bool = False, *, allow: Iterable[str] 
             f"target {shown(string)} is not a dotted class name such as 'ldm.models.autoencoder.AutoencoderKL'"
         )
     string = HISTORIC_NAMES.get(string, string)
+    if string in CLDM_NAMES and "cldm" not in sys.modules:
+        string = CLDM_NAMES[string]
     module_name, class_name = string.rsplit(".", 1)
     allowed = string in ({allow} if isinstance(allow, str) else set(allow))
     if not (allowed or _may_import(module_name)):

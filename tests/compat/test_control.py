@@ -10,10 +10,11 @@ from keyed import fill, keyed_input
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from ldm.errors import UsageError
 from ldm.models.autoencoder import IdentityFirstStage
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import instantiate_from_config
+from ldm.util import get_obj_from_str, instantiate_from_config
 
 SHAPE = (2, 4, 8, 8)
 X, T, C, UC = (
@@ -290,3 +291,98 @@ def test_the_rest_of_what_such_a_sampler_touches(recorded_model):
         )
     finally:
         recorded_model.first_stage_model = stage
+
+
+# --- our own classes, by cldm's names ---
+
+
+@pytest.fixture(scope="module")
+def own_config(config):
+    """ControlNet's YAML as published: cldm's own names, which are ours where no cldm was imported."""
+    params = copy.deepcopy(config["params"])
+    params["control_stage_config"]["target"] = "cldm.cldm.ControlNet"
+    params["unet_config"]["target"] = "cldm.cldm.ControlledUnetModel"
+    return {"target": "cldm.cldm.ControlLDM", "params": params}
+
+
+@pytest.fixture(scope="module")
+def own(own_config):
+    return fill(build(own_config), only=KEYED)
+
+
+@torch.no_grad()
+def test_our_own_classes_have_the_originals_keys_and_answers(
+    own, parts, recorded, recorded_model, monkeypatch
+):
+    assert type(own).__module__ == "ldm.models.diffusion.control"
+    assert {key: list(value.shape) for key, value in own.state_dict().items()} == parts["keys"]
+    own.load_state_dict(recorded_model.state_dict(), strict=True)
+    recorded_model.load_state_dict(own.state_dict(), strict=True)
+    cond, without = {"c_crossattn": [C], "c_concat": [HINT]}, {"c_crossattn": [C], "c_concat": None}
+    close(own.apply_model(X, T, cond), recorded["control.eps"])
+    close(own.apply_model(X, T, without), recorded["control.none"])
+    monkeypatch.setattr(own, "control_scales", [0.825 ** (12 - i) for i in range(13)])
+    close(own.apply_model(X, T, cond), recorded["control.eps_guess"])
+    monkeypatch.setattr(own, "only_mid_control", True)
+    assert not torch.allclose(own.apply_model(X, T, cond), recorded["control.eps_guess"], atol=1e-4)
+
+
+@torch.no_grad()
+def test_our_own_model_samples_as_one_of_anothers_classes_does(own, recorded_model):
+    cond, empty = {"c_crossattn": [C], "c_concat": [HINT]}, {"c_crossattn": [UC], "c_concat": [HINT]}
+    options = {
+        "unconditional_guidance_scale": 3.0,
+        "unconditional_conditioning": empty,
+        "verbose": False,
+        "x_T": X,
+    }
+    got, want = (
+        DDIMSampler(one).sample(3, 2, SHAPE[1:], cond, **options)[0] for one in (own, recorded_model)
+    )
+    close(got, want)
+
+
+@pytest.mark.slow
+def test_our_own_model_trains_its_control_alone(speaking_config, own_config):
+    config = copy.deepcopy(speaking_config)
+    config["target"] = own_config["target"]
+    for part in ("control_stage_config", "unet_config"):
+        config["params"][part]["target"] = own_config["params"][part]["target"]
+    model = fill(build(config), only=KEYED)
+    model.learning_rate = 1e-3
+    optimizer = model.configure_optimizers()
+    before = {name: one.clone() for name, one in model.named_parameters()}
+    torch.manual_seed(0)
+    x, c = model.get_input(batch(), "image", bs=1)
+    assert (
+        len(x) == 1 and c["c_concat"][0].shape == (1, 3, 64, 64) and c["c_crossattn"][0].shape == (1, 7, 128)
+    )
+    loss, _ = model.shared_step(batch())
+    loss.backward()
+    optimizer.step()
+    moved = {name for name, one in model.named_parameters() if not torch.equal(one, before[name])}
+    assert moved == {name for name in before if name.startswith("control_model.")}
+    model.sd_locked = False
+    more = {id(one) for one in model.configure_optimizers().param_groups[0]["params"]}
+    assert {
+        name.split(".")[2]
+        for name, one in model.named_parameters()
+        if id(one) in more and name.startswith("model.")
+    } == {"output_blocks", "out"}
+    with pytest.raises(UsageError, match="a batch needs the key 'hint'"):
+        model.get_input({"image": batch()["image"], "txt": ["a"]}, "image")
+    with pytest.raises(UsageError, match="condition is a dict of c_crossattn and c_concat"):
+        model.apply_model(X, T, C)
+
+
+def test_a_cldm_that_was_imported_goes_before_ours(monkeypatch):
+    import sys
+    import types
+
+    module = types.ModuleType("cldm.cldm")
+    module.ControlLDM = type("ControlLDM", (LatentDiffusion,), {"__module__": "cldm.cldm"})
+    package = types.ModuleType("cldm")
+    package.__path__ = []
+    monkeypatch.setitem(sys.modules, "cldm", package)
+    monkeypatch.setitem(sys.modules, "cldm.cldm", module)
+    assert get_obj_from_str("cldm.cldm.ControlLDM") is module.ControlLDM
