@@ -172,7 +172,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         OutputError: something is there already, or the disk does not take it.
     """
     path = Path(os.path.abspath(path))
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(
             f"cannot save into '{escaped(path)}': it holds something already; give another name"
         )

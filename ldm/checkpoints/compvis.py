@@ -279,12 +279,14 @@ def check_output(output: str | os.PathLike, inputs: Sequence[str | os.PathLike],
 
 
 def refuse_input(output: Path, inputs: Iterable[str | os.PathLike]) -> None:
-    """Raise UsageError if an output is one of the inputs, or lies in a folder that is one."""
+    """Raise UsageError if an output is one of the inputs, or a file in a folder that is one; or no name at all."""
+    if "\0" in str(output):
+        raise UsageError(f"the output '{escaped(output)}' is no name of a file")
+    if not os.path.exists(output):
+        return
+    places = [output, *output.resolve().parents]
     for one in map(Path, inputs):
-        if not one.exists():
-            continue
-        places = [output, *output.resolve().parents] if one.is_dir() else [output]
-        if any(place.exists() and place.samefile(one) for place in places):
+        if os.path.exists(one) and any(place.samefile(one) for place in places):
             raise UsageError(
                 f"the output '{escaped(output)}' is, or lies in, the input '{escaped(one)}'; give another name"
             )
@@ -292,7 +294,7 @@ def refuse_input(output: Path, inputs: Iterable[str | os.PathLike]) -> None:
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raise OutputError if a file is there already and is not to be replaced."""
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise OutputError(
             f"'{escaped(path)}' is there already; give another name, or overwrite=True (--overwrite)"
         )

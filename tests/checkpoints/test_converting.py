@@ -130,7 +130,7 @@ def test_a_model_becomes_a_folder_that_diffusers_reads_and_a_file_again(tiny, tm
     for output, source, options, kind, words in (
         ("folder", weights, {}, OutputError, "holds something already"),
         ("new", tmp_path / "folder" / "unet", {}, MismatchError, "a Stable Diffusion v1 model, a ControlNet"),
-        ("folder/x", tmp_path / "folder", {}, UsageError, "is, or lies in, the input"),
+        ("folder/unet/config.json", tmp_path / "folder", {}, UsageError, "is, or lies in, the input"),
         ("0.safetensors", tmp_path / "folder", {}, OutputError, "there already"),
         ("new.safetensors", weights, {"to": "diffusers"}, UsageError, "is a folder, got the name of a file"),
         ("new", weights, {"to": "compvis"}, UsageError, "should be name.safetensors"),
@@ -469,6 +469,9 @@ def test_bad_input_is_one_line_and_leaves_everything_as_it_was(tmp_path, control
         ("half.safetensors", ["-o", "x"], MismatchError, "no whole ControlNet: it lacks"),
         ("more.safetensors", ["-o", "x"], MismatchError, "1 of its .* tensors are none of a ControlNet"),
         ("low.safetensors", ["-o", "x"], MismatchError, "is a Control-LoRA or a difference"),
+        ("control.safetensors", ["-o", "x" * 300], OutputError, "File name too long"),
+        ("control.safetensors", ["-o", "a\0b"], UsageError, "is no name of a file"),
+        ("control.safetensors", ["-o", "low.safetensors/x"], OutputError, "cannot write"),
         ("control.safetensors", ["-o", "x.pt"], UsageError, "is a folder, got the name of a file"),
         (
             "control.safetensors",
