@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -38,6 +39,18 @@ def close(got, want, atol=1e-12):
 
 def plan_of(name, model, steps, **options):
     return SAMPLERS[name].plan(alpha_bar_table(model), steps, **options)
+
+
+def counted(calls, steps):
+    """Count the calls of the network by the words of the table."""
+    return eval(re.sub(r"(\d) S", r"\1 * S", calls), {"S": steps})
+
+
+def of_each_step(name, calls):
+    """Keep the first call of each step; PLMS looks at both ends of its first."""
+    if name == "heunpp2":  # at three levels, then two, then one
+        return [*calls[:-3:3], *calls[-3::2]] if len(calls) > 1 else calls
+    return calls[::2] if CALLS[name] == TWICE else calls if name != "plms" else [calls[0], *calls[2:]]
 
 
 def afresh(name):
@@ -186,12 +199,11 @@ def test_a_run_takes_exactly_the_steps_asked_for_and_counts_them(name, steps):
     assert [step.index for step in done] == list(range(count))
     assert done[-1].total == count
     if CALLS[name] != "by tolerance":
-        assert len(model.asked) == eval(CALLS[name].replace("2 S", "2 * S"), {"S": steps})
+        assert len(model.asked) == counted(CALLS[name], steps)
     times = [step.t for step in done]
     assert times == sorted(times, reverse=True) or name == "restart"
     told = [t[0].item() for _, t in model.asked]
-    # PLMS looks at both ends of its first step.
-    firsts = told[::2] if CALLS[name] == TWICE else told if name != "plms" else [told[0], *told[2:]]
+    firsts = of_each_step(name, told)
     if name not in ("dpm_fast", "dpm_adaptive"):
         assert times == pytest.approx(firsts, abs=1e-4)
 
@@ -209,8 +221,7 @@ def test_every_number_of_steps_calls_the_network_as_often_as_the_docs_say(counts
         for steps in counts:
             model.asked.clear()
             last(sample_steps(name, model, x_T, None, steps=steps, **afresh(name)))
-            want = eval(calls.replace("2 S", "2 * S"), {"S": steps})
-            assert len(model.asked) == want, (name, steps)
+            assert len(model.asked) == counted(calls, steps), (name, steps)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -226,7 +237,7 @@ def test_whole_levels_are_told_as_integers_and_fractions_as_floats():
     (x_T,) = normals(*SHAPE)
     for name in SAMPLERS:
         last(sample_steps(name, model, x_T, None, steps=2))
-        whole = name in ("ddim", "ddim_cfg_pp", "plms", "ddpm", "dpmpp_2m")
+        whole = name in ("ddim", "ddim_cfg_pp", "plms", "ddpm", "dpmpp_2m", "dpm_solver_singlestep")
         assert model.asked[-1][1].dtype == (torch.int64 if whole else torch.float32)
 
 
@@ -450,29 +461,26 @@ def test_where_the_mask_is_one_the_image_is_noised_afresh_before_every_step(name
     x_T, x0 = normals(*SHAPE, count=2)
     mask = torch.zeros(2, 1, 5, 3, dtype=torch.float64)
     mask[:, :, 2:] = 1
-    seen, noises = [], []
+    seen, noises, blended = [], [], []
 
     def noise(like):
         noises.append(normals(*like.shape, seed=len(noises))[0])
+        if like is x0:
+            blended.append(noises[-1])
         return noises[-1]
 
     model.apply_model = lambda x, t, c: (seen.append(x), 0.1 * x)[1]
     last(sample_steps(name, model, x_T, None, steps=3, noise=noise, mask=mask, x0=x0))
     plan = plan_of(name, model, 3)[:-1]
     close(seen[0][:, :, :2], SAMPLERS[name].start(x_T, plan[0])[:, :, :2])
-    # PLMS asks a second time within its first step, of its own guess and without blending; others in each.
+    # PLMS calls a second time within its first step, with its own guess and without blending; others in each.
     if name == "dpm_adaptive":  # at levels of its own
         return
-    steps_seen = [seen[0], *seen[2:]] if name == "plms" else seen[::2] if CALLS[name] == TWICE else seen
+    steps_seen = of_each_step(name, seen)
     if name == "dpm_fast":  # of orders 2 and 1
         steps_seen = [seen[0], seen[2]]
-    own = int(
-        name in ("ddim", "ddim_cfg_pp", "ddpm", "plms", "euler_a", "euler_a_cfg_pp", "dpm2_a", "dpmpp_2s_a")
-    )
-    first, brownian = 0, hasattr(SAMPLERS[name], "brownian")  # which draws once, after the first blend
-    for i, (x, level) in enumerate(zip(steps_seen, plan, strict=True)):
-        close(x[:, :, 2:], mix(x0, noises[first], level.alpha_bar)[:, :, 2:])
-        first += 1 + own + (1 if (name == "plms" or brownian) and i == 0 else 0)
+    for x, level, drawn in zip(steps_seen, plan, blended, strict=True):
+        close(x[:, :, 2:], mix(x0, drawn, level.alpha_bar)[:, :, 2:])
 
 
 def test_an_empty_mask_changes_nothing():

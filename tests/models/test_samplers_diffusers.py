@@ -6,7 +6,9 @@ import pytest
 import torch
 from linear_gaussian import Wavy, normals
 
-from ldm.models.diffusion.samplers import sample_steps
+from ldm.models.diffusion.denoiser import Denoiser
+from ldm.models.diffusion.levels import Level, alpha_bar_table, run_levels
+from ldm.models.diffusion.samplers import SAMPLERS, sample_steps
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -166,3 +168,146 @@ def test_singlestep_dpm_solver(x_T, order, predict_x0):
         x = solver.singlestep_dpm_solver_update(x, s, t, order, solver_type="taylor", r1=r1, r2=r2)
         want = samples[i + order - 1]
         torch.testing.assert_close(x, want, rtol=0, atol=2e-5 * (1 + want.abs().max().item()))
+
+
+# --- multistep, stochastic and distilled --------------------------------------------------------------------------
+
+SCHEDULERS = [  # (scheduler, its options, sampler, options)
+    *(
+        (
+            "UniPCMultistep",
+            {"solver_order": order, "solver_type": kind, "predict_x0": x0},
+            "unipc",
+            {"order": order, "solver_type": kind, "predict_x0": x0},
+        )
+        for order in (1, 2, 3)
+        for kind in ("bh1", "bh2")
+        for x0 in (True, False)
+    ),
+    # Karras' sigmas have their levels rounded there.
+    ("UniPCMultistep", {"use_karras_sigmas": True}, "unipc", {"spacing": "karras"}),
+    *(("DEISMultistep", {"solver_order": order}, "deis", {"order": order}) for order in (1, 2, 3)),
+    *(
+        (
+            "SASolver",
+            {"predictor_order": order, "corrector_order": corrector},
+            "sa_solver",
+            {"order": order, "corrector_order": corrector},
+        )
+        for order, corrector in ((1, 1), (2, 1), (2, 2), (3, 3), (3, 4))
+    ),
+    *(
+        ("DPMSolverMultistep", {f"use_{table}_sigmas": True}, "dpmpp_2m", {"spacing": ours_})
+        for table, ours_ in (("karras", "karras"), ("exponential", "exponential"), ("beta", "beta_sigma"))
+    ),
+    ("LCM", {"clip_sample": False}, "lcm", {}),
+    *(("TCD", {"clip_sample": False, "eta": gamma}, "tcd", {"gamma": gamma}) for gamma in (0.0, 0.3, 1.0)),
+    *(
+        (
+            "DPMSolverSinglestep",
+            {
+                "solver_order": order,
+                "solver_type": kind,
+                "algorithm_type": "dpmsolver++" if x0 else "dpmsolver",
+                "lower_order_final": x0,
+                "final_sigmas_type": "zero" if x0 else "sigma_min",
+            },
+            "dpm_solver_singlestep",
+            {
+                "order": order,
+                "solver_type": {"heun": "taylor"}.get(kind, kind),
+                "predict_x0": x0,
+                "lower_order_final": x0,
+            },
+        )
+        for order in (1, 2, 3)
+        for kind in ("midpoint", "heun")
+        for x0 in (True, False)
+    ),
+]
+# Theirs end at the level 0, and ours of these names at the clean end.
+LOW = ("DEISMultistep", "SASolver", "TCD")
+
+
+def theirs_in_double(scheduler, model, x, steps, noises, monkeypatch, options):
+    module = __import__(type(scheduler).__module__, fromlist=["x"])
+    coming = iter(noises)
+    if hasattr(module, "randn_tensor"):
+        monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: next(coming))
+    scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "sigmas"):
+        scheduler.sigmas = scheduler.sigmas.double()
+    samples = []
+    for t in scheduler.timesteps:
+        x = scheduler.step(model.raw(x, t.expand(len(x))), t, x, return_dict=False, **options)[0]
+        samples.append(x)
+    return samples
+
+
+@pytest.mark.parametrize(("theirs_", "settings", "name", "options"), SCHEDULERS)
+@pytest.mark.thinned(6)
+def test_every_step_is_diffusers(monkeypatch, theirs_, settings, name, options):
+    model = Wavy()
+    (x_T, *noises), table = normals(2, 2, 3, 1, count=40), alpha_bar_table(model)
+    steps = 21 if settings.get("solver_order") == 3 else 20  # whole groups of the single-step solver
+    settings, options = dict(settings), dict(options)
+    eta = {"eta": settings.pop("eta")} if "eta" in settings else {}
+    scheduler = getattr(diffusers, f"{theirs_}Scheduler")(**BETAS, **settings)
+    want = theirs_in_double(scheduler, model, x_T, steps, noises, monkeypatch, eta)
+    plan = SAMPLERS[name].plan(table, steps, spacing=options.pop("spacing", None))
+    if theirs_ in LOW or settings.get("final_sigmas_type") == "sigma_min":
+        plan = [*plan[:-1], Level(0.0, torch.tensor(table[0]), 0, steps)]
+    if theirs_ == "DPMSolverMultistep":  # theirs calls the network with whole levels where sigmas lie between
+        whole = round if "use_karras_sigmas" in settings else int
+        plan = [Level(float(whole(one.t)), one.alpha_bar, one.left, one.total) for one in plan]
+    # SASolver draws at every step there, and here where its noise counts.
+    coming = iter(
+        [n for n, at in zip(noises, plan, strict=False) if theirs_ != "SASolver" or 200 <= at.t <= 800]
+    )
+    sampler = SAMPLERS[name](Denoiser(model, None), lambda like: next(coming), **options)
+    sampler.levels = plan
+    got = [step.x_t for step in run_levels(plan, x_T, sampler.step)]
+    assert len(got) == len(want) == steps
+    # Two of theirs are not a number where they go to the clean end, order 1 with an infinite B(h).
+    if "bh1" in settings.values() or (name == "unipc" and not settings.get("predict_x0", True)):
+        assert want.pop().isnan().all() and got.pop().isfinite().all()
+    for step, (a, b) in enumerate(zip(got, want, strict=True)):
+        error = float((a - b).abs().max() / (1 + b.abs().max()))
+        assert error < 1e-4, f"{theirs_} {settings}, step {step}: {error}"
+
+
+KARRAS = {"use_karras_sigmas": True}
+SIGMA_SCHEDULERS = [  # (scheduler, its options, sampler, options): they step in sigma's units; the table of sigmas
+    ("EulerDiscrete", KARRAS, "euler", {}, "karras"),
+    ("EulerDiscrete", {"use_exponential_sigmas": True}, "euler", {}, "exponential"),
+    ("EulerDiscrete", {"use_beta_sigmas": True}, "euler", {}, "beta_sigma"),
+    ("EulerAncestralDiscrete", {"timestep_spacing": "trailing"}, "euler_a", {}, "trailing"),
+    ("HeunDiscrete", KARRAS, "heun", {}, "karras"),
+    ("LMSDiscrete", KARRAS, "lms", {}, "karras"),
+    ("KDPM2Discrete", KARRAS, "dpm2", {}, "karras"),
+    ("KDPM2AncestralDiscrete", KARRAS, "dpm2_a", {}, "karras"),
+]
+
+
+@pytest.mark.parametrize(("theirs_", "settings", "name", "options", "table"), SIGMA_SCHEDULERS)
+@pytest.mark.thinned(4)
+def test_runs_in_units_of_sigma_end_as_diffusers(monkeypatch, theirs_, settings, name, options, table):
+    model, steps = Wavy(), 20
+    x_T, *noises = normals(2, 2, 3, 1, count=40)
+    scheduler = getattr(diffusers, f"{theirs_}Scheduler")(**BETAS, **settings)
+    coming = iter(noises)
+    module = __import__(type(scheduler).__module__, fromlist=["x"])
+    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: next(coming), raising=False)
+    scheduler.set_timesteps(steps)
+    sigmas = [float(s) for s in dict.fromkeys(scheduler.sigmas.double().tolist())]
+    x = x_T * sigmas[0]
+    for t in scheduler.timesteps:
+        x = scheduler.step(model.raw(scheduler.scale_model_input(x, t), t.expand(len(x))), t, x).prev_sample
+    plan = SAMPLERS[name].plan(alpha_bar_table(model), steps, spacing=table)
+    if name.startswith("dpm2"):  # ours leaves the last sigma of a table out, as A1111 and ComfyUI do
+        plan = SAMPLERS["euler"].plan(alpha_bar_table(model), steps, spacing=table)
+    coming = iter(noises)
+    sampler = SAMPLERS[name](Denoiser(model, None), lambda like: next(coming), **options)
+    sampler.levels = plan
+    *_, last = run_levels(plan, sampler.start(x_T, plan[0]), sampler.step)
+    assert float((last.x_t - x).abs().max() / (1 + x.abs().max())) < 1e-4

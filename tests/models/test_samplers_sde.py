@@ -206,7 +206,8 @@ def test_a_step_to_the_same_level_changes_nothing():
 def test_without_fresh_noise_all_are_deterministic():
     """At eta 0, or where noise has no weight, whatever is drawn; DDPM's alone has no such setting."""
     for name in SAMPLERS.keys() - {"ddpm"}:
-        silent = {"s_noise": 0.0} if name == "restart" else {"eta": 0.0}
+        silent = {"restart": {"s_noise": 0.0}, "lcm": {"s_noise": 0.0}, "tcd": {"gamma": 0.0}}
+        silent = silent.get(name, {"eta": 0.0})
         steps = 20 if name == "restart" else 4
         ends = [last(name, steps=steps, noise=images(seeds), **silent) for seeds in ([1, 2], [3, 4])]
         assert torch.equal(*ends), name

@@ -24,7 +24,9 @@ from ldm.models.diffusion.levels import (
 from ldm.models.diffusion.samplers.base import NoisySampler, Sampler, SigmaSampler, check_eta
 from ldm.models.diffusion.samplers.cfg_pp import DDIMCFGPP, EulerAncestralCFGPP, EulerCFGPP
 from ldm.models.diffusion.samplers.compvis import DDIM, DDPM, PLMS
+from ldm.models.diffusion.samplers.distilled import LCM, TCD
 from ldm.models.diffusion.samplers.dpm_solver import DPMSolver, DPMSolverPP2M
+from ldm.models.diffusion.samplers.dpm_solver_singlestep import DPMSolverSinglestep
 from ldm.models.diffusion.samplers.kdiffusion import (
     DPM2,
     LMS,
@@ -33,6 +35,18 @@ from ldm.models.diffusion.samplers.kdiffusion import (
     Euler,
     EulerAncestral,
     Heun,
+)
+from ldm.models.diffusion.samplers.multistep import (
+    DEIS,
+    IPNDM,
+    IPNDMV,
+    RES2S,
+    DPMSolverPP2Mv2,
+    GradientEstimation,
+    HeunPP2,
+    RESMultistep,
+    RESMultistepAncestral,
+    UniPC,
 )
 from ldm.models.diffusion.samplers.names import SAMPLERS, resolve_sampler, split_sampler
 from ldm.models.diffusion.samplers.restart import Restart
@@ -52,12 +66,14 @@ from ldm.models.diffusion.samplers.sde import (
     SDESampler,
 )
 from ldm.models.diffusion.samplers.singlestep import DPMAdaptive, DPMFast
+from ldm.models.diffusion.samplers.stochastic import ERSDE, SASolver
 from ldm.sampler_names import NAMES, Names
 
 __all__ = [
     "DDIM",
     "DDIMCFGPP",
     "DDPM",
+    "DEIS",
     "DPM2",
     "DPM2Ancestral",
     "DPMAdaptive",
@@ -66,15 +82,23 @@ __all__ = [
     "DPMSolverPP2M",
     "DPMSolverPP2MSDE",
     "DPMSolverPP2MSDEHeun",
+    "DPMSolverPP2Mv2",
     "DPMSolverPP2SAncestral",
     "DPMSolverPP3MSDE",
     "DPMSolverPPSDE",
+    "DPMSolverSinglestep",
     "Denoiser",
+    "ERSDE",
     "Euler",
     "EulerAncestral",
     "EulerAncestralCFGPP",
     "EulerCFGPP",
+    "GradientEstimation",
     "Heun",
+    "HeunPP2",
+    "IPNDM",
+    "IPNDMV",
+    "LCM",
     "LMS",
     "Level",
     "LevelTable",
@@ -83,12 +107,18 @@ __all__ = [
     "Noise",
     "NoisySampler",
     "PLMS",
+    "RES2S",
+    "RESMultistep",
+    "RESMultistepAncestral",
     "Restart",
     "SAMPLERS",
+    "SASolver",
     "SDESampler",
     "Sampler",
     "SigmaSampler",
     "Step",
+    "TCD",
+    "UniPC",
     "WHOLE_INTERVAL",
     "alpha_bar_table",
     "check_eta",

@@ -1,7 +1,7 @@
 """What every sampler is: how to begin at a level, and how to step from one level to another."""
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,6 +28,9 @@ class Sampler:
         eta: how much fresh noise a step adds, where `accepts_eta` takes it; None = the sampler's own.
         quantize_denoised: snap each predicted clean sample to the first stage's codebook.
         dynamic_threshold: shrink each predicted clean sample to at most this root mean square; None leaves it.
+
+    Attributes:
+        levels: those of the run, noisiest first, for a sampler that looks further than a step; no option.
     """
 
     name: ClassVar[str]
@@ -55,6 +58,7 @@ class Sampler:
     eta: float | None = None
     quantize_denoised: bool = False
     dynamic_threshold: float | None = None
+    levels: Sequence[Level] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.eta = self.own_eta if self.eta is None else self.eta

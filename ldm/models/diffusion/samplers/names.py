@@ -9,7 +9,9 @@ from ldm.models.diffusion.levels import resolve_spacing
 from ldm.models.diffusion.samplers.base import Sampler
 from ldm.models.diffusion.samplers.cfg_pp import DDIMCFGPP, EulerAncestralCFGPP, EulerCFGPP
 from ldm.models.diffusion.samplers.compvis import DDIM, DDPM, PLMS
+from ldm.models.diffusion.samplers.distilled import LCM, TCD
 from ldm.models.diffusion.samplers.dpm_solver import DPMSolver, DPMSolverPP2M
+from ldm.models.diffusion.samplers.dpm_solver_singlestep import DPMSolverSinglestep
 from ldm.models.diffusion.samplers.kdiffusion import (
     DPM2,
     LMS,
@@ -19,6 +21,18 @@ from ldm.models.diffusion.samplers.kdiffusion import (
     EulerAncestral,
     Heun,
 )
+from ldm.models.diffusion.samplers.multistep import (
+    DEIS,
+    IPNDM,
+    IPNDMV,
+    RES2S,
+    DPMSolverPP2Mv2,
+    GradientEstimation,
+    HeunPP2,
+    RESMultistep,
+    RESMultistepAncestral,
+    UniPC,
+)
 from ldm.models.diffusion.samplers.restart import Restart
 from ldm.models.diffusion.samplers.sde import (
     DPMSolverPP2MSDE,
@@ -27,6 +41,7 @@ from ldm.models.diffusion.samplers.sde import (
     DPMSolverPPSDE,
 )
 from ldm.models.diffusion.samplers.singlestep import DPMAdaptive, DPMFast
+from ldm.models.diffusion.samplers.stochastic import ERSDE, SASolver
 from ldm.process.sigmas import resolve_sigma_table
 from ldm.sampler_names import NAMES
 
@@ -57,6 +72,21 @@ SAMPLERS: dict[str, type[Sampler]] = {
         EulerCFGPP,
         EulerAncestralCFGPP,
         DDIMCFGPP,
+        DPMSolverSinglestep,
+        DPMSolverPP2Mv2,
+        UniPC,
+        DEIS,
+        IPNDM,
+        IPNDMV,
+        SASolver,
+        ERSDE,
+        RESMultistep,
+        RESMultistepAncestral,
+        RES2S,
+        HeunPP2,
+        GradientEstimation,
+        LCM,
+        TCD,
     )
 }
 

@@ -142,6 +142,7 @@ def sample_steps(
     levels = [level for level in plan if level.left <= count]
     if cls.chooses_levels and count > 0:
         levels = [replace(levels[0], left=1, total=1), replace(levels[-1], total=1)]
+    sampler.levels = levels
     return run_levels(levels[::-1] if invert else levels, x_T, sampler.step, before)
 
 
