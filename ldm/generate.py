@@ -138,7 +138,7 @@ def encode_source(
     Args:
         shared, key: where its latents are kept from one batch to the next, and under which name.
     """
-    with vae_scope(model, request.adapters):
+    with vae_scope(model, request.attachments):
         if request.rng != "compvis":
             return encode_image(model, image, b, noise)
         if key not in shared:
@@ -382,8 +382,9 @@ def paint_batch(
     x_T = starting_noise(model, request, b, noise, shared)
 
     # From noise to latents.
-    options |= {one.name: getattr(request, one.name) for one in every_option() if one.part is not None}
-    options["adapters"] = unet_attachments(request.adapters)
+    of_adapters = (None, "adapter")
+    options |= {one.name: getattr(request, one.name) for one in every_option() if one.part not in of_adapters}
+    options["adapters"] = unet_attachments(request.attachments)
     for step in denoise(
         model, x_T, context, unconditional_conditioning=unconditional, autocast=autocast, **options
     ):
@@ -409,11 +410,11 @@ def finish_batch(
     """Turn the latents of a batch into what was asked for; None stands for the picture itself (strength 0)."""
     b = len(batch)
     if latents is None:
-        with vae_scope(model, request.adapters):
+        with vae_scope(model, request.attachments):
             latents = encode_image(model, request.image, b, torch.zeros_like)
         unit = request.original.repeat(b, 1, 1, 1)
     elif request.output_type != "latent":
-        with vae_scope(model, request.adapters):
+        with vae_scope(model, request.attachments):
             unit = pictures.to_unit(decode(model, latents)).cpu()
         if request.mask is not None:
             unit = pictures.paste(unit, request.original, request.mask)

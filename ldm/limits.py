@@ -28,6 +28,7 @@ SHARE = (0, 1)  # strength, eta, guidance_rescale, the ends of guidance_interval
 CACHE_INTERVAL = (1, 1000)  # levels; no run has more
 CACHE_DEPTH = (1, 1000)  # of a UNet with fewer blocks a side, up to their number
 MERGE_RATIO = (0, 0.75)  # all but one token of each cell of 2 x 2
+FREEU = (0, 10)  # factors
 SEED = (0, MAX_SEED)
 ADAPTERS = (0, 100)  # at work together
 RNGS = ("image", "nv", "compvis")  # where noise is drawn, see check_request

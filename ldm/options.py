@@ -304,6 +304,43 @@ class Size(Kind):
         return sides if len(sides) == 2 and None not in sides else None
 
 
+class Numbers(Kind):
+    """So many numbers from low to high each, both included, in one word: "1.5,1.6,0.9,0.2"."""
+
+    def __init__(self, count: int, low: float, high: float):
+        self.count, self.part = count, Number(low, high)
+
+    def parse(self, text: str) -> tuple[float, ...]:
+        words = text.replace(",", " ").split()
+        if len(words) != self.count:
+            raise argparse.ArgumentTypeError(
+                f"wanted {self.count} numbers with commas between, got {shown(text)}"
+            )
+        return tuple(map(self.part.parse, words))
+
+    def check(self, name: str, value: Any) -> tuple[float, ...]:
+        low, high = self.part.low, self.part.high
+        is_row = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == self.count
+        if not is_row or not all(limits.is_real(one, low, high) for one in value):
+            raise UsageError(
+                f"{name} must be {self.count} numbers from {low:g} to {high:g} each, got {shown(value)}"
+            )
+        return tuple(map(float, value))
+
+    def plain(self, value: Any) -> list[float] | None:
+        return None if value is None else list(value)
+
+    def write(self, value: Any) -> str:
+        return ", ".join(map(str, value))
+
+    def read(self, text: str) -> list[float] | None:
+        return self.take([self.part.read(part) for part in text[:200].split(",")])
+
+    def take(self, value: Any) -> list[float] | None:
+        numbers = [self.part.take(one) for one in value] if isinstance(value, list) else []
+        return numbers if len(numbers) == self.count and None not in numbers else None
+
+
 class Switch(Kind):
     """On or off."""
 
@@ -388,7 +425,8 @@ class Option:
         each: it may differ from picture to picture of a request.
         told: the picture's metadata say it; what they say is repeated by --like.
         part: "denoise" for what is handed to generate.denoise; "sampler" for an option that only some samplers or
-            spacings have, which is handed on where it is set.
+            spacings have, which is handed on where it is set; "adapter" for what, unless it is its
+            default, becomes one of ldm.adapters: see there, use.OF_OPTIONS.
         into: of a Part: the name of the list that its values join.
         metavar: of the flag in --help.
     """
@@ -451,10 +489,11 @@ def _said_of_adapter(
     )  # fmt: skip
 
 
-WHAT, HOW, FASTER, WITH, START = (
+WHAT, HOW, FASTER, BESIDE, WITH, START = (
     "what to paint",
     "how",
     "faster, for a little fidelity (docs/knobs.md)",
+    "what guides besides, and the edges (docs/guidance.md)",
     "with what besides (docs/adapters.md)",
     "the picture to begin with",
 )
@@ -672,6 +711,33 @@ TABLE: tuple[Option | Fact, ...] = (
         "draws the tokens that others are merged into",
         group=FASTER, flags=("--merge_seed",), infotext="Token merging seed", beside="merge_ratio",
         part="denoise",
+    ),
+    Option(
+        "freeu", None, Numbers(4, *limits.FREEU),
+        "FreeU: factors of a UNet's backbone and of its skips' low frequencies; 1.5,1.6,0.9,0.2 for Stable "
+        "Diffusion 1",
+        more="(b1, b2, s1, s2) of the lowest two resolutions; None = 1 each: docs/guidance.md.",
+        group=BESIDE, flags=("--freeu",), infotext="FreeU", part="adapter", metavar="B1,B2,S1,S2",
+    ),
+    Option(
+        "pag_scale", 0.0, Number(*limits.GUIDANCE_SCALE),
+        "perturbed-attention guidance: 3 is usual; half as much time again",
+        group=BESIDE, flags=("--pag", "--pag-scale"), infotext="PAG Scale", part="adapter",
+    ),
+    Option(
+        "sag_scale", 0.0, Number(*limits.GUIDANCE_SCALE),
+        "self-attention guidance: 0.75 is usual; half as much time again",
+        group=BESIDE, flags=("--sag", "--sag-scale"), infotext="SAG Guidance Scale", part="adapter",
+    ),
+    Option(
+        "tiling", False, Switch(),
+        "a picture whose opposite edges meet",
+        group=BESIDE, flags=("--tiling",), infotext="Tiling", part="adapter",
+    ),
+    Option(
+        "attention_slicing", False, Switch(),
+        "attention for a few heads at a time: less memory on devices without a fused kernel",
+        group=BESIDE, flags=("--attention-slicing", "--attention_slicing"), told=False, part="adapter",
     ),
     Option(
         "plms", False, Switch(),

@@ -78,7 +78,6 @@ KEYWORD_ADVICE = {
     "embeddings": "give adapters=[Embedding(file)] of ldm.adapters",
     "cross_attention_kwargs": "attention is not exchanged by a keyword",
     "restore_faces": "no face restorer is here",
-    "tiling": "give optimize(tiled_vae=True) for memory; seamless tiles are not painted here",
     "enable_hr": "paint once, then img2img at the larger size",
 }
 

@@ -21,7 +21,7 @@ from ldm import images as pictures
 from ldm import options
 from ldm.adapters.deepcache import DeepCache, check_cache
 from ldm.adapters.tome import TokenMerging, check_merging
-from ldm.adapters.use import PromptWords, check_adapters
+from ldm.adapters.use import PromptWords, adapters_of, check_adapters
 
 # Some of these are for those who import them from here, or from ldm.wish as this module was called.
 from ldm.devices import check_low_vram, dtype_name, pick_device, pick_dtype  # noqa: F401
@@ -91,6 +91,11 @@ class Request(Values):
     embeds: Tensor | None
     negative_embeds: Tensor | None
     adapters: tuple[Any, ...]
+
+    @property
+    def attachments(self) -> list[Any]:
+        """The adapters, and those that options stand for."""
+        return [*self.adapters, *adapters_of(vars(self))]
 
     def __repr__(self) -> str:
         how = f"{self.sampler}, {self.steps} steps, guidance_scale {self.guidance_scale:g}"
@@ -174,6 +179,7 @@ def check_request(
             is_left = value is None and option.default is None
             checked[option.name] = None if is_left else option.kind.check(option.name, value)
     check_extra_seeds(checked, f)
+    check_adapters(model, adapters_of(checked))
     return Request(
         images=list_images(
             prompts, negatives, given.seed, given.variation_seed, prompt_embeds is not None, checked

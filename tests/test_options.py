@@ -9,6 +9,7 @@ from tiny import tiny_model
 
 import ldm
 from ldm import options
+from ldm.adapters import PAG, SAG, AttentionSlicing, FreeU, SeamlessTiling, use
 from ldm.cli import painting_parser, read_prompts
 from ldm.errors import OptionError, UsageError
 from ldm.metadata import from_infotext, to_infotext
@@ -78,6 +79,8 @@ def test_every_option_is_what_its_entry_says():
         ("seed", " -1 ", None),
         ("batch_size", "auto", "auto"),
         ("fixed_code", "True", True),
+        ("freeu", "1.5,1.6, 0.9 0.2", (1.5, 1.6, 0.9, 0.2)),
+        ("tiling", "", True),
         ("steps", "7", 7),
         ("guidance_scale", "7", 7.0),
         ("prompt", "--x", "--x"),
@@ -134,6 +137,66 @@ def test_no_other_file_spells_an_options_name(file):
     tree = ast.walk(ast.parse((ROOT / file).read_text()))
     found = {node.value for node in tree if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert found & names == set(ELSEWHERE[file][1].split())
+
+
+FOR_ADAPTERS = {
+    "freeu": (1.5, 1.6, 0.9, 0.2),
+    "pag_scale": 3.0,
+    "sag_scale": 0.75,
+    "tiling": True,
+    "attention_slicing": True,
+}
+
+
+def test_options_that_stand_for_adapters_paint_as_these_do(sd, tmp_path):
+    """By keyword, by the script's flags, by a line of a prompt file, and by --like; off is what they are by default."""
+    own = {one.name for one in options.options() if one.part == "adapter"}
+    assert own == set(FOR_ADAPTERS) == set(use.OF_OPTIONS)
+    how = {"steps": 1, "seed": 3, "progress": False}
+    plain = sd.txt2img(PROMPT, **how)
+    assert sd.plan(PROMPT).attachments == [] and "FreeU" not in plain.infotexts[0]
+    given = [FreeU(1.5, 1.6, 0.9, 0.2), PAG(3), SAG(0.75), SeamlessTiling(), AttentionSlicing()]
+    want, got = sd.txt2img(PROMPT, adapters=given, **how), sd.txt2img(PROMPT, **FOR_ADAPTERS, **how)
+    assert (want[0].tobytes(), want.latents.tolist()) == (got[0].tobytes(), got.latents.tolist())
+    assert got[0].tobytes() != plain[0].tobytes()
+    text = got.infotexts[0]
+    assert 'FreeU: "1.5, 1.6, 0.9, 0.2", PAG Scale: 3.0, SAG Guidance Scale: 0.75, Tiling: True' in text
+    path = got.save(tmp_path)[0]
+    parser = painting_parser("txt2img.py", "x", outdir="o", scale=7.5)
+    flags = ["--freeu", "1.5,1.6,0.9,0.2", "--pag", "3", "--sag", "0.75", "--tiling", "--attention-slicing"]
+    (tmp_path / "p.txt").write_text(f"--prompt a {' '.join(flags)}\n")
+    said = {name: value for name, value in FOR_ADAPTERS.items() if name != "attention_slicing"}
+    for found, wanted in (
+        (vars(parser.parse_args(flags)), FOR_ADAPTERS),
+        (read_prompts(str(tmp_path / "p.txt"))[0].options, FOR_ADAPTERS),
+        (vars(parser.parse_args(["--like", str(path)])), said | {"freeu": [1.5, 1.6, 0.9, 0.2]}),
+        (from_infotext(text), said | {"freeu": [1.5, 1.6, 0.9, 0.2]}),
+    ):
+        assert {name: found[name] for name in wanted} == wanted
+
+
+def test_refused_values_of_options_for_adapters(sd):
+    for values, words in (
+        ({"freeu": (1, 2, 3)}, "freeu must be 4 numbers from 0 to 10 each, got (1, 2, 3)"),
+        ({"freeu": (1, 2, 3, float("nan"))}, "freeu must be 4 numbers"),
+        ({"freeu": "1,2,3,4"}, "freeu must be 4 numbers from 0 to 10 each, got '1,2,3,4'"),
+        ({"freeu": (1, 2, 3, 11)}, "freeu must be 4 numbers"),
+        ({"pag_scale": -1}, "pag_scale must be a number from 0 to 100, got -1"),
+        ({"sag_scale": "x"}, "sag_scale must be a number from 0 to 100, got 'x'"),
+        ({"tiling": 1}, "tiling must be True or False, got 1"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            sd.plan(PROMPT, **values)
+        assert words in str(caught.value), values
+    parser = painting_parser("txt2img.py", "x", outdir="o", scale=7.5)
+    for words, message in (
+        (["--freeu", "1,2,3"], "argument --freeu: wanted 4 numbers with commas between, got '1,2,3'"),
+        (["--freeu", "1,2,3,x"], "argument --freeu: wanted a number from 0 to 10, got 'x'"),
+        (["--pag", "strong"], "argument --pag/--pag-scale: wanted a number from 0 to 100"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            parser.parse_args(words)
+        assert message in str(caught.value), words
 
 
 def test_what_is_frozen_stays_and_is_replaced(sd):

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ldm.adapters.controls import check_span, is_within, span_of
 from ldm.adapters.deepcache import check_own_forward
 from ldm.errors import UsageError
+from ldm.limits import FREEU
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, Upsample
 from ldm.modules.seams import Rank, StepInfo, Undo, fill
 from ldm.values import Range, check_value
 
-FACTOR = Range(0, 10)
+FACTOR = Range(*FREEU)
 
 
 def stages_of(unet: nn.Module) -> list[int]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm import options
 from ldm.adapters.embedding import Embedding
+from ldm.adapters.freeu import FreeU
+from ldm.adapters.guidance import PAG, SAG
 from ldm.adapters.lora import LoRA
+from ldm.adapters.seamless import SeamlessTiling
+from ldm.adapters.slicing import AttentionSlicing
 from ldm.errors import MismatchError, UsageError, escaped, shown
 from ldm.limits import ADAPTERS
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
@@ -49,6 +54,24 @@ def check_adapters(model: nn.Module, adapters: Any) -> tuple[Any, ...]:
             )
     PromptWords.of(model, adapters)
     return tuple(adapters)
+
+
+OF_OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "freeu": lambda factors: FreeU(*factors),
+    "pag_scale": PAG,
+    "sag_scale": SAG,
+    "tiling": lambda _: SeamlessTiling(),
+    "attention_slicing": lambda _: AttentionSlicing(),
+}
+
+
+def adapters_of(values: Mapping[str, Any]) -> list[Any]:
+    """Make the adapters that options stand for, of their checked values by name; at its default one stands for none."""
+    return [
+        OF_OPTIONS[one.name](values[one.name])
+        for one in options.options()
+        if one.part == "adapter" and one.kind.plain(values[one.name]) != one.kind.plain(one.default)
+    ]
 
 
 def described(adapters: Iterable[Any]) -> list[dict[str, Any]]:

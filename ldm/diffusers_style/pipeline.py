@@ -53,7 +53,7 @@ LDM_WORDS = {
 }
 # Beginnings of names that diffusers' pipelines have -> what to use here.
 ELSEWHERE = {
-    "enable_freeu": "diffusers itself; FreeU is not here",
+    "enable_freeu": "pipe.sd.adapters.append(FreeU(b1, b2, s1, s2)) of ldm.adapters",
     "load_ip_adapter": "diffusers itself; IP-Adapters are not here",
     "load_": "load_lora_weights or load_textual_inversion",
     "disable_lora": "set_adapters([])",

@@ -309,9 +309,9 @@ def test_option_lines_and_json_lines_say_the_same(model, home, end):
         ("p.txt", b"x" * (10 * 2**20 + 1), FormatError, "at most 10485760 bytes"),
         (
             "p.txt",
-            b"ok\n--prompt x --tiling 1",
+            b"ok\n--prompt x --hypertile 1",
             UsageError,
-            "line 2 of 'p.txt': unknown option 'tiling'; there are",
+            "line 2 of 'p.txt': unknown option 'hypertile'; there are",
         ),
         (
             "p.txt",
@@ -396,9 +396,9 @@ def test_option_lines_and_json_lines_say_the_same(model, home, end):
         ("p.jsonl", b'{"prompt": "a\\ud800b"}', UsageError, "characters that are none (lone surrogates)"),
         (
             "p.jsonl",
-            b'{"prompt": "x", "tiling": 1}',
+            b'{"prompt": "x", "hypertile": 1}',
             UsageError,
-            "unknown option 'tiling'; there are prompt,",
+            "unknown option 'hypertile'; there are prompt,",
         ),
         ("p.JSONL", b"a cat", UsageError, "line 1 of 'p.JSONL': wanted a JSON object"),
     ],
