@@ -14,6 +14,7 @@ from ldm.checkpoints.build import build_empty
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_the_loras_fit_every_product_of_the_transformers(tmp_path):
     shape = models.geometry("tiny")
     (path,) = adapters.make_loras(shape, tmp_path, 1)
@@ -24,6 +25,7 @@ def test_the_loras_fit_every_product_of_the_transformers(tmp_path):
     assert {name.removeprefix("model.diffusion_model.") for name in changed} == wanted
 
 
+@pytest.mark.slow
 def test_ours_alone_is_measured_and_diffusers_is_said_to_be_left_out(tmp_path, monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))

@@ -118,6 +118,7 @@ def test_every_knob_turns(device, on_gpu, on_cpu, knobs):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.thinned(2)
+@pytest.mark.slow
 def test_half_precision_paints(device, dtype):
     sd = StableDiffusion(tiny_model()).to("cuda", dtype)
     assert paint(sd, "inpaint").latents.isfinite().all()

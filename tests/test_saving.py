@@ -80,6 +80,7 @@ def test_a_file_has_compviss_keys_and_a_folder_diffusers_parts(sd, tmp_path):
     assert wanted | {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(have)
 
 
+@pytest.mark.slow
 def test_the_box_is_saved_with_its_advice(tmp_path):
     box = StableDiffusion.default()
     box.save(tmp_path / "box.safetensors")

@@ -340,6 +340,7 @@ def test_the_list_shows_each_row_with_its_arithmetic(capsys, tiny):
 # --- one set of weights ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_dtype_holds_the_same_weights_and_inputs(tiny):
     sets = [models.make_weights(tiny, dtype, CPU) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     assert len(sets[0]) > 200
@@ -360,6 +361,7 @@ def test_exact_numbers_stay_exact_at_the_ends_of_the_scale():
     torch.testing.assert_close(rounded.float()[:2], x[:2], rtol=2**-8, atol=0)
 
 
+@pytest.mark.slow
 def test_both_libraries_lie_in_the_same_memory(tiny):
     weights = models.make_weights(tiny, torch.float32, CPU)
     where = {weight.data_ptr() for weight in weights.values()}
@@ -455,6 +457,7 @@ def test_in_half_precision_our_error_is_held_to_theirs(studio):
 
 
 @pytest.mark.skipif(not hasattr(kernels, "optimize"), reason="this ldm has no kernels yet")
+@pytest.mark.slow
 def test_the_kernels_take_part(studio):
     found = run_row(studio, Row("unet", "float32", 64, 2), ["ldm", "ldm-kernels", "diffusers"], ONCE)
     assert found["left_out"] == {} and found["contestants"]["ldm-kernels"]["gate"]["passed"]

@@ -438,6 +438,7 @@ def test_blocks_of_the_page_run(code):
         assert 1e-3 < ((fast - full).norm() / full.norm()).item() < 1
 
 
+@pytest.mark.slow
 def test_commands_of_the_page_run(tmp_path, monkeypatch):
     commands = [code.strip() for language, code in BLOCKS if language == "bash"]
     assert {language for language, _ in BLOCKS} == {"python", "bash"} and len(commands) == 1

@@ -320,6 +320,7 @@ def test_every_kind_of_file_gives_the_same_weights(improved, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_half_precision_files_become_single_and_single_ones_half_as_asked(improved, tmp_path):
     model, path = improved
     halves = {name: value.half() for name, value in model.state_dict().items()}

@@ -110,6 +110,7 @@ def test_a_wrong_section_is_refused_at_loading_and_none_says_nothing(tmp_path):
         load_latent_diffusion(checkpoint, config={**tiny_config(), "sampling": {"steps": "many"}})
 
 
+@pytest.mark.slow
 def test_the_box_says_what_its_training_had():
     sampling = read_sampling(read_settings(shipped("model_data/shapes/config.yaml"))["sampling"])
     seen = {

@@ -114,6 +114,7 @@ def test_the_answers_are_the_recorded_ones(recorded_model, recorded, monkeypatch
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_new_control_changes_nothing_and_a_middle_one_less_than_all(config):
     model = build(config)
     fill(model, only=("model.",))

@@ -470,6 +470,7 @@ def test_a_scheduler_with_other_noise_levels_is_warned_of(caplog):
 # --- loading ---
 
 
+@pytest.mark.slow
 def test_files_and_folders_of_this_machine_are_loaded(tmp_path, ours):
     checkpoint, config = write_tiny(tmp_path)
     (tmp_path / "tiny.yaml").rename(tmp_path / "config.yaml")

@@ -140,6 +140,7 @@ def test_the_script_starts_from_a_picture_and_keeps_what_a_mask_leaves(tmp_path)
 # --- create_model and load_state_dict ---
 
 
+@pytest.mark.slow
 def test_a_model_is_built_on_the_cpu_with_every_tensor_of_its_file(tmp_path):
     checkpoint, config = write_tiny(tmp_path)
     model = create_model(config)

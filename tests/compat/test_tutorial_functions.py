@@ -95,6 +95,7 @@ def test_the_listing_runs_as_sketched(model):
     torch.testing.assert_close(got, samplers(model, x_T, [TEXT], 5, eta=eta), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_without_a_model_the_one_in_the_box_paints():
     """In the right colour, though it predicts velocities; asked for with guidance, the sketch has none."""
     picture = ldm_text_to_image(

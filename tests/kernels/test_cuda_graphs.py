@@ -1,8 +1,8 @@
 """Recordings of networks: replayed back where nothing has changed, made anew or left alone where something has.
 
-There is no CUDA here, so what records is make_fx of torch: like a CUDA graph it keeps the operations that it saw and
-reads weights where they lay, and knows nothing of the Python around them. Where a test asks the same again and again,
-to keep the answer will do, and takes a hundredth of the time.
+There is no CUDA here, so what records keeps the operations that it saw and does them again on other inputs: like a CUDA
+graph it reads weights where they lay, and knows nothing of the Python around them. Where a test asks the same again and
+again, to keep the answer will do.
 """
 
 import copy
@@ -16,7 +16,9 @@ import torch
 from keyed import fill, keyed_input
 from tiny_networks import UNET as LARGER
 from tiny_networks import VAE, replace_weights_in_place
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ldm.adapters.deepcache import DeepCache
 from ldm.errors import UsageError
@@ -28,7 +30,7 @@ from ldm.modules.processors import IPAttnProcessor
 from ldm.modules.seams import Change, Rank, attached, forget_said
 from ldm.modules.seams import fill as fill_slot
 
-# Of one level: make_fx takes a second for two.
+# Of one level.
 UNET = {**LARGER, "channel_mult": [1], "attention_resolutions": [1]}
 captured = []
 
@@ -42,15 +44,44 @@ def without_gradients(monkeypatch):
         yield
 
 
-def capture_fx(run, inputs):
+class Operations(TorchDispatchMode):
+    """Keeps every operation with its arguments and its result."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.kept.append((function, args, kwargs or {}, out))
+        return out
+
+
+def capture_operations(run, inputs):
     captured.append([tuple(x.shape) for x in inputs])
-    return make_fx(run)([x.clone() for x in inputs])
+    static = [x.clone() for x in inputs]
+    with Operations() as operations:
+        answer = run(static)
+
+    def replay(tensors):
+        new = dict(zip(map(id, static), tensors, strict=True))
+
+        def renewed(values):
+            return tree_map_only(Tensor, lambda x: new.get(id(x), x), values)
+
+        for function, args, kwargs, out in operations.kept:
+            again = function(*renewed(args), **renewed(kwargs))
+            pairs = zip(tree_leaves(out), tree_leaves(again), strict=True)
+            new.update((id(old), x) for old, x in pairs if isinstance(old, Tensor))
+        return renewed(answer)
+
+    return replay
 
 
 def capture_static(run, inputs):
     """As a CUDA graph replays: inputs are copied to the tensors of the capture."""
     static = [x.clone() for x in inputs]
-    replayed = capture_fx(run, static)
+    replayed = capture_operations(run, static)
 
     def replay(tensors):
         for mine, given in zip(static, tensors, strict=True):
@@ -77,7 +108,7 @@ def answering():
 @pytest.fixture
 def unet():
     made = fill(UNetModel(**UNET), "graphs.")
-    assert cuda_graphs.attach(made, capture_fx) == 1
+    assert cuda_graphs.attach(made, capture_operations) == 1
     return made
 
 
@@ -105,12 +136,11 @@ def test_each_shape_is_captured_once_and_gives_the_plain_numbers(unet):
     ]
 
 
-@pytest.mark.slow
 def test_another_dtype_is_another_graph(unet):
     inputs = given()
     close(unet(**inputs), fallback(unet, **inputs))
     bf16 = copy.deepcopy(restore(unet)).bfloat16()
-    cuda_graphs.attach(bf16, capture_fx)
+    cuda_graphs.attach(bf16, capture_operations)
     inputs = {k: v.bfloat16() if k != "timesteps" else v for k, v in given().items()}
     assert bf16(**inputs).dtype == torch.bfloat16 and len(captured) == 2
 
@@ -358,8 +388,8 @@ def test_both_halves_of_an_autoencoder_are_captured_around_their_fused_forwards(
     want = encoder(x), decoder(z)
     both = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder})
     fused.attach(both)
-    assert cuda_graphs.attach(both, capture_fx) == 0  # they would hold gigabytes and save little
-    assert cuda_graphs.attach(both, capture_fx, vae=True) == 2
+    assert cuda_graphs.attach(both, capture_operations) == 0  # they would hold gigabytes and save little
+    assert cuda_graphs.attach(both, capture_operations, vae=True) == 2
     assert isinstance(decoder.forward.inner, fused.FusedDecoder)
     for _ in range(2):
         close(encoder(x), want[0])
@@ -375,7 +405,7 @@ def test_both_halves_of_an_autoencoder_are_captured_around_their_fused_forwards(
 def test_tiling_is_not_captured():
     decoder = fill(Decoder(**VAE), "graphs.d.")
     vae_tiling.attach(decoder)
-    assert cuda_graphs.attach(decoder, capture_fx, vae=True) == 0
+    assert cuda_graphs.attach(decoder, capture_operations, vae=True) == 0
 
 
 @pytest.mark.slow
@@ -512,7 +542,7 @@ def test_graphs_of_other_weights_go_first(answering):
 
 def test_labels_are_checked_at_a_replay_too():
     unet = fill(UNetModel(**{**UNET, "num_classes": 5}), "graphs.")
-    cuda_graphs.attach(unet, capture_fx)
+    cuda_graphs.attach(unet, capture_answer)
     inputs = given() | {"y": torch.tensor([4, 0])}
     for _ in range(2):
         close(unet(**inputs), fallback(unet, **inputs))

@@ -302,6 +302,7 @@ def test_the_page_has_only_blocks_that_are_run_here():
 
 
 @pytest.mark.parametrize("code", [code for _, code in BLOCKS], ids=range(len(BLOCKS)))
+@pytest.mark.slow
 def test_blocks_of_the_page_run(code, monkeypatch):
     monkeypatch.chdir(ROOT)
     names: dict = {}

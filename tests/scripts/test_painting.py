@@ -131,6 +131,7 @@ def test_skips_rows_and_silence_about_the_making(model, home, end):
         SLOW(["--sampler", "PNDMScheduler"], "plms"),
     ],
 )
+@pytest.mark.thinned(5)
 def test_samplers_by_flag_and_by_name(model, home, end, flags, sampler):
     assert end("txt2img", *model, "--prompt", "x", "--steps", 2, "--skip_grid", *flags)[0] == 0
     told = ldm.read_metadata("outputs/txt2img-samples/samples/00000.png")
@@ -200,6 +201,7 @@ def test_knobs_out_of_range_are_refused(model, home, end, flags, words):
     assert code == 2 and words in err and len(err.splitlines()) == 1 and not list(Path().rglob("*.png"))
 
 
+@pytest.mark.slow
 def test_a_random_seed_is_told(model, home, end):
     for folder in "ab":
         assert (
@@ -702,6 +704,7 @@ def test_keys_to_leave_out_need_weights_to_leave_them_out_of(home, end):
     assert code == 2 and "--ignore-keys ['loss.*'] needs --ckpt" in err
 
 
+@pytest.mark.slow
 def test_a_yaml_beside_the_weights_is_enough_and_foreign_keys_can_be_left_out(home, end):
     from ldm.checkpoints import read_tensors, save_safetensors
 

@@ -145,6 +145,7 @@ def test_agreement_on_many_damaged_renders(name):
     assert agreement(scenes(MANY, seed=33), tamper=TAMPERED[name]) >= 0.98
 
 
+@pytest.mark.slow
 def test_strongly_blurred_pictures_are_mostly_read():
     """A radius of 3 leaves a small star no tips; templates without a blurred copy read 78 %."""
     soft = lambda picture, rng: picture.filter(ImageFilter.GaussianBlur(3))  # noqa: E731

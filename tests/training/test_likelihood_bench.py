@@ -30,6 +30,7 @@ def write_measure(path, totals, **other):
     return path
 
 
+@pytest.mark.slow
 def test_bounds_are_compared_picture_by_picture(tmp_path, capsys):
     a = write_measure(tmp_path / "a.json", [2.0, 4.0, 9.0])
     b = write_measure(tmp_path / "b.json", [2.5, 4.7, 9.9])

@@ -238,6 +238,7 @@ def test_the_grid_has_twenty_four_labelled_pictures(tiny, tmp_path, capsys, monk
     assert "0 of 24 right" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_guidance_is_the_models_where_none_is_given(tiny, capsys):
     """The box's configuration advises 3; one that says nothing is painted at Stable Diffusion v1's."""
     for argv, scale in (([], "3"), (["--guidance", "5"], "5"), (tiny, "7.5")):

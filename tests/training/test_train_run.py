@@ -184,6 +184,7 @@ def test_sigusr1_saves_and_goes_on(tmp_path, stage_run):
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
 def test_a_signal_finishes_the_step_saves_and_ends(tmp_path, stage_run, number):
     config = first_stage()
     params = {"step": 3, "number": int(number)}
@@ -429,6 +430,7 @@ def test_accumulation_takes_its_batches_before_one_step(tmp_path):
     assert sorted(figures(tmp_path)) == [0, 1]
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_averaged(tmp_path):
     """Where every batch is the whole data and the posterior has no width, more batches change nothing."""
     norms = []
