@@ -128,6 +128,18 @@ _HERE = {
 }
 
 
+# Kind -> the language of ldm.prompt that has it.
+_LANGUAGE_OF = {
+    "a weight": "a1111",
+    "emphasis by doubled brackets": "a1111",
+    "a change of the prompt while painting": "a1111",
+    "alternatives": "a1111",
+    "an escaped bracket": "a1111",
+    _PARTS: "a1111",
+    "a weight in compel's manner": "compel",
+}
+
+
 def about_syntax(texts: Iterable[str]) -> dict[str, str]:
     """Say of each kind of foreign syntax in texts, kind -> a line, that it is painted as plain text."""
     lines: dict[str, str] = {}
@@ -135,6 +147,9 @@ def about_syntax(texts: Iterable[str]) -> dict[str, str]:
         for kind, piece in foreign_syntax(text).items():
             shown = piece if len(piece) <= SHOWN_FOUND else f"{piece[: SHOWN_FOUND - 3]}..."
             instead = _HERE.get(kind, "say it in words")
+            if kind in _LANGUAGE_OF:
+                name = _LANGUAGE_OF[kind]
+                instead = f"ldm.prompt reads it, give prompt_syntax='{name}' (--syntax {name})"
             lines.setdefault(
                 kind, f"'{shown}' is {kind} to other programs; here it is read as plain text: {instead}"
             )
@@ -212,13 +227,17 @@ def advice(requests: Sequence[Request], defaults: SamplingDefaults, *, on_cpu: b
         on_cpu: the model is there, so that rng="compvis" draws there, too; a GPU's own generator keeps 64 bits.
     """
     texts: dict[str, None] = {}
+    plain: dict[str, None] = {}
     lines: dict[str, str | None] = {}
     for request in requests:
         if request.embeds is None:
             own = dict.fromkeys(spec.prompt for spec in request.images)
             if request.guidance_scale != 1:
                 own |= dict.fromkeys(spec.negative_prompt for spec in request.images)
-            texts |= dict.fromkeys(without_names(own, request.adapters))
+            own = dict.fromkeys(without_names(own, request.adapters))
+            is_plain = request.prompt_syntax == "plain"
+            texts |= own if is_plain else dict.fromkeys(_BETWEEN.sub(" ", text) for text in own)
+            plain |= own if is_plain else {}
         keeps_32_bits = request.rng == "image" or (request.rng == "compvis" and on_cpu)
         seeds = [spec.seed for spec in request.images] if keeps_32_bits else []
         for kind, line in (
@@ -228,5 +247,5 @@ def advice(requests: Sequence[Request], defaults: SamplingDefaults, *, on_cpu: b
             ("seed", about_seeds(seeds)),
         ):
             lines[kind] = lines.get(kind) or line
-    lines = {"words": about_words(defaults.known_words, texts), **lines, **about_syntax(texts)}
+    lines = {"words": about_words(defaults.known_words, texts), **lines, **about_syntax(plain)}
     return {kind: line for kind, line in lines.items() if line is not None}

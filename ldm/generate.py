@@ -24,6 +24,7 @@ from ldm.errors import (
     NumericError,
 )
 from ldm.helpers import living_in
+from ldm.models.diffusion.conditions import ScheduledCondition
 from ldm.models.diffusion.samplers import (
     SAMPLERS,
     Noise,
@@ -36,6 +37,7 @@ from ldm.modules.seams import GuidanceTerm, Scope, StepInfo
 from ldm.noise import SeedOptions, Source, noise_sources
 from ldm.options import options as every_option
 from ldm.options import told
+from ldm.prompting import encode_batch, reads_languages
 from ldm.request import ImageSpec, Request
 from ldm.results import GenerationParameters, GenerationResult, Progress, painted, versions
 
@@ -160,6 +162,13 @@ def masked_picture(
     image = torch.zeros(1, 3, *size) if request.image is None else request.image
     z = encode_source(model, request, image * (mask < 0.5), b, noise, shared, "masked")
     return torch.cat([pictures.shrink_mask(mask, f, any_pixel=False).to(z).expand(b, -1, -1, -1), z], dim=1)
+
+
+def _beside(concat: Tensor, context: Any) -> Any:
+    """Put what a 9-channel UNet sees beside its latents into a condition; None stays None."""
+    if isinstance(context, ScheduledCondition):
+        return ScheduledCondition(context.rows_at, concat)
+    return None if context is None else {"c_concat": [concat], "c_crossattn": [context]}
 
 
 def starting_noise(
@@ -304,7 +313,8 @@ class _WithAttachments:
         """Tell how many rows are without the condition: of a call that joins both, the first images' worth."""
         if self._unconditional is None:
             return 0
-        if cond is self._unconditional:
+        # Of a scheduled condition, what it is at this call.
+        if cond is getattr(self._unconditional, "current", self._unconditional):
             return len(x)
         own = sum(one.rows is not None for one in self._terms)  # of guidance terms, which have the condition
         return self._batch if len(x) == (2 + own) * self._batch else 0
@@ -353,7 +363,11 @@ def paint_batch(
         request.eta_noise_seed_delta,
     )
     noise, encoder_noise = noise_sources(request.rng, [spec.seed for spec in batch], extra)
-    context, unconditional, dropped = encode_prompts(model, request, batch, shared)
+    if request.embeds is None and reads_languages(request):
+        context, unconditional = encode_batch(model, request, batch, shared)
+        dropped = [[] for _ in batch]
+    else:
+        context, unconditional, dropped = encode_prompts(model, request, batch, shared)
     options: dict[str, Any] = {"noise": noise}
 
     def finished(latents: Tensor | None) -> Progress:
@@ -372,9 +386,7 @@ def paint_batch(
         options |= {"run_last": run_last, "start_from": z}
     if is_inpainting(model):
         concat = masked_picture(model, request, b, encoder_noise, shared)
-        context = {"c_concat": [concat], "c_crossattn": [context]}
-        if unconditional is not None:
-            unconditional = {"c_concat": [concat], "c_crossattn": [unconditional]}
+        context, unconditional = (_beside(concat, one) for one in (context, unconditional))
     elif request.mask is not None:
         keep = 1.0 - pictures.shrink_mask(request.mask, downsampling(model), any_pixel=True)
         # CompVis's samplers mean the opposite of a user's mask: 1 keeps x0.

@@ -31,6 +31,8 @@ MERGE_RATIO = (0, 0.75)  # all but one token of each cell of 2 x 2
 FREEU = (0, 10)  # factors
 SEED = (0, MAX_SEED)
 ADAPTERS = (0, 100)  # at work together
+CLIP_SKIP = (1, 12)  # of a text encoder with fewer layers, up to their number
+SYNTAXES = ("plain", "a1111", "comfyui", "compel")  # of prompts
 RNGS = ("image", "nv", "compvis")  # where noise is drawn, see check_request
 
 

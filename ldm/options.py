@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -107,6 +108,15 @@ class Prompt(Kind):
                 f"wanted text, got characters that are none (lone surrogates): {shown(text)}"
             ) from None
         return text
+
+
+class Folder(Kind):
+    """The path of a folder."""
+
+    def check(self, name: str, value: Any) -> Any:
+        if not isinstance(value, str | os.PathLike):
+            raise UsageError(f"{name} must be a path, got {shown(value)}")
+        return value
 
 
 class Words(Kind):
@@ -500,6 +510,10 @@ WHAT, HOW, FASTER, BESIDE, WITH, START = (
 SEED_WORDS = "picture i has seed + i; -1 or 'random' draws one; 32 bits count: 2^32 + 5 paints what 5 paints"
 _EVEN = "multiples of the model's f (8); default the picture's or the model's own."
 
+_EMPHASES = {"original": "Original", "no norm": "No norm", "ignore": "Ignore", "comfyui": "ComfyUI"}
+
+SYNTAX = "prompt_syntax"
+
 # In the order of A1111's text.
 TABLE: tuple[Option | Fact, ...] = (
     Option(
@@ -679,6 +693,26 @@ TABLE: tuple[Option | Fact, ...] = (
         flags=("--solver_type",), infotext="Solver type", part="sampler",
     ),
     Fact("init_image_hash", "Init image hash"),
+    Option(
+        SYNTAX, "plain", Choice(dict(zip(limits.SYNTAXES, limits.SYNTAXES, strict=True))),
+        "how prompts are read: as plain text, or with the brackets of a1111, comfyui or compel (docs/prompts.md)",
+        flags=("--syntax", "--prompt_syntax"), infotext="Prompt syntax", metavar="{" + ",".join(limits.SYNTAXES) + "}",
+    ),
+    Option(
+        "clip_skip", 1, Whole(*limits.CLIP_SKIP),
+        "which layer of the text encoder is read: 1 the last, 2 the one before, as web UIs count",
+        flags=("--clip_skip",), infotext="Clip skip",
+    ),
+    Option(
+        "emphasis", None, Choice(_EMPHASES, {"no_norm": "no norm"}),
+        "how weights of a prompt act: original, 'no norm', ignore, comfyui (default: the syntax's own)",
+        flags=("--emphasis",), infotext="Emphasis",
+    ),
+    Option(
+        "lora_dir", None, Folder(),
+        "folder with the LoRAs that <lora:name:0.8> in a prompt names, with --syntax a1111",
+        group=WITH, flags=("--lora_dir", "--lora-dir"), told=False, metavar="FOLDER",
+    ),
     Option(
         "guidance_interval", (0.0, 1.0), Interval(*limits.SHARE),
         "guide only levels of this part of the noise schedule; 0 is its clean end",

@@ -56,7 +56,6 @@ _LOCAL = "leave it out: files are local, nothing is downloaded"
 _NO_FILTER = "leave it out: no picture is filtered"
 # A keyword elsewhere that has no counterpart -> what there is.
 KEYWORD_ADVICE = {
-    "clip_skip": "leave it out: the text encoder's last layer is read, as Stable Diffusion v1 was trained",
     "safety_checker": _NO_FILTER,
     "requires_safety_checker": _NO_FILTER,
     "feature_extractor": _NO_FILTER,

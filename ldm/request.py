@@ -21,7 +21,7 @@ from ldm import images as pictures
 from ldm import options
 from ldm.adapters.deepcache import DeepCache, check_cache
 from ldm.adapters.tome import TokenMerging, check_merging
-from ldm.adapters.use import PromptWords, adapters_of, check_adapters
+from ldm.adapters.use import PromptWords, adapters_of, check_adapters, text_scope
 
 # Some of these are for those who import them from here, or from ldm.wish as this module was called.
 from ldm.devices import check_low_vram, dtype_name, pick_device, pick_dtype  # noqa: F401
@@ -49,6 +49,8 @@ from ldm.models.introspect import context_width, downsampling, dtype_of, is_inpa
 from ldm.options import Values
 from ldm.other_words import check_keywords
 from ldm.process.sigmas import check_sigmas
+from ldm.prompt.encode import Rows
+from ldm.prompting import find_loras, read_all, reads_languages
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -101,6 +103,9 @@ class Request(Values):
         how = f"{self.sampler}, {self.steps} steps, guidance_scale {self.guidance_scale:g}"
         return f"Request({self.mode}, {len(self.images)} of {self.width} x {self.height}, {how})"
 
+
+# Checked with the UNet that they work in.
+_ADAPTING = ("cache_interval", "cache_depth", "merge_ratio", "merge_seed")
 
 Job, Shot = Request, ImageSpec  # as they were called in ldm.wish
 
@@ -170,14 +175,12 @@ def check_request(
         model, defaults, given.sampler, given.steps, given.spacing, given.eta, checked["strength"], of_sampler
     )
     words = [*prompts, *negatives] if prompt_embeds is None else []
+    checked |= check_kinds(given, checked)
+    if words and reads_languages(SimpleNamespace(**checked)):
+        adapters = check_language(model, SimpleNamespace(**checked), prompts, negatives, adapters)
     checked |= check_adapting(
         model, words, adapters, given.cache_interval, given.cache_depth, given.merge_ratio, given.merge_seed
     )
-    for option in options.options():
-        if option.keyword and not option.each and option.name not in checked:
-            value = getattr(given, option.name)
-            is_left = value is None and option.default is None
-            checked[option.name] = None if is_left else option.kind.check(option.name, value)
     check_extra_seeds(checked, f)
     check_adapters(model, adapters_of(checked))
     return Request(
@@ -204,6 +207,37 @@ def check_extra_seeds(checked: Mapping[str, Any], f: int) -> None:
         raise UsageError(
             f"seed_resize_from must be a latent cell at least, {f} x {f} pixels, got {size[0]} x {size[1]}"
         )
+
+
+def check_kinds(given: SimpleNamespace, checked: Mapping[str, Any]) -> dict[str, Any]:
+    """Check by their kinds the options that nothing else has looked at."""
+    found = {}
+    for option in options.options():
+        if option.keyword and not option.each and option.name not in (*checked, *_ADAPTING):
+            value = getattr(given, option.name)
+            is_left = value is None and option.default is None
+            found[option.name] = None if is_left else option.kind.check(option.name, value)
+    return found
+
+
+def check_language(
+    model: LatentDiffusion,
+    given: SimpleNamespace,
+    prompts: Sequence[str],
+    negatives: Sequence[str],
+    adapters: Any,
+) -> Any:
+    """Read prompts in their language, and add the LoRAs that their tags name to the adapters.
+
+    Raises:
+        UsageError: a prompt that its language cannot read, a clip_skip that the text encoder has not.
+    """
+    attached = adapters if isinstance(adapters, list | tuple) else ()  # another kind is refused later
+    with text_scope(model, check_adapters(model, attached)):
+        found = read_all(model, given, prompts, negatives)
+    Rows(model.cond_stage_model, given.clip_skip)
+    loras = find_loras([found[text, False] for text in prompts], given.lora_dir)
+    return [*attached, *loras] if loras else adapters
 
 
 def list_images(

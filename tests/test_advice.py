@@ -165,8 +165,8 @@ def test_each_kind_is_told_once_and_in_one_short_line():
     )
     assert list(lines) == [WEIGHT, NETWORK, "alternatives"]
     assert (
-        lines[WEIGHT]
-        == "'(red:1.3)' is a weight to other programs; here it is read as plain text: say it in words"
+        lines[WEIGHT] == "'(red:1.3)' is a weight to other programs; here it is read as plain text: "
+        "ldm.prompt reads it, give prompt_syntax='a1111' (--syntax a1111)"
     )
     assert all(len(line) <= 400 for line in lines.values())
 

@@ -144,7 +144,8 @@ def test_trouble_is_told_once_a_call_and_foreign_syntax_once(sd, caplog):
     assert [line.split("; it knows")[0] for line in caplog.messages] == [
         words,
         seed,
-        "'(red:1.3)' is a weight to other programs; here it is read as plain text: say it in words",
+        "'(red:1.3)' is a weight to other programs; here it is read as plain text: "
+        "ldm.prompt reads it, give prompt_syntax='a1111' (--syntax a1111)",
         words,
         seed,
     ]
@@ -1086,7 +1087,6 @@ def test_loaders_show_their_options():
         ("H", "here it is height"),
         ("W", "here it is width"),
         ("negativ_prompt", "did you mean negative_prompt?"),
-        ("clip_skip", "the text encoder's last layer"),
         ("return_dict", "a GenerationResult comes"),
         ("qqqq", "lists what there is"),
     ],

@@ -53,6 +53,7 @@ STORIES = (
     "metadata",
     "noise",
     "pipeline",
+    "prompting",
     "request",
     "results",
     "saving",

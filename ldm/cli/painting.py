@@ -29,7 +29,7 @@ from ldm.cli.prompts import Line, read_prompts
 from ldm.cli.running import printable, say
 from ldm.errors import AbsentError, LdmError, UsageError, nearest_file, refuse_elsewhere, shown
 from ldm.limits import AUTO
-from ldm.options import keywords, options, repeated
+from ldm.options import SYNTAX, keywords, options, repeated
 
 if TYPE_CHECKING:
     import torch
@@ -52,12 +52,14 @@ class Group:
         source: which of paint's sources they are painted from.
         options: of StableDiffusion.plan, beside the four lists.
         own: those of them that the lines of a prompt file set; place is the first line's.
+        tags: of their prompts, which name LoRAs.
     """
 
     source: int
     options: dict[str, Any]
     own: dict[str, Any]
     place: str
+    tags: tuple[Any, ...] = ()
     prompts: list[str] = field(default_factory=list)
     negatives: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
@@ -74,11 +76,12 @@ def paint(args: argparse.Namespace, *sources: dict[str, Any], save: Save | None 
     """
     from ldm.devices import pick_device
     from ldm.images import prepare_folder
+    from ldm.prompting import explanations
     from ldm.results import with_bar
 
     groups = check(args, *sources)
-    outdir = prepare_folder(args.outdir)
-    if save is None:
+    outdir = Path(args.outdir) if args.explain else prepare_folder(args.outdir)
+    if save is None and not args.explain:
         samples = prepare_folder(outdir / "samples")
 
         def save(result: GenerationResult, source: int) -> list[Path]:
@@ -102,6 +105,11 @@ def paint(args: argparse.Namespace, *sources: dict[str, Any], save: Save | None 
             )
         requests.append((group.source, request))
     groups.clear()
+    if args.explain:
+        for line in dict.fromkeys(one for _, request in requests for one in explanations(sd.model, request)):
+            for row in line.split("\n"):
+                say(" " * (len(row) - len(row.lstrip())) + printable(row))
+        return
     if args.like_adapters:
         line = lacking(args.like_adapters, (one for _, request in requests for one in request.adapters))
         if line is not None:
@@ -231,6 +239,7 @@ def lay_out(
     args: argparse.Namespace, lines: list[Line], sampler: str, sources: Sequence[dict[str, Any]]
 ) -> list[Group]:
     """Lay out the whole run, picture by picture, in CompVis's order: all prompts, then all again, n_iter times."""
+    from ldm.prompting import tags_of
     from ldm.request import draw_seed
 
     each = [one.name for one in options() if one.each]
@@ -266,8 +275,10 @@ def lay_out(
                 own = {name: value for name, value in line.options.items() if name not in SEEDS}
                 count = own.pop("n_iter", 1) * own.pop("batch_size", 1)
                 negative = own.pop("negative_prompt", args.negative_prompt)
-                if not groups or (groups[-1].source, groups[-1].own) != (i, own):
-                    groups.append(Group(i, common | source | own, own, line.place))
+                whole = common | source | own
+                tags = tags_of(line.prompt, whole[SYNTAX])
+                if not groups or (groups[-1].source, groups[-1].own, groups[-1].tags) != (i, own, tags):
+                    groups.append(Group(i, whole, own, line.place, tags))
                 groups[-1].prompts += [line.prompt] * count
                 groups[-1].negatives += [negative] * count
                 groups[-1].seeds += itertools.islice(numbers, count)

@@ -119,6 +119,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         "--like", metavar="PICTURE",
         help="paint as this picture says it was painted; options given beside it go before",
     )  # fmt: skip
+    group.add_argument("--explain", action="store_true", help="show how prompts are read, and paint nothing")
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
@@ -203,6 +204,9 @@ class _PaintingParser(Parser):
             given = given | {"sampler"}
         if "sampler" in given:  # these were the other sampler's
             given = given | {"spacing", "eta", *options.of_samplers()}
+        by_others = not str(parameters.get("version", "")).startswith("ldm ")
+        if parameters["source"] in ("a1111", "comfyui") and by_others:  # their brackets are meant
+            parameters.setdefault(options.SYNTAX, parameters["source"])
         for option in options.told():
             value = parameters.get(option.name)
             if option.name in given or value is None or not hasattr(found, option.name):

@@ -8,7 +8,7 @@ follow one another, (b, 77 * chunks, width). LoRAs and embeddings that are attac
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,7 @@ def encode(
     *,
     emphasis: str | None = None,
     clip_skip: int = 1,
+    rows: Rows | None = None,
 ) -> list[Conditioning]:
     """Encode prompts that `read` gave for this encoder.
 
@@ -53,6 +54,7 @@ def encode(
         emphasis: "original" (tokens times their weights, and the whole times what restores its mean), "no norm"
             (without that), "ignore", "comfyui" (away from the empty prompt by the weight); None is the syntax's own.
         clip_skip: 1 is the last layer, 2 the one before, to the number of layers; each is normed.
+        rows: of an earlier call for this encoder, whose clip_skip it has; None begins anew.
 
     Raises:
         UsageError: an unknown emphasis, a clip_skip that the encoder has not, or a weight that is not finite.
@@ -66,7 +68,7 @@ def encode(
                 f"the prompt was read for {length} tokens, and this encoder takes {encoder.max_length}; read it with "
                 "read(text, encoder=model.cond_stage_model)"
             )
-    rows = _Rows(encoder, clip_skip)
+    rows = Rows(encoder, clip_skip) if rows is None else rows
     found = []
     for prompt in prompts:
         if prompt.tree is not None and emphasis is None:
@@ -89,12 +91,12 @@ def encode_chunks(
     emphasis: str = "original",
     clip_skip: int = 1,
     *,
-    rows: _Rows | None = None,
+    rows: Rows | None = None,
 ) -> Tensor:
     """Encode texts together, (b, 77 * the most chunks, width); see `encode`."""
     if emphasis not in EMPHASES:
         raise UsageError(f"emphasis should be one of {', '.join(EMPHASES)}, got {shown(emphasis)}")
-    rows = rows or _Rows(encoder, clip_skip)
+    rows = rows or Rows(encoder, clip_skip)
     columns = []
     for place in range(max(map(len, texts))):
         chunks = [text[place] if place < len(text) else rows.empty for text in texts]
@@ -111,16 +113,25 @@ def encode_chunks(
     return torch.cat(columns, dim=1)
 
 
-def _weights(chunks: Sequence[Chunk], like: Tensor) -> Tensor:
-    """Give weights (b, 77, 1)."""
+def check_weights(chunks: Iterable[Chunk]) -> None:
+    """Raise UsageError for a weight that is not finite."""
     for chunk in chunks:
         if not all(map(math.isfinite, chunk.weights)):
             raise UsageError("a weight in the prompt is not a finite number; write one such as 1.3")
+
+
+def _weights(chunks: Sequence[Chunk], like: Tensor) -> Tensor:
+    """Give weights (b, 77, 1)."""
+    check_weights(chunks)
     return torch.tensor([chunk.weights for chunk in chunks], dtype=like.dtype, device=like.device)[..., None]
 
 
-class _Rows:
-    """The encoder's states of chunks, each computed once."""
+class Rows:
+    """The encoder's states of chunks, each computed once.
+
+    Attributes:
+        known: by their token numbers and their mask.
+    """
 
     def __init__(self, encoder: FrozenCLIPEmbedder, clip_skip: int):
         layers = encoder.transformer.config.num_hidden_layers
@@ -157,7 +168,7 @@ class _Rows:
         return transformer.text_model.final_layer_norm(out.hidden_states[-self.clip_skip])
 
 
-def _encode_compel(rows: _Rows, tree: compel.Conjunction) -> Tensor:
+def _encode_compel(rows: Rows, tree: compel.Conjunction) -> Tensor:
     """Encode compel's tree, (n, width): the texts of `.and()` one behind the other."""
     contexts = []
     for text, weight in zip(tree.texts, tree.weights, strict=True):
@@ -180,7 +191,7 @@ def _mixed(several: Tensor, weights: Sequence[float], normalize: bool) -> Tensor
     return total / scale.sum() if normalize else total
 
 
-def _compel_text(rows: _Rows, text: tuple) -> Tensor:
+def _compel_text(rows: Rows, text: tuple) -> Tensor:
     """Encode 75 tokens, (77, width): above 1 as ComfyUI; below 1 mixed with the text in which nothing looks there."""
     segments = compel.before_swaps(text)
     ids, weights, owner = [], [], []

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UsageError, nearest, shown
+from ldm.limits import SYNTAXES
 from ldm.modules.encoders.tokenizer import find_tokenizer
 from ldm.prompt import a1111, comfyui, compel
 from ldm.prompt.chunks import CHUNK_LENGTH, END, START, Chunks, check_text
 
 if TYPE_CHECKING:
     from ldm.modules.encoders.modules import FrozenCLIPEmbedder
-
-SYNTAXES = ("plain", "a1111", "comfyui", "compel")
 
 
 @dataclass(frozen=True)
@@ -123,6 +122,7 @@ def read(
     hires_steps: int | None = None,
     old_schedule: bool = False,
     comma_backtrack: int = a1111.COMMA_BACKTRACK,
+    joined: bool = True,
 ) -> Prompt:
     """Read a prompt in one of the languages.
 
@@ -132,6 +132,7 @@ def read(
             Stable Diffusion v1's does.
         steps, hires_steps, old_schedule: see `a1111.schedule`; only A1111's prompts have schedules.
         comma_backtrack: see `a1111.chunk`.
+        joined: AND joins several (A1111); False reads it as a word, as the web UI does in negative prompts.
 
     Raises:
         UsageError: an unknown syntax, or a prompt that this language cannot read.
@@ -150,7 +151,7 @@ def read(
         commas = words.ids(",")
         options = {"comma": commas[0] if len(commas) == 1 else None, "backtrack": comma_backtrack}
         parts, known = [], {}  # of alternations most steps' texts were read before
-        for part, weight in a1111.split_and(left):
+        for part, weight in a1111.split_and(left) if joined else [(left, 1.0)]:
             scheduled = []
             for end, at in a1111.schedule(part, steps, hires_steps=hires_steps, old=old_schedule):
                 if at not in known:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lora_files import write_lora_for
 from PIL import Image, PngImagePlugin
-from tiny import write_tiny
+from tiny import tiny_model, write_tiny
 
 import ldm
 from ldm.cli import Line, painting_parser, read_prompts, run
@@ -1103,7 +1104,27 @@ def test_like_draws_where_the_other_program_drew(model, home, end, said, rng):
     Image.new("RGB", (8, 8)).save("theirs.png", pnginfo=info)
     assert end("txt2img", *model, "--like", "theirs.png", "--outdir", "again")[0] == 0
     told = ldm.read_metadata("again/samples/00000.png")
-    assert (told["rng"], told["seed"]) == (rng, 5)
+    assert (told["rng"], told["seed"], told["prompt_syntax"]) == (rng, 5, "a1111")  # its brackets are meant
+
+
+def test_a_language_of_prompts_is_explained_painted_and_repeated(model, home, end):
+    write_lora_for("ink.safetensors", tiny_model())
+    lines = "a (red:1.4) circle\na [red:blue:0.5] <lora:ink:0.5>\n--prompt a (red:1.4) --syntax plain\n"
+    Path("p.txt").write_text(lines)
+    argv = ["--from-file", "p.txt", "--syntax", "a1111", "--lora-dir", ".", "--steps", 2]
+    code, out, _ = end("txt2img", *model, *argv, "--explain", "--outdir", "none")
+    assert code == 0 and not Path("none").exists()
+    assert "a red*1.4 circle" in out and "step 1: 'a red'" in out and "step 2: 'a blue'" in out
+    assert "plain: 'a (red:1.4)'" in out and "tag lora: ink, 0.5" in out
+    assert end("txt2img", *model, *argv, "--outdir", "a")[0] == 0
+    told = [ldm.read_metadata(f"a/samples/0000{i}.png") for i in range(3)]
+    assert [one["prompt_syntax"] for one in told] == ["a1111", "a1111", "plain"]
+    assert [[own["name"] for own in one["adapters"]] for one in told] == [[], ["ink"], []]
+    for i in (0, 1):
+        again = ["--like", f"a/samples/0000{i}.png", "--lora-dir", ".", "--outdir", f"b{i}"]
+        code, out, _ = end("txt2img", *model, *again)
+        assert code == 0 and "was painted with" not in out
+        assert Path(f"b{i}/samples/00000.png").read_bytes() == Path(f"a/samples/0000{i}.png").read_bytes()
 
 
 @pytest.mark.slow
@@ -1174,7 +1195,7 @@ def test_a_prompt_files_keys_are_the_flags(home, flags, option, value):
 
 # The painting flags that no line of a prompt file has, and why.
 OF_THE_RUN = {
-    "where prompts come from": "from_file like",
+    "where prompts come from, and what they say": "from_file like explain",
     "one model paints the whole file": """
         ckpt config ignore_keys vae tokenizer device precision optimize compile tiled_vae sliced_vae lowvram
         vae_precision C f""",

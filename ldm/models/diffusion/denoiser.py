@@ -5,6 +5,7 @@ Samplers know a model only by apply_model(x, t, conditioning), alphas_cumprod, n
 the guidance of its next call (ldm.modules.seams.GuidanceTerm).
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ldm.errors import UsageError
 from ldm.limits import SHARE
+from ldm.models.diffusion.conditions import ScheduledCondition, tokens_of, weighted
 from ldm.models.diffusion.levels import LevelTable, alpha_bar_table
 from ldm.modules.seams import GuidanceTerm
 from ldm.options import Interval
@@ -77,7 +79,7 @@ class Denoiser:
 
     Args:
         model: see the module's first lines.
-        conditioning: tensor, list, or dict of lists, as apply_model takes it.
+        conditioning: tensor, list, or dict of lists, as apply_model takes it; or a ScheduledCondition.
         unconditional_conditioning: of the same structure; None switches guidance off.
         guidance_scale: weight of the condition; at 1 the unconditional pass is skipped.
         guidance_rescale: 0 to 1, how much of the conditional answer's spread to restore.
@@ -123,6 +125,7 @@ class Denoiser:
         self.separate_passes = separate_passes
         self.score_corrector = score_corrector
         self.corrector_kwargs = corrector_kwargs or {}
+        self.calls = 0  # of scheduled conditions
 
     def __call__(self, x: Tensor, t: float | Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
         """Predict (eps, x0) for a sample (b, ...) at one level."""
@@ -144,7 +147,9 @@ class Denoiser:
             dtype = torch.long if isinstance(t, int) else torch.float32
             t = torch.full(x.shape[:1], t, device=x.device, dtype=dtype)
         terms = getattr(self.model, "guidance_terms", tuple)()
-        if terms:
+        if isinstance(self.conditioning, ScheduledCondition):
+            output, uncond = self._scheduled(terms, x, t, guided, alpha_bar)
+        elif terms:
             output, uncond = self._output_with(terms, x, t, guided, alpha_bar)
         else:
             output, uncond = self._output(x, t, guided)
@@ -269,6 +274,31 @@ class Denoiser:
             for term in joining:
                 term.rows = None
         return out if first else [None, *out]
+
+    def _scheduled(
+        self, terms: Sequence[GuidanceTerm], x: Tensor, t: Tensor, guided: bool | Tensor, alpha_bar: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Give what `_output` gives, under the conditions of this call; several of a picture are added up to one."""
+        parts = self.conditioning.at(self.calls)
+        uncond = None if self.unconditional is None else self.unconditional.at(self.calls)[0][1]
+        self.calls += 1
+        (weights, first), *further = parts
+        # Contexts of unequal length run apart, as the web UI has it; padding would change the numbers.
+        separate = self.separate_passes or (uncond is not None and tokens_of(uncond) != tokens_of(first))
+        if not further and all(weight == 1 for weight in weights):
+            now = copy.copy(self)
+            now.conditioning, now.unconditional, now.separate_passes = first, uncond, separate
+            return now._output_with(terms, x, t, guided, alpha_bar) if terms else now._output(x, t, guided)
+        if terms or uncond is None:
+            what = type(terms[0]).__name__ if terms else "without an unconditional one"
+            raise UsageError(
+                f"several conditions of a picture (AND) do not go together with {what}; leave one out"
+            )
+        base, answer = predict_both(self.model.apply_model, x, t, uncond, first, separate)
+        total = base + weighted(weights, x) * (answer - base)
+        for weights, condition in further:
+            total = total + weighted(weights, x) * (self.model.apply_model(x, t, condition) - base)
+        return self._mixed(guided, base, total, self.rescale)
 
 
 def check_interval(interval: Any) -> tuple[float, float]:

@@ -1,0 +1,174 @@
+"""Prompts of a request in other programs' languages: read and checked, their tags found as files, and encoded."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ldm.adapters.lora import LoRA
+from ldm.adapters.use import text_scope
+from ldm.errors import AbsentError, UsageError, nearest, refuse_elsewhere, shown
+from ldm.models.diffusion.conditions import ScheduledCondition
+from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.prompt import a1111
+from ldm.prompt.encode import Rows, at_step, check_weights, encode
+from ldm.prompt.language import Explanation, Prompt, read
+from ldm.sampler_names import NAMES
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
+MOST_ROWS = 1024  # chunks whose features are kept from one batch to the next
+
+
+def reads_languages(request: Any) -> bool:
+    """Tell whether prompts go through ldm.prompt: plain ones do not, unless a layer before the last is asked for."""
+    return request.prompt_syntax != "plain" or request.clip_skip != 1
+
+
+def read_all(
+    model: LatentDiffusion, request: Any, prompts: Iterable[str], negatives: Iterable[str]
+) -> dict[tuple[str, bool], Prompt]:
+    """Read prompts and negative prompts: (text, whether it is a negative one) -> what it says.
+
+    Embeddings count that are attached to the text encoder at the time.
+
+    Args:
+        request: has prompt_syntax, steps and sampler.
+
+    Raises:
+        UsageError: a prompt that its language cannot read, or a model whose text encoder is not CLIP's.
+    """
+    encoder = model.cond_stage_model
+    if not isinstance(encoder, FrozenCLIPEmbedder):
+        raise UsageError(
+            f"prompt_syntax and clip_skip are for CLIP's text encoder, and this model has {type(encoder).__name__}; "
+            "leave them out"
+        )
+    # The web UI counts calls of the network, of which some samplers make two a step.
+    calls = {names.name: names.calls for names in NAMES}.get(request.sampler, "S")
+    options = {"encoder": encoder, "steps": request.steps * (2 if calls.startswith("2 S") else 1)}
+    wanted = dict.fromkeys([*((one, False) for one in prompts), *((one, True) for one in negatives)])
+    # The web UI does not look for AND in negative prompts.
+    found = {
+        (text, is_negative): read(text, request.prompt_syntax, joined=not is_negative, **options)
+        for text, is_negative in wanted
+    }
+    for prompt in found.values():
+        check_weights(chunk for part in prompt.parts for one in part.schedule for chunk in one.chunks)
+    return found
+
+
+def tags_of(text: str, syntax: str) -> tuple[a1111.Tag, ...]:
+    """List the tags of a prompt, such as <lora:name:0.8>, without reading the rest of it."""
+    return tuple(a1111.split_tags(text)[1]) if syntax == "a1111" else ()
+
+
+def find_loras(prompts: Sequence[Prompt], folder: str | os.PathLike | None) -> list[LoRA]:
+    """Find the LoRAs that the tags of prompts name, in a folder and those in it.
+
+    What is not found is painted without, as in the web UI, and said.
+
+    Raises:
+        UsageError: prompts whose tags differ: what is attached to a model is attached for all. AbsentError: no folder.
+        LdmError: a file that is no LoRA.
+    """
+    tags = [[tag for tag in prompt.tags] for prompt in prompts]
+    if any(one != tags[0] for one in tags):
+        raise UsageError(
+            "the prompts of one call have different <lora:...> tags, and a LoRA is attached for all of them; "
+            "paint these prompts in calls of their own"
+        )
+    files = list_loras(folder)
+    found = []
+    for tag in tags[0] if tags else ():
+        if tag.kind not in ("lora", "lyco"):
+            log.warning("<%s:%s> is a tag of a kind that is not here; it is left out", tag.kind, tag.name)
+        elif tag.name in files:
+            text_weight, weight = tag.weights()
+            found.append(LoRA(files[tag.name], weight, text_weight))
+        else:
+            near = nearest(tag.name, files)
+            hint = f"did you mean {near!r}?" if near else f"there are {len(files)} files in lora_dir"
+            hint = hint if folder is not None else "give lora_dir (--lora-dir), the folder that it is in"
+            log.warning("no LoRA goes by %s, it is painted without; %s", shown(tag.name), hint)
+    return found
+
+
+def list_loras(folder: str | os.PathLike | None) -> dict[str, Path]:
+    """List the files of a folder, and of those in it, that may be LoRAs, by their names without an ending.
+
+    Raises:
+        AbsentError: it is no folder.
+    """
+    if folder is None:
+        return {}
+    refuse_elsewhere("lora_dir", folder)
+    if not Path(folder).is_dir():
+        raise AbsentError(f"lora_dir '{folder}' is no folder; give the one with the LoRAs that prompts name")
+    files = sorted(path for path in Path(folder).rglob("*") if path.suffix in SUFFIXES)
+    return {path.stem: path for path in reversed(files)}
+
+
+def encode_batch(
+    model: LatentDiffusion, request: Any, batch: Sequence[Any], shared: dict[str, Any]
+) -> tuple[ScheduledCondition, ScheduledCondition | None]:
+    """Encode the prompts of a batch and, if guidance needs them, the negative ones.
+
+    Args:
+        request, batch: a Request of ldm.request, and those of its images that are painted together.
+        shared: keeps the text encoder's adapters, and the features of chunks, from one batch to the next.
+    """
+    encoder = model.cond_stage_model
+    if "text_scope" not in shared:
+        shared["text_scope"] = text_scope(model, request.adapters)
+    with shared["text_scope"]:
+        read_ = read_all(
+            model, request, (one.prompt for one in batch), (one.negative_prompt for one in batch)
+        )
+        rows: Rows = shared.setdefault("rows", Rows(encoder, request.clip_skip))
+        if len(rows.known) > MOST_ROWS:
+            rows.known.clear()
+        is_composed = any(
+            len(prompt.parts) > 1 or prompt.parts[0].weight != 1
+            for (_, is_negative), prompt in read_.items()
+            if not is_negative and prompt.tree is None
+        )
+        names = list(read_)
+        found = encode(encoder, list(read_.values()), emphasis=request.emphasis, rows=rows)
+    by_text = dict(zip(names, found, strict=True))
+
+    def condition(texts: list[tuple[str, bool]]) -> ScheduledCondition:
+        own = [by_text[text] for text in texts]
+        return ScheduledCondition(lambda call: _on(model.device, at_step(own, call)))
+
+    context = condition([(one.prompt, False) for one in batch])
+    is_guided = request.guidance_scale != 1 or SAMPLERS[request.sampler].needs_unconditional
+    if not is_guided and not is_composed:
+        return context, None
+    return context, condition([(one.negative_prompt, True) for one in batch])
+
+
+def _on(device: Any, found: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    return found[0].to(device), found[1]
+
+
+def explanations(model: LatentDiffusion, request: Any) -> list[str]:
+    """Say how each distinct prompt and negative prompt of a request is read."""
+    prompts = (one.prompt for one in request.images)
+    with text_scope(model, request.adapters):
+        read_ = read_all(model, request, prompts, (one.negative_prompt for one in request.images))
+        return [
+            f"negative {Explanation(one)}" if is_negative else str(Explanation(one))
+            for (text, is_negative), one in read_.items()
+            if text or not is_negative
+        ]

@@ -1,0 +1,224 @@
+"""Prompts in other programs' languages, painted: what each bracket does to the picture."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from lora_files import write_lora_for
+from tiny import tiny_model
+
+import ldm
+from ldm.adapters import LoRA
+from ldm.advice import advice
+from ldm.errors import AbsentError, UsageError
+from ldm.pipeline import StableDiffusion
+from ldm.prompt import read
+from ldm.prompt.encode import at_step, encode
+
+RED, BLUE = "a large red circle", "a small blue square"
+LONG = ", ".join(["a red circle above a blue square on a white background"] * 18)  # 200 tokens
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return StableDiffusion(tiny_model(), name="tiny")
+
+
+def latents(sd, prompt, syntax="a1111", **options):
+    options = {"steps": 3, "seed": 3, "output_type": "latent", "progress": False, **options}
+    return sd.txt2img(prompt, prompt_syntax=syntax, **options).latents
+
+
+def far(one, other):
+    return (one - other).abs().max().item()
+
+
+def states(sd, prompt, syntax="a1111", **options):
+    options = {"steps": 4, "seed": 3, "output_type": "latent", "prompt_syntax": syntax, **options}
+    return [step.x_t.clone() for step in sd.stream(prompt, **options)]
+
+
+def test_a_prompt_without_brackets_is_the_same_in_every_language(sd):
+    plain = latents(sd, RED, "plain")
+    for syntax in ("a1111", "comfyui", "compel"):
+        assert far(latents(sd, RED, syntax), plain) < 1e-3, syntax
+    assert far(latents(sd, BLUE), plain) > 1e-2
+
+
+# One that means the same, and one that does not: near and far.
+SAME = [
+    ("a1111", "(red:1.21) circle", "((red)) circle"),
+    ("a1111", "[red] circle", "(red:0.9090909) circle"),
+    ("a1111", r"a \(red\) circle", r"a \( red \) circle"),
+    ("a1111", f"{RED} AND {BLUE}:0", RED),
+    ("a1111", f"{RED}:0.25 AND {RED}:0.75", RED),
+    ("a1111", f"[{RED}:{BLUE}:0]", BLUE),
+    ("a1111", f"[{RED}:{BLUE}:1.0]", RED),
+    ("a1111", f"[{RED}|{RED}]", RED),
+    ("a1111", "(red:1.4) circle <hypernet:x:1>", "(red:1.4) circle "),
+    ("comfyui", "(red:1.1) circle", "(red) circle"),
+    ("compel", "red++ circle", "(red)1.21 circle"),
+]
+OTHER = [
+    ("a1111", "(red:1.4) circle", "red circle"),
+    ("comfyui", "(red:1.4) circle", "red circle"),
+    ("compel", "(red)1.4 circle", "red circle"),
+    ("a1111", f"{RED} AND {BLUE}", RED),
+    ("a1111", f"{RED} AND {BLUE}", f"{BLUE}"),
+    ("a1111", f"{RED} BREAK {BLUE}", f"{RED} {BLUE}"),
+    ("a1111", f"[{RED}|{BLUE}]", RED),
+    ("a1111", LONG, LONG[: len(LONG) // 2]),
+]
+
+
+def test_brackets_mean_what_they_say(sd):
+    for syntax, one, other in SAME:
+        assert far(latents(sd, one, syntax), latents(sd, other, syntax)) < 2e-3, (syntax, one)
+    for syntax, one, other in OTHER:
+        assert far(latents(sd, one, syntax), latents(sd, other, syntax)) > 5e-3, (syntax, one)
+
+
+def test_a_schedule_changes_after_its_step_as_the_web_uis_sampler_counts(sd):
+    # Half of four steps is two, counted from 1; the sampler counts from 0, and reads the first text at 0, 1 and 2.
+    changing = states(sd, f"[{RED}:{BLUE}:0.5]")
+    red = states(sd, RED)
+    assert [far(a, b) < 1e-5 for a, b in zip(changing, red, strict=True)] == [True, True, True, False, False]
+    # Heun asks the network twice a step, so that the change falls within the same share of the run.
+    changing = states(sd, f"[{RED}:{BLUE}:0.5]", sampler="heun")
+    red = states(sd, RED, sampler="heun")
+    assert [far(a, b) < 1e-5 for a, b in zip(changing, red, strict=True)] == [True, True, False, False, False]
+
+
+def test_and_guides_along_the_sum_of_the_differences(sd):
+    """At one step of DDIM to x0: guided = u + s (w1 (c1 - u) + w2 (c2 - u)), from the model's own answers."""
+    model = sd.model
+    options = {"guidance_scale": 3.0, "steps": 1, "seed": 3}
+    x_T = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    t = torch.tensor([1])  # CompVis's level of a single step
+    rows, _ = at_step(
+        encode(
+            model.cond_stage_model, [read(text, encoder=model.cond_stage_model) for text in (RED, BLUE, "")]
+        ),
+        0,
+    )
+    with torch.no_grad():
+        red, blue, none = (model.apply_model(x_T, t, row[None]) for row in rows)
+    wanted = none + 3.0 * (0.5 * (red - none) + 1.5 * (blue - none))
+    alpha_bar = model.alphas_cumprod[1]
+    x0 = (x_T - (1 - alpha_bar).sqrt() * wanted) / alpha_bar.sqrt()
+    (step, *_) = sd.stream(f"{RED}:0.5 AND {BLUE}:1.5", prompt_syntax="a1111", **options)
+    assert far(step.pred_x0, x0) < 1e-3 * x0.abs().max()
+
+
+def test_weights_count_without_guidance_and_beside_other_prompts(sd):
+    joined, alone = f"{RED} AND {BLUE}:0.5", latents(sd, f"{RED} AND {BLUE}:0.5")
+    several = latents(sd, [joined, LONG, BLUE], batch_size=3, seed=[3, 4, 3])
+    assert far(several[:1], alone) > 0  # the longest prompt of a batch pads the others, as in the web UI
+    assert far(latents(sd, [joined, BLUE], batch_size=2, seed=[3, 3])[:1], alone) < 1e-3
+    assert far(latents(sd, joined, guidance_scale=1.0), latents(sd, RED, guidance_scale=1.0)) > 5e-3
+
+
+def test_nine_channels_and_masks_take_schedules():
+    sd9 = StableDiffusion(tiny_model(in_channels=9), name="tiny9")
+    one, other = latents(sd9, f"[{RED}:{BLUE}:1] AND {BLUE}:0"), latents(sd9, f"[{RED}:{BLUE}:1]")
+    assert far(one, other) < 1e-3 and far(one, latents(sd9, RED)) > 1e-3
+
+
+def test_clip_skip_reads_an_earlier_layer_of_both_prompts(sd):
+    encoder = sd.model.cond_stage_model
+    rows, _ = at_step(encode(encoder, [read(one, encoder=encoder) for one in (RED, BLUE)], clip_skip=2), 0)
+    wanted = latents(sd, RED, "plain", prompt_embeds=rows[:1], negative_prompt_embeds=rows[1:])
+    assert far(latents(sd, RED, negative_prompt=BLUE, clip_skip=2), wanted) < 1e-4
+    assert far(latents(sd, RED, "plain", negative_prompt=BLUE, clip_skip=2), wanted) < 1e-3
+    assert far(latents(sd, RED, negative_prompt=BLUE), wanted) > 1e-3
+
+
+def test_every_distinct_chunk_is_encoded_once(sd, monkeypatch):
+    rows = []
+    transformer = sd.model.cond_stage_model.transformer
+    hook = transformer.register_forward_hook(
+        lambda module, args, kwargs, out: rows.extend(map(tuple, kwargs["input_ids"].tolist())),
+        with_kwargs=True,
+    )
+    try:
+        latents(sd, [RED, f"({RED}:1.2)", f"{RED} AND {BLUE}", BLUE] * 2, batch_size=3, steps=1)
+    finally:
+        hook.remove()
+    assert len(rows) == len(set(rows)) == 3  # red, blue, and the empty negative prompt
+
+
+def test_tags_name_files_of_a_folder(sd, tmp_path, caplog):
+    write_lora_for(tmp_path / "ink.safetensors", sd.model)
+    options = {"lora_dir": tmp_path, "steps": 2}
+    tagged = latents(sd, f"{RED}<lora:ink:0.5:0.75>", **options)
+    lora = LoRA(tmp_path / "ink.safetensors", 0.75, 0.5)
+    assert far(tagged, latents(sd, RED, adapters=[lora], steps=2)) < 1e-4
+    assert far(tagged, latents(sd, RED, steps=2)) > 1e-3
+    request = sd.plan(f"{RED}<lora:ink:0.5:0.75>", prompt_syntax="a1111", lora_dir=tmp_path)
+    assert request.adapters[0].describe()["name"] == "ink"
+    # The web UI paints on where it finds none, and so it is here.
+    unknown = latents(sd, f"{RED}<lora:inc:1>", **options)
+    assert "no LoRA goes by 'inc', it is painted without; did you mean 'ink'?" in caplog.text
+    assert far(unknown, latents(sd, RED, steps=2)) < 1e-5
+    latents(sd, f"{RED}<lora:ink:1>", steps=1)
+    assert "give lora_dir (--lora-dir)" in caplog.text
+
+
+# Input, the words of the error, and nothing painted.
+REFUSED = [
+    ({"prompt_syntax": "a111"}, "prompt_syntax must be one of plain, a1111, comfyui, compel; got 'a111'"),
+    ({"prompt_syntax": None}, "prompt_syntax must be one of"),
+    ({"clip_skip": 13}, "clip_skip must be a whole number from 1 to 12, got 13"),
+    ({"clip_skip": 0}, "clip_skip must be a whole number from 1 to 12, got 0"),
+    ({"clip_skip": 12}, "clip_skip should be a whole number from 1 to"),
+    ({"emphasis": "loud"}, "emphasis must be one of original, no norm, ignore, comfyui; got 'loud'"),
+    ({"prompt": "a <lora:x:y>", "prompt_syntax": "a1111", "lora_dir": "HERE"}, "strength in <lora:x:y>"),
+    ({"prompt": ["a <lora:x:1>", "b"], "prompt_syntax": "a1111"}, "different <lora:...> tags"),
+    ({"lora_dir": 3}, "lora_dir must be a path, got 3"),
+    ({"prompt": "[" * 10_001, "prompt_syntax": "a1111"}, "a prompt may have 10000 brackets open at once"),
+    ({"prompt": "(a:1e999)", "prompt_syntax": "comfyui"}, "a weight in the prompt is not a finite number"),
+    ({"prompt": '("a", "b").blend(x)', "prompt_syntax": "compel"}, "blend"),
+]
+
+
+def test_bad_input_is_refused_with_one_line(sd, tmp_path):
+    write_lora_for(tmp_path / "x.safetensors", sd.model)
+    for options, words in REFUSED:
+        options = {"prompt": RED, **options}
+        if options.get("lora_dir") == "HERE":
+            options["lora_dir"] = tmp_path
+        with pytest.raises(UsageError) as found:
+            sd.plan(**options)
+            pytest.fail(f"{options} passed")
+        assert words in str(found.value) and len(str(found.value)) <= 400 and "\n" not in str(found.value), (
+            options
+        )
+    with pytest.raises(AbsentError, match="lora_dir 'nowhere' is no folder"):
+        sd.plan(f"{RED} <lora:x:1>", prompt_syntax="a1111", lora_dir="nowhere")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["((((red", "red))))", "[a:b", "[a|b", "(a:b:c:1)", "AND AND", "[" * 3000, "<lora:", ""]
+)
+def test_what_the_web_ui_paints_is_painted(sd, prompt):
+    assert latents(sd, prompt, steps=1).isfinite().all()
+
+
+def test_a_joint_is_no_word_where_it_joins(sd):
+    knows = replace(sd.defaults, known_words=frozenset(f"{RED} {BLUE}".split()))
+    for prompt, syntax, kinds in (
+        (f"{RED} AND {BLUE}", "a1111", set()),
+        (f"{RED} and (blue:1.2)", "a1111", {"words"}),
+        (f"{RED} and (blue:1.2)", "plain", {"words", "a weight"}),
+    ):
+        request = sd.plan(prompt, prompt_syntax=syntax, steps=20)
+        assert advice([request], knows).keys() == kinds, (prompt, syntax)
+
+
+def test_the_picture_says_how_its_prompt_was_read(sd, tmp_path):
+    out = sd.txt2img(
+        "(red:1.4)", prompt_syntax="a1111", clip_skip=2, emphasis="no norm", seed=1, steps=1, progress=False
+    )
+    told = ldm.read_metadata(out.save(tmp_path)[0])
+    assert (told["prompt_syntax"], told["clip_skip"], told["emphasis"]) == ("a1111", 2, "no norm")
+    assert ", Prompt syntax: a1111, Clip skip: 2, Emphasis: No norm, " in out.infotexts[0]
