@@ -8,7 +8,7 @@ import torch
 from keyed import fill, keyed_input, weight
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_networks import UNET
+from tiny_networks import UNET, ddim_chain
 
 from ldm.adapters import ControlNet, DeepCache, LoRA, TokenMerging
 from ldm.adapters.controlnet import ControlNetFile
@@ -134,10 +134,10 @@ def test_the_names_are_the_originals_and_diffusers_names_lead_there(facts):
 @pytest.mark.slow
 @torch.no_grad()
 def test_diffusers_own_network_gives_the_same_maps_and_the_same_chain(unet, tensors, files):
-    """Forward to 1e-5; a chain of 20 DDIM steps, all of it computed by diffusers' two networks, to 1e-4."""
+    """One and two of them: forward to 1e-5; 20 DDIM steps, all computed by diffusers, to 1e-4; plain and optimized."""
     pytest.importorskip("diffusers")
     from diffusers import ControlNetModel as Theirs
-    from diffusers import UNet2DConditionModel
+    from diffusers import MultiControlNetModel, UNet2DConditionModel
 
     shape = {
         "in_channels": 4, "block_out_channels": (32, 64), "layers_per_block": 2, "cross_attention_dim": 24,
@@ -153,27 +153,38 @@ def test_diffusers_own_network_gives_the_same_maps_and_the_same_chain(unet, tens
     names = unet_to_diffusers(state)
     network.load_state_dict({names[key]: value for key, value in state.items()})
 
-    def theirs(x, t):
-        down, middle = control(x, t, C, HINT_A, conditioning_scale=0.8, return_dict=False)
+    second = Theirs(**shape).eval()
+    names = control_to_diffusers(tensors)
+    second.load_state_dict(
+        {names[key]: value for key, value in weights_for(unet, "control_model_b.").items()}
+    )
+    both = MultiControlNetModel([control, second])
+
+    def theirs(x, t, several=False):
+        if several:
+            down, middle = both(x, t, C, [HINT_A, HINT_B], [0.8, 0.3], return_dict=False)
+        else:
+            down, middle = control(x, t, C, HINT_A, conditioning_scale=0.8, return_dict=False)
         more = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         return network(x, t, C, return_dict=False, **more)[0], [*down, middle]
 
     mine = ControlNet(files[0], HINT_A, 0.8)
+    two = [mine, ControlNet(files[1], HINT_B, 0.3)]
     want, maps = theirs(X, T)
     close(answer(unet, mine), want)
+    close(answer(unet, *two), theirs(X, T, several=True)[0])
     for got, one in zip(files[0].network(unet)(X, HINT_A, T, C), maps, strict=True):
         close(0.8 * got, one)
 
-    def chain(predict):
-        alpha_bar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
-        x = X
-        for t in range(951, 0, -50):
-            eps = predict(x, torch.tensor([t, t]))
-            now, after = alpha_bar[t], alpha_bar[max(t - 50, 0)]
-            x = after.sqrt() * (x - (1 - now).sqrt() * eps) / now.sqrt() + (1 - after).sqrt() * eps
-        return x
-
-    close(chain(lambda x, t: answer(unet, mine, x=x, t=t)), chain(lambda x, t: theirs(x, t)[0]), 1e-4)
+    wanted = ddim_chain(X, lambda x, t: theirs(x, t, several=True)[0])
+    close(ddim_chain(X, lambda x, t: answer(unet, *two, x=x, t=t)), wanted, 1e-4)
+    optimize(unet)
+    try:
+        with torch.inference_mode():
+            close(answer(unet, *two), theirs(X, T, several=True)[0])
+            close(ddim_chain(X, lambda x, t: answer(unet, *two, x=x, t=t)), wanted, 1e-4)
+    finally:
+        restore(unet)
 
 
 # --- laws -------------------------------------------------------------------------------------------

@@ -6,11 +6,12 @@ import pytest
 import torch
 from keyed import fill, keyed_input, weight
 from safetensors.torch import load_file
-from tiny_networks import UNET
+from tiny_networks import UNET, ddim_chain
 
 from ldm.adapters import DeepCache, T2IAdapter
 from ldm.adapters.t2i_adapter import T2IAdapterFile, assemble, places
 from ldm.checkpoints import save_safetensors
+from ldm.checkpoints.key_mapping import unet_to_diffusers
 from ldm.errors import LdmError, MismatchError, UsageError
 from ldm.kernels import cuda_graphs, optimize, restore
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -185,14 +186,52 @@ def test_a_graph_of_the_unet_serves_all_steps(unet, file):
     assert made == [5]  # tensors
 
 
-def test_layouts_containers_and_grey_hints(unet, tmp_path):
-    shapes = full_keys([32, 64], hint_channels=1)
-    tensors = keyed(shapes, "grey.")
+def in_diffusers(tensors):
+    """Name the tensors of a full adapter with two blocks a level as diffusers does."""
     theirs = {}
     for name, values in tensors.items():
         head, number, rest = name.split(".", 2) if name.startswith("body") else (name, "0", "")
         place = f"{int(number) // 2}." + ("" if rest.startswith("in_conv") else f"resnets.{int(number) % 2}.")
         theirs[f"adapter.{f'{head}.{place}{rest}' if rest else name}"] = values
+    return theirs
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_diffusers_own_adapter_and_unet_give_the_same_forward_and_chain(unet, file):
+    """Forward to 1e-5; 20 DDIM steps, all computed by diffusers, to 1e-4; plain and optimized."""
+    diffusers = pytest.importorskip("diffusers")
+    network = diffusers.UNet2DConditionModel(
+        in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=24,
+        attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+    ).eval()  # fmt: skip
+    state = unet.state_dict()
+    names = unet_to_diffusers(state)
+    network.load_state_dict({names[key]: value for key, value in state.items()})
+    adapter = diffusers.T2IAdapter(3, channels=[32, 64], num_res_blocks=2, downscale_factor=8).eval()
+    adapter.load_state_dict(in_diffusers(file.tensors))
+    maps = [0.7 * one for one in adapter(HINT)]
+
+    def theirs(x, t):
+        return network(x, t, C, down_intrablock_additional_residuals=list(maps), return_dict=False)[0]
+
+    mine = T2IAdapter(file, HINT, 0.7)
+    want, wanted = theirs(X, T), ddim_chain(X, theirs)
+    for prepare in (lambda network: None, optimize):
+        prepare(unet)
+        try:
+            with torch.inference_mode():
+                close(answer(unet, mine), want)
+                close(ddim_chain(X, lambda x, t: answer(unet, mine, x=x, t=t)), wanted, 1e-4)
+        finally:
+            restore(unet)
+
+
+def test_layouts_containers_and_grey_hints(unet, tmp_path):
+    shapes = full_keys([32, 64], hint_channels=1)
+    tensors = keyed(shapes, "grey.")
+    theirs = in_diffusers(tensors)
     torch.save(tensors, tmp_path / "a.pth")
     save_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", theirs, {})
     grey = HINT[:, :1].expand(2, 3, 64, 64)
