@@ -491,7 +491,7 @@ class Fact:
 def _said_of_adapter(
     name: str, kind: Kind, words: str, also: tuple[str, ...] = (), metavar: Any = None, begins: bool = False
 ) -> Option:
-    """Make an option whose flag names a ControlNet or T2I-Adapter, or is said of the one that was named before it."""
+    """Make an option whose flag names a ControlNet and its like, or is said of the one that was named before it."""
     dashed = f"--{name.replace('_', '-')}"
     return Option(
         name, (), Part(name, kind, begins), words, group=WITH, flags=tuple(dict.fromkeys((dashed, f"--{name}"))),
@@ -840,6 +840,24 @@ TABLE: tuple[Option | Fact, ...] = (
     _said_of_adapter(
         "control_fit", Choice(dict.fromkeys(("crop", "pad", "stretch"), "")),
         "of a hint of another aspect: crop, pad or stretch (default: crop)", metavar="FIT",
+    ),
+    _said_of_adapter(
+        "ip_adapter", Kind(),
+        "an IP-Adapter, which paints after a picture; --ip-image and the flags that follow are said of it; may be "
+        "repeated (docs/controls.md)",
+        metavar="FILE", begins=True,
+    ),
+    _said_of_adapter(
+        "ip_image", Kind(), "the picture to paint after; several are seen together", also=("ip_adapter_image",),
+        metavar="PICTURE",
+    ),
+    _said_of_adapter(
+        "ip_scale", Number(-100, 100), "how strongly (default: 1)", also=("ip_adapter_scale", "ip_weight"),
+    ),
+    _said_of_adapter(
+        "image_encoder", Kind(),
+        "CLIP's vision model that the IP-Adapter was trained with, folder or file (default: of the one before)",
+        also=("clip_vision",), metavar="PATH",
     ),
     Fact("lora_hashes", "Lora hashes"),
     Fact("ti_hashes", "TI hashes"),

@@ -217,8 +217,9 @@ def _of_folder(folder: str, width: int) -> list[Embedding]:
 
 HOW = ("weight", "text_weight", "start", "end", "blocks")  # what a picture says of a LoRA's strength
 # And of what follows a hint, with the flags that say so.
-CONTROLLED = {"ControlNet": "--control", "T2IAdapter": "--t2i-adapter"}
+CONTROLLED = {"ControlNet": "--control", "T2IAdapter": "--t2i-adapter", "IPAdapter": "--ip-adapter"}
 HOW_CONTROLLED = ("scale", "start", "end", "guess", "weights", "fit", "pooled", "only_mid_control", "hint")
+HOW_CONTROLLED += ("image", "negative_image", "mask", "combine", "lora_scale", "shortcut")  # of an IP-Adapter
 
 
 def told_adapters(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -278,7 +279,12 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def _controlled(one: Mapping[str, Any]) -> str:
-    """Write the flags that give a ControlNet or T2I-Adapter as a picture says."""
+    """Write the flags that give a ControlNet and its like as a picture says."""
+    if one["kind"] == "IPAdapter":
+        scale = one.get("scale", 1)
+        is_said = isinstance(scale, int | float) and not ({*HOW_CONTROLLED} - {"scale", "image"}) & one.keys()
+        flags = f"--ip-adapter FILE --ip-image PICTURE --ip-scale {escaped(scale, 20)} --image-encoder PATH"
+        return flags if is_said else "no option gives it in this way"
     flags = [f"{CONTROLLED[one['kind']]} FILE --hint PICTURE with hash {escaped(one.get('hint', '?'), 20)}"]
     flags += [
         f"--control-{key} {escaped(one[key], 20)}" for key in ("scale", "start", "end", "fit") if key in one

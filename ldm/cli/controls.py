@@ -1,4 +1,4 @@
-"""The ControlNets and T2I-Adapters of a run of a painting script: how flags say them, and each file read once."""
+"""The ControlNets and their like of a run of a painting script: how flags say them, and each file read once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from ldm.errors import AbsentError, UsageError, nearest_file, refuse_elsewhere, 
 from ldm.limits import ADAPTERS
 
 if TYPE_CHECKING:
-    from ldm.adapters import ControlNet, T2IAdapter
+    from ldm.adapters import ControlNet, IPAdapter, T2IAdapter
 
-FLAGS = {"control": "--control", "t2i_adapter": "--t2i-adapter"}
+FLAGS = {"control": "--control", "t2i_adapter": "--t2i-adapter", "ip_adapter": "--ip-adapter"}
+OF_IMAGES = ("ip_image", "ip_scale", "image_encoder")  # said of an IP-Adapter, and nothing else is
+PICTURES = {"hint": "--hint", "ip_image": "--ip-image"}
 MODES = {
     "balanced": {},
     "prompt": {"weights": "soft"},
@@ -35,7 +37,7 @@ class Said:
 
     Attributes:
         kind: the option that names its file.
-        hints: pictures, by their paths.
+        hints: pictures, by their paths; of an IP-Adapter those to paint after.
         options: what else, by the options' names.
     """
 
@@ -63,10 +65,11 @@ def gather(parts: Sequence[tuple[str, Any]]) -> list[Said]:
             found.append(Said(name, value))
         elif not found:
             raise UsageError(
-                f"{flag} {shown(value)} is said of the --control or --t2i-adapter before it, and there is none; name "
-                "one first"
+                f"{flag} {shown(value)} is said of the {_owners(name)} before it, and there is none; name one first"
             )
-        elif name == "hint":
+        elif (name in OF_IMAGES) != (found[-1].kind == "ip_adapter"):
+            raise UsageError(f"{flag} is said of a {_owners(name)}, and stands behind {found[-1]}; move it")
+        elif name in PICTURES:
             found[-1].hints.append(value)
         elif name in found[-1].options:
             raise UsageError(f"{flag} was given twice for {found[-1]}; give it once")
@@ -80,6 +83,11 @@ def gather(parts: Sequence[tuple[str, Any]]) -> list[Said]:
     return found
 
 
+def _owners(name: str) -> str:
+    """Say which flags an option is said of."""
+    return "--ip-adapter" if name in OF_IMAGES else "--control or --t2i-adapter"
+
+
 def check_controls(parts: Sequence[tuple[str, Any]], source: Mapping[str, Any]) -> None:
     """Refuse files and hints that are not on this machine.
 
@@ -90,13 +98,27 @@ def check_controls(parts: Sequence[tuple[str, Any]], source: Mapping[str, Any]) 
     Raises:
         AbsentError: one is not there. UsageError: as gather; an address; no hint.
     """
+    encoder = None
     for one in gather(parts):
-        for flag, path in ((FLAGS[one.kind], one.file), *(("--hint", hint) for hint in one.hints)):
+        is_image = one.kind == "ip_adapter"
+        paths = [(FLAGS[one.kind], one.file)]
+        paths += [(PICTURES["ip_image" if is_image else "hint"], path) for path in one.hints]
+        if "image_encoder" in one.options:
+            encoder = one.options["image_encoder"]
+            paths.append(("--image-encoder", encoder))
+        for flag, path in paths:
             refuse_elsewhere(flag, path)
             if not os.path.lexists(path):
                 near = nearest_file(path)
                 hint = f"did you mean {near!r}?" if near else "check the path; nothing is downloaded here"
                 raise AbsentError(f"{flag} {shown(path)} is not there; {hint}")
+        if is_image and not one.hints:
+            raise UsageError(f"{one} has no picture; say which to paint after: --ip-image PICTURE")
+        if is_image and encoder is None:
+            raise UsageError(
+                f"{one} has nothing to see with; name CLIP's vision model: --image-encoder PATH, its folder or file "
+                "(IP-Adapter's models/image_encoder)"
+            )
         if not one.hints and "image" not in source:
             raise UsageError(f"{one} has no hint; say what to paint along: --hint PICTURE")
         if "preprocess" in one.options:
@@ -137,11 +159,12 @@ class Controls:
 
     def __init__(self) -> None:
         self._files: dict[tuple[str, str], Any] = {}
-        self._made: dict[Any, list[ControlNet | T2IAdapter]] = {}
+        self._made: dict[Any, list[ControlNet | T2IAdapter | IPAdapter]] = {}
+        self._encoders: dict[str, Any] = {}
 
     def read(
         self, parts: Sequence[tuple[str, Any]], source: Mapping[str, Any], number: int
-    ) -> list[ControlNet | T2IAdapter]:
+    ) -> list[ControlNet | T2IAdapter | IPAdapter]:
         """Make adapters.
 
         Args:
@@ -153,8 +176,29 @@ class Controls:
         """
         key = (tuple(parts), number)
         if key not in self._made:
-            self._made[key] = [self._make(one, source) for one in gather(parts)]
+            made, encoder = [], None
+            for one in gather(parts):
+                if one.kind == "ip_adapter":
+                    encoder = one.options.get("image_encoder", encoder)
+                    made.append(self._see(one, encoder))
+                else:
+                    made.append(self._make(one, source))
+            self._made[key] = made
         return self._made[key]
+
+    def _see(self, one: Said, encoder: str) -> IPAdapter:
+        """Make an IP-Adapter; vision models are read once, and let go with this object."""
+        from ldm.adapters import IPAdapter
+        from ldm.adapters.ip_adapter_file import IPAdapterFile
+        from ldm.adapters.ip_adapter_images import load_encoder
+
+        place = (one.kind, os.path.realpath(one.file))
+        if place not in self._files:
+            self._files[place] = IPAdapterFile(one.file)
+        if encoder not in self._encoders:
+            self._encoders[encoder] = load_encoder(encoder)
+        scale = one.options.get("ip_scale", 1.0)
+        return IPAdapter(self._files[place], one.hints, scale, image_encoder=self._encoders[encoder])
 
     def _make(self, one: Said, source: Mapping[str, Any]) -> ControlNet | T2IAdapter:
         from ldm.adapters import ControlNet, T2IAdapter

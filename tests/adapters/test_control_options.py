@@ -6,18 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from keyed import keyed_input, weight
+from keyed import fill, keyed_input, weight
 from PIL import Image
 from tiny import tiny_model, write_tiny
 
 import ldm
+from ldm.adapters import IPAdapter
 from ldm.adapters.controls import Hint
 from ldm.adapters.preprocessors import preprocess
 from ldm.checkpoints import save_safetensors
 from ldm.cli import painting_parser, read_prompts, run
+from ldm.cli.adapters import lacking
 from ldm.cli.controls import check_controls, gather
 from ldm.errors import LdmError
 from ldm.modules.diffusionmodules.controlnet import ControlNetModel
+from ldm.modules.processors import named_attentions
 
 ROOT = Path(__file__).parents[2]
 
@@ -124,6 +127,30 @@ def test_what_needs_no_model_to_be_wrong_is_refused_in_one_line(tmp_path, monkey
         ((*ready, "--preprocess", "invert:1"), "--preprocess invert takes no numbers, got '1'"),
         ((*ready, "--preprocess", "tile:big"), "--preprocess tile: rate should be a number, got 'big'"),
         ((*ready, "--preprocess", "inpaint"), "--preprocess inpaint wants a mask, which inpaint.py has"),
+        (
+            ("--ip-image", "e.png"),
+            "--ip-image 'e.png' is said of the --ip-adapter before it, and there is none",
+        ),
+        (
+            (*ready, "--ip-scale", "0.5"),
+            "--ip-scale is said of a --ip-adapter, and stands behind --control 'c.pth'",
+        ),
+        (
+            ("--ip-adapter", "c.pth", "--hint", "e.png"),
+            "--hint is said of a --control or --t2i-adapter, and stands",
+        ),
+        (
+            ("--ip-adapter", "c.pth"),
+            "--ip-adapter 'c.pth' has no picture; say which to paint after: --ip-image",
+        ),
+        (("--ip-adapter", "c.pth", "--ip-image", "e.png"), "name CLIP's vision model: --image-encoder PATH"),
+        (
+            ("--ip-adapter", "c.pth", "--ip-image", "f.png"),
+            "--ip-image 'f.png' is not there; did you mean 'e.png'",
+        ),
+        (("--ip-adapter", "d.bin", "--ip-image", "e.png"), "--ip-adapter 'd.bin' is not there"),
+        (("--ip-adapter", "c.pth", "--image-encoder", "clip"), "--image-encoder 'clip' is not there"),
+        (("--ip-adapter", "c.pth", "--ip-image", "https://h/e.png"), "https://h/e.png"),
         (ready * 101, "at most 100 adapters work together, got 101"),
     ):
         with pytest.raises(LdmError, match=message) as error:
@@ -135,6 +162,7 @@ def test_what_needs_no_model_to_be_wrong_is_refused_in_one_line(tmp_path, monkey
             "argument --control-scale.*: wanted a number from -100 to 100, got 'nan'",
         ),
         (("--control-start", "1.5"), "wanted a number from 0 to 1, got '1.5'"),
+        (("--ip-scale", "nan"), "argument --ip-scale.*: wanted a number from -100 to 100, got 'nan'"),
         (("--control-mode", "both"), "wanted one of balanced, prompt, control, middle; got 'both'"),
     ):
         with pytest.raises(LdmError, match=message):
@@ -240,6 +268,43 @@ def test_a_script_paints_along_hints_says_so_and_repeats_what_it_is_told(end):
     assert (
         "T2IAdapter 'sketch' (hash " in out and "which is not given (--t2i-adapter FILE --hint PICTURE" in out
     )
+
+
+def test_a_script_paints_after_a_picture_and_repeats_it(end, tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config = CLIPVisionConfig(
+        hidden_size=20, intermediate_size=36, projection_dim=20, num_hidden_layers=2, num_attention_heads=2,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    fill(CLIPVisionModelWithProjection(config), "clip.").save_pretrained("clip")
+    shapes = {"proj.weight": (384, 20), "proj.bias": (384,), "norm.weight": (128,), "norm.bias": (128,)}
+    tensors = {f"image_proj.{name}": weight(f"look.{name}", shape) for name, shape in shapes.items()}
+    for i, one in enumerate(named_attentions(tiny_model().model.diffusion_model).values()):
+        for part in "kv" if i % 2 else "":
+            name = f"ip_adapter.{i}.to_{part}_ip.weight"
+            tensors[name] = weight(f"look.{name}", tuple(one.to_k.weight.shape))
+    save_safetensors("look.safetensors", tensors, {})
+    flags = "--ip-adapter look.safetensors --ip-image hint.png --ip-scale 0.5 --image-encoder clip".split()
+    flags += "--ip-adapter look.safetensors --ip-image init.png --ip-image hint.png".split()
+    assert records(said(*flags)) == [
+        ("ip_adapter", "look.safetensors", ["hint.png"], {"ip_scale": 0.5, "image_encoder": "clip"}),
+        ("ip_adapter", "look.safetensors", ["init.png", "hint.png"], {}),
+    ]
+    (tmp_path / "p.txt").write_text(f"--prompt a circle --seed 4 {' '.join(flags)}\n")
+    assert end("txt2img", "--H", 64, "--W", 64, "--from-file", "p.txt", "--outdir", "o")[0] == 0
+    one, other = adapters("o/samples/00000.png")
+    assert (one["kind"], one["name"], one["scale"], other["scale"]) == ("IPAdapter", "look", 0.5, 1.0)
+    assert one["image"] != other["image"]
+    code, out, _ = end("txt2img", "--like", "o/samples/00000.png", *flags, "--outdir", "again")
+    assert code == 0 and "was painted with" not in out
+    assert Path("again/samples/00000.png").read_bytes() == Path("o/samples/00000.png").read_bytes()
+    line = lacking([one], [IPAdapter("look.safetensors", scale=0.7, embeds=torch.ones(1, 20))])
+    assert line == (
+        f"was painted with IPAdapter 'look' (hash {one['hash']}), which is given with another scale, image "
+        "(--ip-adapter FILE --ip-image PICTURE --ip-scale 0.5 --image-encoder PATH)"
+    )
+    assert lacking([one | {"end": 0.5}], []).endswith("which is not given (no option gives it in this way)")
 
 
 @pytest.mark.slow
