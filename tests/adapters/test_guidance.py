@@ -1,6 +1,12 @@
 """Perturbed-attention and self-attention guidance: their formulas by hand, diffusers' pipelines beside them, laws."""
 
 import json
+import os
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +18,7 @@ from ldm.checkpoints.key_mapping import unet_to_diffusers
 from ldm.errors import UsageError
 from ldm.generate import denoise
 from ldm.kernels import restore
+from ldm.metadata import read_metadata
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.modules import seams
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -368,3 +375,31 @@ def test_diffusers_pipelines_walk_the_same_chains(model, unet):
             want = theirs(guidance_scale=scale, **options, **same).images
             got = ours(term, scale=scale)
             assert (got - want).abs().max() < 1e-4 * (1 + want.abs().max()), (term, scale)
+
+
+# --- the page ---
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(
+    r"^```(\w+)\n(.*?)^```", (ROOT / "docs" / "guidance.md").read_text(), re.MULTILINE | re.DOTALL
+)
+
+
+@pytest.mark.slow
+def test_blocks_of_the_page_run(tmp_path, monkeypatch):
+    (_, python), (_, command) = BLOCKS
+    names = {}
+    exec(compile(python, "docs/guidance.md", "exec"), names)
+    painted = [names[one][0].tobytes() for one in ("plain", "free", "sharp", "unguided", "tile")]
+    assert len(set(painted)) == 5 and names["same"][0].tobytes() == painted[-1]
+    assert (names["sliced"].latents - names["plain"].latents).abs().max() < 1e-4
+    for name in ("scripts", "model_data"):
+        os.symlink(ROOT / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    _, path, *argv = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [path, *argv])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(path, run_name="__main__")
+    told = read_metadata("outputs/txt2img-samples/samples/00000.png")
+    assert stop.value.code == 0 and told["freeu"] == [1.1, 1.2, 0.9, 0.7] and told["tiling"]
+    assert (told["pag_scale"], told["sag_scale"]) == (2, 0.5)
