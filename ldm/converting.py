@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from ldm.adapters.converting import (
-    control_config,
     convert_control,
     convert_lora,
     embedding_state,
@@ -121,9 +120,8 @@ def convert(
         if not is_folder:
             stream_safetensors(target, layout.infos, layout.read, metadata, weights.close)
             return layout.report
-        config = control_config(layout.infos)
         with whole_folder(target) as folder:
-            write_json(folder / "config.json", config)
+            write_json(folder / "config.json", layout.config)
             file = folder / f"{STEM}.safetensors"
             stream_safetensors(file, layout.infos, layout.read, metadata, weights.close)
         return layout.report
@@ -142,7 +140,12 @@ def _find(path: Path) -> tuple[str, Path]:
     if path.is_dir():
         for stem in (STEM, LORA_FILE):
             with contextlib.suppress(AbsentError):
-                path = weight_files(path, stem)[0]
+                first, *more = weight_files(path, stem)
+                if more:
+                    raise MismatchError(
+                        f"'{escaped(path)}' holds its weights in {len(more) + 1} files; join them first"
+                    )
+                path = first
                 break
         else:
             raise AbsentError(

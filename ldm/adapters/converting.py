@@ -6,10 +6,11 @@ Each function gives what is to be written; `ldm.converting` writes it.
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ldm.adapters import lora_weights
@@ -26,6 +27,7 @@ from ldm.checkpoints.key_mapping import (
 )
 from ldm.checkpoints.report import LoadReport, first_few
 from ldm.errors import MismatchError, escaped
+from ldm.modules.diffusionmodules.controlnet import ControlNetModel
 
 BESIDE = "the model that it was saved with"
 V1_HEADS = 8  # which no tensor says
@@ -39,7 +41,7 @@ class Layout(NamedTuple):
     read: Read
     metadata: dict[str, str]
     report: LoadReport
-    config: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None  # config.json of diffusers, or adapter_config.json of PEFT
 
 
 def _of_tensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], report: LoadReport) -> Layout:
@@ -72,8 +74,7 @@ def convert_control(weights: Weights, to: str) -> Layout:
             f"'{path}' is a Control-LoRA or a difference, which needs the model that it was made from; a whole "
             "ControlNet is wanted"
         )
-    is_diffusers = "controlnet_mid_block.weight" in own
-    if is_diffusers:
+    if any(name.startswith("controlnet_") for name in own):
         names = control_from_diffusers(own)
     else:
         names = {name: name for name in control_to_diffusers(own)}
@@ -83,14 +84,37 @@ def convert_control(weights: Weights, to: str) -> Layout:
             f"({first_few(odd, 2)})"
         )
     theirs = control_to_diffusers(names.values())
-    if lacking := [
-        one for one in ("conv_in.weight", "controlnet_mid_block.weight") if one not in theirs.values()
-    ]:
-        raise MismatchError(f"'{path}' is no whole ControlNet: it lacks {first_few(lacking)}")
+    try:
+        config = control_config({theirs[one]: weights.infos[own[name]] for name, one in names.items()})
+        lacking = [name for name in _names_of(config) if name not in theirs]
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:  # what says its sizes is not there
+        raise MismatchError(f"'{path}' is no whole ControlNet: {escaped(error, 80)}") from None
+    if lacking:
+        raise MismatchError(
+            f"'{path}' is no whole ControlNet: {len(lacking)} of its tensors are missing ({first_few(lacking, 2)})"
+        )
     given = {(CONTROL + one if to == "compvis" else theirs[one]): own[name] for name, one in names.items()}
     report.assigned = {name: target for target, name in given.items()}
     infos = {target: weights.infos[name] for target, name in given.items()}
-    return Layout(infos, lambda target: weights.read(given[target]), {"format": "pt"}, report)
+    return Layout(infos, lambda target: weights.read(given[target]), {"format": "pt"}, report, config)
+
+
+def _names_of(config: Mapping[str, Any]) -> list[str]:
+    """List the tensors of the ControlNet that diffusers' configuration describes, by CompVis's names."""
+    widths = config["block_out_channels"]
+    with torch.device("meta"):
+        network = ControlNetModel(
+            config["in_channels"],
+            widths[0],
+            config["conditioning_channels"],
+            config["layers_per_block"],
+            [2**n for n, kind in enumerate(config["down_block_types"]) if kind.startswith("CrossAttn")],
+            channel_mult=[width // widths[0] for width in widths],
+            num_heads=config["attention_head_dim"],
+            transformer_depth=1,
+            context_dim=config["cross_attention_dim"],
+        )
+    return list(network.state_dict())
 
 
 def control_config(infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
@@ -321,7 +345,7 @@ def embedding_state(embedding: Embedding, to: str) -> dict[str, Any]:
     }
 
 
-def kind_of(infos: Iterable[str] | Mapping[str, TensorInfo]) -> str:
-    """Tell what of these a file is by its tensors: "ControlNet", "LoRA", "embedding"; else its family."""
+def kind_of(infos: Mapping[str, TensorInfo]) -> str:
+    """Tell what a file is by its tensors: "ControlNet", "LoRA", "embedding"; else its family."""
     family = family_of(infos)
     return "embedding" if family in ("textual inversion", "aesthetic gradients") else family

@@ -421,6 +421,11 @@ def test_bad_input_is_one_line_and_leaves_everything_as_it_was(tmp_path, control
     save_safetensors(tmp_path / "control.safetensors", control)
     half = {name: one for name, one in control.items() if "middle_block_out" not in name}
     save_safetensors(tmp_path / "half.safetensors", half)
+    one = "input_blocks.3.0.out_layers.3.weight"
+    save_safetensors(tmp_path / "less.safetensors", {name: x for name, x in control.items() if name != one})
+    (tmp_path / "shards").mkdir()
+    index = {"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors"}}
+    (tmp_path / "shards" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     save_safetensors(tmp_path / "more.safetensors", {**control, "input_blocks.0.0.other": torch.ones(3)})
     low = {
         "lora_controlnet": torch.ones(1),
@@ -466,7 +471,9 @@ def test_bad_input_is_one_line_and_leaves_everything_as_it_was(tmp_path, control
         ),
         ("what.safetensors", ["-o", "x.safetensors", "--to", "kohya"], MismatchError, "nothing that a LoRA"),
         ("vae.safetensors", ["-o", "x.safetensors"], MismatchError, "is of the kind 'VAE'"),
-        ("half.safetensors", ["-o", "x"], MismatchError, "no whole ControlNet: it lacks"),
+        ("half.safetensors", ["-o", "x"], MismatchError, "no whole ControlNet: 2 of its tensors are missing"),
+        ("less.safetensors", ["-o", "x"], MismatchError, "1 of its .*'input_blocks.3.0.out_layers.3.weight'"),
+        ("shards", ["-o", "x"], MismatchError, "holds its weights in 2 files"),
         ("more.safetensors", ["-o", "x"], MismatchError, "1 of its .* tensors are none of a ControlNet"),
         ("low.safetensors", ["-o", "x"], MismatchError, "is a Control-LoRA or a difference"),
         ("control.safetensors", ["-o", "x" * 300], OutputError, "File name too long"),
