@@ -403,8 +403,16 @@ def test_a_missing_package_is_said_with_what_installs_it(monkeypatch, capfd, mis
 
 
 @pytest.mark.slow
-def test_the_script_trains_resumes_and_exports(tmp_path):
+def test_the_script_trains_resumes_and_exports(tmp_path, monkeypatch, capfd):
     from PIL import Image
+
+    def here(*words):  # what trains nothing needs no process of its own
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return (stop.value.code or 0, *capfd.readouterr())
 
     (tmp_path / "in").mkdir()
     for i in range(5):
@@ -420,11 +428,11 @@ def test_the_script_trains_resumes_and_exports(tmp_path):
     first = script(tmp_path, *words, "lightning.trainer.max_steps=2")
     assert first.returncode == 0, first.stderr
     assert "learning rate 3.00e-03 = 1 (accumulate) x 1 (devices) x 3 (batch)" in first.stdout
-    again = script(tmp_path, *words)
-    assert again.returncode == 2 and "already holds a run; add --resume" in again.stderr
+    code, _, said = here(*words)
+    assert code == 2 and "already holds a run; add --resume" in said
     resumed = script(tmp_path, *words, "--resume")
     assert resumed.returncode == 0 and "resuming at step 2 from run/checkpoints/last.ckpt" in resumed.stdout
     assert sorted(figures(tmp_path / "run")) == list(range(6))
-    done = script(tmp_path, "--logdir", "run", "--export", "out.safetensors")
-    assert done.returncode == 0 and done.stdout == "out.safetensors: weights of step 6 of run\n"
+    code, said, _ = here("--logdir", "run", "--export", "out.safetensors")
+    assert code == 0 and said == "out.safetensors: weights of step 6 of run\n"
     assert (tmp_path / "out.safetensors").stat().st_size < 2**23

@@ -90,7 +90,7 @@ def test_a_run_can_be_cut_at_any_step(tmp_path, stage_run, kind):
         return config
 
     run(make(), tmp_path / "whole")
-    for cut in range(1, 6):
+    for cut in range(1, 6) if kind == "gan" else (2, 5):  # a GAN's run has all the states of a first stage's
         folder = tmp_path / str(cut)
         run(until(make(), cut), folder)
         run(make(), folder, resume=True)
