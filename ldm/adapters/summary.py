@@ -286,7 +286,9 @@ def _of_control(infos: Infos) -> AdapterSummary:
     base = _base_of_context(max(widths, default=None))
     if any(re.search(r"(^|\.)(add_embedding|label_emb)\.", name) for name in own):
         base = "Stable Diffusion XL"
-    summary = AdapterSummary(kind, base=base, sizes=sizes, use="ldm.adapters.ControlNet and a hint")
+    summary = AdapterSummary(
+        kind, base=base, sizes=sizes, use="--control and --hint, or ldm.adapters.ControlNet"
+    )
     return _refuse_other_bases(summary)
 
 
@@ -309,7 +311,10 @@ def _of_t2i(infos: Infos) -> AdapterSummary:
     sizes = {"hint": f"a picture of {channels} channels"} if channels in (1, 3) else {}
     base = CONTEXTS[CLIP_WIDTH] if channels in (1, 3) else "Stable Diffusion XL"
     summary = AdapterSummary(
-        f"T2I-Adapter, {kind}", base=base, sizes=sizes, use="ldm.adapters.T2IAdapter and a hint"
+        f"T2I-Adapter, {kind}",
+        base=base,
+        sizes=sizes,
+        use="--t2i-adapter and --hint, or ldm.adapters.T2IAdapter",
     )
     return _refuse_other_bases(summary)
 
@@ -352,7 +357,7 @@ def _of_ip(infos: Infos) -> AdapterSummary:
         f"IP-Adapter, {kind}",
         base=_base_of_context(width),
         sizes=sizes,
-        use="ldm.adapters.IPAdapter and a picture",
+        use="--ip-adapter and --ip-image, or ldm.adapters.IPAdapter",
     )
     return _refuse_other_bases(summary)
 

@@ -60,9 +60,6 @@ ADVICE = {
     **dict.fromkeys(("SDXL", "SD3", "Flux", "v2", "depth", "pix2pix"), _OTHER_BASE),
     **dict.fromkeys(
         (
-            "ControlNet",
-            "IP-Adapter",
-            "T2I-Adapter",
             "motion module",
             "hypernetwork",
             "aesthetic gradients",
@@ -73,6 +70,9 @@ ADVICE = {
         ("safety checker", "CLIP vision", "T5", "upscaler", "detector", "text encoder"),
         _BESIDE,
     ),
+    "ControlNet": f"{_ATTACHED}, and this file as --control, in Python as an ldm.adapters.ControlNet",
+    "T2I-Adapter": f"{_ATTACHED}, and this file as --t2i-adapter, in Python as an ldm.adapters.T2IAdapter",
+    "IP-Adapter": f"{_ATTACHED}, and this file as --ip-adapter, in Python as an ldm.adapters.IPAdapter",
     "LoRA": f"{_ATTACHED}, and this file as --lora, in Python as an ldm.adapters.LoRA",
     "textual inversion": f"{_ATTACHED}, and this file as --embedding, in Python as an ldm.adapters.Embedding",
     "optimizer": "a training goes on from it, with the model that was saved beside it; give that",
