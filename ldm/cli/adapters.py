@@ -236,6 +236,16 @@ def told_adapters(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+# What a picture says of adapters that need no file.
+FILELESS = {
+    "FreeU": ("b1", "b2", "s1", "s2", "start", "end"),
+    "PAG": ("scale", "layers", "adaptive_scale", "start", "end"),
+    "SAG": ("scale", "blur_sigma", "start", "end"),
+    "SeamlessTiling": ("x", "y"),
+    "AttentionSlicing": ("size",),
+}
+
+
 def lacking(told: Sequence[Mapping[str, Any]], given: Iterable[Any]) -> str | None:
     """Say which adapters of a picture are not given, or at another strength; None if all are."""
     from ldm.adapters.use import described
@@ -244,6 +254,11 @@ def lacking(told: Sequence[Mapping[str, Any]], given: Iterable[Any]) -> str | No
     parts = []
     for one in told:
         name, kind, digits = (escaped(one.get(key, "?"), 40) for key in ("name", "kind", "hash"))
+        if kind in FILELESS:
+            how = ", ".join(f"{key} {shown(one[key], 40)}" for key in FILELESS[kind] if key in one)
+            if one not in here:
+                parts.append(f"{kind} ({how}), which no option gives in this way")
+            continue
         same = [other for other in here if one.get("kind") == other["kind"] and _is_hash_of(one, other)]
         if kind in CONTROLLED:
             differing = [_differing(one, other) for other in same]

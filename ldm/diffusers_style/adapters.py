@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ldm.adapters import Embedding, LoRA
+from ldm.adapters import Embedding, FreeU, LoRA
 from ldm.adapters.use import check_adapters, token_width
 from ldm.errors import AbsentError, UsageError, nearest, refuse_elsewhere, shown
 from ldm.pipeline import StableDiffusion
@@ -32,6 +32,23 @@ class Adapters:
     def __init__(self) -> None:
         self._loras: dict[str, LoRA] = {}
         self._fused: list[LoRA] = []
+
+    # --- FreeU ---
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """Paint with FreeU from now on, in place of one that was enabled; see ldm.adapters.FreeU.
+
+        Raises:
+            UsageError: a factor out of range.
+        """
+        freeu = FreeU(b1, b2, s1, s2)
+        check_adapters(self.sd.model, [freeu])
+        self.disable_freeu()
+        self.sd.adapters.append(freeu)
+
+    def disable_freeu(self) -> None:
+        """Paint without FreeU."""
+        self.sd.adapters[:] = [one for one in self.sd.adapters if not isinstance(one, FreeU)]
 
     # --- LoRA ---
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm import images as pictures
-from ldm.adapters.use import text_scope
+from ldm.adapters.use import text_scope, vae_scope
 from ldm.checkpoints import folders
 from ldm.diffusers_style.adapters import Adapters
 from ldm.diffusers_style.parts import VAE, TextEncoder, UNet
@@ -53,7 +53,6 @@ LDM_WORDS = {
 }
 # Beginnings of names that diffusers' pipelines have -> what to use here.
 ELSEWHERE = {
-    "enable_freeu": "pipe.sd.adapters.append(FreeU(b1, b2, s1, s2)) of ldm.adapters",
     "load_ip_adapter": "diffusers itself; IP-Adapters are not here",
     "load_": "load_lora_weights or load_textual_inversion",
     "disable_lora": "set_adapters([])",
@@ -410,7 +409,8 @@ class StableDiffusionPipeline(Adapters):
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> np.ndarray:
         """Decode latents (b, c, h, w), scaled units, into (b, height, width, 3) float32 in [0, 1]."""
-        unit = pictures.to_unit(decode(self.sd.model, latents.to(self.device)))
+        with vae_scope(self.sd.model, self.sd.adapters):
+            unit = pictures.to_unit(decode(self.sd.model, latents.to(self.device)))
         return unit.permute(0, 2, 3, 1).cpu().numpy()
 
     @staticmethod

@@ -14,8 +14,9 @@ from PIL import Image
 from tiny import tiny_model, write_tiny
 
 import ldm
-from ldm.adapters import LoRA
+from ldm.adapters import PAG, FreeU, LoRA, SeamlessTiling
 from ldm.adapters.lora import LoraFile
+from ldm.adapters.use import described
 from ldm.checkpoints import save_safetensors
 from ldm.cli import Line, paint, painting_parser, read_prompts, run
 from ldm.cli.adapters import (
@@ -330,6 +331,17 @@ def test_like_names_what_is_not_given_and_repeats_the_picture_with_it(end):
     code, out, err = end("--like", first, *given, "--outdir", "again")
     assert (code, err) == (0, "") and "was painted with" not in out
     assert Path("again/samples/00000.png").read_bytes() == Path(first).read_bytes()
+
+
+def test_like_says_which_adapters_without_a_file_no_option_gives():
+    given = [PAG(3, ["up", "mid"], end=0.5), FreeU(1, 2, 1, 0.5), SeamlessTiling(True, False)]
+    told = json.loads(json.dumps(described(given)))
+    assert lacking(told, given) is None
+    assert lacking(told, given[1:]) == (
+        "was painted with PAG (scale 3.0, layers ['up', 'mid'], end 0.5), which no option gives in this way"
+    )
+    strange = [{"kind": "SAG", "scale": "x" * 999, "else": []}, {"kind": ["PAG"]}]
+    assert len(lacking(strange, given)) < 400
 
 
 def test_like_knows_a_lora_by_its_content_and_says_at_which_strength_it_is_given(home):

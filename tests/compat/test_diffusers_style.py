@@ -427,9 +427,23 @@ def test_a_pipeline_is_saved_as_a_folder_that_loads_again(ours, tmp_path):
         ours.save_pretrained(tmp_path / "other", safe_serialization=False)
 
 
+def test_freeu_is_enabled_and_disabled_by_diffusers_words(ours):
+    def predict():
+        return ours.unet(keyed_input("fu.x", (1, 4, 8, 6)), 300, encoder_hidden_states=context).sample
+
+    context = ours.encode_prompt("a large red circle")[0]
+    plain = predict()
+    ours.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    enabled = predict()
+    ours.enable_freeu(s1=1, s2=1, b1=1, b2=1)  # in place of the first
+    assert torch.equal(predict(), plain) and len(ours.sd.adapters) == 1
+    ours.disable_freeu()
+    assert torch.equal(predict(), plain) and not torch.equal(enabled, plain) and not ours.sd.adapters
+    with pytest.raises(UsageError, match="b1 should be a number from 0 to 10"):
+        ours.enable_freeu(s1=0.9, s2=0.2, b1=-1, b2=1.6)
+
+
 def test_what_the_facade_has_not_is_said_with_what_to_use(ours):
-    with pytest.raises(AttributeError, match="no 'enable_freeu'; use diffusers itself"):
-        ours.enable_freeu(s1=0.9)
     with pytest.raises(AttributeError, match="load_ip_adapter.*; use diffusers itself"):
         ours.load_ip_adapter("x")
     with pytest.raises(AttributeError, match=r"no 'disable_lora'; use set_adapters\(\[\]\)"):
