@@ -35,6 +35,9 @@ _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})", re.ASCII)
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".webp": "WEBP"}
 
 HASHES = {"Lora hashes": "LoRA", "TI hashes": "Embedding"}  # that are written only: a hash names no file here
+# A1111's keys of its first units for ControlNets and T2I-Adapters, written only as well: place -> key.
+UNITS = {f"ControlNet {i}": i for i in range(3)}
+FITS = {"crop": "Crop and Resize", "pad": "Resize and Fill", "stretch": "Just Resize"}
 
 
 def clean(text: str) -> str:
@@ -101,8 +104,29 @@ def _fact(fact: Fact, values: Mapping[str, Any]) -> Any:
     if fact.infotext in HASHES:
         ours = [one for one in values.get("adapters") or () if one.get("kind") == HASHES[fact.infotext]]
         return ", ".join(f"{one['name']}: {one['hash']}" for one in ours) or None
+    if fact.infotext in UNITS:
+        units = [
+            one for one in values.get("adapters") or () if one.get("kind") in ("ControlNet", "T2IAdapter")
+        ]
+        place = UNITS[fact.infotext]
+        return _unit(units[place]) if place < len(units) else None
     value = values.get(fact.name)
     return f"ldm {value}" if fact.name == "version" and value else value
+
+
+def _unit(one: Mapping[str, Any]) -> str:
+    """Write a ControlNet or T2I-Adapter as A1111's extension does; how its hint was made is not known."""
+    mode = "control" if one.get("guess") else "prompt" if one.get("weights") == "soft" else "balanced"
+    pairs = {
+        "Module": "none",
+        "Model": one.get("name"),
+        "Weight": one.get("scale"),
+        "Resize Mode": FITS.get(one.get("fit", "crop")),
+        "Guidance Start": one.get("start", 0.0),
+        "Guidance End": one.get("end", 1.0),
+        "Control Mode": options.CONTROL_MODES[mode],
+    }
+    return ", ".join(f"{key}: {value}" for key, value in pairs.items())
 
 
 def from_infotext(text: str) -> dict[str, Any]:
@@ -129,7 +153,7 @@ def from_infotext(text: str) -> dict[str, Any]:
         value, entry = unquote(raw.strip()), ours.get(key)
         if key == "Size" and (size := _SIZE.fullmatch(value)):
             found["width"], found["height"] = int(size[1]), int(size[2])
-        elif entry is None or key in ("Size", *HASHES):
+        elif entry is None or key in ("Size", *HASHES, *UNITS):
             extra[key] = value
         elif isinstance(entry, Fact):
             found[entry.name] = value

@@ -859,6 +859,7 @@ TABLE: tuple[Option | Fact, ...] = (
         "CLIP's vision model that the IP-Adapter was trained with, folder or file (default: of the one before)",
         also=("clip_vision",), metavar="PATH",
     ),
+    *(Fact(f"controlnet_{i}", f"ControlNet {i}") for i in range(3)),
     Fact("lora_hashes", "Lora hashes"),
     Fact("ti_hashes", "TI hashes"),
     Option(

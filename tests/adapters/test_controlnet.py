@@ -17,6 +17,7 @@ from ldm.checkpoints import save_safetensors
 from ldm.checkpoints.key_mapping import control_to_diffusers, unet_to_diffusers
 from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UsageError
 from ldm.kernels import cuda_graphs, optimize, restore
+from ldm.metadata import from_infotext, to_infotext
 from ldm.modules.diffusionmodules.controlnet import ControlNetModel, soft_weights
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.seams import StepInfo, attached, wrap
@@ -617,6 +618,32 @@ def test_two_streams_do_not_see_each_other(sd, control):
     for _ in range(3):
         ends = [next(stream) for stream in streams]
     assert all(torch.equal(end.result.latents, want) for end, want in zip(ends, alone, strict=True))
+
+
+def test_a1111s_text_has_a_unit_for_each_and_gives_it_back_as_it_stands():
+    adapters = [
+        {
+            "kind": "ControlNet",
+            "name": "canny",
+            "scale": 0.8,
+            "end": 0.5,
+            "weights": "soft",
+            "hash": "0123456789",
+        },
+        {"kind": "LoRA", "name": "style", "hash": "0123456789"},
+        {"kind": "T2IAdapter", "name": "a, b", "scale": 1.0, "fit": "pad", "hash": "0123456789"},
+    ]
+    text = to_infotext({"prompt": "a", "steps": 2, "seed": 3, "adapters": adapters})
+    first = (
+        "Module: none, Model: canny, Weight: 0.8, Resize Mode: Crop and Resize, Guidance Start: 0.0, "
+        "Guidance End: 0.5, Control Mode: My prompt is more important"
+    )
+    assert (
+        f'ControlNet 0: "{first}", ControlNet 1: "Module: none, Model: a, b, Weight: 1.0, Resize Mode: Resize and'
+        in text
+    )
+    assert "ControlNet 2" not in text and from_infotext(text)["extra"]["ControlNet 0"] == first
+    assert "ControlNet" not in to_infotext({"prompt": "a", "steps": 2, "seed": 3, "adapters": adapters[1:2]})
 
 
 # --- refusals ---------------------------------------------------------------------------------------
