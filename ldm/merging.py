@@ -22,7 +22,7 @@ from torch import Tensor
 
 import ldm
 from ldm.adapters.lora import BLOCKS, LoRA, block_of
-from ldm.checkpoints.build import follow_hub, match_file
+from ldm.checkpoints.build import build_empty, collector_paused, follow_hub, match_file
 from ldm.checkpoints.compvis import (
     PLAIN,
     STEM,
@@ -33,7 +33,7 @@ from ldm.checkpoints.compvis import (
     refuse_existing,
     sha256_of,
 )
-from ldm.checkpoints.configs import V1_WIDTH, config_beside, read_settings
+from ldm.checkpoints.configs import CONFIGS, V1_WIDTH, config_beside, read_settings
 from ldm.checkpoints.families import first_shape, why_unused
 from ldm.checkpoints.folders import is_diffusers_folder
 from ldm.checkpoints.key_mapping import POSITION_IDS, UNET
@@ -42,6 +42,7 @@ from ldm.checkpoints.report import LoadReport, TensorInfo, first_few
 from ldm.checkpoints.tensors import is_finite
 from ldm.checkpoints.write import replacing, stream_safetensors
 from ldm.errors import LdmError, MismatchError, NumericError, UsageError, escaped, shown
+from ldm.paths import shipped
 from ldm.process.schedule import SCHEDULE_BUFFERS
 from ldm.saving import as_yaml, settings_beside
 from ldm.values import check_value
@@ -195,6 +196,7 @@ def merge(
             raise MismatchError(
                 f"'{escaped(a)}' has no EMA weights (model_ema.*) to use; leave ema='use' (--ema use) out"
             )
+        _check_whole(Path(a), models[0])
         replacement = None if vae is None else opened.enter_context(CompVisWeights(vae, only_vae=True))
         entries, reports = _plan(models, alphas_of_blocks(blocks, alpha), alpha)
         if replacement is not None:
@@ -305,6 +307,31 @@ def _plan(
                     first, entry.info, tuple(others), alphas.get(block_of_tensor(name), alpha)
                 )
     return entries, reports
+
+
+def _check_whole(path: Path, first: CompVisWeights) -> None:
+    """Raise MismatchError if tensors of its networks are missing in the first model, where a configuration says which.
+
+    The others are compared with it.
+    """
+    place = follow_hub(path)
+    if is_diffusers_folder(place):
+        return  # is matched with its configuration in any case
+    beside, is_v1 = config_beside(place), first_shape(first.infos)[:1] == (V1_WIDTH,)
+    if beside is not None and (beside.stem == place.stem or not is_v1):
+        settings = read_settings(beside)
+    elif is_v1:
+        settings = read_settings(shipped(CONFIGS["v1"]))  # the inpainting model has the same names
+    else:
+        return
+    with collector_paused():
+        wanted = build_empty(settings).state_dict()
+    missing = [name for name in wanted if name not in first.infos and first.has(network_of(name) or "")]
+    if missing:
+        raise MismatchError(
+            f"'{escaped(path)}' is not whole: {len(missing)} of its tensors are missing ({first_few(missing, 2)}); get "
+            "the file again"
+        )
 
 
 def _replace_vae(entries: dict[str, _Entry], reports: list[LoadReport], vae: CompVisWeights) -> LoadReport:

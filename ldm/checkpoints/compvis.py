@@ -98,6 +98,7 @@ class CompVisWeights:
             else:
                 self._average(place, use_ema)
             self.infos = {name: self._info(name) for name in self.names}
+            self._networks = {network_of(name) for name in self.names} - {None}
         except BaseException:
             with contextlib.suppress(FormatError):
                 self._source.close()
@@ -118,7 +119,7 @@ class CompVisWeights:
 
     def has(self, network: str) -> bool:
         """Tell whether it holds anything of "UNet", "VAE" or "text encoder"."""
-        return any(network_of(name) == network for name in self.names)
+        return network in self._networks
 
     def _canonical(self, only_vae: bool) -> dict[str, str]:
         """Name in the file -> CompVis's name."""

@@ -126,8 +126,20 @@ def test_a_model_becomes_a_folder_that_diffusers_reads_and_a_file_again(tiny, tm
         {name: one for name, one in own.items() if "." in name},
     )
 
+    less = {name: one for name, one in own.items() if name != f"{VAE}decoder.mid.block_1.conv1.bias"}
+    tiny.save(tmp_path, less, "less.safetensors")
+    OmegaConf.save(OmegaConf.create(tiny.config), tmp_path / "less.yaml")
+
     before = contents(tmp_path)
     for output, source, options, kind, words in (
+        (
+            "new.safetensors",
+            tmp_path / "less.safetensors",
+            {},
+            MismatchError,
+            "1 of its tensors .*mid.block_1.conv1",
+        ),
+        ("new", tmp_path / "less.safetensors", {}, MismatchError, "tensors missing .*mid.block_1.conv1.bias"),
         ("folder", weights, {}, OutputError, "holds something already"),
         ("new", tmp_path / "folder" / "unet", {}, MismatchError, "a Stable Diffusion v1 model, a ControlNet"),
         ("folder/unet/config.json", tmp_path / "folder", {}, UsageError, "is, or lies in, the input"),
