@@ -56,7 +56,7 @@ def make_parser() -> Parser:
         default=[],
         type=lora_flag,
         metavar="FILE[:weight[:text weight]]",
-        help="bake a LoRA in, after merging; may be repeated",
+        help="bake a LoRA in, after merging; may be repeated; default: none",
     )
     merging.add_argument("--vae", help="a file or folder whose VAE is put in the place of A's")
     merging.add_argument(
