@@ -55,10 +55,14 @@ def is_within(step: StepInfo | None, start: float, end: float) -> bool:
     return not (step.index / step.total < start or (step.index + 1) / step.total > end)
 
 
+def unusual(adapter: Any, usual: Mapping[str, Any]) -> dict[str, Any]:
+    """List fields of an adapter that are not as usual, for a picture's metadata."""
+    return {name: getattr(adapter, name) for name, value in usual.items() if getattr(adapter, name) != value}
+
+
 def span_of(adapter: Any) -> dict[str, float]:
     """Say an adapter's part of the sampler's way where it is not all of it, for a picture's metadata."""
-    usual = {"start": 0.0, "end": 1.0}
-    return {name: getattr(adapter, name) for name, value in usual.items() if getattr(adapter, name) != value}
+    return unusual(adapter, {"start": 0.0, "end": 1.0})
 
 
 # --- hints ------------------------------------------------------------------------------------------
@@ -275,9 +279,7 @@ def described(adapter: Any, usual: Mapping[str, Any]) -> dict[str, Any]:
         the further fields and fit where they are not the usual ones.
     """
     found: dict[str, Any] = {"name": adapter.file.name, "scale": adapter.scale, "hint": adapter.hint.hash}
-    found |= {
-        name: getattr(adapter, name) for name, value in usual.items() if getattr(adapter, name) != value
-    }
+    found |= unusual(adapter, usual)
     if adapter.hint.fit != "crop":
         found["fit"] = adapter.hint.fit
     whole = adapter.file.hashes[0]

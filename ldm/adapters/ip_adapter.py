@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.adapters.controls import check_span, is_within, put
+from ldm.adapters.controls import check_span, is_within, put, unusual
 from ldm.adapters.ip_adapter_attention import (
     ImageAttention,
     ImagePart,
@@ -241,7 +241,7 @@ class IPAdapter:
         usual = {"combine": "concat", "start": 0.0, "end": 1.0}
         usual |= {"lora_scale": 1.0} if self.file.factors else {}
         usual |= {"shortcut": 0.0} if self.file.reads_face and self.file.reads else {}
-        found |= {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
+        found |= unusual(self, usual)
         whole = self.file.hashes[0]
         return {**found, "hash": whole[:10], "sha256": whole}
 

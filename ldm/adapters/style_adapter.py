@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ldm.adapters.controls import CONTEXTS, ControlFile, check_span, filled, is_within
+from ldm.adapters.controls import CONTEXTS, ControlFile, check_span, filled, is_within, span_of
 from ldm.checkpoints import TensorInfo
 from ldm.errors import MismatchError, UsageError, escaped, shown
 from ldm.modules.attention import SpatialTransformer
@@ -122,10 +122,8 @@ class StyleAdapter:
     def describe(self) -> dict[str, Any]:
         """Say what goes into a picture's metadata: name, scale, image (a hash of its states), hash, sha256, ..."""
         found: dict[str, Any] = {"name": self.file.name, "scale": self.scale, "image": self._hash}
-        usual = {"start": 0.0, "end": 1.0}
-        found |= {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
         whole = self.file.hashes[0]
-        return {**found, "hash": whole[:10], "sha256": whole}
+        return {**found, **span_of(self), "hash": whole[:10], "sha256": whole}
 
     def begin(self) -> "StyleAdapter":
         """Return one for one run of a sampler, which stands at a step of its own."""
