@@ -140,7 +140,7 @@ def test_layers_are_parts_of_diffusers_names(unet):
 # --- self-attention guidance ---
 
 
-@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("separate", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sag_is_the_papers_sum_beside_guidance_and_alone(model, unet, separate):
     uncond, cond, _ = by_hand(model)
     attn, t, kept = middle(unet), torch.tensor([400]), {}
@@ -208,7 +208,7 @@ def trace(unet):
     return {name: {k: id(v) for k, v in vars(m).items()} for name, m in unet.named_modules()}
 
 
-@pytest.mark.parametrize("make", [PAG, SAG])
+@pytest.mark.parametrize("make", [pytest.param(PAG, marks=pytest.mark.slow), SAG])
 def test_scale_0_and_steps_outside_change_nothing_bit_for_bit_and_no_trace_stays(painter, unet, make):
     plain, before = paint(painter), trace(unet)
     assert torch.equal(paint(painter, make(0)), plain)
@@ -236,6 +236,7 @@ def test_an_optimized_model_and_other_adapters_beside_it(painter, make):
         restore(painter.model)
 
 
+@pytest.mark.slow
 def test_a_batch_is_guided_picture_by_picture(painter):
     for term in (PAG(3), SAG(0.75)):
         batch = paint(painter, term, num_images=2, batch_size=2)
