@@ -34,7 +34,15 @@ from ldm.models.diffusion.samplers import (
 from ldm.models.introspect import downsampling, dtype_of, is_inpainting
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.seams import GuidanceTerm, Scope, StepInfo
-from ldm.noise import SeedOptions, Source, noise_sources
+from ldm.noise import (
+    CompVisNoise,  # noqa: F401 (this and the next three are imported from here by other people's code)
+    ImageNoise,  # noqa: F401
+    NvNoise,  # noqa: F401
+    SeedOptions,
+    Source,
+    noise_sources,
+    seed_everything,  # noqa: F401
+)
 from ldm.options import options as every_option
 from ldm.options import told
 from ldm.prompting import encode_batch, reads_languages
