@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 TOP = 13  # sigmas up to 2^13; a level without signal counts as 2^12
-CELL = 14  # and in steps of 2^-14, to which ends of intervals are rounded
+CELL = 14  # and in steps of 2^-14, or, where that is more, of a thousandth: ends of intervals are rounded to ten bits
+BITS = 10
 
 
 class BrownianPaths:
@@ -32,18 +33,21 @@ class BrownianPaths:
         self._nodes: dict[int, tuple[int, Tensor, Tensor]] = {0: (0, torch.zeros_like(top), top)}
 
     def at(self, sigma: float) -> Tensor:
-        """Give W at a sigma, rounded to the grid: (b, ...) float64."""
-        return self._at(self._cell(sigma))
+        """Give W at a sigma, rounded to the grid: (b, ...) float32."""
+        return self._at(self._cell(sigma)[0])
 
     def between(self, sigma: float, sigma_to: float) -> Tensor:
-        """Give W(sigma_to) - W(sigma) over the root of the interval's length: unit normal, (b, ...) float64."""
-        start, end = self._cell(sigma), self._cell(sigma_to)
+        """Give W(sigma_to) - W(sigma) over the root of the interval's length: unit normal, (b, ...) float32."""
+        (start, unit), (end, _) = self._cell(sigma), self._cell(sigma_to)
         if start == end:
-            start, end = (start, start + 1) if sigma_to >= sigma else (start + 1, start)
+            start, end = (start, start + unit) if sigma_to >= sigma else (start + unit, start)
         return (self._at(end) - self._at(start)) / math.sqrt(abs(end - start) * 2.0**-CELL)
 
-    def _cell(self, sigma: float) -> int:
-        return min(round(sigma * 2**CELL), 2 ** (TOP + CELL) - 1)
+    def _cell(self, sigma: float) -> tuple[int, int]:
+        """Round a sigma: (the number of its cell, how many cells the grid is wide there)."""
+        cell = min(round(sigma * 2**CELL), 2 ** (TOP + CELL) - 2 ** (TOP + CELL - BITS))
+        unit = 1 << max(cell.bit_length() - BITS, 0)
+        return (cell + unit // 2) // unit * unit, unit
 
     def _at(self, cell: int) -> Tensor:
         """Walk down the tree to the place where a node ends at this cell."""
@@ -57,7 +61,7 @@ class BrownianPaths:
             if known is None or known[0] != index:
                 # W in the middle, given both ends: their mean, and a quarter of the interval as variance.
                 spread = math.sqrt(2.0 ** (TOP - depth) / 4)
-                middle = (left + right) / 2 + spread * self._normal(depth + 1, index >> 1)
+                middle = torch.lerp(left, right, 0.5).add_(self._normal(depth + 1, index >> 1), alpha=spread)
                 ends = (left, middle) if index % 2 == 0 else (middle, right)
                 known = (index, *ends)
                 self._nodes[depth + 1] = known
@@ -66,10 +70,10 @@ class BrownianPaths:
         return left
 
     def _normal(self, depth: int, index: int) -> Tensor:
-        """Draw what belongs to one node of each tree: (b, ...) float64."""
+        """Draw what belongs to one node of each tree: (b, ...) float32."""
         draws = []
         for seed in self.seeds:
             name = hashlib.blake2b(f"{seed} {depth} {index}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(name, "little"))
             draws.append(torch.randn(self.shape, generator=generator))
-        return torch.stack(draws).double()
+        return torch.stack(draws)

@@ -244,7 +244,7 @@ def euler_step(x: Tensor, denoised: Tensor, sigma: Tensor, sigma_to: Tensor) -> 
         denoised: (b, ...) predicted clean sample.
         sigma, sigma_to: 0-d, above 0 and not above sigma.
     """
-    return x + (x - denoised) / sigma * (sigma_to - sigma)
+    return denoised + (sigma_to / sigma) * (x - denoised)
 
 
 def heun_step(

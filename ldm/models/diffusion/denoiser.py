@@ -24,7 +24,6 @@ from ldm.modules.seams import GuidanceTerm
 from ldm.options import Interval
 from ldm.process.guidance import guide, join, rescale
 from ldm.process.prediction import to_eps, to_x0
-from ldm.process.sigmas import t_of_sigma
 
 WHOLE_INTERVAL = (0.0, 1.0)
 
@@ -129,19 +128,24 @@ class Denoiser:
 
     def __call__(self, x: Tensor, t: float | Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
         """Predict (eps, x0) for a sample (b, ...) at one level."""
-        return self._predict(x, t, alpha_bar)[0]
+        return self._both_of(self._answer(x, t, alpha_bar)[0], x, alpha_bar)
 
     def both(self, x: Tensor, t: float | Tensor, alpha_bar: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
         """Predict (eps, x0) guided, and (eps, x0) without the condition; the same twice at levels that are not guided.
 
         At guidance_scale 1 the unconditional pass is not skipped.
         """
-        guided, without = self._predict(x, t, alpha_bar, both=True)
-        return guided, guided if without is None else without
+        output, uncond = self._answer(x, t, alpha_bar, both=True)
+        guided = self._both_of(output, x, alpha_bar)
+        return guided, guided if uncond is None else self._both_of(uncond, x, alpha_bar)
 
-    def _predict(
+    def _both_of(self, output: Tensor, x: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+        return to_eps(self.kind, output, x, alpha_bar), to_x0(self.kind, output, x, alpha_bar)
+
+    def _answer(
         self, x: Tensor, t: float | Tensor, alpha_bar: Tensor, both: bool = False
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor, Tensor | None]:
+        """Give the model's output, guided and corrected, and the one without the condition where it was made."""
         guided = self.is_guided(t, at_scale_1=both)
         if not isinstance(t, Tensor):
             dtype = torch.long if isinstance(t, int) else torch.float32
@@ -157,10 +161,7 @@ class Denoiser:
             output = self.score_corrector.modify_score(
                 self.model, output, x, t, self.conditioning, **self.corrector_kwargs
             )
-        without = None
-        if both and uncond is not None:
-            without = to_eps(self.kind, uncond, x, alpha_bar), to_x0(self.kind, uncond, x, alpha_bar)
-        return (to_eps(self.kind, output, x, alpha_bar), to_x0(self.kind, output, x, alpha_bar)), without
+        return output, uncond
 
     def at_sigma(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Predict the clean sample from x = x0 + sigma * noise, at any sigma: k-diffusion's CompVisDenoiser.
@@ -170,12 +171,16 @@ class Denoiser:
             sigma: 0-d, above 0; the network is called with the fractional level that has it.
         """
         alpha_bar = 1 / (1 + sigma**2)
-        return self(x * alpha_bar.sqrt(), float(t_of_sigma(float(sigma), self.sigmas)), alpha_bar)[1]
+        scaled = x * alpha_bar.sqrt()
+        output, _ = self._answer(scaled, self.levels.t_of_sigma(float(sigma)), alpha_bar)
+        if self.kind == "eps":
+            return x - sigma * output
+        return to_x0(self.kind, output, scaled, alpha_bar)
 
     def both_at_sigma(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Predict the clean sample as `at_sigma` does, and without the condition as `both` does."""
         alpha_bar = 1 / (1 + sigma**2)
-        t = float(t_of_sigma(float(sigma), self.sigmas))
+        t = self.levels.t_of_sigma(float(sigma))
         (_, guided), (_, without) = self.both(x * alpha_bar.sqrt(), t, alpha_bar)
         return guided, without
 

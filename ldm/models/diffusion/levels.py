@@ -1,5 +1,6 @@
 """Levels, plans of the levels that a run goes through, and the one loop over them."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,11 +89,16 @@ class LevelTable:
     def __init__(self, alpha_bar: np.ndarray):
         self.alpha_bar = np.maximum(alpha_bar, LEAST_SIGNAL)
         self.sigmas = sigma_of_alpha_bar(self.alpha_bar)
+        self.log_sigmas, self._t = np.log(self.sigmas), np.arange(len(self.sigmas), dtype=np.float64)
 
     def at_sigma(self, sigma: float) -> Level:
         """Give the level of a sigma, 0 or above; t is linear in log sigma and stays within the model's ends."""
         alpha_bar = torch.tensor(1 / (1 + sigma**2), dtype=torch.float64)
-        return Level(float(t_of_sigma(sigma, self.sigmas)) if sigma > 0 else 0.0, alpha_bar)
+        return Level(self.t_of_sigma(sigma) if sigma > 0 else 0.0, alpha_bar)
+
+    def t_of_sigma(self, sigma: float) -> float:
+        """Give the fractional t of a sigma above 0, as `ldm.process.sigmas.t_of_sigma` does of many."""
+        return float(np.interp(math.log(sigma), self.log_sigmas, self._t))
 
     def at_t(self, t: float) -> Level:
         """Give the level of t, from 0 to T - 1."""

@@ -131,7 +131,10 @@ class DPMSolverPP2MSDEHeun(DPMSolverPP2MSDE):
 
 @dataclass
 class DPMSolverPP3MSDE(DPMSolverPP2MSDE):
-    """The third order of the same: "DPM++ 3M SDE". The last sigma of a table is left out, as in A1111."""
+    """Three predictions instead of two: "DPM++ 3M SDE". The last sigma of a table is left out, as in A1111.
+
+    k-diffusion's weights, whose second difference is half of what a third order needs, so that it is of the second.
+    """
 
     name = "dpmpp_3m_sde"
     order = 3
