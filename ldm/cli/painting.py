@@ -11,7 +11,7 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -224,7 +224,25 @@ def sampler_of(args: argparse.Namespace) -> str:
 
 
 def lines_of(args: argparse.Namespace) -> list[Line]:
-    """List what is to be painted: the lines of the file, or the one prompt."""
+    """List what is to be painted: the lines of the file, or the one prompt, with the styles that are put into all."""
+    lines = _given_lines(args)
+    if not args.style:
+        return lines
+    if args.styles is None:
+        raise UsageError(f"--style {args.style[0]} needs --styles, the CSV that it is in")
+    from ldm.prompt.styles import read_styles, with_styles
+
+    refuse_elsewhere("--styles", args.styles)
+    styles = read_styles(args.styles)
+    styled = []
+    for line in lines:
+        negative = line.options.get("negative_prompt", args.negative_prompt)
+        prompt, negative = with_styles(line.prompt, negative, args.style, styles)
+        styled.append(replace(line, prompt=prompt, options={**line.options, "negative_prompt": negative}))
+    return styled
+
+
+def _given_lines(args: argparse.Namespace) -> list[Line]:
     if args.from_file is not None:
         if args.prompt is not None:
             raise UsageError("--prompt and --from-file name two sources of prompts; give one")

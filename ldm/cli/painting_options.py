@@ -119,6 +119,11 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         "--like", metavar="PICTURE",
         help="paint as this picture says it was painted; options given beside it go before",
     )  # fmt: skip
+    group.add_argument(
+        "--style", action="append", default=[], metavar="NAME",
+        help="put this style of --styles into every prompt; may be repeated",
+    )  # fmt: skip
+    group.add_argument("--styles", metavar="FILE", help="a CSV of styles, as A1111 writes it")
     group.add_argument("--explain", action="store_true", help="show how prompts are read, and paint nothing")
 
 

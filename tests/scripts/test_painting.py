@@ -1195,7 +1195,7 @@ def test_a_prompt_files_keys_are_the_flags(home, flags, option, value):
 
 # The painting flags that no line of a prompt file has, and why.
 OF_THE_RUN = {
-    "where prompts come from, and what they say": "from_file like explain",
+    "where prompts come from, and what they say": "from_file like explain style styles",
     "one model paints the whole file": """
         ckpt config ignore_keys vae tokenizer device precision optimize compile tiled_vae sliced_vae lowvram
         vae_precision C f""",
