@@ -107,8 +107,8 @@ ELSEWHERE = {
     "ldm/results.py": ("of the class Progress", "steps"),
     "ldm/pipeline.py": ("img2img's default; what no picture is given as", "strength output_type"),
     "ldm/metadata.py": (
-        "A1111's size, prompts and eta; InvokeAI's names",
-        "negative_prompt steps sampler guidance_scale width height strength eta scheduler cfg_scale",
+        "A1111's size, prompts and eta; InvokeAI's names; kinds and strengths of adapters",
+        "negative_prompt steps sampler guidance_scale width height strength eta scheduler cfg_scale control scale",
     ),
     "ldm/advice.py": ("kinds of advice", "steps strength"),
     "ldm/cli/painting.py": (
