@@ -11,7 +11,7 @@ from ldm.adapters import DeepCache, FreeU
 from ldm.adapters.freeu import scale_low_frequencies, stages_of
 from ldm.checkpoints.key_mapping import unet_to_diffusers
 from ldm.errors import UsageError
-from ldm.kernels import optimize, restore
+from ldm.kernels import cuda_graphs, optimize, restore
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.seams import StepInfo, attached
 
@@ -89,6 +89,23 @@ def test_an_optimized_unet_and_one_with_cached_features_give_the_same(unet):
     fast = optimize(copy.deepcopy(unet))
     torch.testing.assert_close(ask(fast, FreeU(*PAPER)), want, rtol=2e-5, atol=2e-5)
     restore(fast)
+
+
+def test_a_captured_graph_is_kept_under_the_factors():
+    unet, made = fill(UNetModel(**UNET | {"channel_mult": [1], "attention_resolutions": []}), "freeu.g."), []
+
+    def capture(run, inputs):
+        made.append(None)
+        answer = run(inputs)
+        return lambda tensors: answer
+
+    factors = [(1, 1, 1, 1), PAPER, (1.5, 1.6, 0.9, 0.5)]
+    want = [ask(unet, FreeU(*one)) for one in factors]
+    cuda_graphs.attach(unet, capture)
+    for _ in range(cuda_graphs.CALLS_TO_CAPTURE + 1):  # the last one is replayed
+        for one, wanted in zip(factors, want, strict=True):
+            torch.testing.assert_close(ask(unet, FreeU(*one)), wanted, rtol=1e-5, atol=1e-5)
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize(
