@@ -33,11 +33,13 @@ from ldm.adapters.ip_adapter_attention import (
 from ldm.adapters.ip_adapter_file import IPAdapterFile
 from ldm.adapters.ip_adapter_images import RegionMask, encode_images
 from ldm.errors import MismatchError, UsageError, escaped, shown
+from ldm.modules.processors import SlicedAttnProcessor
 from ldm.modules.seams import Change, Rank, StepInfo, Undo, fill, wrap
 from ldm.values import check_value
 
 MAX_IMAGES = 16
 COMBINES = ("concat", "average")
+REPLACED = (ImageAttention, SlicedAttnProcessor)  # by what answers as they do, and more
 # How people name the second version of FaceID-plus, whose tensors are named and shaped as the first one's.
 SECOND_VERSION = re.compile(r"plus[-_ ]?v2", re.IGNORECASE)
 Features = dict[str, Tensor]  # "embeds" or "states" of CLIP, "ids" of faces -> (n, ...)
@@ -255,7 +257,7 @@ class IPAdapter:
         for place in self.file.places(unet):
             names.append(place.name)
             before = place.attention.processor
-            if before is not None and not isinstance(before, ImageAttention):
+            if before is not None and not isinstance(before, REPLACED):
                 raise UsageError(
                     "an IP-Adapter sets attention processors, and this UNet has some already; take the others off"
                 )
@@ -299,7 +301,7 @@ class IPAdapter:
         for place, scale in zip(places, scales, strict=True):
             part = ImagePart(place.layers, scale, self.tokens.shape[1], self.mask, painted)
             before = place.attention.processor
-            others = () if before is None else before.parts
+            others = before.parts if isinstance(before, ImageAttention) else ()
             undo.append(fill(place.attention, "processor", ImageAttention((*others, part))))
         return lambda: [one() for one in reversed(undo)] and None
 

@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_networks import UNET
 
-from ldm.adapters import ControlNet, DeepCache, IPAdapter
+from ldm.adapters import AttentionSlicing, ControlNet, DeepCache, IPAdapter
 from ldm.adapters.ip_adapter_attention import ImageAttention, ImagePart, Painted, check_scale, scales_of
 from ldm.adapters.ip_adapter_file import IPAdapterFile, projection_of
 from ldm.adapters.ip_adapter_images import RegionMask, clip_pixels, encode_images, load_encoder
@@ -529,8 +529,8 @@ def test_a_controlnet_sees_the_text_alone(unet, file, monkeypatch, tmp_path):
         seen.clear()
 
 
-def test_a_style_is_a_part_of_the_text(unet, file):
-    """In any order of adapters, an IP-Adapter's own tokens are the last ones."""
+def test_a_style_is_a_part_of_the_text_and_slices_are_the_same(unet, file):
+    """In any order of adapters; an IP-Adapter's own tokens are the last ones."""
 
     class Style:
         rank = Rank.TOKENS
@@ -542,6 +542,8 @@ def test_a_style_is_a_part_of_the_text(unet, file):
             )
 
     one = IPAdapter(file, embeds=EMBEDS)
+    for order in ((one, AttentionSlicing(1)), (AttentionSlicing(1), one)):
+        close(answer(unet, *order), answer(unet, one))
     want = answer(unet, one, c=torch.cat([C, STYLE], dim=1))
     for order in ((one, Style()), (Style(), one)):
         close(answer(unet, *order), want)
