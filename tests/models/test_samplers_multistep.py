@@ -12,6 +12,7 @@ from linear_gaussian import LinearGaussian, normals
 from mixture import Mixture, sigmas_of
 from safetensors.torch import load_file
 
+from bench.order import FLOWS, flow_error, slope
 from ldm.errors import UsageError
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.levels import Level, alpha_bar_table, make_plan, run_levels
@@ -206,6 +207,15 @@ def test_the_network_is_called_as_often_as_the_docs_say():
             sampler = SAMPLERS[name](model, torch.zeros_like)
             run(sampler, np.append(np.geomspace(14, 0.03, steps), 0.0), x)
             assert model.calls == calls(steps), f"{name}, {steps} steps"
+
+
+@pytest.mark.slow
+def test_they_converge_with_their_papers_orders():
+    """At least, on Gaussian data, over steps of which no two are of one length."""
+    for name, options, claim in FLOWS:
+        if name in NAMES and claim is not None:
+            errors = [flow_error(name, options, steps)[0] for steps in (192, 384)]
+            assert slope([192, 384], errors) > claim - 0.2, (name, options)
 
 
 @pytest.mark.parametrize("name", NAMES)
