@@ -11,6 +11,8 @@ row is saved at once; a second run does what is missing. The table has some eigh
     python bench/quality.py --rows 'ddim-0/20/*' --prompts 100 --results /tmp/q.json
     python bench/quality.py --knob cache_interval=2 --knob guidance_interval=0.2,0.8 --results /tmp/k.json
     python bench/quality.py --grid grid.png                  # 24 prompts, painted, labelled and judged
+    python bench/quality.py --samplers --prompts 16          # every sampler, into .../quality-samplers.{json,md}
+    python bench/quality.py --samplers --grid docs/samplers.png
 """
 
 import contextlib
@@ -60,6 +62,12 @@ POOLED = 4  # latents are averaged to so many cells a side, that 500 pictures ca
 GRID_PROMPTS = {"seen": 16, "never-seen": 8}
 GRID_COLUMNS = 6
 GRID_STEPS = 20
+# --samplers: every sampler over these spacings, by A1111's words, in so many steps; never-seen pairs, the harder ones.
+SPACINGS = {"karras": "karras", "uniform": "normal"}
+SPACED_STEPS = (10, 20)
+SPACED_SPLIT = "never-seen"
+EXACT = ("heun", 30, "karras")  # stands for the exact probability flow
+SPACED_LINES = 3  # samplers beside one another in their grid
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,12 @@ class Row:
     steps: int
     guidance: float
     split: str
+    spacing: str | None = None  # the sampler's own
 
     @property
     def key(self) -> str:
+        if self.spacing is not None:
+            return f"{self.sampler}/{self.spacing}/{self.steps}/g{self.guidance:g}/{self.split}"
         if self.steps == 0:
             return f"{self.sampler}/{self.split}"
         return f"{self.sampler}/{self.steps}/g{self.guidance:g}/{self.split}"
@@ -86,6 +97,14 @@ def all_rows(guidance: float) -> list[Row]:
     painted += [Row(name, steps, guidance, split) for steps in STEPS for name in SAMPLERS for split in SPLITS]
     painted += [Row(name, 1000, guidance, split) for name in LONG for split in SPLITS]
     return rows + list(dict.fromkeys(painted))
+
+
+def spaced_rows(guidance: float) -> list[Row]:
+    """List the rows of --samplers, the exact flow first, then those of few steps."""
+    from ldm.models.diffusion.samplers import SAMPLERS as every
+
+    cells = [(name, steps, spacing) for steps in SPACED_STEPS for spacing in SPACINGS for name in every]
+    return [Row(name, steps, guidance, SPACED_SPLIT, spacing) for name, steps, spacing in (EXACT, *cells)]
 
 
 def choose_rows(rows: list[Row], patterns: list[str] | None) -> list[Row]:
@@ -117,11 +136,12 @@ def paint(
         known: text features of earlier prompts; new ones are added.
         knobs: see KNOBS.
     """
-    from ldm.generate import ImageNoise, denoise, encode_prompt, initial_latents
+    from ldm.generate import denoise, encode_prompt, initial_latents
     from ldm.models.introspect import native_size
+    from ldm.noise import ImageNoise
 
     model = pipeline.model
-    name, eta, _ = SAMPLERS[row.sampler]
+    name, eta = SAMPLERS[row.sampler][:2] if row.spacing is None else (row.sampler, None)
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         noise = ImageNoise(range(start, start + len(part)))
@@ -132,6 +152,7 @@ def paint(
             sampler=name,
             steps=row.steps,
             eta=eta,
+            spacing=None if row.spacing is None else SPACINGS[row.spacing],
             guidance_scale=row.guidance,
             unconditional_conditioning=encode_prompt(model, [""] * len(part), known),
             noise=noise,
@@ -210,7 +231,7 @@ class Bench:
         from ldm.shapes.checker import judge, see
         from ldm.shapes.scenes import evaluation_scenes, render
 
-        reference = self.reference(row.split)
+        reference = self.reference(row.split) if row.spacing is None else None  # those are few prompts
         began = time.monotonic()
         scenes = evaluation_scenes(self.prompts, split=SPLITS[row.split])
         if row.steps == 0:
@@ -242,11 +263,24 @@ class Bench:
             "right": sum(verdict.holds for verdict in verdicts),
             "failing": dict(sorted(failing.items())),
             "wrong": [i for i, verdict in enumerate(verdicts) if not verdict.holds],
-            "frechet": round(frechet(np.concatenate(features), reference), 5),
+            **(
+                {}
+                if reference is None
+                else {"frechet": round(frechet(np.concatenate(features), reference), 5)}
+            ),
             **({"psnr": round(sum(decibels) / len(decibels), 2)} if decibels else {}),
             "seconds": round(time.monotonic() - began, 2),
             "machine": machine_name(self.pipeline),
         }
+
+
+def exact_flow(bench: Bench, row: Row, kept: list[np.ndarray]) -> np.ndarray:
+    """Give the latents (n, c, h, w) that stand for the exact flow: a row's own if it is that one."""
+    name, steps, spacing = EXACT
+    wanted = Row(name, steps, row.guidance, row.split, spacing)
+    if row != wanted:
+        bench.measure(wanted, kept := [])
+    return np.concatenate(kept)
 
 
 # --- results ------------------------------------------------------------------------------------------
@@ -343,6 +377,36 @@ def make_tables(results: dict[str, Any], guidance: float) -> str:
     return "\n".join(text)
 
 
+def make_spaced_table(results: dict[str, Any], guidance: float) -> str:
+    """Lay the rows of --samplers out as Markdown."""
+    from ldm.models.diffusion.samplers import SAMPLERS as every
+
+    rows = results["rows"]
+    cells = [(spacing, steps) for steps in SPACED_STEPS for spacing in SPACINGS]
+
+    def cell(name: str, spacing: str, steps: int) -> str:
+        found = rows.get(Row(name, steps, guidance, SPACED_SPLIT, spacing).key)
+        if found is None:
+            return "-"
+        return f"{found['right']} ({found['off_flow']:.2f})"
+
+    text = [
+        f"# Every sampler on {results['model']}",
+        "",
+        f"How many of {results['prompts']} fixed prompts of {SPACED_SPLIT} pairs come out right, guidance "
+        f"{guidance:g}; in brackets how far",
+        "the latents are from the exact probability flow of the same noise (root mean square; those of samplers with",
+        f"fresh noise go elsewhere by design). Weights {results['weights'][:10]}, UNet in {results['precision']}.",
+        "Made by `python bench/quality.py --samplers`.",
+        "",
+        "| sampler | " + " | ".join(f"{spacing}, {steps} steps" for spacing, steps in cells) + " |",
+        "|---|" + "---:|" * len(cells),
+        *(f"| `{name}` | " + " | ".join(cell(name, *one) for one in cells) + " |" for name in every),
+        "",
+    ]
+    return "\n".join(text)
+
+
 def draw_plot(results: dict[str, Any], guidance: float, path: Path) -> None:
     """Plot share and distance over steps, and share over guidance, as a PNG."""
     import io
@@ -428,6 +492,35 @@ def make_grid(bench: Bench, guidance: float) -> tuple["Image.Image", int]:
     return sheet, sum(tile[3] for tile in tiles)
 
 
+def make_spaced_grid(bench: Bench, guidance: float) -> "Image.Image":
+    """Paint one prompt, from one seed, by every sampler in every cell of --samplers."""
+    from PIL import Image, ImageDraw
+
+    from ldm.generate import decode
+    from ldm.images import to_pil
+    from ldm.shapes.scenes import shapes_prompts
+
+    prompts = shapes_prompts(1, split=SPLITS[SPACED_SPLIT])
+    tiles: dict[str, list[tuple[str, Image.Image]]] = {}
+    for row in spaced_rows(guidance)[1:]:
+        (latents,) = paint(bench.pipeline, prompts, row, 1, bench.known, **bench.knobs)
+        words = f"{row.spacing} {row.steps}"
+        tiles.setdefault(row.sampler, []).append((words, to_pil(decode(bench.pipeline.model, latents))[0]))
+    size = next(iter(tiles.values()))[0][1].width
+    width, height = 4 * (size + 4) + 16, size + 32
+    lines = -(-len(tiles) // SPACED_LINES)
+    sheet = Image.new("RGB", (SPACED_LINES * width, lines * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (name, pictures) in enumerate(tiles.items()):
+        left, top = number // lines * width + 8, number % lines * height + 2
+        draw.text((left, top), name, fill=(0, 0, 0), font_size=11)
+        for place, (words, picture) in enumerate(pictures):
+            x = left + place * (size + 4)
+            sheet.paste(picture, (x, top + 14))
+            draw.text((x, top + 14 + size), words, fill=(90, 90, 90), font_size=8)
+    return sheet
+
+
 # --- knobs --------------------------------------------------------------------------------------------
 
 # What may be turned, as StableDiffusion.stream names it, and how its value is read.
@@ -484,7 +577,10 @@ def parse(argv: list[str] | None):
     parser.add_argument(
         "--rows", nargs="+", metavar="PATTERN", help="only rows that match, e.g. 'ddim-0/20/*'"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file; .md and .png go beside it")
+    parser.add_argument(
+        "--samplers", action="store_true", help="every sampler over two spacings, in 10 and 20 steps, instead"
+    )
+    parser.add_argument("--results", type=Path, help="JSON file; .md and .png go beside it")
     parser.add_argument("--fresh", action="store_true", help="begin again, whatever --results holds")
     parser.add_argument("--list", action="store_true", help="list the rows and end")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="paint 24 prompts into this file and end")
@@ -548,7 +644,9 @@ def main(argv: list[str] | None = None) -> None:
     knobs = read_knobs(opt.knob or [])
     pipeline = load_pipeline(opt.ckpt, opt.config, opt.device, opt.precision, opt.compile)
     guidance = pipeline.defaults.guidance_scale if opt.guidance is None else opt.guidance
-    rows = choose_rows(all_rows(guidance), opt.rows)
+    rows = choose_rows(spaced_rows(guidance) if opt.samplers else all_rows(guidance), opt.rows)
+    if opt.results is None:
+        opt.results = RESULTS.with_name("quality-samplers.json") if opt.samplers else RESULTS
     if opt.list:
         for row in rows:
             cli.say(row.key)
@@ -558,10 +656,16 @@ def main(argv: list[str] | None = None) -> None:
     if opt.grid:
         import io
 
-        sheet, right = make_grid(bench, guidance)
+        if opt.samplers:
+            sheet, right = make_spaced_grid(bench, guidance), None
+        else:
+            sheet, right = make_grid(bench, guidance)
         file = io.BytesIO()
         sheet.save(file, "PNG")
         write(opt.grid, file.getvalue())
+        if right is None:
+            cli.say(f"{opt.grid}: every sampler in {len(SPACINGS) * len(SPACED_STEPS)} cells")
+            return
         cli.say(f"{opt.grid}: {right} of {sum(GRID_PROMPTS.values())} right")
         return
 
@@ -573,15 +677,32 @@ def main(argv: list[str] | None = None) -> None:
         "knobs": knobs,
     }
     results = {**head, "rows": {}} if opt.fresh else load_results(opt.results, head)
+    exact: np.ndarray | None = None
     for number, row in enumerate(rows, 1):
         if row.key in results["rows"]:
             continue
-        found = results["rows"][row.key] = bench.measure(row)
+        kept: list[np.ndarray] = []
+        found = bench.measure(row, kept)
+        if row.spacing is not None:
+            if exact is None:
+                exact = exact_flow(bench, row, kept)
+            found["off_flow"] = round(float(np.sqrt(np.square(np.concatenate(kept) - exact).mean())), 4)
+        results["rows"][row.key] = found
         save_results(opt.results, results)
-        cli.say(
-            f"[{number}/{len(rows)}] {row.key}: {100 * found['right'] / found['prompts']:.1f} % right, "
-            f"Frechet {found['frechet']:.3f}, {found['seconds']:.1f} s"
+        what = (
+            f"Frechet {found['frechet']:.3f}"
+            if "frechet" in found
+            else f"{found['off_flow']:.3f} off the flow"
         )
+        cli.say(
+            f"[{number}/{len(rows)}] {row.key}: {100 * found['right'] / found['prompts']:.1f} % right, {what}, "
+            f"{found['seconds']:.1f} s"
+        )
+    if opt.samplers:
+        table = make_spaced_table(results, guidance)
+        write(opt.results.with_suffix(".md"), table.encode())
+        cli.say(table)
+        return
     tables = make_tables(results, guidance)
     write(opt.results.with_suffix(".md"), tables.encode())
     draw_plot(results, guidance, opt.results.with_suffix(".png"))
