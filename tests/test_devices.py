@@ -184,6 +184,7 @@ def pixels(**flags):
     ids=str,
 )
 @pytest.mark.thinned(4)
+@pytest.mark.slow
 def test_pixels_are_diffused_without_waits_for_tables(device, flags):
     model, chain = pixels(**flags)
     model.to("cuda")

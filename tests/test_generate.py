@@ -326,6 +326,7 @@ def test_an_image_of_a_batch_is_the_image_alone(sd, sampler, batch_size):
         assert far(together.latents[i], alone.latents[0]) <= 5e-6
 
 
+@pytest.mark.slow
 def test_img2img_and_inpaint_do_not_depend_on_the_batch_either(sd, sd9):
     for painter, options in ((sd, {}), (sd, {"mask": half_mask()}), (sd9, {"mask": half_mask()})):
         options |= {"image": picture(), "strength": 0.6, "steps": 5, "eta": 1.0, "output_type": "latent"}

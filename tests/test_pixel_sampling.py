@@ -246,6 +246,7 @@ def test_a_sample_says_how_it_was_made(files, labelled):
     ],
 )  # fmt: skip
 @pytest.mark.thinned(2)
+@pytest.mark.slow
 def test_the_picture_that_is_saved_says_how_its_first_sample_was_made(
     files, tmp_path, monkeypatch, words, said
 ):

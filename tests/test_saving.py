@@ -192,6 +192,7 @@ def test_plain_v1_needs_no_yaml(change, is_plain):
     assert saving._is_plain_v1(model, SamplingDefaults()) == is_plain
 
 
+@pytest.mark.slow
 def test_the_folders_index_names_classes_that_there_are(sd, tmp_path):
     import diffusers
     import transformers

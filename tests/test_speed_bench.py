@@ -198,6 +198,7 @@ def test_without_diffusers_ours_are_held_against_our_plain_code(tiny, monkeypatc
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.slow
 def test_a_model_with_one_weight_changed_is_not_timed(studio, monkeypatch, dtype):
     build = models.build_ours
 

@@ -302,6 +302,7 @@ def test_a_network_without_gradients_is_fused_with_the_unet(unet, files):
     assert not any("forward" in vars(m) for m in network.modules())
 
 
+@pytest.mark.slow
 def test_a_graph_of_the_unet_serves_all_steps(unet, files):
     made = []
 
@@ -369,6 +370,7 @@ def test_each_layout_is_read(unet, files, tensors, tmp_path, layout):
     assert all(torch.equal(state[name], one) for name, one in tensors.items()) and len(state) == len(tensors)
 
 
+@pytest.mark.slow
 def test_a_diffusers_folder_and_half_precision_are_read(unet, tensors, files, tmp_path):
     name = "diffusion_pytorch_model.fp16.safetensors"
     theirs = control_to_diffusers_file(tensors)

@@ -237,6 +237,7 @@ def test_a_picture_is_the_one_that_python_paints_and_each_file_is_read_once(end,
     assert np.array_equal(painted, same[0]) and not np.array_equal(painted, plain[0])
 
 
+@pytest.mark.slow
 def test_lines_with_other_adapters_share_no_batch(end):
     Path("p.txt").write_text(
         "a circle\n--prompt a circle --lora style.safetensors:0.5 --seed 42\n"
@@ -276,6 +277,7 @@ def test_an_embedding_that_no_prompt_names_is_said_once_and_one_of_a_folder_is_n
     ]
 
 
+@pytest.mark.slow
 def test_loras_of_lines_that_are_painted_are_let_go(home):
     """Weights that a LoRA was folded into are as large as the model's: those of a long list would fill the memory."""
     lines = [f"--prompt a --lora style.safetensors:{weight}" for weight in (1, 2, 1, 3)]

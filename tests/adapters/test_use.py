@@ -91,6 +91,7 @@ def test_a_lora_of_the_text_encoder_changes_the_context_alone(sd, tmp_path):
     assert not torch.equal(paint(sd, adapters=[text]).latents, paint(sd).latents)
 
 
+@pytest.mark.slow
 def test_a_lora_works_in_its_part_of_the_steps(sd, lora):
     whole, first, last = (
         paint(sd, steps=4, adapters=[LoRA(lora, 1.0, text_weight=0.0, start=a, end=b)]).latents

@@ -89,6 +89,7 @@ def test_the_section_arrives_at_the_report_and_at_the_pipeline(tmp_path):
     assert (sd.defaults.guidance_scale, sd.defaults.steps, sd.defaults.size) == (2.5, 7, (64, 64))
 
 
+@pytest.mark.slow
 def test_samplers_of_the_section_have_all_their_names_and_no_others(tmp_path):
     checkpoint, config = write_tiny(tmp_path)
     settings = OmegaConf.load(config)

@@ -503,6 +503,7 @@ def test_files_and_folders_of_this_machine_are_loaded(tmp_path, ours):
         close(pipe(PROMPT, num_inference_steps=2, latents=latents, output_type="latent").images, want, 0)
 
 
+@pytest.mark.slow
 def test_dtypes_are_asked_for_as_diffusers_do(tmp_path, ours):
     """bfloat16 computes in it; float16, which a CPU has not, waits for a GPU; the VAE stays in float32."""
     checkpoint, config = write_tiny(tmp_path)

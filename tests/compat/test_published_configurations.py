@@ -403,6 +403,7 @@ def test_depth_is_joined_between_minus_one_and_one():
         model.get_input({k: v for k, v in batch().items() if k != "midas_in"}, "image")
 
 
+@pytest.mark.slow
 def test_an_upscaler_begun_from_another_model(tmp_path):
     """Small pictures laid out by patches, without noise; and noised ones with their level."""
     start = fill(tiny(ddpm.LatentDiffusion), only=("model.", "first_stage_model."))

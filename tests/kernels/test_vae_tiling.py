@@ -196,6 +196,7 @@ def test_so_many_maps_of_the_first_level_are_alive_at_most(kind, tiled, shape, m
     assert plain_peak >= usual * one_map
 
 
+@pytest.mark.slow
 def test_the_batch_does_not_raise_the_peak():
     decoder, z = build(Decoder, torch.float32), keyed_input("z", (3, 4, 10, 8))
     alone, _ = peak_of(lambda: decode_tiled(decoder, z[:1], rows=2))

@@ -554,6 +554,7 @@ def test_inpaint_keeps_what_is_black(model, home, end):
     assert ldm.read_metadata("o/samples/00001.png")["mode"] == "inpaint"
 
 
+@pytest.mark.slow
 def test_inpaint_takes_a_folder_of_pairs_and_keeps_their_names(model, home, end):
     Path("in").mkdir()
     for i, name in enumerate("ab"):
@@ -1054,6 +1055,7 @@ def test_what_the_command_line_says_goes_before_what_the_picture_says(model, fir
     assert ldm.read_metadata("again/samples/00000.png") == ldm.read_metadata(first) | changed
 
 
+@pytest.mark.slow
 def test_like_takes_what_no_option_says_and_what_a_jpeg_tells(model, home, end):
     sd = ldm.StableDiffusion.from_single_file(model[1], config=model[3], device="cpu")
     done = sd.txt2img("x", steps=2, seed=5, spacing="linspace", guidance_rescale=0.5)

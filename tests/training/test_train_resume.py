@@ -423,6 +423,7 @@ def test_a_diffusion_state_without_a_counter_or_table_is_refused(diffusion_run, 
             diffusion_run.module.load_training_state(spoilt)
 
 
+@pytest.mark.slow
 def test_a_state_of_the_format_before_goes_on(tmp_path, begun):
     state = torch.load(begun / "checkpoints" / "last.ckpt", weights_only=True)
     older(state)
@@ -431,6 +432,7 @@ def test_a_state_of_the_format_before_goes_on(tmp_path, begun):
     assert read_state(tmp_path / "run" / "checkpoints" / "last.ckpt")["run"]["format"] == 2
 
 
+@pytest.mark.slow
 def test_a_noise_schedule_is_known_by_its_tables_where_no_options_were_saved(tmp_path, begun_diffusion):
     state = torch.load(begun_diffusion / "checkpoints" / "last.ckpt", weights_only=True)
     older(state)

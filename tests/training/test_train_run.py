@@ -242,6 +242,7 @@ def test_a_state_that_lacks_something_is_refused(tmp_path, stage_run, key):
     assert caught.value.exit_code == 5
 
 
+@pytest.mark.slow
 def test_states_of_other_runs_are_refused(tmp_path, stage_run, diffusion_run):
     path = stage_run / "checkpoints" / "last.ckpt"
     wider = first_stage()
@@ -321,6 +322,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, caplog):
     assert "step 2: loss or gradient is not finite; step skipped (1 so far)" in caplog.text
 
 
+@pytest.mark.slow
 def test_ten_steps_in_a_row_end_the_run_and_keep_the_last_good_state(tmp_path):
     config = until(not_finite(list(range(4, 40))), 30)
     with pytest.raises(
@@ -372,6 +374,7 @@ def test_the_rate_follows_the_schedule_and_the_scale(diffusion_run, capsys):
     assert [rates[step] for step in range(6)] == pytest.approx([2e-3 * f for f in wanted], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_the_effective_rate_is_printed(tmp_path, capsys):
     config = until(first_stage(), 1)
     config["lightning"]["trainer"]["accumulate_grad_batches"] = 3
@@ -598,6 +601,7 @@ def test_an_exported_run_loads_with_an_account_of_every_tensor(tmp_path, diffusi
     assert torch.equal(loaded.scale_factor, made.model.scale_factor)
 
 
+@pytest.mark.slow
 def test_an_export_writes_its_configuration_for_use_and_over_nothing_else(
     tmp_path, diffusion_run, monkeypatch
 ):
