@@ -28,6 +28,10 @@ def test_each_rule_by_its_law(tmp_path):
         assert torch.equal(preprocess(picture, "threshold"), grey(DARKEST > 127))
     assert torch.equal(preprocess(PICTURE, "threshold", level=40), grey(DARKEST > 40))
     assert torch.equal(preprocess(PICTURE, "scribble"), grey(DARKEST < 127))
+    ramp = (torch.arange(256) / 255).expand(3, 2, 256)
+    for kind, first, last in (("threshold", 128, 255), ("scribble", 0, 126)):
+        white = preprocess(ramp, kind)[0, 0].nonzero()
+        assert (white.min(), white.max(), len(white)) == (first, last, last - first + 1)
     assert torch.equal(preprocess(PICTURE, " Invert "), 1 - UNIT)
     assert torch.equal(preprocess(PICTURE, "tile"), UNIT)
     plain = torch.full((3, 12, 16), 0.25)
