@@ -692,6 +692,11 @@ TABLE: tuple[Option | Fact, ...] = (
         "of a sampler that has several: midpoint, heun, ...",
         flags=("--solver_type",), infotext="Solver type", part="sampler",
     ),
+    Option(
+        "gamma", None, Number(0, 10),
+        "of tcd: how fresh its noise is, 0 to 1; of gradient_estimation: how far a slope goes beyond the last",
+        flags=("--gamma",), infotext="Sampler gamma", part="sampler",
+    ),
     Fact("init_image_hash", "Init image hash"),
     Option(
         SYNTAX, "plain", Choice(dict(zip(limits.SYNTAXES, limits.SYNTAXES, strict=True))),

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 
 from bench.order import FLOWS, flow_error, slope
 from ldm.errors import UsageError
+from ldm.metadata import from_infotext, to_infotext
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.levels import Level, alpha_bar_table, make_plan, run_levels
-from ldm.models.diffusion.samplers import SAMPLERS, sample_steps
+from ldm.models.diffusion.samplers import SAMPLERS, sample_steps, sampler_options
+from ldm.options import options as every_option
 from ldm.process.multistep import (
     deis_weights,
     er_sde_weights,
@@ -318,3 +320,11 @@ def test_options_out_of_range_are_refused():
         with pytest.raises(UsageError, match=message) as told:
             sample_steps(name, LinearGaussian(), normals(*SHAPE)[0], MEANS, steps=3, **options)
         assert len(str(told.value)) <= 400 and "\n" not in str(told.value)
+
+
+def test_gamma_can_be_asked_for_and_is_said():
+    (option,) = (one for one in every_option() if one.name == "gamma")
+    takers = {name for name, cls in SAMPLERS.items() if "gamma" in sampler_options(cls)}
+    assert option.part == "sampler" and takers == {"tcd", "gradient_estimation"}
+    text = to_infotext({"sampler": "tcd", "gamma": 0.5, "seed": 1, "steps": 3, "prompt": "a"})
+    assert "Sampler gamma: 0.5" in text and from_infotext(text)["gamma"] == 0.5
