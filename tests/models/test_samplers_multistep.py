@@ -215,7 +215,8 @@ def test_the_network_is_called_as_often_as_the_docs_say():
 def test_they_converge_with_their_papers_orders():
     """At least, on Gaussian data, over steps of which no two are of one length."""
     for name, options, claim in FLOWS:
-        if name in NAMES and claim is not None:
+        claim = 2 if name == "dpmpp_3m_sde" else claim  # k-diffusion's weights, which do not have its paper's
+        if claim is not None:
             errors = [flow_error(name, options, steps)[0] for steps in (192, 384)]
             assert slope([192, 384], errors) > claim - 0.2, (name, options)
 
