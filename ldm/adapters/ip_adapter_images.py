@@ -1,4 +1,4 @@
-"""What an IP-Adapter reads of pictures: CLIP's vision model, its pixels and features, and masks of regions."""
+"""What adapters read of pictures: CLIP's vision model, its pixels and features, and masks of regions."""
 
 import contextlib
 import hashlib
@@ -177,7 +177,8 @@ def encode_images(image_encoder: Any, given: Sequence[Any], reads: str) -> tuple
     Args:
         image_encoder: as load_encoder takes it.
         given: pictures of PIL, or paths.
-        reads: as IPAdapterFile has it.
+        reads: what of them: "embeds" (n, width), projected; "states" (n, tokens, width), of the layer before the last;
+            or "last", of the last one, transformers' last_hidden_state.
 
     Returns:
         the features of all pictures, and those (of a batch of 1) that stand for none; float32 on the CPU.
@@ -192,7 +193,8 @@ def encode_images(image_encoder: Any, given: Sequence[Any], reads: str) -> tuple
         embeds = encoder(pixels).image_embeds.float().cpu()
         return embeds, torch.zeros_like(embeds[:1])
     both = torch.cat([pixels, torch.zeros_like(pixels[:1])])  # a picture of zeros stands for none
-    states = encoder(both, output_hidden_states=True).hidden_states[-2].float().cpu()
+    layer = {"states": -2, "last": -1}[reads]
+    states = encoder(both, output_hidden_states=True).hidden_states[layer].float().cpu()
     return states[:-1], states[-1:]
 
 

@@ -1,6 +1,6 @@
 """T2I-Adapter's style adapter (arXiv:2302.08453): what a picture looks like, as tokens behind those of the prompt.
 
-style = StyleAdapter("t2iadapter_style_sd14v1.pth", states=states)
+style = StyleAdapter("t2iadapter_style_sd14v1.pth", image="look.png", image_encoder="clip-vit-large-patch14")
 sd.txt2img("a cat", adapters=[style])
 """
 
@@ -8,13 +8,14 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ldm.adapters.controls import CONTEXTS, ControlFile, check_span, filled, is_within, span_of
+from ldm.adapters.ip_adapter_images import encode_images
 from ldm.checkpoints import TensorInfo
 from ldm.errors import MismatchError, UsageError, escaped, shown
 from ldm.modules.attention import SpatialTransformer
@@ -87,37 +88,53 @@ class StyleAdapter:
     Args:
         file: path or StyleAdapterFile; a StyleAdapterFile from then on, which serves any number of them.
         states: of the picture: what CLIP's vision model has after its last layer, (1, tokens, width); for the published
-            file ViT-L/14's (1, 257, 1024), transformers' last_hidden_state.
+            file ViT-L/14's (1, 257, 1024), transformers' last_hidden_state. In place of image.
         scale: of the tokens; 0 = none are added.
         start, end: share of the sampler's way, from noise (0) to picture (1): a step has it that lies wholly within.
+        image: the picture, or its path, with image_encoder, from which the states are made.
+        image_encoder: CLIP's vision model: its folder, one file, or the model; ViT-L/14 for the published file.
 
     Attributes:
         tokens: (1, num_tokens, context_dim), float32.
 
     Raises:
-        UsageError: no states, or a number that is not finite or out of range.
-        MismatchError: states of another shape.
-        Others: as StyleAdapterFile.
+        UsageError: neither states nor image, or both; no image_encoder; a number that is not finite or out of range.
+        MismatchError: states of another shape, as those of another vision model.
+        Others: as StyleAdapterFile, load_encoder and images.open_image.
     """
 
     file: StyleAdapterFile | str | os.PathLike
-    states: Tensor
+    states: Tensor | None = None
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    _: KW_ONLY
+    image: Any = None
+    image_encoder: Any = None
     rank: ClassVar[Rank] = Rank.TOKENS
 
     def __post_init__(self) -> None:
         start, end = check_span(self.start, self.end)
         scale = float(check_value(self.scale, float, "scale"))
         file = self.file if isinstance(self.file, StyleAdapterFile) else StyleAdapterFile(self.file)
-        states = _checked(file, self.states)
+        states = _checked(file, self.states if self.image is None else self._encoded())
         with torch.no_grad():
             tokens = file.network.float()(states)
         digest = hashlib.sha256(states.contiguous().numpy().tobytes()).hexdigest()[:12]
         checked = {"file": file, "states": states, "scale": scale, "start": start, "end": end}
+        checked |= {"image": None, "image_encoder": None}  # which have been read
         for name, value in (checked | {"tokens": tokens, "_hash": digest, "_step": None}).items():
             object.__setattr__(self, name, value)
+
+    def _encoded(self) -> Tensor:
+        if self.states is not None:
+            raise UsageError("a StyleAdapter wants states= or image=, got both; leave one out")
+        if self.image_encoder is None:
+            raise UsageError(
+                "a StyleAdapter with image= wants image_encoder=, CLIP's vision model (its folder or file; ViT-L/14 "
+                "for the published style file); or give states="
+            )
+        return encode_images(self.image_encoder, [self.image], "last")[0]
 
     def describe(self) -> dict[str, Any]:
         """Say what goes into a picture's metadata: name, scale, image (a hash of its states), hash, sha256, ..."""
@@ -168,8 +185,8 @@ def _checked(file: StyleAdapterFile, states: Any) -> Tensor:
     width = file.network.width
     if not isinstance(states, Tensor):
         raise UsageError(
-            f"states should be a tensor (1, tokens, {width}), CLIP's last_hidden_state of the picture, got "
-            f"{'none' if states is None else shown(states)}"
+            f"a StyleAdapter wants image= with image_encoder=, or states=, a tensor (1, tokens, {width}), CLIP's "
+            f"last_hidden_state of the picture; got {'neither' if states is None else 'states=' + shown(states)}"
         )
     states = states.detach().float().cpu()
     if states.dim() != 3 or len(states) != 1 or states.shape[-1] != width or states.shape[1] == 0:

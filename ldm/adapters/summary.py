@@ -303,7 +303,7 @@ def _of_t2i(infos: Infos) -> AdapterSummary:
                 own["proj"].shape[1] if "proj" in own and len(own["proj"].shape) > 1 else None
             ),
             sizes=sizes,
-            use="ldm.adapters.StyleAdapter and CLIP's states of a picture",
+            use="ldm.adapters.StyleAdapter with a picture and CLIP's vision model",
         )
     kind = "light" if any(re.match(r"body\.\d+\.out_conv\.", name) for name in own) else "full"
     first = own.get("conv_in.weight", own.get("body.0.in_conv.weight"))

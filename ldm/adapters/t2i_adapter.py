@@ -46,7 +46,7 @@ class T2IAdapterFile(ControlFile):
         found = super().own(infos)
         if any(name.startswith(STYLE) for name in found):
             raise self.misfit(
-                "one of style, which reads CLIP's features of a picture; use StyleAdapter(file, states)"
+                "one of style, which reads CLIP's features of a picture; use StyleAdapter(file, image=...)"
             )
         first = found.get("conv_in.weight", found.get("adapter.conv_in.weight"))
         first = first or found.get("body.0.in_conv.weight", found.get("adapter.body.0.in_conv.weight"))

@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from keyed import fill, keyed_input, weight
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_networks import UNET
 
 from ldm.adapters import StyleAdapter, T2IAdapter
+from ldm.adapters.ip_adapter_images import clip_pixels
 from ldm.adapters.style_adapter import StyleAdapterFile, assemble
 from ldm.checkpoints import save_safetensors
 from ldm.errors import LdmError, MismatchError, UsageError
@@ -134,6 +136,24 @@ def test_pictures_say_so(painter, tensors, tmp_path):
     assert torch.equal(painter.txt2img("a circle", **options).latents, plain)
 
 
+def test_a_picture_gives_its_states_by_clips_vision_model(file):
+    """And another vision model is refused with both numbers."""
+    config = {"intermediate_size": 48, "num_hidden_layers": 3, "image_size": 28, "patch_size": 14}
+    config |= {"num_attention_heads": 2, "projection_dim": 20}
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    encoder = fill(CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=32, **config)).eval(), "clip.")
+    picture = Image.fromarray((keyed_input("look", (41, 33, 3)).clamp(-1, 1) * 127 + 128).byte().numpy())
+    with torch.no_grad():
+        states = encoder(clip_pixels(picture, 28)).last_hidden_state
+    style = StyleAdapter(file, image=picture, image_encoder=encoder)
+    close(style.states, states)
+    assert torch.equal(style.tokens, StyleAdapter(file, style.states).tokens)
+    wide = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=16, **config)).eval()
+    with pytest.raises(MismatchError, match=r"shape \(1, tokens, 32\), got \(1, 5, 16\)"):
+        StyleAdapter(file, image=picture, image_encoder=wide)
+
+
 def test_what_is_no_style_adapter_of_this_model_is_refused_by_name(unet, tensors, tmp_path):
     def without(name):
         return {key: one for key, one in tensors.items() if key != name}
@@ -174,8 +194,10 @@ def test_what_is_no_style_adapter_of_this_model_is_refused_by_name(unet, tensors
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"states": None}, r"states should be a tensor \(1, tokens, 32\), .* got none"),
-        ({"states": "look.png"}, "got 'look.png'"),
+        ({"states": None}, r"wants image= .* or states=, a tensor \(1, tokens, 32\), .* got neither"),
+        ({"states": "look.png"}, "got states='look.png'"),
+        ({"image": "look.png"}, "wants states= or image=, got both"),
+        ({"states": None, "image": "look.png"}, "with image= wants image_encoder=, CLIP's vision model"),
         ({"states": STATES}, r"should be of shape \(1, tokens, 32\), got \(2, 10, 32\)"),
         ({"states": STATES[:1, :, :31]}, r"got \(1, 10, 31\)"),
         ({"states": STATES[:1, :0]}, r"got \(1, 0, 32\)"),

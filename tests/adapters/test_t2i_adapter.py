@@ -264,7 +264,7 @@ def test_what_is_no_adapter_of_this_model_is_refused_by_name(unet, tmp_path):
     cases = (
         ({"input_hint_block.0.weight": torch.zeros(2, 2)}, "this is a ControlNet"),
         ({"lora_unet_mid_block.lora_up.weight": torch.zeros(2, 2)}, "this is a LoRA"),
-        ({"style_embedding": torch.zeros(1, 2, 3)}, r"one of style.* use StyleAdapter\(file, states\)"),
+        ({"style_embedding": torch.zeros(1, 2, 3)}, r"one of style.* use StyleAdapter\(file, image=\.\.\.\)"),
         (keyed(full_keys([32, 64], 12), "xl."), "one for Stable Diffusion XL"),
         (keyed(full_keys([32, 96]), "wide."), r"one for a UNet \[32, 96\] wide; the model's is \[32, 64\] wide"),
         (keyed(full_keys([32, 64, 64, 64]), "deep."), "one for another UNet"),
