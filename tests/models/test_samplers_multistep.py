@@ -13,7 +13,7 @@ from mixture import Mixture, sigmas_of
 from safetensors.torch import load_file
 
 from bench.order import FLOWS, flow_error, slope
-from ldm.errors import UsageError
+from ldm.errors import NumericError, UsageError
 from ldm.metadata import from_infotext, to_infotext
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.levels import Level, alpha_bar_table, make_plan, run_levels
@@ -283,7 +283,7 @@ def test_correctors_leave_what_a_mask_has_put_in(name):
 
 REFUSED = [
     ("unipc", {"order": 4}, "order of unipc must be one of 1, 2, 3; got 4"),
-    ("unipc", {"order": True}, "order of unipc must be one of 1, 2, 3; got True"),
+    ("unipc", {"order": True}, "order of unipc must be a whole number, got True"),
     ("unipc", {"solver_type": "bh3"}, "solver_type of unipc must be one of bh1, bh2; got 'bh3'"),
     ("unipc", {"eta": 1.0}, "eta of unipc must be 0: this sampler adds no noise; got 1.0"),
     ("deis", {"clock": "time"}, "clock of deis must be one of log_sigma, t, sigma; got 'time'"),
@@ -298,7 +298,7 @@ REFUSED = [
     ("er_sde", {"eta": 0.5}, "eta of er_sde must be 0 or 1; got 0.5"),
     ("er_sde", {"order": 4}, "order of er_sde must be one of 1, 2, 3; got 4"),
     ("tcd", {"gamma": 1.5}, "gamma of tcd must be from 0 to 1, got 1.5"),
-    ("tcd", {"gamma": "half"}, "gamma of tcd must be from 0 to 1, got 'half'"),
+    ("tcd", {"gamma": "half"}, "gamma of tcd must be a finite number, got 'half'"),
     (
         "tcd",
         {"eta": 0.3},
@@ -313,6 +313,27 @@ REFUSED = [
     ("lcm", {"timestep_scaling": 0}, "timestep_scaling of lcm must be above 0, or None, got 0"),
     ("lcm", {"gamma": 0.3}, "lcm has no option gamma"),
     ("res_multistep", {"last_down": 1.0}, "res_multistep has no option last_down"),
+    # The kind of each option is that of its default.
+    ("ddim", {"eta": "1"}, "eta of ddim must be from 0 to 1; got '1'"),
+    ("euler_a", {"eta": True}, "eta of euler_a must be from 0 to 1; got True"),
+    ("ddim", {"temperature": math.nan}, "temperature of ddim must be a finite number, got nan"),
+    ("ddim", {"noise_dropout": 2}, "noise_dropout of ddim must be a number from 0 to 1, got 2"),
+    ("ddim", {"repeat_noise": "no"}, "repeat_noise of ddim must be True or False, got 'no'"),
+    ("ddim", {"dynamic_threshold": math.inf}, "dynamic_threshold of ddim must be a finite number, got inf"),
+    ("ddpm", {"v_posterior": -1}, "v_posterior of ddpm must be a number from 0 to 1, got -1"),
+    ("dpm_solver", {"predict_x0": 2}, "predict_x0 of dpm_solver must be True or False, got 2"),
+    ("dpm_solver", {"order": 2.0}, "order of dpm_solver must be a whole number, got 2.0"),
+    ("dpm_solver", {"solver_type": 3}, "solver_type of dpm_solver must be a text, got 3"),
+    ("euler", {"s_churn": -1}, "s_churn of euler must be 0 or above, got -1"),
+    ("euler", {"s_churn": math.inf}, "s_churn of euler must be a finite number, got inf"),
+    ("heunpp2", {"s_tmin": math.nan}, "s_tmin of heunpp2 must be a finite number, got nan"),
+    ("sa_solver", {"s_tmax": "high"}, "s_tmax of sa_solver must be a finite number, got 'high'"),
+    ("dpmpp_sde", {"r": [0.5]}, "r of dpmpp_sde must be a finite number, got"),
+    ("dpmpp_2m_sde", {"s_noise": 10**400}, "s_noise of dpmpp_2m_sde must be a finite number, got"),
+    ("dpmpp_2m_sde", {"brownian": "x"}, "brownian of dpmpp_2m_sde must be True or False, got 'x'"),
+    ("dpm_adaptive", {"accept_safety": 2}, "accept_safety must be a number from 0 to 1, got 2"),
+    ("dpm_adaptive", {"icoeff": -1}, "icoeff must be a number from 0 to 1, got -1"),
+    ("dpm_adaptive", {"rtol": 0}, "rtol must be a number above 0, got 0"),
 ]
 
 
@@ -321,6 +342,40 @@ def test_options_out_of_range_are_refused():
         with pytest.raises(UsageError, match=message) as told:
             sample_steps(name, LinearGaussian(), normals(*SHAPE)[0], MEANS, steps=3, **options)
         assert len(str(told.value)) <= 400 and "\n" not in str(told.value)
+
+
+def test_none_is_a_value_only_of_options_that_have_it():
+    model, (x_T,) = LinearGaussian(), normals(*SHAPE)
+
+    def last(name, **options):
+        *_, done = sample_steps(name, model, x_T, MEANS, steps=3, noise=torch.zeros_like, **options)
+        return done.x_t
+
+    without = last("lcm", timestep_scaling=None)
+    assert (without != last("lcm")).any()  # the boundary condition is left out, not the option
+    torch.testing.assert_close(without, last("lcm", timestep_scaling=1e9), rtol=1e-12, atol=1e-12)
+    assert (last("tcd", gamma=None) == last("tcd")).all() and (last("lms", order=None) == last("lms")).all()
+
+
+class Broken(LinearGaussian):
+    def apply_model(self, x, t, cond):
+        return x * math.nan
+
+
+def test_dpm_adaptive_ends_where_no_step_can_count():
+    (x_T,) = normals(*SHAPE)
+    for error, model, options, message in (
+        (NumericError, Broken(), {}, "not finite near sigma 3, and dpm_adaptive"),
+        (
+            UsageError,
+            LinearGaussian(),
+            {"rtol": 1e-30, "atol": 1e-30},
+            "no step within rtol 1e-30 and atol 1e-30",
+        ),
+    ):
+        sampler = SAMPLERS["dpm_adaptive"](Denoiser(model, MEANS), torch.zeros_like, **options)
+        with pytest.raises(error, match=message):
+            run(sampler, np.array([3.0, 0.5]), x_T)
 
 
 def test_gamma_can_be_asked_for_and_is_said():

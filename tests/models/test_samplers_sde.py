@@ -238,7 +238,7 @@ REFUSED = [
     ("dpmpp_2m_sde", {"order": 3}, "dpmpp_2m_sde has no option order"),
     ("dpm_adaptive", {"order": 1}, "order must be 2 or 3, got 1"),
     ("dpm_adaptive", {"rtol": 0.0}, "rtol must be a number above 0, got 0.0"),
-    ("dpm_adaptive", {"h_init": math.nan}, "h_init must be a number above 0, got nan"),
+    ("dpm_adaptive", {"h_init": math.nan}, "h_init of dpm_adaptive must be a finite number, got nan"),
     ("dpm_fast", {"eta": -0.1}, "eta of dpm_fast must be from 0 to 1; got -0.1"),
     (
         "euler_cfg_pp",

@@ -1,13 +1,16 @@
 """What every sampler is: how to begin at a level, and how to step from one level to another."""
 
+import math
+import sys
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ldm import limits
 from ldm.errors import UsageError, shown
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.levels import Level, Noise, is_table, make_plan, unit_noise, visited_levels
@@ -61,6 +64,7 @@ class Sampler:
     levels: Sequence[Level] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         self.eta = self.own_eta if self.eta is None else self.eta
         check_eta(type(self), self.eta)
 
@@ -150,6 +154,10 @@ class NoisySampler(Sampler):
     noise_dropout: float = 0.0
     repeat_noise: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        limits.real(f"noise_dropout of {self.name}", self.noise_dropout, *limits.SHARE)
+
     def draw(self, x: Tensor, here: Level, to: Level) -> Tensor:
         noise = self.noise(x[:1]).expand_as(x) if self.repeat_noise else self.noise(x)
         noise = noise * self.temperature if self.temperature != 1 else noise
@@ -188,5 +196,40 @@ class SigmaSampler(Sampler):
 
 def check_eta(cls: type[Sampler], eta: float) -> None:
     """Raise UsageError unless eta means something to the sampler."""
-    if not cls.accepts_eta(eta):
+    if not is_number(eta) or not cls.accepts_eta(eta):
         raise UsageError(f"eta of {cls.name} {cls.etas}; got {shown(eta)}")
+
+
+def is_number(value: object) -> bool:
+    """Tell whether an option is a finite number."""
+    return limits.is_real(value, -sys.float_info.max, sys.float_info.max)
+
+
+def may_be_none(option: Field) -> bool:
+    """Tell whether None is a value of an option, and not only the lack of one."""
+    return option.default is None or "None" in str(option.type)
+
+
+def check_kinds(sampler: Sampler) -> None:
+    """Raise UsageError where an option is not of the kind that its default is; which values mean something, the class
+    says."""
+    for option in fields(sampler):
+        if not option.init or option.name in ("denoise", "noise"):
+            continue
+        value, default = getattr(sampler, option.name), option.default
+        if value is None and may_be_none(option):
+            continue
+        if isinstance(default, bool):
+            fits, wanted = isinstance(value, bool | np.bool_ | int) and value in (0, 1), "True or False"
+        elif isinstance(default, int):
+            fits, wanted = limits.is_whole(value, -sys.maxsize, sys.maxsize), "a whole number"
+        elif isinstance(default, str):
+            fits, wanted = isinstance(value, str), "a text"
+        elif isinstance(default, float) or option.type in (float, float | None, "float", "float | None"):
+            # The ends of a range of sigmas may be open.
+            ends = option.name in ("s_tmin", "s_tmax")
+            fits, wanted = is_number(value) or (ends and value == math.inf), "a finite number"
+        else:
+            continue
+        if not fits:
+            raise UsageError(f"{option.name} of {sampler.name} must be {wanted}, got {shown(value)}")

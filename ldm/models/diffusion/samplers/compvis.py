@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field
 import numpy as np
 from torch import Tensor
 
+from ldm import limits
 from ldm.models.diffusion.levels import Level
 from ldm.models.diffusion.samplers.base import NoisySampler
 from ldm.process.prediction import to_x0
@@ -110,6 +111,10 @@ class DDPM(NoisySampler):
     _: KW_ONLY
     clip_denoised: bool = False
     v_posterior: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        limits.real("v_posterior of ddpm", self.v_posterior, *limits.SHARE)
 
     @classmethod
     def accepts_eta(cls, eta: float) -> bool:

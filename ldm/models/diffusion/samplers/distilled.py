@@ -11,7 +11,6 @@ from torch import Tensor
 from ldm.errors import UsageError, shown
 from ldm.models.diffusion.levels import Level
 from ldm.models.diffusion.samplers.base import Sampler
-from ldm.models.diffusion.samplers.multistep import is_number
 from ldm.process.multistep import lcm_boundary
 from ldm.process.steps import ddim_step
 
@@ -57,7 +56,7 @@ class LCM(DistilledSampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         scaling = self.timestep_scaling
-        if scaling is not None and not (is_number(scaling) and scaling > 0):
+        if scaling is not None and scaling <= 0:
             raise UsageError(f"timestep_scaling of lcm must be above 0, or None, got {shown(scaling)}")
 
     def step(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
@@ -92,7 +91,7 @@ class TCD(DistilledSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.gamma) or not 0 <= self.gamma <= 1:
+        if not 0 <= self.gamma <= 1:
             raise UsageError(f"gamma of tcd must be from 0 to 1, got {shown(self.gamma)}")
 
     def step(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,11 @@ class Euler(SigmaSampler):
     s_tmax: float = math.inf
     s_noise: float = 1.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.s_churn < 0:
+            raise UsageError(f"s_churn of {self.name} must be 0 or above, got {shown(self.s_churn)}")
+
     def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
         x, sigma = self.churned(x, here, to)
         denoised = self.predict(x, sigma)

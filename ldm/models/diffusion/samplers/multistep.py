@@ -1,8 +1,6 @@
 """Solvers that remember earlier predictions, or look ahead: UniPC, DEIS, iPNDM, RES and others."""
 
-import math
 from dataclasses import KW_ONLY, dataclass, field
-from numbers import Real
 from typing import ClassVar
 
 from torch import Tensor
@@ -28,14 +26,9 @@ from ldm.process.steps import ddim_std, euler_step, plms_eps
 
 def check_choice(option: str, value: object, choices: tuple) -> None:
     """Raise UsageError unless an option is one of its choices."""
-    if isinstance(value, bool) or value not in choices:
+    if value not in choices:
         names = ", ".join(str(choice) for choice in choices)
         raise UsageError(f"{option} must be one of {names}; got {shown(value)}")
-
-
-def is_number(value: object) -> bool:
-    """Tell whether an option is a finite number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass
@@ -201,11 +194,6 @@ class GradientEstimation(MultistepSampler):
     _: KW_ONLY
     gamma: float = 2.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not is_number(self.gamma):
-            raise UsageError(f"gamma of gradient_estimation must be a finite number, got {shown(self.gamma)}")
-
     def move(self, x: Tensor, denoised: Tensor, here: Level, to: Level) -> Tensor:
         slopes, _ = self.remembered((x - denoised) / here.sigma, here, 2)
         slope = slopes[0] + (self.gamma - 1) * (slopes[0] - slopes[1]) if len(slopes) > 1 else slopes[0]
@@ -284,7 +272,7 @@ class RES2S(RESMultistep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.c2) or not 0 < self.c2 <= 1:
+        if not 0 < self.c2 <= 1:
             raise UsageError(f"c2 of res_2s must be above 0 and at most 1, got {shown(self.c2)}")
 
     def descend(self, x: Tensor, denoised: Tensor, here: Level, down: Tensor) -> Tensor:

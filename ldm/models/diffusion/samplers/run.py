@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.errors import UsageError, shown
 from ldm.models.diffusion.denoiser import WHOLE_INTERVAL, Denoiser
 from ldm.models.diffusion.levels import Level, Noise, Step, alpha_bar_table, run_levels, unit_noise
-from ldm.models.diffusion.samplers.base import Sampler, check_eta
+from ldm.models.diffusion.samplers.base import Sampler, check_eta, may_be_none
 from ldm.models.diffusion.samplers.names import SAMPLERS, split_sampler
 from ldm.process.gaussian import q_sample
 from ldm.process.guidance import first_tensor
@@ -39,11 +39,13 @@ def sampler_options(cls: type[Sampler]) -> set[str]:
 def split_options(cls: type[Sampler], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Part options into those of a sampler and those of spacings, or raise UsageError for any other.
 
-    An option that is None is not set.
+    An option that is None is not set, unless None is one of its values, as of lcm's timestep_scaling.
     """
     known = sampler_options(cls)
+    with_none = {option.name for option in fields(cls) if option.name in known and may_be_none(option)}
     every = SPACING_OPTIONS.union(*map(sampler_options, SAMPLERS.values()))
-    options = {name: value for name, value in options.items() if value is not None or name not in every}
+    kept = with_none | (options.keys() - every)
+    options = {name: value for name, value in options.items() if value is not None or name in kept}
     if unknown := sorted(options.keys() - known - SPACING_OPTIONS):
         raise UsageError(f"{cls.name} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     own = {name: value for name, value in options.items() if name in known}

@@ -9,11 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.errors import UsageError, shown
+from ldm import limits
+from ldm.errors import NumericError, UsageError, shown
 from ldm.models.diffusion.levels import Level, LevelTable
 from ldm.models.diffusion.samplers.base import SigmaSampler
 from ldm.process.spacing import check_steps
 from ldm.process.steps import ancestral_split, dpm_solver_singlestep
+
+LEAST_H = 1e-5  # of dpm_adaptive's steps, in log sigma: a run would have some 10^5 of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +124,11 @@ class DPMAdaptive(SigmaSampler):
         if self.order not in (2, 3):
             raise UsageError(f"order must be 2 or 3, got {shown(self.order)}")
         for name in ("rtol", "atol", "h_init", "accept_safety"):
-            if not 0 < getattr(self, name) < math.inf:
+            if getattr(self, name) <= 0:
                 raise UsageError(f"{name} must be a number above 0, got {shown(getattr(self, name))}")
+        # Beyond these no step may ever count.
+        for name in ("accept_safety", "pcoeff", "icoeff", "dcoeff"):
+            limits.real(name, getattr(self, name), *limits.SHARE)
         self.h = self.h_init
 
     @classmethod
@@ -156,7 +162,18 @@ class DPMAdaptive(SigmaSampler):
             sigma_to = to.sigma if self.h >= remaining - 1e-5 else sigma * math.exp(-self.h)
             down, up = split_down_to(sigma, sigma_to, self.eta, float(to.sigma))
             high, low = dpm_solver_singlestep(x, self.predict, sigma, down, self.order, eps)
-            accepted = self.propose(self.error(low, high, x if self.low is None else self.low))
+            error = self.error(low, high, x if self.low is None else self.low)
+            if not math.isfinite(error):
+                raise NumericError(
+                    f"the network gave values that are not finite near sigma {float(sigma):g}, and dpm_adaptive makes "
+                    "no step by them; use float32 or another model file"
+                )
+            accepted = self.propose(error)
+            if not accepted and self.h < LEAST_H:
+                raise UsageError(
+                    f"dpm_adaptive finds no step within rtol {self.rtol:g} and atol {self.atol:g} near sigma "
+                    f"{float(sigma):g}; raise them"
+                )
         self.low = low
         reached = to if sigma_to is to.sigma else self.denoise.levels.at_sigma(float(sigma_to))
         if self.eta > 0:
