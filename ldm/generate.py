@@ -309,7 +309,9 @@ class _WithAttachments:
         # A model that keeps a moving average paints with it, as CompVis's scripts do.
         averages = [self._model.model_ema] if self._model.use_ema else []
         for attachment in self._attachments:
-            attachment.at(replace(self.step, t=t, unconditional=self._rows_without(x, cond)))
+            attachment.at(
+                replace(self.step, t=t, unconditional=self._rows_without(x, cond), images=self._batch)
+            )
         with (
             self._scope(self._model.model, averages),
             self._scope(self._model.model.diffusion_model, self._attachments),

@@ -21,7 +21,7 @@ from ldm import images as pictures
 from ldm import options
 from ldm.adapters.deepcache import DeepCache, check_cache
 from ldm.adapters.tome import TokenMerging, check_merging
-from ldm.adapters.use import PromptWords, adapters_of, check_adapters, text_scope
+from ldm.adapters.use import PromptWords, adapters_of, check_adapters, check_batches, text_scope
 
 # Some of these are for those who import them from here, or from ldm.wish as this module was called.
 from ldm.devices import check_low_vram, dtype_name, pick_device, pick_dtype  # noqa: F401
@@ -183,10 +183,12 @@ def check_request(
     )
     check_extra_seeds(checked, f)
     check_adapters(model, adapters_of(checked))
+    specs = list_images(
+        prompts, negatives, given.seed, given.variation_seed, prompt_embeds is not None, checked
+    )
+    check_batches(checked["adapters"], len(specs), checked["batch_size"])
     return Request(
-        images=list_images(
-            prompts, negatives, given.seed, given.variation_seed, prompt_embeds is not None, checked
-        ),
+        images=specs,
         embeds=prompt_embeds,
         negative_embeds=negative_prompt_embeds,
         **checked,

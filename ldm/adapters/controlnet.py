@@ -21,11 +21,12 @@ from ldm import kernels
 from ldm.adapters.controls import (
     CONTEXTS,
     ControlFile,
-    Hint,
     add_maps,
     check_span,
     described,
     filled,
+    hint_of,
+    images_of,
     is_within,
     put,
 )
@@ -242,7 +243,7 @@ class ControlNet:
             "end": end,
             "guess": bool(check_value(self.guess, bool, "guess")),
             "weights": weights,
-            "hint": self.hint if isinstance(self.hint, Hint) else Hint(self.hint, self.fit),
+            "hint": hint_of(self.hint, self.fit),
             "only_mid_control": bool(check_value(self.only_mid_control, bool, "only_mid_control")),
             "pooled": None if self.pooled is None else bool(check_value(self.pooled, bool, "pooled")),
         }
@@ -250,7 +251,7 @@ class ControlNet:
         if checked["pooled"] is None:
             checked["pooled"] = "shuffle" in checked["file"].name.lower()
         # Where the sampler is; and the hint as the network reads it, which is the same at every step.
-        checked["_step"], checked["_embedded"] = None, {}
+        checked["fit"], checked["_step"], checked["_embedded"] = checked["hint"].fit, None, {}
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -320,7 +321,7 @@ class ControlNet:
 
     def _rows_of_hint(self, network: ControlNetModel, x: Tensor) -> Tensor:
         """Give what the network makes of the hints, a row for each of x."""
-        count = self.hint.check_rows(len(x))
+        count = self.hint.check_rows(images_of(self._step, len(x)))
         height, width = (HINT_FACTOR * side for side in x.shape[2:])
         first = network.input_hint_block[0].weight
         key = (height, width, x.device, first.dtype, state_of(first))

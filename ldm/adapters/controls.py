@@ -105,12 +105,12 @@ class Hint:
         """Give all hints at one size, (n, 3, height, width); that a picture is cropped is said in the log."""
         return torch.cat([self._sized(picture, height, width) for picture in self.pictures])
 
-    def check_rows(self, rows: int) -> int:
-        """Return how many hints there are, if each of so many rows of a batch can have one, or raise UsageError."""
+    def check_rows(self, images: int) -> int:
+        """Return how many hints there are, if each of so many images of a batch can have one, or raise UsageError."""
         count = len(self.pictures)
-        if rows % count:
+        if images % count:
             raise UsageError(
-                f"{count} hints should be one for each picture of a batch, got a batch of {rows} rows; give one "
+                f"{count} hints should be one for each picture of a batch, got a batch of {images}; give one "
                 "hint, or set batch_size"
             )
         return count
@@ -153,6 +153,27 @@ def resized(picture: Tensor, height: int, width: int) -> Tensor:
         )
         given[:, share[0, 0] > 0.5] = MASKED
     return given
+
+
+def hint_of(given: Any, fit: str) -> Hint:
+    """Make a Hint of what an adapter was given; one that is a Hint already keeps its own fit.
+
+    Raises:
+        UsageError: as Hint; or a Hint with another fit than the adapter's, which is not the usual one.
+    """
+    if not isinstance(given, Hint):
+        return Hint(given, fit)
+    if fit not in ("crop", given.fit):
+        raise UsageError(
+            f"fit should be one of {', '.join(FITS)}, and that of the hint where it is a Hint ({given.fit!r}), got "
+            f"{shown(fit)}; leave it out"
+        )
+    return given
+
+
+def images_of(step: StepInfo | None, rows: int) -> int:
+    """Give how many images a call of so many rows is for."""
+    return rows if step is None or step.images is None else step.images
 
 
 def read_hints(given: Any) -> list[Tensor]:

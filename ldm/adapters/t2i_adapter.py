@@ -17,7 +17,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ldm.adapters.controls import ControlFile, Hint, check_span, described, filled, is_within, put
+from ldm.adapters.controls import (
+    ControlFile,
+    check_span,
+    described,
+    filled,
+    hint_of,
+    images_of,
+    is_within,
+    put,
+)
 from ldm.adapters.deepcache import check_unet
 from ldm.checkpoints import TensorInfo
 from ldm.checkpoints.report import first_few
@@ -163,9 +172,10 @@ class T2IAdapter:
             "scale": float(check_value(self.scale, float, "scale")),
             "start": start,
             "end": end,
-            "hint": self.hint if isinstance(self.hint, Hint) else Hint(self.hint, self.fit),
+            "hint": hint_of(self.hint, self.fit),
         }
         checked["file"] = self.file if isinstance(self.file, T2IAdapterFile) else T2IAdapterFile(self.file)
+        checked["fit"] = checked["hint"].fit
         checked["_step"], checked["_maps"] = None, {}  # where the sampler is, and its maps by size and place
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -195,7 +205,7 @@ class T2IAdapter:
 
     def maps(self, unet: nn.Module, x: Tensor) -> dict[int, Tensor]:
         """Compute what is added behind a UNet's input blocks, by their numbers, for latents x (b, c, h, w)."""
-        count = self.hint.check_rows(len(x))
+        count = self.hint.check_rows(images_of(self._step, len(x)))
         network = self.file.network(unet)
         dtype = unet.input_blocks[0][0].weight.dtype
         put(network, x.device, dtype)

@@ -56,6 +56,15 @@ def check_adapters(model: nn.Module, adapters: Any) -> tuple[Any, ...]:
     return tuple(adapters)
 
 
+def check_batches(adapters: Iterable[Any], images: int, batch_size: int) -> None:
+    """Raise UsageError where the hints of an adapter are not one for each image of every batch."""
+    sizes = {min(images, batch_size), images % batch_size or batch_size}
+    for one in adapters:
+        if hasattr(one, "hint") and hasattr(one.hint, "check_rows"):
+            for size in sorted(sizes, reverse=True):
+                one.hint.check_rows(size)
+
+
 OF_OPTIONS: dict[str, Callable[[Any], Any]] = {
     "freeu": lambda factors: FreeU(*factors),
     "pag_scale": PAG,

@@ -533,7 +533,8 @@ class StableDiffusionPipeline(Adapters):
         with self._bar(count) as advance, self.unet.running() as at:
             for i, t in enumerate(self.scheduler.timesteps):
                 rows = len(latents) * (2 if guided else 1)
-                at(StepInfo(i, count, torch.as_tensor(t).expand(rows), len(latents) if guided else 0))
+                without = len(latents) if guided else 0
+                at(StepInfo(i, count, torch.as_tensor(t).expand(rows), without, len(latents)))
                 eps = self._predict(latents, t, embeds, scale, mix)
                 latents = self.scheduler.step(eps, t, latents, **options)[0]
                 if callback_on_step_end is not None:

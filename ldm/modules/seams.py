@@ -55,12 +55,14 @@ class StepInfo:
         t: levels that the network is called with, (b,), fractional ones allowed.
         unconditional: how many rows of the call, from the first on, are without the condition (of a guided batch its
             first half).
+        images: how many images the call is for, each with one row or more; None = as many as rows.
     """
 
     index: int
     total: int
     t: Tensor | None = None
     unconditional: int = 0
+    images: int | None = None
 
 
 @runtime_checkable
@@ -163,6 +165,22 @@ def fill(module: nn.Module, slot: str, value: Any) -> Undo:
     table = vars(module)
     before, table[slot] = table.get(slot, _ABSENT), value
     return lambda: _put_back(table, slot, value, before, f"the {slot} of a {type(module).__name__}")
+
+
+def undo_all(undo: Sequence[Undo]) -> Undo:
+    """Make one of several, which undoes the last first, each of them also where another one fails."""
+
+    def all_of_them() -> None:
+        failed = None
+        for one in reversed(undo):
+            try:
+                one()
+            except UsageError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    return all_of_them
 
 
 class Execution:

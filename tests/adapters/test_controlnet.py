@@ -261,6 +261,10 @@ def test_a_batch_of_hints_goes_row_by_row_through_both_halves(unet, files):
         UsageError, match="2 hints should be one for each picture of a batch, got a batch of 3"
     ):
         answer(unet, ControlNet(files[0], HINT_A), x=x[:3], t=t[:3], c=c[:3])
+    # Two rows of one image are no two images.
+    step = StepInfo(0, 1, unconditional=1, images=1)
+    with pytest.raises(UsageError, match="2 hints should be .*, got a batch of 1; give one"):
+        answer(unet, ControlNet(files[0], HINT_A), step=step)
 
 
 def test_other_attachments_work_beside_it(unet, files, tmp_path):
@@ -586,6 +590,9 @@ def test_pictures_follow_a_hint_and_say_so(sd, control):
         "hint": one.hint.hash,
     }  # fmt: skip
     assert torch.equal(paint(sd).latents, plain) and identity(sd.model) == before
+    for count, batch_size in ((1, 1), (3, 2)):  # refused before the first batch
+        with pytest.raises(UsageError, match="2 hints should be .*, got a batch of 1; give one hint"):
+            next(sd.stream(["a"] * count, adapters=[ControlNet(control, HINT_A)], batch_size=batch_size))
 
 
 def test_guess_mode_is_a_control_of_the_conditional_pass_alone(sd, control):
@@ -709,6 +716,7 @@ def test_what_is_no_controlnet_of_this_model_is_refused_by_name(sd, unet, tensor
         ({"hint": (255 * HINT_A).byte()}, "got uint8 of shape"),
         ({"hint": "absent.png"}, "absent.png"),
         ({"fit": "fill"}, "fit should be one of crop, pad, stretch, got 'fill'"),
+        ({"hint": Hint(HINT_A), "fit": "pad"}, r"that of the hint where it is a Hint \('crop'\), got 'pad'"),
         ({"only_mid_control": 1.5}, "only_mid_control should be true or false"),
         ({"scale": float("inf")}, "scale should be a number"),
         ({"start": 0.6, "end": 0.4}, "start should be below end, got start=0.6 and end=0.4"),

@@ -150,6 +150,10 @@ def test_laws(unet, file):
         close(got[row], answer(unet, single, x=x[row : row + 1], t=t[row : row + 1], c=c[row : row + 1])[0])
     with pytest.raises(UsageError, match="2 hints should be one for each picture of a batch"):
         answer(unet, one, x=x[:3], t=t[:3], c=c[:3])
+    with pytest.raises(
+        UsageError, match="2 hints should be one for each picture of a batch, got a batch of 1"
+    ):
+        answer(unet, one, step=StepInfo(0, 1, unconditional=1, images=1))
     assert torch.equal(answer(unet), plain) and identity(unet) == before
 
 
