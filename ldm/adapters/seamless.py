@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm.adapters.deepcache import check_compiled, check_unet
 from ldm.errors import UsageError
 from ldm.modules.diffusionmodules.model import Decoder, Downsample, Encoder
-from ldm.modules.seams import Rank, StepInfo, Undo, fill
+from ldm.modules.seams import Rank, StepInfo, Undo, fill, undo_all
 from ldm.values import check_value
 
 
@@ -72,7 +72,7 @@ class SeamlessTiling:
                     # Fused convolutions and VAE tiling step aside for what does not pad with zeros.
                     undo.append(fill(conv, "padding_mode", "circular"))
                     undo.append(fill(conv, "_conv_forward", _Ring(conv, padded)))
-        return lambda: [one() for one in reversed(undo)] and None
+        return undo_all(undo)
 
     def state(self) -> Hashable:
         """Say what a captured graph depends on."""

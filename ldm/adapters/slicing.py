@@ -13,7 +13,7 @@ from ldm.adapters.deepcache import check_unet
 from ldm.errors import UsageError, shown
 from ldm.limits import about_whole, is_whole
 from ldm.modules.processors import MOST_HEADS, SlicedAttnProcessor, named_attentions
-from ldm.modules.seams import Rank, StepInfo, Undo, fill
+from ldm.modules.seams import Rank, StepInfo, Undo, fill, undo_all
 
 SIZES = ("auto", "max")
 
@@ -63,7 +63,7 @@ class AttentionSlicing:
             for one in named_attentions(network).values()
             if one.processor is None
         ]
-        return lambda: [one() for one in reversed(undo)] and None
+        return undo_all(undo)
 
     def _processor(self, heads: int) -> SlicedAttnProcessor:
         size = {"auto": max(1, heads // 2), "max": 1}.get(self.size, self.size)

@@ -19,7 +19,7 @@ from ldm.helpers import upload
 from ldm.limits import MERGE_RATIO, SEED, about_whole, is_whole, real
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
-from ldm.modules.seams import Rank, StepInfo, Undo, fill
+from ldm.modules.seams import Rank, StepInfo, Undo, fill, undo_all
 
 
 def destinations(height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
@@ -192,7 +192,7 @@ class TokenMerging:
             merge = _Merge(self)
             undo.append(fill(transformer, "entering", merge.entering))
             undo += [fill(block, "around", merge.around) for block in blocks]
-        return lambda: [one() for one in reversed(undo)] and None
+        return undo_all(undo)
 
     def at(self, step: StepInfo) -> None:
         """Do nothing: tokens are merged at every step."""

@@ -446,23 +446,12 @@ class Scope:
                 if one.rank != Rank.WEIGHTS:
                     undo.append(one.attach(self.network))
         except BaseException:
-            self._take_off(undo)
+            undo_all(undo)()
             raise
         self._undo.append(undo)
 
     def __exit__(self, *error: Any) -> None:
-        self._take_off(self._undo.pop())
-
-    @staticmethod
-    def _take_off(undo: list[Undo]) -> None:
-        failed = None
-        for one in reversed(undo):
-            try:
-                one()
-            except UsageError as error:
-                failed = failed or error
-        if failed is not None:
-            raise failed
+        undo_all(self._undo.pop())()
 
 
 def attached(network: nn.Module, *attachments: Attachment | WeightChange) -> Scope:

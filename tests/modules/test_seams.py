@@ -186,6 +186,22 @@ def test_what_somebody_replaced_meanwhile_stays_and_is_said(net):
     assert told.value.exit_code == 2
 
 
+def test_of_an_attachment_on_several_modules_the_others_go_where_one_was_replaced_meanwhile(net):
+    class Several(Around):
+        def attach(self, network):
+            return seams.undo_all([seams.fill(one, "note", self) for one in (network.first, network.last)])
+
+    for one in (net.first, net.last):
+        one.note = None
+    before = trace_of(net)
+    with pytest.raises(UsageError, match="the note of a Linear was replaced"):
+        with attached(net, Several(Rank.ATTENTION, [])):
+            net.last.note = "theirs"
+    assert net.last.note == "theirs"
+    net.last.note = None
+    assert trace_of(net) == before
+
+
 def test_a_slot_is_no_part_of_a_module(net):
     keys = list(net.state_dict())
     undo = seams.fill(net.first, "processor", nn.Linear(2, 2))
