@@ -34,7 +34,7 @@ from ldm.adapters.ip_adapter_file import IPAdapterFile
 from ldm.adapters.ip_adapter_images import RegionMask, encode_images
 from ldm.errors import MismatchError, UsageError, escaped, shown
 from ldm.modules.processors import SlicedAttnProcessor
-from ldm.modules.seams import Change, Rank, StepInfo, Undo, fill, wrap
+from ldm.modules.seams import Change, Rank, StepInfo, Undo, fill, undo_all, wrap
 from ldm.values import check_value
 
 MAX_IMAGES = 16
@@ -293,17 +293,14 @@ class IPAdapter:
         scales = self._scales(network)
         if not scales:
             return lambda: None
-        first, places = network.input_blocks[0][0].weight, self.file.places(network)
-        for place in places:
-            put(place.layers, first.device, first.dtype)
-        painted = Painted()
-        undo = [wrap(network, _WithImage(self, painted))]
+        places, painted = self.file.places(network), Painted()
+        undo = [wrap(network, _WithImage(self, painted, network))]
         for place, scale in zip(places, scales, strict=True):
             part = ImagePart(place.layers, scale, self.tokens.shape[1], self.mask, painted)
             before = place.attention.processor
             others = before.parts if isinstance(before, ImageAttention) else ()
             undo.append(fill(place.attention, "processor", ImageAttention((*others, part))))
-        return lambda: [one() for one in reversed(undo)] and None
+        return undo_all(undo)
 
     def join(self, context: Tensor) -> Tensor:
         """Put tokens behind a context (b, n, d), those of no picture in the rows without the condition."""
@@ -380,8 +377,8 @@ def _hash_of(features: Features) -> str:
 class _WithImage:
     """A UNet's call with a picture's tokens in its context."""
 
-    def __init__(self, adapter: IPAdapter, painted: Painted):
-        self._adapter, self._painted = adapter, painted
+    def __init__(self, adapter: IPAdapter, painted: Painted, unet: nn.Module):
+        self._adapter, self._painted, self._unet = adapter, painted, unet
 
     def __call__(
         self,
@@ -395,6 +392,9 @@ class _WithImage:
         self._painted.size = tuple(x.shape[2:])
         for mask in self._adapter.mask:
             mask.check_aspect(self._painted.size)
+        # Where the call is: under sequential offload the UNet's weights are elsewhere until they are needed.
+        for place in self._adapter.file.places(self._unet):
+            put(place.layers, x.device, self._unet.input_blocks[0][0].weight.dtype)
         return proceed(x, timesteps, self._adapter.join(context), *args, **kwargs)
 
     def state(self) -> tuple[str]:

@@ -11,6 +11,7 @@ import pickle
 import pytest
 import torch
 from keyed import fill, keyed_input, weight
+from pretended_device import pretended
 from tiny import tiny_config
 from torch import nn
 
@@ -933,3 +934,17 @@ def test_a_hook_on_a_part_that_guided_halves_share_is_called_with_both(place, op
         got = unet(x, t, context)
         handle.remove()
     assert seen and set(seen) == {2} and near(got, want, NEAR)
+
+
+@pytest.mark.slow
+def test_networks_of_adapters_go_where_the_call_is_under_sequential_offload(model, files):
+    adapters = [
+        ControlNet(files["control"], HINT),
+        T2IAdapter(files["t2i"], HINT, 0.5),
+        IPAdapter(files["image"], embeds=EMBEDS, mask=torch.ones(8, 8)),
+    ]
+    want = [paint(model, [one]) for one in adapters]
+    with pretended():
+        optimize(offloaded := build(), low_vram=torch.device("cuda"))
+        for one, expected in zip(adapters, want, strict=True):
+            assert near(paint(offloaded, [one]).cpu(), expected, 2e-5), type(one).__name__
