@@ -9,6 +9,7 @@ do the two together.
 
 import re
 from collections.abc import Hashable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -22,12 +23,14 @@ from ldm.errors import UsageError, shown
 from ldm.models.diffusion.denoiser import GuidedCall
 from ldm.modules.attention import CrossAttention, SpatialTransformer
 from ldm.modules.processors import AttnProcessor, named_attentions
-from ldm.modules.seams import Rank, StepInfo, Undo, fill
+from ldm.modules.seams import Rank, StepInfo, Undo, fill, undo_all
 from ldm.process.prediction import to_eps, to_x0
 from ldm.values import Range, check_value
 
 SCALE = Range(-1000, 1000)
 TRAINED_LEVELS = 1000  # that adaptive_scale counts in
+# About a blurred sample: then no SAG of this run watches where the network looks.
+_is_asking: ContextVar[bool] = ContextVar("_is_asking", default=False)
 
 
 @dataclass(eq=False)
@@ -147,7 +150,7 @@ class PAG(_Term):
         undo = [
             fill(one, "processor", _Identity(self.rows, one.processor)) for one in self.attentions(network)
         ]
-        return lambda: [one() for one in reversed(undo)] and None
+        return undo_all(undo)
 
     def term(self, call: GuidedCall) -> Tensor:
         """Give scale * (the answer with the condition - the perturbed one)."""
@@ -216,7 +219,6 @@ class SAG(_Term):
         super().__post_init__()
         self.blur_sigma = float(check_value(self.blur_sigma, float, "blur_sigma", Range(0.05, 8)))
         self.received: Tensor | None = None  # attention, (b, n), when the middle block ran last
-        self._is_asking = False  # about the blurred sample
 
     def describe(self) -> dict[str, Any]:
         """Say what goes into a picture's metadata: scale, blur_sigma, and start, end where unusual."""
@@ -236,9 +238,12 @@ class SAG(_Term):
         )
 
     def attach(self, network: nn.Module) -> Undo:
-        """Let the middle block's self-attention tell what it looks at; while the blurred sample is asked about, not."""
+        """Let the middle block's self-attention tell what it looks at; while a blurred sample is asked about, not.
+
+        It tells before `start`, too: a step whose deep features are cached goes by the last whole call.
+        """
         self._check_begun()
-        if self._is_asking or self._step is None or not self.guides(self._step):
+        if self.scale == 0 or _is_asking.get() or not is_within(self._step, 0.0, self.end):
             return lambda: None
         attention = self._attention(network)
         return fill(attention, "processor", _Watched(self, attention.processor))
@@ -251,11 +256,11 @@ class SAG(_Term):
         blurred = torch.where(mask, gaussian_blur(x0, self.blur_sigma), x0)
         alpha_bar = torch.as_tensor(call.alpha_bar)
         noised = alpha_bar.sqrt() * blurred + (1 - alpha_bar).sqrt() * eps
-        self._is_asking = True
+        token = _is_asking.set(True)
         try:
             degraded = call.predict(noised.to(call.x.dtype), call.t, call.base_conditioning)
         finally:
-            self._is_asking = False
+            _is_asking.reset(token)
         return self.scale * (call.base - degraded)
 
 

@@ -174,6 +174,19 @@ def test_sag_is_the_papers_sum_beside_guidance_and_alone(model, unet, separate):
         close(ask(model, *terms, guidance_scale=1.0, **options)[0], alone)
 
 
+def test_two_sags_of_half_a_scale_are_one(model):
+    # The call about the first one's blurred sample does not tell the second one where the network looks.
+    one, _ = ask(model, SAG(0.8).begin())
+    two, calls = ask(model, SAG(0.4).begin(), SAG(0.4).begin())
+    close(two, one)
+    assert len(calls) == 3
+
+
+def test_a_sag_that_starts_where_deep_features_are_cached_goes_by_the_last_whole_call(painter):
+    both = paint(painter, SAG(2, start=0.3), DeepCache(3), steps=4)
+    assert not torch.equal(both, paint(painter, DeepCache(3), steps=4))
+
+
 def test_a_blur_keeps_constants_and_weighs_by_the_gaussian():
     assert torch.allclose(gaussian_blur(torch.full((1, 2, 3, 1), 0.7), 1.0), torch.tensor(0.7))
     point = torch.zeros(1, 3, 19, 15)
