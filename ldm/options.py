@@ -664,17 +664,17 @@ TABLE: tuple[Option | Fact, ...] = (
     ),
     Option(
         "s_churn", None, Number(*limits.SIGMA),
-        "noise added before the steps of euler, heun, dpm2 and restart, over all steps",
+        "noise added before the steps of euler, heun, dpm2, heunpp2 and restart, over all steps",
         flags=("--s_churn",), infotext="Sigma churn", part="sampler",
     ),
     Option(
         "s_tmin", None, Number(*limits.SIGMA),
-        "lowest sigma with s_churn",
+        "lowest sigma with s_churn; of sa_solver, with fresh noise",
         flags=("--s_tmin",), infotext="Sigma tmin", part="sampler",
     ),
     Option(
         "s_tmax", None, Number(*limits.SIGMA),
-        "highest sigma with s_churn",
+        "highest sigma with s_churn; of sa_solver, with fresh noise",
         flags=("--s_tmax",), infotext="Sigma tmax", part="sampler",
     ),
     Option(

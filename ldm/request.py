@@ -205,9 +205,11 @@ def check_extra_seeds(checked: Mapping[str, Any], f: int) -> None:
             'or "nv"'
         )
     size = checked["seed_resize_from"]
-    if size is not None and min(size) < f:
+    most = CELLS[1] * f
+    if size is not None and not f <= min(size) <= max(size) <= most:
         raise UsageError(
-            f"seed_resize_from must be a latent cell at least, {f} x {f} pixels, got {size[0]} x {size[1]}"
+            f"seed_resize_from must be from {f} x {f} pixels, a latent cell, to {most} x {most}, "
+            f"got {size[0]} x {size[1]}"
         )
 
 

@@ -168,8 +168,10 @@ REFUSED = [
     ({"seed_resize_from": (512, 0)}, r"seed_resize_from must be \(width, height\) in pixels"),
     (
         {"seed_resize_from": (4, 64)},
-        "seed_resize_from must be a latent cell at least, 8 x 8 pixels, got 4 x 64",
+        "seed_resize_from must be from 8 x 8 pixels, a latent cell, to 2048 x 2048, got 4 x 64",
     ),
+    ({"seed_resize_from": (64, 2056)}, "to 2048 x 2048, got 64 x 2056"),
+    ({"seed_resize_from": (10**6, 10**6)}, "to 2048 x 2048, got 1000000 x 1000000"),
 ]
 
 

@@ -294,8 +294,10 @@ class Denoiser:
             now = copy.copy(self)
             now.conditioning, now.unconditional, now.separate_passes = first, uncond, separate
             return now._output_with(terms, x, t, guided, alpha_bar) if terms else now._output(x, t, guided)
-        if terms or uncond is None:
-            what = type(terms[0]).__name__ if terms else "without an unconditional one"
+        if uncond is None:
+            raise UsageError("several conditions of a picture (AND) need an unconditional one; got none")
+        if terms:
+            what = type(terms[0]).__name__
             raise UsageError(
                 f"several conditions of a picture (AND) do not go together with {what}; leave one out"
             )
