@@ -9,6 +9,8 @@ import torch
 from linear_gaussian import Line, LinearGaussian, Wavy, mix, normals
 
 from ldm.errors import UsageError
+from ldm.models.diffusion.conditions import ScheduledCondition
+from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.samplers import (
     DDIM,
     NAMES,
@@ -366,6 +368,14 @@ def test_rescaled_guidance_has_the_conditional_spread():
     guided = {"guidance_scale": 9.0, "unconditional_conditioning": u}
     close(first(**guided, guidance_rescale=1.0), first(), atol=1e-9)
     assert (first(**guided) - first()).abs().max() > 1
+
+
+def test_several_conditions_need_an_unconditional_one():
+    (x,) = normals(2, 4, 5, 3)
+    several = ScheduledCondition(lambda call: (torch.zeros(2, 7, 6), [[(0, 1.0), (1, 1.0)]] * 2))
+    denoise = Denoiser(LinearGaussian(), several, guidance_scale=3.0)
+    with pytest.raises(UsageError, match=r"\(AND\) need an unconditional one; got none"):
+        denoise(x, 500, torch.tensor(0.5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
