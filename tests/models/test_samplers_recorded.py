@@ -1,10 +1,13 @@
-"""The recorded results of the originals: CompVis's samplers, and ControlNet's v-prediction and inversion."""
+"""The recorded results of the originals: CompVis's samplers, A1111's, and ControlNet's v-prediction and inversion."""
 
 import json
+from itertools import count
 
 import pytest
 import torch
 from keyed import fill, keyed_input
+from linear_gaussian import Scheduled
+from mixture import Mixture
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -144,6 +147,54 @@ def test_ancestral_sampling_over_all_levels(build, recorded):
     torch.manual_seed(3)
     *_, last = sample_steps("ddpm", model, X_T, C, steps=20)
     close(last.x_t, recorded["ddpm20"], rel=2e-5)
+
+
+class TimedMixture(Scheduled):
+    """The noise in a mixture of Gaussians, as A1111's samplers were recorded on it: sigma log-linear in t."""
+
+    def apply_model(self, x, t, cond):
+        self.asked.append(t[0].item())
+        bars = self.alphas_cumprod.double()
+        logs, low = ((1 - bars) / bars).log() / 2, t[0].double().floor().clamp(max=self.num_timesteps - 2)
+        sigma = torch.lerp(logs[low.long()], logs[low.long() + 1], t[0].double() - low).exp()
+        scaled = x.double()[..., 0] * (1 + sigma**2).sqrt()
+        return ((scaled - Mixture().at_sigma(scaled, sigma)) / sigma)[..., None].to(x.dtype)
+
+
+A1111_UNIPC = {"order": 3, "solver_type": "bh1", "spacing": "time_uniform"}
+A1111 = [  # (recorded run, sampler, steps, options)
+    *((f"ddim.{n}", "ddim", n, {"spacing": "compvis"}) for n in (4, 10, 15)),
+    *((f"ddim_eta1.{n}", "ddim", n, {"spacing": "compvis", "eta": 1.0}) for n in (4, 10, 15)),
+    *((f"plms.{n}", "plms", n, {"spacing": "compvis"}) for n in (4, 10, 15)),
+    ("unipc.4", "unipc", 4, A1111_UNIPC),
+    ("unipc.10", "unipc", 10, A1111_UNIPC),
+    ("unipc.15", "unipc", 16, A1111_UNIPC),  # as many as CompVis's list has for 15
+    ("unipc_bh2.10", "unipc", 10, {**A1111_UNIPC, "solver_type": "bh2"}),
+    ("unipc_time_quadratic.10", "unipc", 10, {**A1111_UNIPC, "spacing": "time_quadratic"}),
+    ("unipc_logSNR.10", "unipc", 10, {**A1111_UNIPC, "spacing": "logSNR"}),
+]
+
+
+def test_a1111s_runs_over_time_steps(golden_dir):
+    """Its DDIM and PLMS end a step earlier than CompVis's, at the lowest level that is visited."""
+    recorded = load_file(golden_dir / "samplers_a1111.safetensors")
+    told = {
+        case["name"]: case for case in json.loads((golden_dir / "samplers_a1111.json").read_text())["cases"]
+    }
+    for run, name, steps, options in A1111:
+        model, want = TimedMixture(), recorded[run]
+        drawn = (keyed_input(f"noise.{i}", want.shape).to(want.dtype) for i in count())
+        x_T = keyed_input("xt", want.shape).to(want.dtype)
+        noise = lambda like, drawn=drawn: next(drawn)  # noqa: E731
+        done = list(sample_steps(name, model, x_T, None, steps=steps, noise=noise, **options))
+        done = done if name == "unipc" else done[:-1]
+        error = (done[-1].x_t - want).abs().max() / (1 + want.abs().max())
+        # Theirs have the levels of "logSNR" in float32, whose lowest is off by 0.04 of a level.
+        assert error < (5e-5 if "logSNR" in run else 5e-6), f"{run}: {error}"
+        assert len(done) == told[run]["callbacks"], run
+        # bh2 was recorded without its levels, which are unipc.10's.
+        times = told[run].get("model_times", told["unipc.10"]["model_times"])
+        assert model.asked[: len(times)] == pytest.approx(times, rel=2e-3, abs=0.04), run
 
 
 @pytest.mark.parametrize("separate", [True, False])
