@@ -166,14 +166,18 @@ def test_restart_takes_a1111s_steps(golden):
 
 
 def test_comfyuis_steps_where_k_diffusion_has_none(kdiffusion, golden):
-    """CFG++, and the SDE solvers in one step and two."""
+    """CFG++, the SDE solvers in one step and two, and churn that draws noise in 7 steps of 10."""
     cases = {case["name"]: case for case in kdiffusion[0]["cases"]}
     recorded = load_file(golden / "samplers_comfyui.safetensors")
     rows = [("euler_cfg_pp.0", "euler_cfg_pp"), ("euler_ancestral_cfg_pp.0", "euler_a_cfg_pp")]
     rows += [(f"{name}.steps{n}", name) for name in ("dpmpp_2m_sde", "dpmpp_3m_sde") for n in (1, 2)]
+    rows += [("euler.1", "euler"), ("heun.1", "heun")]
     for row, ours in rows:
-        sigmas = sigmas_of(cases, row.split(".")[1])
+        kind = row.split(".")[1]
+        sigmas = sigmas_of(cases, kind if kind.startswith("steps") else "0")
         options = {"brownian": False} if "sde" in ours else {}
+        if kind == "1":
+            options = {"s_churn": 4.0, "s_tmin": 0.1, "s_tmax": 10.0, "s_noise": 1.01, "always_draw": False}
         sampler = SAMPLERS[ours](Mixture(), recorded_noise(), **options)
         x, _ = run(sampler, sigmas, keyed_input("x", (2, 2, 3)).double() * sigmas[0])
         close(x, recorded[row])
@@ -483,7 +487,7 @@ REFUSED = [
     ("euler_a", {"eta": 1.5}, "eta of euler_a must be from 0 to 1; got 1.5"),
     ("lms", {"order": 5}, "order must be 1, 2, 3 or 4, got 5"),
     ("lms", {"past": []}, "lms has no option past"),
-    ("heun", {"order": 2}, "heun has no option order; it has dynamic_threshold, quantize_denoised, s_churn"),
+    ("heun", {"order": 2}, "heun has no option order; it has always_draw, dynamic_threshold, quantize_"),
 ]
 
 

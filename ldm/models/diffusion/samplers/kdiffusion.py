@@ -19,6 +19,8 @@ class Euler(SigmaSampler):
         s_churn: how much noise is added before each step, over all steps; 0 = none.
         s_tmin, s_tmax: only at these sigmas, both included.
         s_noise: factor on that noise.
+        always_draw: with churn, also at sigmas outside, where the noise is not used: later draws depend on it. False
+            as in ComfyUI, True as in k-diffusion.
     """
 
     name = "euler"
@@ -29,6 +31,7 @@ class Euler(SigmaSampler):
     s_tmin: float = 0.0
     s_tmax: float = math.inf
     s_noise: float = 1.0
+    always_draw: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,12 +48,11 @@ class Euler(SigmaSampler):
 
     def churned(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
         """Add noise up to a higher sigma: lines 4 to 6 of the algorithm."""
-        if self.s_churn == 0:
+        within = self.s_tmin <= here.sigma <= self.s_tmax
+        if self.s_churn == 0 or not (within or self.always_draw):
             return x, here.sigma
-        noise = self.draw(
-            x, here, to
-        )  # also where it is not used: later draws depend on it, as in k-diffusion
-        if not self.s_tmin <= here.sigma <= self.s_tmax:
+        noise = self.draw(x, here, to)
+        if not within:
             return x, here.sigma
         sigma = here.sigma * (1 + min(self.s_churn / here.total, math.sqrt(2) - 1))
         return x + self.s_noise * (sigma**2 - here.sigma**2).sqrt() * noise, sigma
