@@ -267,10 +267,10 @@ def convert_lora(file: LoraFile, to: str) -> Layout:
 
 
 def _as_kohya(change: ModuleChange, role: str, values: Tensor) -> Tensor:
-    """Bring alpha out of metadata into the factors' dtype, and PEFT's lengths into LyCORIS's shape."""
+    """Bring alpha out of metadata into the factors' dtype if that holds it, and PEFT's lengths into LyCORIS's shape."""
     down = change.parts.get("lora_down")
     if role == "alpha" and role not in change.keys and down is not None:
-        return values.to(down.dtype)
+        return lora_weights.alpha_in(down.dtype, values)
     if role == "dora_scale" and values.dim() == 1 and down is not None:
         return values.reshape(-1, *(1 for _ in down.shape[1:]))
     return values

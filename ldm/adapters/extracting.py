@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.adapters.lora_weights import alpha_in
 from ldm.checkpoints import save_safetensors
 from ldm.checkpoints.compvis import CompVisWeights, check_fit, check_output, network_of, sha256_of
 from ldm.checkpoints.key_mapping import TEXT, UNET, unet_to_diffusers
@@ -114,7 +115,7 @@ def extract_lora(
             found.ranks[body], found.errors[body] = len(down), missing
             tensors[f"{body}.lora_up.weight"] = up.to(kept)
             tensors[f"{body}.lora_down.weight"] = down.to(kept)
-            tensors[f"{body}.alpha"] = torch.tensor(float(len(down)), dtype=kept)
+            tensors[f"{body}.alpha"] = alpha_in(kept, torch.tensor(float(len(down))))
         if not tensors:
             advice = (
                 "; conv=True (--conv) takes the convolutions' differences" if found.left and not conv else ""

@@ -27,6 +27,12 @@ Parts = Mapping[str, Tensor]
 INPAINTING_CHANNELS, PLAIN_CHANNELS = 9, 4
 
 
+def alpha_in(dtype: torch.dtype, alpha: Tensor) -> Tensor:
+    """Give alpha (a number) in a dtype where that holds it exactly: bfloat16 does not hold 257, and alpha / r is 1."""
+    short = alpha.to(dtype)
+    return short if short.double() == alpha.double() else alpha
+
+
 class UnfitError(Exception):
     """The tensors of one module do not fit one another, or not the weight; whoever knows file and module says so."""
 

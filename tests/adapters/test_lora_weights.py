@@ -115,6 +115,16 @@ def test_merged_weights_are_the_recorded_ones(case, recorded):
 # --- laws ----------------------------------------------------------------------------------------------------------
 
 
+def test_an_alpha_is_written_in_a_dtype_that_holds_it():
+    for rank, dtype, kept in (
+        (256, torch.bfloat16, torch.bfloat16),
+        (257, torch.bfloat16, torch.float32),
+        (257, torch.float16, torch.float16),
+    ):
+        alpha = lora_weights.alpha_in(dtype, torch.tensor(float(rank)))
+        assert alpha.dtype == kept and alpha.item() == rank
+
+
 def test_dora_gives_rows_their_lengths_and_the_direction_of_the_sum():
     """Of LoHa, where LyCORIS's own merge scales twice: once here, whatever the strength of the plain change."""
     case = "loha.dora.linear.out"
