@@ -62,13 +62,15 @@ class SeamlessTiling:
             self.check(network)
         undo: list[Undo] = []
         if self.x or self.y:
-            undo.append(fill(network, "edges", self))
+            before = network.edges  # of another one, whose axes stay rings
+            mine = self if before is None else SeamlessTiling(self.x or before.x, self.y or before.y)
+            undo.append(fill(network, "edges", mine))
             ends = {
                 id(part.conv) for part in network.modules() if isinstance(part, Downsample) and part.with_conv
             }
             for conv in network.modules():
                 if isinstance(conv, nn.Conv2d) and conv.kernel_size != (1, 1):
-                    padded = self._close if id(conv) in ends else self._pad
+                    padded = mine._close if id(conv) in ends else mine._pad
                     # Fused convolutions and VAE tiling step aside for what does not pad with zeros.
                     undo.append(fill(conv, "padding_mode", "circular"))
                     undo.append(fill(conv, "_conv_forward", _Ring(conv, padded)))

@@ -78,6 +78,15 @@ def test_a_small_map_and_odd_sides_are_rings_too(networks):
             assert torch.isfinite(network(keyed_input("s.small", (2, 4, *size)), T, C)).all()
 
 
+def test_one_for_each_axis_is_one_for_both(networks):
+    with torch.no_grad():
+        for network, ask, given, *_ in networks.values():
+            with attached(network, SeamlessTiling()):
+                want = ask(given)
+            with attached(network, SeamlessTiling(True, False), SeamlessTiling(False, True)):
+                assert torch.equal(ask(given), want)
+
+
 def test_neither_axis_is_nothing_and_a_graph_is_kept_under_the_axes(networks):
     network, ask, given, *_ = networks["unet"]
     made = []
