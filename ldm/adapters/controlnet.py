@@ -272,7 +272,9 @@ class ControlNet:
 
     def check(self, unet: nn.Module) -> None:
         """Raise UsageError or MismatchError if it cannot be attached to a network."""
-        maps = len(self.file.network(unet, renew=True).zero_convs) + 1
+        self._check_weights(len(self.file.network(unet, renew=True).zero_convs) + 1)
+
+    def _check_weights(self, maps: int) -> None:
         if isinstance(self.weights, tuple) and len(self.weights) != maps:
             raise UsageError(
                 f"weights should be {maps} numbers for this UNet, one for each input block and one for the middle, "
@@ -291,7 +293,12 @@ class ControlNet:
         return wrap(network, _Controlled(self, network))
 
     def factors(self, maps: int) -> list[float]:
-        """List what the maps are multiplied by."""
+        """List what the maps are multiplied by.
+
+        Raises:
+            UsageError: another number of weights.
+        """
+        self._check_weights(maps)
         factors = list(self.weights) if isinstance(self.weights, tuple) else [1.0] * maps
         if self.only_mid_control:
             factors = [0.0] * (maps - 1) + factors[-1:]

@@ -72,7 +72,9 @@ def scale_at(scale: Scale, progress: float) -> BlockScale:
     """Give the scale of a step, which begins at this share of the sampler's way, 0 to below 1."""
     if callable(scale):
         return check_block_scale(scale(progress))
-    return scale[min(int(progress * len(scale)), len(scale) - 1)] if isinstance(scale, list) else scale
+    if isinstance(scale, list):  # 29 / 100 * 100 is a little below 29
+        return scale[min(int(progress * len(scale) + 1e-6), len(scale) - 1)]
+    return scale
 
 
 def scales_of(scale: BlockScale, places: Sequence[str]) -> list[float]:

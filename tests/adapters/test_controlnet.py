@@ -236,6 +236,10 @@ def test_controls_add_up_and_are_linear_in_scale_and_weights(unet, files):
             assert got_one is None
         else:
             close(got_one, 1.5 * factor * one, 1e-6)
+    with pytest.raises(
+        UsageError, match="weights should be 7 numbers for this UNet"
+    ):  # attached without check()
+        answer(unet, ControlNet(files[0], HINT_A, weights=[1, 2]))
     pooled = maps(ControlNet(files[0], HINT_A, pooled=True))
     for got_one, one in zip(pooled, maps(a), strict=True):
         close(got_one, one.mean((2, 3), keepdim=True), 1e-6)

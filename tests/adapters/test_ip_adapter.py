@@ -8,7 +8,14 @@ from safetensors.torch import load_file
 from tiny_networks import UNET
 
 from ldm.adapters import AttentionSlicing, ControlNet, DeepCache, IPAdapter
-from ldm.adapters.ip_adapter_attention import ImageAttention, ImagePart, Painted, check_scale, scales_of
+from ldm.adapters.ip_adapter_attention import (
+    ImageAttention,
+    ImagePart,
+    Painted,
+    check_scale,
+    scale_at,
+    scales_of,
+)
 from ldm.adapters.ip_adapter_file import IPAdapterFile, projection_of
 from ldm.adapters.ip_adapter_images import RegionMask, clip_pixels, encode_images, load_encoder
 from ldm.checkpoints import save_safetensors
@@ -292,6 +299,8 @@ def test_scales_of_steps_and_blocks(unet, file):
     ):
         for step, one in zip(steps, wanted, strict=True):
             close(answer(unet, IPAdapter(file, embeds=EMBEDS, scale=scale), step=step), one)
+    for total in (29, 100, 1000):  # one for each step
+        assert [scale_at(list(range(total)), i / total) for i in range(total)] == list(range(total))
     every = {"down": 0.5, "mid": 0.5, "up": {"block_0": [0.5, 0.5], "block_1": 0.5}}
     close(answer(unet, IPAdapter(file, embeds=EMBEDS, scale=every)), want[0.5])
     only = answer(unet, IPAdapter(file, embeds=EMBEDS, scale={"up": {"block_1": [0, 0.5]}}))
