@@ -238,6 +238,14 @@ class Number(Kind):
         return value if is_number and abs(value) <= MAX_WHOLE else None
 
 
+class Levels(Words):
+    """The name of a spacing; or, as a keyword and in a picture's JSON, sigmas."""
+
+    def take(self, value: Any) -> Any:
+        numbers = [Number(0, math.inf).take(one) for one in value] if isinstance(value, list) else [None]
+        return super().take(value) if None in numbers else numbers
+
+
 class Interval(Kind):
     """Two numbers from low to high, the first no greater than the second."""
 
@@ -510,7 +518,13 @@ WHAT, HOW, FASTER, BESIDE, WITH, START = (
 SEED_WORDS = "picture i has seed + i; -1 or 'random' draws one; 32 bits count: 2^32 + 5 paints what 5 paints"
 _EVEN = "multiples of the model's f (8); default the picture's or the model's own."
 
-_EMPHASES = {"original": "Original", "no norm": "No norm", "ignore": "Ignore", "comfyui": "ComfyUI"}
+_EMPHASES = {
+    "original": "Original",
+    "no norm": "No norm",
+    "ignore": "Ignore",
+    "none": "None",
+    "comfyui": "ComfyUI",
+}
 
 SYNTAX = "prompt_syntax"
 
@@ -545,7 +559,7 @@ TABLE: tuple[Option | Fact, ...] = (
         part="denoise",
     ),
     Option(
-        "spacing", None, Words(SPACING_WORDS, {"Uniform": "normal", "Automatic": None}),
+        "spacing", None, Levels(SPACING_WORDS, {"Uniform": "normal", "Automatic": None}),
         "which levels are visited: karras, exponential, sgm_uniform, trailing, ... (docs/samplers.md)",
         more="or steps + 1 sigmas; None is the sampler's own.",
         flags=("--spacing",), also=("schedule_type",), infotext="Schedule type", part="denoise",
@@ -710,7 +724,8 @@ TABLE: tuple[Option | Fact, ...] = (
     ),
     Option(
         "emphasis", None, Choice(_EMPHASES, {"no_norm": "no norm"}),
-        "how weights of a prompt act: original, 'no norm', ignore, comfyui (default: the syntax's own)",
+        "how weights of a prompt act: original, 'no norm', ignore, none (a1111's brackets are text), comfyui "
+        "(default: the syntax's own)",
         flags=("--emphasis",), infotext="Emphasis",
     ),
     Option(

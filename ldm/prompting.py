@@ -16,7 +16,8 @@ from ldm.errors import AbsentError, UsageError, nearest, refuse_elsewhere, shown
 from ldm.models.diffusion.conditions import ScheduledCondition
 from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
-from ldm.prompt import a1111
+from ldm.modules.seams import GuidanceTerm
+from ldm.prompt import a1111, comfyui
 from ldm.prompt.encode import Rows, at_step, check_weights, encode
 from ldm.prompt.language import Explanation, Prompt, read
 from ldm.sampler_names import NAMES
@@ -43,7 +44,7 @@ def read_all(
     Embeddings count that are attached to the text encoder at the time.
 
     Args:
-        request: has prompt_syntax, steps and sampler.
+        request: has prompt_syntax, emphasis, steps and sampler.
 
     Raises:
         UsageError: a prompt that its language cannot read, or a model whose text encoder is not CLIP's.
@@ -57,6 +58,13 @@ def read_all(
     # The web UI counts calls of the network, of which some samplers make two a step.
     calls = {names.name: names.calls for names in NAMES}.get(request.sampler, "S")
     options = {"encoder": encoder, "steps": request.steps * (2 if calls.startswith("2 S") else 1)}
+    if request.emphasis == "none":
+        if request.prompt_syntax not in ("a1111", "plain"):
+            raise UsageError(
+                "emphasis 'none' (brackets are text) is A1111's, and prompt_syntax is "
+                f"{shown(request.prompt_syntax)}; take 'ignore', or prompt_syntax='a1111'"
+            )
+        options["weighted"] = False
     wanted = dict.fromkeys([*((one, False) for one in prompts), *((one, True) for one in negatives)])
     # The web UI does not look for AND in negative prompts.
     found = {
@@ -66,6 +74,41 @@ def read_all(
     for prompt in found.values():
         check_weights(chunk for part in prompt.parts for one in part.schedule for chunk in one.chunks)
     return found
+
+
+def is_composed(prompt: Prompt, emphasis: str | None) -> bool:
+    """Tell whether guidance adds up several parts of a prompt, or weighs its only one: A1111's AND.
+
+    Args:
+        emphasis: of the request; with any, the texts of compel's `.and()` and `.blend()` are parts, too.
+    """
+    is_one = prompt.tree is not None and emphasis is None
+    return not is_one and (len(prompt.parts) > 1 or prompt.parts[0].weight != 1)
+
+
+def refuse_terms(prompts: Iterable[Prompt], emphasis: str | None, attachments: Iterable[Any]) -> None:
+    """Raise UsageError for guidance terms (PAG, SAG) beside a prompt of several parts: of which is not defined."""
+    terms = [one for one in attachments if isinstance(one, GuidanceTerm) and getattr(one, "scale", 1)]
+    if terms and any(is_composed(one, emphasis) for one in prompts):
+        raise UsageError(
+            f"{type(terms[0]).__name__} does not go together with a prompt of several parts or with a weight for the "
+            "whole (AND); leave one out"
+        )
+
+
+def warn_of_embeddings(prompts: Iterable[Prompt]) -> None:
+    """Say which embeddings ComfyUI's prompts name that are not there: they are left out, as there.
+
+    Call it while those that are there are attached to the text encoder, as `read_all`.
+    """
+    read_ = [one for one in prompts if one.syntax == "comfyui"]
+    absent = [comfyui.absent(one.parts[0].schedule[0].segments, one.vocabulary.embedding) for one in read_]
+    for name in dict.fromkeys(name for names in absent for name in names):
+        log.warning(
+            "no embedding goes by %s, it is painted without; give --embedding FILE, in Python "
+            "adapters=[Embedding(file)]",
+            shown(name),
+        )
 
 
 def tags_of(text: str, syntax: str) -> tuple[a1111.Tag, ...]:
@@ -138,10 +181,10 @@ def encode_batch(
         rows: Rows = shared.setdefault("rows", Rows(encoder, request.clip_skip))
         if len(rows.known) > MOST_ROWS:
             rows.known.clear()
-        is_composed = any(
-            len(prompt.parts) > 1 or prompt.parts[0].weight != 1
+        has_parts = any(
+            is_composed(prompt, request.emphasis)
             for (_, is_negative), prompt in read_.items()
-            if not is_negative and prompt.tree is None
+            if not is_negative
         )
         names = list(read_)
         found = encode(encoder, list(read_.values()), emphasis=request.emphasis, rows=rows)
@@ -153,7 +196,7 @@ def encode_batch(
 
     context = condition([(one.prompt, False) for one in batch])
     is_guided = request.guidance_scale != 1 or SAMPLERS[request.sampler].needs_unconditional
-    if not is_guided and not is_composed:
+    if not is_guided and not has_parts:
         return context, None
     return context, condition([(one.negative_prompt, True) for one in batch])
 

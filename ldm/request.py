@@ -50,7 +50,7 @@ from ldm.options import Values
 from ldm.other_words import check_keywords
 from ldm.process.sigmas import check_sigmas
 from ldm.prompt.encode import Rows
-from ldm.prompting import find_loras, read_all, reads_languages
+from ldm.prompting import find_loras, read_all, reads_languages, refuse_terms, warn_of_embeddings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -234,13 +234,17 @@ def check_language(
     """Read prompts in their language, and add the LoRAs that their tags name to the adapters.
 
     Raises:
-        UsageError: a prompt that its language cannot read, a clip_skip that the text encoder has not.
+        UsageError: a prompt that its language cannot read, a clip_skip that the text encoder has not, PAG or SAG beside
+            a prompt of several parts.
     """
     attached = adapters if isinstance(adapters, list | tuple) else ()  # another kind is refused later
     with text_scope(model, check_adapters(model, attached)):
         found = read_all(model, given, prompts, negatives)
+        warn_of_embeddings(found.values())
     Rows(model.cond_stage_model, given.clip_skip)
-    loras = find_loras([found[text, False] for text in prompts], given.lora_dir)
+    own = [found[text, False] for text in prompts]
+    refuse_terms(own, given.emphasis, [*attached, *adapters_of(vars(given))])
+    loras = find_loras(own, given.lora_dir)
     return [*attached, *loras] if loras else adapters
 
 

@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from keyed import keyed_input, weight
 from lora_files import write_lora_for
 from tiny import tiny_model
+from tiny_networks import control_shapes
 
 import ldm
-from ldm.adapters import LoRA
+from ldm.adapters import PAG, SAG, ControlNet, Embedding, LoRA
 from ldm.advice import advice
+from ldm.checkpoints import save_safetensors
 from ldm.errors import AbsentError, UsageError
 from ldm.pipeline import StableDiffusion
 from ldm.prompt import read
@@ -58,6 +61,8 @@ SAME = [
     ("a1111", "(red:1.4) circle <hypernet:x:1>", "(red:1.4) circle "),
     ("comfyui", "(red:1.1) circle", "(red) circle"),
     ("compel", "red++ circle", "(red)1.21 circle"),
+    ("compel", f'("{RED}", "{RED}").and(0.25, 0.75)', RED, {"emphasis": "ignore", "steps": 1}),
+    ("a1111", f"[{RED}:{BLUE}:0]", BLUE, {"emphasis": "none", "steps": 1}),
 ]
 OTHER = [
     ("a1111", "(red:1.4) circle", "red circle"),
@@ -72,8 +77,13 @@ OTHER = [
 
 
 def test_brackets_mean_what_they_say(sd):
-    for syntax, one, other in SAME:
-        assert far(latents(sd, one, syntax), latents(sd, other, syntax)) < 2e-3, (syntax, one)
+    for syntax, one, other, *more in SAME:
+        for scale in (None, 1.0) if more else (None,):
+            options = {"guidance_scale": scale, **(more[0] if more else {})}
+            found = [latents(sd, text, syntax, **options) for text in (one, other)]
+            assert far(*found) < 2e-3, (syntax, one)
+    marked = "a (red:1.4) BREAK circle"  # which are text with the web UI's emphasis "None"
+    assert far(*(latents(sd, marked, one, emphasis="none", steps=1) for one in ("a1111", "plain"))) < 1e-3
     for syntax, one, other in OTHER:
         assert far(latents(sd, one, syntax), latents(sd, other, syntax)) > 5e-3, (syntax, one)
 
@@ -108,6 +118,42 @@ def test_and_guides_along_the_sum_of_the_differences(sd):
     x0 = (x_T - (1 - alpha_bar).sqrt() * wanted) / alpha_bar.sqrt()
     (step, *_) = sd.stream(f"{RED}:0.5 AND {BLUE}:1.5", prompt_syntax="a1111", **options)
     assert far(step.pred_x0, x0) < 1e-3 * x0.abs().max()
+
+
+@pytest.mark.parametrize("beside", ["cache_interval", "optimize", "ControlNet"])
+def test_and_keeps_its_sums_beside(sd, beside, tmp_path):
+    """Weights that add up to one of the same text are that text; a part of weight 0 leaves the other alone."""
+    options = {"cache_interval": 2} if beside == "cache_interval" else {}
+    if beside == "optimize":
+        sd = StableDiffusion(tiny_model(), name="tiny")
+        sd.optimize()
+    if beside == "ControlNet":
+        shapes = control_shapes(attention=(1, 2), num_heads=4, context_dim=128)
+        file = tmp_path / "control.safetensors"
+        save_safetensors(file, {name: weight(f"and.{name}", shape) for name, shape in shapes.items()}, {})
+        hint = (0.3 * keyed_input("and.hint", (3, 64, 64)) + 0.5).clamp(0, 1)
+        options = {"adapters": [ControlNet(file, hint)]}
+    red, blue = latents(sd, RED, **options), latents(sd, BLUE, **options)
+    assert far(red, blue) > 1e-2
+    assert far(latents(sd, f"{RED}:0.25 AND {RED}:0.75", **options), red) < 1e-3
+    assert far(latents(sd, f"{RED}:0 AND {BLUE}", **options), blue) < 1e-3
+    if beside != "optimize":  # which changes nothing
+        assert far(red, latents(sd, RED)) > 1e-2
+
+
+def test_comfyuis_embedding_is_painted(sd, tmp_path, caplog):
+    table = sd.model.cond_stage_model.transformer.text_model.embeddings.token_embedding.weight
+    torch.save({"string_to_param": {"*": keyed_input("birb", (2, table.shape[1]))}}, tmp_path / "birb.pt")
+    options = {"adapters": [Embedding(tmp_path / "birb.pt", width=table.shape[1])], "steps": 1}
+    wanted, without = latents(sd, f"birb {RED}", "plain", **options), latents(sd, RED, "plain", steps=1)
+    for name in ("birb", "birb.pt", "styles/birb.safetensors"):
+        assert far(latents(sd, f"embedding:{name} {RED}", "comfyui", **options), wanted) < 1e-4, name
+    assert far(wanted, without) > 1e-2 and not caplog.records
+    # What is not there is left out, as in ComfyUI, and said.
+    for more in (options, {"steps": 1}):
+        caplog.clear()
+        assert far(latents(sd, f"embedding:bird {RED}", "comfyui", **more), without) < 1e-4
+        assert "no embedding goes by 'bird', it is painted without; give --embedding FILE" in caplog.text
 
 
 def test_weights_count_without_guidance_and_beside_other_prompts(sd):
@@ -171,12 +217,27 @@ REFUSED = [
     ({"clip_skip": 13}, "clip_skip must be a whole number from 1 to 12, got 13"),
     ({"clip_skip": 0}, "clip_skip must be a whole number from 1 to 12, got 0"),
     ({"clip_skip": 12}, "clip_skip should be a whole number from 1 to"),
-    ({"emphasis": "loud"}, "emphasis must be one of original, no norm, ignore, comfyui; got 'loud'"),
+    ({"emphasis": "loud"}, "emphasis must be one of original, no norm, ignore, none, comfyui; got 'loud'"),
     ({"prompt": "a <lora:x:y>", "prompt_syntax": "a1111", "lora_dir": "HERE"}, "strength in <lora:x:y>"),
     ({"prompt": ["a <lora:x:1>", "b"], "prompt_syntax": "a1111"}, "different <lora:...> tags"),
     ({"lora_dir": 3}, "lora_dir must be a path, got 3"),
     ({"prompt": "[" * 10_001, "prompt_syntax": "a1111"}, "a prompt may have 10000 brackets open at once"),
     ({"prompt": "(a:1e999)", "prompt_syntax": "comfyui"}, "a weight in the prompt is not a finite number"),
+    ({"prompt": "(a:1.2)", "prompt_syntax": "comfyui", "emphasis": "none"}, "emphasis 'none' (brackets are"),
+    (
+        {"prompt": "a AND b", "prompt_syntax": "a1111", "pag_scale": 3.0},
+        "PAG does not go together with a prompt",
+    ),
+    ({"prompt": ["b", "a:0.5"], "prompt_syntax": "a1111", "adapters": [SAG(0.75)]}, "SAG does not go"),
+    (
+        {
+            "prompt": '("a", "b").and()',
+            "prompt_syntax": "compel",
+            "emphasis": "ignore",
+            "sag_scale": 1.0,
+        },
+        "SAG does not go together",
+    ),
     ({"prompt": '("a", "b").blend(x)', "prompt_syntax": "compel"}, "blend"),
 ]
 
@@ -193,6 +254,12 @@ def test_bad_input_is_refused_with_one_line(sd, tmp_path):
         assert words in str(found.value) and len(str(found.value)) <= 400 and "\n" not in str(found.value), (
             options
         )
+    for options in (
+        {"prompt": "a b", "pag_scale": 3.0},
+        {"prompt": "a AND b", "adapters": [PAG(0.0)]},
+        {"prompt": "a", "negative_prompt": "b AND c", "sag_scale": 1.0},
+    ):
+        sd.plan(prompt_syntax="a1111", **options)
     with pytest.raises(AbsentError, match="lora_dir 'nowhere' is no folder"):
         sd.plan(f"{RED} <lora:x:1>", prompt_syntax="a1111", lora_dir="nowhere")
 

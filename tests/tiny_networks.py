@@ -30,11 +30,11 @@ VAE = {
 }
 
 
-def control_shapes(width: int = 32, **options) -> dict[str, tuple[int, ...]]:
+def control_shapes(width: int = 32, attention=(1,), **options) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a ControlNet of cldm's with one ResBlock a level."""
     given = {"channel_mult": [1, 2], "num_heads": 8, "transformer_depth": 1, "context_dim": 24, **options}
     with torch.device("meta"):
-        network = ControlNetModel(4, width, 3, 1, [1], **given)
+        network = ControlNetModel(4, width, 3, 1, attention, **given)
     return {name: tuple(one.shape) for name, one in network.state_dict().items()}
 
 

@@ -159,6 +159,15 @@ def chunk(
     return Chunks(tuple(chunks), count)
 
 
+def absent(segments: Sequence[Segment], embeddings: Callable[[str], Sequence[int] | None]) -> tuple[str, ...]:
+    """List the names behind `embedding:` that `chunk` leaves out, as there is no such embedding."""
+    marked = (word for text, _ in segments for word in _words(text) if word.startswith(_MARKED))
+    names = [(word[len(_MARKED) :].split() or [""])[0] for word in marked]
+    return tuple(
+        name for name in dict.fromkeys(names) if not (embeddings(name) or embeddings(name.strip(",")))
+    )
+
+
 def _words(text: str) -> list[str]:
     """Split before each `embedding:` that follows a space or a new line."""
     first, *others = re.split(f"[ \n]{_MARKED}", text)

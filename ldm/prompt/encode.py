@@ -20,7 +20,7 @@ from ldm.prompt import compel
 from ldm.prompt.chunks import Chunk, Chunks
 from ldm.prompt.language import Prompt
 
-EMPHASES = ("original", "no norm", "ignore", "comfyui")
+EMPHASES = ("original", "no norm", "ignore", "none", "comfyui")
 _ROWS = 16  # chunks that the encoder reads at once
 _LEAST = 1e-5  # weight of compel's, so that weight 0 has a finite share
 
@@ -52,7 +52,8 @@ def encode(
 
     Args:
         emphasis: "original" (tokens times their weights, and the whole times what restores its mean), "no norm"
-            (without that), "ignore", "comfyui" (away from the empty prompt by the weight); None is the syntax's own.
+            (without that), "ignore", "none" (the same, of prompts read with weighted=False), "comfyui" (away from the
+            empty prompt by the weight); None is the syntax's own.
         clip_skip: 1 is the last layer, 2 the one before, to the number of layers; each is normed.
         rows: of an earlier call for this encoder, whose clip_skip it has; None begins anew.
 
@@ -105,7 +106,7 @@ def encode_chunks(
         if emphasis == "comfyui":
             away = rows.states([rows.empty.ids])
             z = torch.where(weights == 1, z, (z - away) * weights + away)
-        elif emphasis != "ignore":
+        elif emphasis not in ("ignore", "none"):
             mean = z.mean()
             z = z * weights
             z = z * (mean / z.mean()) if emphasis == "original" else z

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -46,10 +47,19 @@ class Vocabulary:
         )
 
     def embedding(self, name: str) -> list[int] | None:
-        """Give the numbers of an embedding's vectors by its name; None if there is none of this name."""
-        numbers = list(self.ids(name))
-        names = {self.name_of(number) for number in numbers}
-        return numbers if len(names) == 1 and None not in names else None
+        """Give the numbers of an embedding's vectors by its name; None if there is none of this name.
+
+        As in ComfyUI, a folder may stand before it and its file's ending behind it.
+        """
+        if self.name_of is None:
+            return None
+        bare = re.sub(r"\.(?:safetensors|pt|bin)\Z", "", re.split(r"[/\\]", name)[-1])
+        for one in dict.fromkeys((name, bare)):
+            numbers = list(self.ids(one))
+            names = {self.name_of(number) for number in numbers}
+            if len(names) == 1 and None not in names:
+                return numbers
+        return None
 
     def spell(self, number: int) -> str:
         """Spell a token; one that does not end a word has a "-" behind it."""
@@ -123,6 +133,7 @@ def read(
     old_schedule: bool = False,
     comma_backtrack: int = a1111.COMMA_BACKTRACK,
     joined: bool = True,
+    weighted: bool = True,
 ) -> Prompt:
     """Read a prompt in one of the languages.
 
@@ -133,6 +144,8 @@ def read(
         steps, hires_steps, old_schedule: see `a1111.schedule`; only A1111's prompts have schedules.
         comma_backtrack: see `a1111.chunk`.
         joined: AND joins several (A1111); False reads it as a word, as the web UI does in negative prompts.
+        weighted: round and square brackets weigh, and BREAK parts (A1111); False reads them as text, which is the web
+            UI's emphasis "None".
 
     Raises:
         UsageError: an unknown syntax, or a prompt that this language cannot read.
@@ -155,14 +168,15 @@ def read(
             scheduled = []
             for end, at in a1111.schedule(part, steps, hires_steps=hires_steps, old=old_schedule):
                 if at not in known:
-                    segments = a1111.parse_emphasis(at)
+                    segments = a1111.parse_emphasis(at) if weighted else [(at, 1.0)]
                     known[at] = tuple(segments), whole(segments, **options)
                 scheduled.append(ScheduledText(end, at, *known[at]))
             parts.append(Part(weight, tuple(scheduled)))
         prompt = Prompt(text, syntax, tuple(parts), tuple(tags))
     elif syntax == "comfyui":
         segments = comfyui.parse_weights(text)
-        chunks = comfyui.chunk(segments, embeddings=words.embedding if words.name_of else None, **options)
+        # Without a text encoder it is not known which there are.
+        chunks = comfyui.chunk(segments, embeddings=None if encoder is None else words.embedding, **options)
         prompt = Prompt(text, syntax, (Part(1.0, (ScheduledText(steps, text, tuple(segments), chunks),)),))
     elif syntax == "compel":
         prompt = _read_compel(text, steps, whole)

@@ -16,7 +16,7 @@ from ldm.modules.encoders.extra_tokens import ExtraTokens
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.prompt import a1111, read
 from ldm.prompt.chunks import Chunk, Chunks
-from ldm.prompt.encode import at_step, encode, encode_chunks, guide, pad_pair
+from ldm.prompt.encode import EMPHASES, at_step, encode, encode_chunks, guide, pad_pair
 from ldm.shapes.bpe import CAPTION_WORDS, write_text_model
 
 A1111, COMFYUI, COMPEL = (
@@ -197,7 +197,7 @@ def test_weights_of_one_change_nothing(encoder):
     """Law: for all ways of emphasis the plain text's context."""
     plain = encoder("a cat in a red house")
     chunks = [a1111.chunk([("a cat in a red house", 1.0)], encoder.word_ids)]
-    for emphasis in ("original", "no norm", "ignore", "comfyui"):
+    for emphasis in EMPHASES:
         torch.testing.assert_close(encode_chunks(encoder, chunks, emphasis), plain, rtol=1e-6, atol=1e-6)
     for syntax in ("plain", "compel"):
         prompt = read("a cat in a red house", syntax, encoder=encoder)
