@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tiny import tiny_model
 
 import ldm
@@ -206,3 +208,38 @@ def test_what_is_frozen_stays_and_is_replaced(sd):
     assert (request.replace(steps=4).steps, request.steps) == (4, 3)
     with pytest.raises(TypeError, match="Request has no stepps"):
         request.replace(stepps=4)
+
+
+def test_like_reads_a1111s_words_and_says_those_that_are_not_known(tmp_path, capsys):
+    parser = painting_parser("txt2img.py", "", outdir="o", scale=7.5)
+    for words, emphasis in {
+        "Emphasis: None": "none",
+        "Emphasis: No norm": "no norm",
+        "Emphasis: Original": "original",
+        "Emphasis: Loud": None,
+    }.items():
+        info = PngInfo()
+        info.add_text("parameters", f"a (cat:1.2)\nSteps: 9, Seed: 5, Sampler: Euler a, {words}")
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+        found = parser.parse_args(["--like", str(tmp_path / "a.png")])
+        assert (found.prompt_syntax, found.emphasis, found.steps) == ("a1111", emphasis, 9), words
+        assert ("its Emphasis 'Loud' is not known here" in capsys.readouterr().out) == (emphasis is None)
+
+
+def test_like_leaves_what_no_option_takes_as_it_is(tmp_path, capsys):
+    """Anybody may have written a picture's text: each option with values of other kinds."""
+    parser = painting_parser("txt2img.py", "", outdir="o", scale=7.5)
+    common = vars(parser.parse_args(["--prompt", "a"]))
+    for one in options.told():
+        for value in ({"a": 1}, ["a", 2.5], [1, 2, 3], True, 2.5):
+            if one.kind.take(value) is not None:
+                continue
+            told = {"prompt": "a", "seed": 42, one.name: value}
+            info = PngInfo()
+            info.add_text("ldm", json.dumps({"schema": 1, "parameters": told}))
+            Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+            if one.name in common:
+                found = vars(parser.parse_args(["--like", str(tmp_path / "a.png")]))
+                wanted = None if one.name == "prompt" else common[one.name]
+                assert found[one.name] == wanted, (one.name, value)
+                assert "is not known here; left as it is" in capsys.readouterr().out, (one.name, value)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 
 from ldm import options
 from ldm.cli.adapters import told_adapters
 from ldm.cli.parser import Parser, integer
-from ldm.cli.running import say
-from ldm.errors import FormatError, UsageError
+from ldm.cli.running import printable, say
+from ldm.errors import FormatError, UsageError, shown
 from ldm.options import Choice, Option
 
 # Words for what is computed in; torch's names for them.
@@ -216,15 +217,21 @@ class _PaintingParser(Parser):
             value = parameters.get(option.name)
             if option.name in given or value is None or not hasattr(found, option.name):
                 continue
-            if isinstance(option.kind, Choice):
-                try:
-                    value = option.kind.parse(str(value))
-                except argparse.ArgumentTypeError:  # another program's word
+            taken = option.kind.take(value)  # anybody may have written it
+            if taken is not None and isinstance(option.kind, Choice):
+                with contextlib.suppress(argparse.ArgumentTypeError):  # another program's word
+                    setattr(found, option.name, option.kind.parse(taken))
                     continue
-            setattr(found, option.name, value)
+                taken = None
+            if taken is None:
+                name = option.infotext or option.name
+                say(printable(f"{found.like}: its {name} {shown(value)} is not known here; left as it is"))
+                continue
+            setattr(found, option.name, taken)
         found.like_adapters = told_adapters(parameters)
-        if parameters.get("rng") == "compvis" and parameters.get("batch_index"):
+        place = parameters.get("batch_index")
+        if parameters.get("rng") == "compvis" and isinstance(place, int) and place > 0:
             say(
-                f"{found.like}: was number {parameters['batch_index'] + 1} of its batch, and depends on that place; "
+                f"{found.like}: was number {place + 1} of its batch, and depends on that place; "
                 "what is painted here is the first"
             )
