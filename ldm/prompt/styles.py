@@ -33,11 +33,8 @@ def read_styles(path: str | os.PathLike) -> dict[str, Style]:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise FormatError(
-                f"styles '{name}' are larger than {MAX_BYTES} bytes; give the web UI's styles.csv"
-            )
-        text = data[:MAX_BYTES].decode("utf-8-sig")
-        rows = list(csv.DictReader(io.StringIO(text, newline=""))) if len(data) <= MAX_BYTES else []
+            raise ValueError(f"it is larger than {MAX_BYTES} bytes")
+        rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline="")))
     except (FileNotFoundError, NotADirectoryError):
         near = nearest_file(path)
         hint = f"did you mean {near!r}?" if near else "check the path"
@@ -46,8 +43,6 @@ def read_styles(path: str | os.PathLike) -> dict[str, Style]:
         raise FormatError(
             f"cannot read styles '{name}': {error}; give the web UI's styles.csv, in UTF-8"
         ) from None
-    if len(data) > MAX_BYTES:
-        raise FormatError(f"styles '{name}' are larger than {MAX_BYTES} bytes; give the web UI's styles.csv")
     if not rows or not {"name", "prompt"} <= {key for key in rows[0] if key}:
         raise FormatError(f"styles '{name}' hold no rows under name,prompt,negative_prompt; give such a CSV")
     # A short row lacks its last columns.

@@ -39,7 +39,7 @@ def test_a_style_takes_the_prompt_in_or_follows_it(file, names, prompt, negative
     ("data", "error", "words"),
     [
         (None, AbsentError, "are not there"),
-        (b"name,prompt\n" * 1_000_000, FormatError, "are larger than"),
+        (b"name,prompt\n" * 1_000_000, FormatError, "it is larger than"),
         (b"", FormatError, "hold no rows under name,prompt,negative_prompt"),
         (b"a,b\n1,2\n", FormatError, "hold no rows"),
         (b"name,prompt\n\xff\xfe,x\n", FormatError, "in UTF-8"),
@@ -52,6 +52,7 @@ def test_what_is_no_styles_file_is_refused_in_one_line(tmp_path, data, error, wo
         path.write_bytes(data)
     with pytest.raises(error) as found:
         read_styles(path)
+    assert str(found.value).count(str(path)) == 1
     assert words in str(found.value) and len(str(found.value)) <= 400 and "\n" not in str(found.value)
 
 
