@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,7 @@ from ldm.models.diffusion.conditions import ScheduledCondition
 from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.seams import GuidanceTerm
-from ldm.prompt import a1111, comfyui
+from ldm.prompt import a1111, comfyui, compel
 from ldm.prompt.encode import Rows, at_step, check_weights, encode
 from ldm.prompt.language import Explanation, Prompt, read
 from ldm.sampler_names import NAMES
@@ -111,8 +112,11 @@ def warn_of_embeddings(prompts: Iterable[Prompt]) -> None:
         )
 
 
-def tags_of(text: str, syntax: str) -> tuple[a1111.Tag, ...]:
-    """List the tags of a prompt, such as <lora:name:0.8>, without reading the rest of it."""
+def tags_of(text: str, syntax: str) -> tuple[Any, ...]:
+    """List the tags of a prompt, such as <lora:name:0.8> or withLora(name, 0.8), without encoding it."""
+    if syntax == "compel":
+        with contextlib.suppress(UsageError):  # which `read_all` raises, too
+            return tuple(compel.parse(text).loras)
     return tuple(a1111.split_tags(text)[1]) if syntax == "a1111" else ()
 
 

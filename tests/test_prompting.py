@@ -13,6 +13,9 @@ import ldm
 from ldm.adapters import PAG, SAG, ControlNet, Embedding, LoRA
 from ldm.advice import advice
 from ldm.checkpoints import save_safetensors
+from ldm.cli import painting_parser
+from ldm.cli.painting import lay_out
+from ldm.cli.prompts import Line
 from ldm.errors import AbsentError, UsageError
 from ldm.pipeline import StableDiffusion
 from ldm.prompt import read
@@ -208,6 +211,16 @@ def test_tags_name_files_of_a_folder(sd, tmp_path, caplog):
     assert far(unknown, latents(sd, RED, steps=2)) < 1e-5
     latents(sd, f"{RED}<lora:ink:1>", steps=1)
     assert "give lora_dir (--lora-dir)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("syntax", "tagged", "wrong"),
+    [("a1111", "a <lora:ink:1>", "a <lora:"), ("compel", "a withLora(ink, 1)", '("a", "b").blend(x)')],
+)
+def test_lines_with_other_tags_are_requests_of_their_own(syntax, tagged, wrong):
+    args = painting_parser("txt2img.py", "", outdir="o", scale=7.5).parse_args(["--syntax", syntax])
+    lines = [Line(prompt, {"seed": 1}) for prompt in (tagged, tagged, "a", wrong)]
+    assert [len(group.prompts) for group in lay_out(args, lines, "ddim", ({},))] == [2, 2]
 
 
 # Input, the words of the error, and nothing painted.
