@@ -95,7 +95,7 @@ def convert(
         raise UsageError(f"token (--token) is for embeddings, and '{escaped(path)}' is a {kind}")
     refuse_input(target, [source, file])
     is_folder = to == "peft" or (to == "diffusers" and kind in ("model", "ControlNet"))
-    _check_name(target, kind, is_folder)
+    _check_name(target, kind, to, is_folder)
     if not is_folder:
         refuse_existing(target, overwrite)
     if kind == "model":
@@ -164,12 +164,12 @@ def _find(path: Path) -> tuple[str, Path]:
     return kind, path
 
 
-def _check_name(target: Path, kind: str, is_folder: bool) -> None:
+def _check_name(target: Path, kind: str, to: str, is_folder: bool) -> None:
     suffixes = (".safetensors", ".pt", ".bin") if kind == "embedding" else (".safetensors",)
     suffix = target.suffix.lower()
     if is_folder and suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
         raise UsageError(
-            f"diffusers' layout of a {kind} is a folder, got the name of a file, '{escaped(target)}'"
+            f"the layout '{to}' of a {kind} is a folder, got the name of a file, '{escaped(target)}'"
         )
     if not is_folder and suffix not in suffixes:
         raise UsageError(f"the output should be name{' or name'.join(suffixes)}, got '{escaped(target)}'")
