@@ -78,14 +78,17 @@ def tiny_config(in_channels: int = 4) -> dict:
 
 def tiny_model(in_channels: int = 4) -> LatentDiffusion:
     """Give a model of the caller's own, with weights from its key names."""
-    return copy.deepcopy(_built(in_channels))  # half the time that building takes
+    return copy.deepcopy(_built_once(in_channels))  # half the time that building takes
 
 
-@functools.cache
-def _built(in_channels: int) -> LatentDiffusion:
+def build_tiny(in_channels: int = 4) -> LatentDiffusion:
+    """Build that model anew, of whatever its classes are now."""
     cls = LatentInpaintDiffusion if in_channels == 9 else LatentDiffusion
     params = tiny_config(in_channels)["model"]["params"]
     return fill(cls(**params), only=("model.", "first_stage_model.", "cond_stage_model."))
+
+
+_built_once = functools.cache(build_tiny)
 
 
 def write_tiny(

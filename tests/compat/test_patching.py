@@ -5,7 +5,7 @@ import pytest
 import torch
 from einops import rearrange
 from keyed import keyed_input
-from tiny import tiny_model
+from tiny import build_tiny, tiny_model
 from torch import einsum
 
 import ldm.modules.attention
@@ -90,7 +90,7 @@ def test_rebound_parts_are_what_a_new_unet_is_built_from(monkeypatch):
             super().__init__(*args, **kwargs)
 
     monkeypatch.setattr(openaimodel, "ResBlock", Counted)
-    made = tiny_model()
+    made = build_tiny()
     assert len(built) == sum(isinstance(m, Counted) for m in made.modules()) == 8
 
 
