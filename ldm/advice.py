@@ -231,9 +231,11 @@ def advice(requests: Sequence[Request], defaults: SamplingDefaults, *, on_cpu: b
     lines: dict[str, str | None] = {}
     for request in requests:
         if request.embeds is None:
-            own = dict.fromkeys(spec.prompt for spec in request.images)
+            again = request.second_pass(request.images)
+            images = [*request.images, *(again[1] if again else ())]
+            own = dict.fromkeys(spec.prompt for spec in images)
             if request.guidance_scale != 1:
-                own |= dict.fromkeys(spec.negative_prompt for spec in request.images)
+                own |= dict.fromkeys(spec.negative_prompt for spec in images)
             own = dict.fromkeys(without_names(own, request.adapters))
             is_plain = request.prompt_syntax == "plain"
             texts |= own if is_plain else dict.fromkeys(_BETWEEN.sub(" ", text) for text in own)

@@ -7,7 +7,7 @@ what comes out is in ldm.results.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from ldm.errors import (
     NumericError,
 )
 from ldm.helpers import living_in
+from ldm.hires import LATENT, enlarge_latents, enlarge_pictures, middle
 from ldm.models.diffusion.conditions import ScheduledCondition
 from ldm.models.diffusion.samplers import (
     SAMPLERS,
@@ -354,7 +355,7 @@ def paint_batch(
     file: Path | None = None,
     autocast: torch.dtype | None = None,
 ) -> Iterator[Progress]:
-    """Paint one batch: encode the prompts, draw noise, denoise step by step, decode.
+    """Paint one batch: encode the prompts, draw noise, denoise step by step, decode; with hires fix in two passes.
 
     Args:
         batch: those of request.images that are painted at once.
@@ -362,6 +363,46 @@ def paint_batch(
         progress: makes the Progress of a step.
         name, file: of the model, for the pictures' metadata.
         autocast: see denoise.
+    """
+    further = request.second_pass(batch)
+    count = request.steps if further is None else request.steps + further[0].run_last
+    latents, dropped = yield from run_pass(
+        model, request, batch, shared, progress, autocast, to_come=count - request.steps
+    )
+    if further is not None:
+        again, its_batch = further
+        its_shared = shared.setdefault("second pass", {})
+        latents, others = yield from run_pass(
+            model, again, its_batch, its_shared, progress, autocast, done=request.steps, first=latents
+        )
+        dropped = [
+            [*one, *(word for word in two if word not in one)]
+            for one, two in zip(dropped, others, strict=True)
+        ]
+    result = finish_batch(model, request, batch, latents, dropped, name, file, autocast)
+    yield progress(count, count, x_t=result.latents, pred_x0=result.latents, result=result)
+
+
+def run_pass(
+    model: LatentDiffusion,
+    request: Request,
+    batch: Sequence[ImageSpec],
+    shared: dict[str, Any],
+    progress: Callable[..., Progress],
+    autocast: torch.dtype | None,
+    *,
+    done: int = 0,
+    to_come: int = 0,
+    first: Tensor | None = None,
+) -> Generator[Progress, None, tuple[Tensor | None, list[list[str]]]]:
+    """Encode the prompts, draw noise, and denoise step by step: all of paint_batch but the decoding.
+
+    Args:
+        done, to_come: steps of other passes, which a Progress counts as well.
+        first: (b, c, h, w) what a pass before gave, which this one begins with.
+
+    Returns:
+        latents (b, c, h, w), None where the picture to start from is the answer, and each prompt's dropped words.
     """
     b = len(batch)
     f = downsampling(model)
@@ -380,20 +421,16 @@ def paint_batch(
         context, unconditional, dropped = encode_prompts(model, request, batch, shared)
     options: dict[str, Any] = {"noise": noise}
 
-    def finished(latents: Tensor | None) -> Progress:
-        result = finish_batch(model, request, batch, latents, dropped, name, file, autocast)
-        x_0 = result.latents
-        return progress(request.steps, request.steps, x_t=x_0, pred_x0=x_0, result=result)
-
     # Where to start: pure noise, or the picture noised to the level of its strength.
     z = None
     if request.strength is not None:
-        run_last = request.run_last
-        if run_last == 0:
-            yield finished(None)
-            return
-        z = encode_source(model, request, request.image, b, encoder_noise, shared, "picture")  # (b, c, h, w)
-        options |= {"run_last": run_last, "start_from": z}
+        if request.run_last == 0:
+            return None, dropped
+        if first is None:
+            z = encode_source(model, request, request.image, b, encoder_noise, shared, "picture")
+        else:
+            z = enlarge(model, request, first, encoder_noise)
+        options |= {"run_last": request.run_last, "start_from": z}  # (b, c, h, w)
     if is_inpainting(model):
         concat = masked_picture(model, request, b, encoder_noise, shared)
         context, unconditional = (_beside(concat, one) for one in (context, unconditional))
@@ -411,12 +448,35 @@ def paint_batch(
         model, x_T, context, unconditional_conditioning=unconditional, autocast=autocast, **options
     ):
         latents = step.x_t
-        yield progress(step.index + 1, step.total, x_t=latents, pred_x0=step.pred_x0)
+        yield progress(done + step.index + 1, done + step.total + to_come, x_t=latents, pred_x0=step.pred_x0)
 
     # The samplers' last step does not blend again.
     if "mask" in options:
         latents = pictures.paste(z, latents, options["mask"])
-    yield finished(latents)
+    return latents, dropped
+
+
+def enlarge(model: LatentDiffusion, request: Request, first: Tensor, noise: Noise) -> Tensor:
+    """Enlarge what the first pass of hires fix gave, (b, c, h, w), to the latents that the second begins with.
+
+    Where pictures are enlarged, each is encoded as one to start from is, noise drawn before x_T.
+    """
+    f = downsampling(model)
+    width, height = request.enlarged
+    if request.hires_upscaler in LATENT:
+        cells = enlarge_latents(first, (height // f, width // f), request.hires_upscaler)
+        return middle(cells, (request.height // f, request.width // f))
+    with vae_scope(model, request.attachments):
+        unit = pictures.to_unit(decode(model, first)).cpu()
+        larger = enlarge_pictures(unit, request.enlarged, request.hires_upscaler)
+        larger = middle(larger, (request.height, request.width))
+        draws = noise(torch.empty(len(first), model.channels, request.height // f, request.width // f))
+        return torch.cat(
+            [
+                encode_image(model, one[None], 1, lambda like, draw=draw: draw[None])
+                for one, draw in zip(larger, draws, strict=True)
+            ]
+        )
 
 
 def finish_batch(

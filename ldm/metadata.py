@@ -37,6 +37,8 @@ _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jf
 HASHES = {"Lora hashes": "LoRA", "TI hashes": "Embedding"}  # that are written only: a hash names no file here
 # A1111's keys of its first units for ControlNets and T2I-Adapters, written only as well: place -> key.
 UNITS = {f"ControlNet {i}": i for i in range(3)}
+# With one of these A1111's "Denoising strength" is the second pass's.
+_SECOND = ("hires_scale", "hires_size")
 FITS = {"crop": "Crop and Resize", "pad": "Resize and Fill", "stretch": "Just Resize"}
 
 
@@ -67,6 +69,8 @@ def unquote(text: str) -> str:
 def to_infotext(parameters: Mapping[str, Any]) -> str:
     """Write parameters as A1111's text: prompt, negative prompt if there is one, one line of `Key: value`."""
     values = dict(parameters)
+    if values.get("strength") is None and any(_is_on(options.option(name), values) for name in _SECOND):
+        values["strength"] = values.get("hires_strength")
     pairs = []
     for entry in options.TABLE:
         value = _fact(entry, values) if isinstance(entry, Fact) else _said(entry, values)
@@ -85,9 +89,9 @@ def _said(option: Option, values: Mapping[str, Any]) -> str | None:
         return None
     if option.name == "eta" and value == OWN_ETA.get(values.get("sampler"), 0):
         return None
-    if option.beside is not None:
-        other = next(one for one in options.options() if one.name == option.beside)
-        return option.kind.write(value) if _is_on(other, values) else None
+    if option.beside:
+        is_on = any(_is_on(options.option(name), values) for name in option.beside)
+        return option.kind.write(value) if is_on else None
     return option.kind.write(value) if option.always or _is_on(option, values) else None
 
 
@@ -159,6 +163,8 @@ def from_infotext(text: str) -> dict[str, Any]:
             found[entry.name] = value
         elif (read := entry.kind.read(value)) is not None:
             found[entry.name] = read
+    if "strength" in found and any(name in found for name in _SECOND):
+        found["hires_strength"] = found.pop("strength")
     return found | ({"extra": extra} if extra else {})
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm import limits
-from ldm.errors import UsageError, shown
+from ldm.errors import UsageError, nearest, shown
 from ldm.sampler_names import NAMES
 
 # A1111's words for samplers and spacings.
@@ -55,6 +55,17 @@ CONTROL_MODES = {
     "middle": "",
 }
 _CONTROL_WORDS = {word.lower(): name for name, word in CONTROL_MODES.items() if word}
+# Of hires fix: ours -> A1111's.
+UPSCALERS = {
+    "latent": "Latent",
+    "latent antialiased": "Latent (antialiased)",
+    "latent bicubic": "Latent (bicubic)",
+    "latent bicubic antialiased": "Latent (bicubic antialiased)",
+    "latent nearest": "Latent (nearest)",
+    "latent nearest-exact": "Latent (nearest-exact)",
+    "lanczos": "Lanczos",
+    "nearest": "Nearest",
+}
 MAX_WHOLE = 2**64 - 1  # of seeds, the largest whole numbers that anybody writes into a picture
 
 # --- kinds of values ------------------------------------------------------------------------------
@@ -155,6 +166,27 @@ class Choice(Words):
             return self.parse(text)
         except argparse.ArgumentTypeError:
             return text  # another program's, kept as it is said
+
+
+class Upscaler(Choice):
+    """One of UPSCALERS, in our spelling or A1111's; the nearest name is said of any other."""
+
+    def __init__(self):
+        super().__init__(UPSCALERS, {word.lower(): name for name, word in UPSCALERS.items()})
+
+    def parse(self, text: str) -> str:
+        try:
+            return super().parse(text)
+        except argparse.ArgumentTypeError as error:
+            near = nearest(text.lower(), [*self.words, *self.also])
+            advice = f"; did you mean {self.also.get(near, near)!r}?" if near else ""
+            raise argparse.ArgumentTypeError(f"{error}{advice}") from None
+
+    def check(self, name: str, value: Any) -> str:
+        try:
+            return self.parse(value if isinstance(value, str) else shown(value))
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{name}: {error}") from None
 
 
 class Whole(Kind):
@@ -436,7 +468,7 @@ class Option:
         flags: of the painting scripts; without any no line of a prompt file sets it either.
         also: other programs' names: understood as flags and in prompt files, named in errors about keywords.
         infotext: A1111's key, or one of ours in A1111's text; options at their default are left out there, but for
-            `always`, and where `beside`, another option, is at its default.
+            `always`, and where all of `beside`, other options, are at their defaults.
         script: default of the flag, where that is not the keyword's.
         line: kind in a prompt file, where that is not `kind`; None where lines have no such option.
         keyword: False for what only the scripts have.
@@ -464,7 +496,7 @@ class Option:
     each: bool = False
     told: bool = True
     always: bool = False
-    beside: str | None = None
+    beside: tuple[str, ...] = ()
     part: str | None = None
     into: str | None = None
     metavar: Any = None
@@ -507,13 +539,14 @@ def _said_of_adapter(
     )  # fmt: skip
 
 
-WHAT, HOW, FASTER, BESIDE, WITH, START = (
+WHAT, HOW, FASTER, BESIDE, WITH, START, HIRES = (
     "what to paint",
     "how",
     "faster, for a little fidelity (docs/knobs.md)",
     "what guides besides, and the edges (docs/guidance.md)",
     "with what besides (docs/adapters.md)",
     "the picture to begin with",
+    "hires fix: painted once more, larger (docs/hires.md)",
 )
 SEED_WORDS = "picture i has seed + i; -1 or 'random' draws one; 32 bits count: 2^32 + 5 paints what 5 paints"
 _EVEN = "multiples of the model's f (8); default the picture's or the model's own."
@@ -624,7 +657,7 @@ TABLE: tuple[Option | Fact, ...] = (
         "with variation_strength: the seed of other noise; picture i then has variation_seed + i and one seed",
         more="None draws one. A list names one for each picture, and a list of seeds stays as it is.",
         flags=("--variation_seed",), also=("subseed",), infotext="Variation seed", each=True,
-        beside="variation_strength",
+        beside=("variation_strength",),
     ),
     Option(
         "variation_strength", 0.0, Number(*limits.SHARE),
@@ -751,7 +784,7 @@ TABLE: tuple[Option | Fact, ...] = (
         "cache_depth", 1, Whole(*limits.CACHE_DEPTH),
         "blocks computed at the steps between",
         more="on either way.",
-        group=FASTER, flags=("--cache_depth",), infotext="Cache depth", beside="cache_interval",
+        group=FASTER, flags=("--cache_depth",), infotext="Cache depth", beside=("cache_interval",),
         part="denoise",
     ),
     Option(
@@ -763,7 +796,7 @@ TABLE: tuple[Option | Fact, ...] = (
     Option(
         "merge_seed", None, Whole(*limits.SEED),
         "draws the tokens that others are merged into",
-        group=FASTER, flags=("--merge_seed",), infotext="Token merging seed", beside="merge_ratio",
+        group=FASTER, flags=("--merge_seed",), infotext="Token merging seed", beside=("merge_ratio",),
         part="denoise",
     ),
     Option(
@@ -880,6 +913,62 @@ TABLE: tuple[Option | Fact, ...] = (
         also=("clip_vision",), metavar="PATH",
     ),
     *(Fact(f"controlnet_{i}", f"ControlNet {i}") for i in range(3)),
+    Option(
+        "hires_scale", None, Number(1, 32),
+        "paint a second time, so many times as large, beginning with what the first gave; 2 is usual",
+        more="sides are rounded down to multiples of the model's f (8).",
+        group=HIRES, flags=("--hires_scale", "--hires-scale"), also=("hr_scale", "hires_upscale"),
+        infotext="Hires upscale",
+    ),
+    Option(
+        "hires_size", None, Size(0, limits.SIDE[1]),
+        "the same to WIDTHxHEIGHT pixels; a side of 0 follows from the other, and another aspect is cut",
+        more="(width, height) in place of hires_scale.",
+        group=HIRES, flags=("--hires_size", "--hires-size"), also=("hires_resize",), infotext="Hires resize",
+        metavar="WxH",
+    ),
+    Option(
+        "hires_steps", 0, Whole(0, limits.STEPS[1]),
+        "steps that the second pass runs, whatever its strength, as A1111 counts; 0 is as many as the first",
+        group=HIRES, flags=("--hires_steps", "--hires-steps"), also=("hr_second_pass_steps",),
+        infotext="Hires steps",
+    ),
+    Option(
+        "hires_upscaler", "latent", Upscaler(),
+        "how the first pass is enlarged: " + ", ".join(UPSCALERS),
+        group=HIRES, flags=("--hires_upscaler", "--hires-upscaler"), also=("hr_upscaler",),
+        infotext="Hires upscaler", beside=("hires_scale", "hires_size"), metavar="NAME",
+    ),
+    Option(
+        "hires_strength", 0.7, Number(*limits.SHARE),
+        "how much of the first pass the second forgets (A1111's denoising strength); above 0",
+        group=HIRES, flags=("--hires_strength", "--hires-strength"), also=("hires_denoising_strength",),
+    ),
+    Option(
+        "hires_prompt", None, Prompt(),
+        "prompt of the second pass (default: the first's)",
+        more="one text for all.",
+        group=HIRES, flags=("--hires_prompt", "--hires-prompt"), also=("hr_prompt",), infotext="Hires prompt",
+    ),
+    Option(
+        "hires_negative_prompt", None, Prompt(),
+        "its negative prompt (default: the first's)",
+        more="one text for all.",
+        group=HIRES, flags=("--hires_negative_prompt", "--hires-negative-prompt"), also=("hr_negative_prompt",),
+        infotext="Hires negative prompt",
+    ),
+    Option(
+        "hires_sampler", None, Words(SAMPLER_WORDS),
+        "its sampler, with eta and options of that sampler's own (default: the first's)",
+        group=HIRES, flags=("--hires_sampler", "--hires-sampler"), also=("hr_sampler_name",),
+        infotext="Hires sampler",
+    ),
+    Option(
+        "hires_spacing", None, Words(SPACING_WORDS, {"Uniform": "normal", "Automatic": None}),
+        "which levels it visits (default: as the first; with hires_sampler, that sampler's own)",
+        group=HIRES, flags=("--hires_spacing", "--hires-spacing"), also=("hr_scheduler",),
+        infotext="Hires schedule type",
+    ),
     Fact("lora_hashes", "Lora hashes"),
     Fact("ti_hashes", "TI hashes"),
     Option(

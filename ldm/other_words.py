@@ -77,7 +77,9 @@ KEYWORD_ADVICE = {
     "embeddings": "give adapters=[Embedding(file)] of ldm.adapters",
     "cross_attention_kwargs": "attention is not exchanged by a keyword",
     "restore_faces": "no face restorer is here",
-    "enable_hr": "paint once, then img2img at the larger size",
+    "enable_hr": "give hires_scale, or hires_size=(width, height)",
+    "hr_resize_x": "give hires_size=(width, height)",
+    "hr_resize_y": "give hires_size=(width, height)",
 }
 
 # An attribute elsewhere -> what there is here. `enable_*` and `disable_*` that are not listed get ENABLE.

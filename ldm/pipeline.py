@@ -429,8 +429,9 @@ class StableDiffusion:
             )
 
         def refusal(count: int) -> str:
+            width, height = request.size
             return (
-                f"out of memory at {request.width} x {request.height}, {count} at once, in {dtype_name(self.dtype)}; "
+                f"out of memory at {width} x {height}, {count} at once, in {dtype_name(self.dtype)}; "
                 "use a smaller size or batch, or half precision"
             )
 

@@ -45,7 +45,7 @@ def read_all(
     Embeddings count that are attached to the text encoder at the time.
 
     Args:
-        request: has prompt_syntax, emphasis, steps and sampler.
+        request: has prompt_syntax, emphasis, steps, sampler and before.
 
     Raises:
         UsageError: a prompt that its language cannot read, or a model whose text encoder is not CLIP's.
@@ -57,8 +57,15 @@ def read_all(
             "leave them out"
         )
     # The web UI counts calls of the network, of which some samplers make two a step.
-    calls = {names.name: names.calls for names in NAMES}.get(request.sampler, "S")
-    options = {"encoder": encoder, "steps": request.steps * (2 if calls.startswith("2 S") else 1)}
+    calls = {names.name: names.calls for names in NAMES}
+
+    def called(sampler: str, steps: int) -> int:
+        return steps * (2 if calls.get(sampler, "S").startswith("2 S") else 1)
+
+    options = {"encoder": encoder, "steps": called(request.sampler, request.steps)}
+    if request.before is not None:  # in the second pass of hires fix steps count on from the first
+        options["steps"] = called(*request.before)
+        options["hires_steps"] = called(request.sampler, request.hires_steps)
     if request.emphasis == "none":
         if request.prompt_syntax not in ("a1111", "plain"):
             raise UsageError(

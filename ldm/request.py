@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+import math
 import os
 import secrets
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,6 +91,11 @@ class Request(Values):
     image_hash: str | None
     mask: Tensor | None  # (1, 1, height, width), 1 = repaint
     run_last: int  # of the steps, with a picture to start from
+    second: dict[str, Any] | None  # what of these is otherwise in the second pass of hires fix
+    before: tuple[str, int] | None  # in that pass: sampler and steps of the first
+    enlarged: (
+        tuple[int, int] | None
+    )  # in that pass: width and height to which what the first gave is enlarged
     embeds: Tensor | None
     negative_embeds: Tensor | None
     adapters: tuple[Any, ...]
@@ -98,6 +104,21 @@ class Request(Values):
     def attachments(self) -> list[Any]:
         """The adapters, and those that options stand for."""
         return [*self.adapters, *adapters_of(vars(self))]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of what comes out."""
+        last = vars(self) if self.second is None else self.second
+        return last["width"], last["height"]
+
+    def second_pass(self, batch: Sequence[ImageSpec]) -> tuple[Request, list[ImageSpec]] | None:
+        """Give the request of hires fix's second pass, and its images; None where there is no such pass."""
+        if self.second is None:
+            return None
+        texts = {"prompt": self.hires_prompt, "negative_prompt": self.hires_negative_prompt}
+        own = {name: text for name, text in texts.items() if text is not None}
+        again = self.replace(**self.second, second=None, before=(self.sampler, self.steps))
+        return again, [replace(spec, **own) for spec in batch]
 
     def __repr__(self) -> str:
         how = f"{self.sampler}, {self.steps} steps, guidance_scale {self.guidance_scale:g}"
@@ -161,8 +182,10 @@ def check_request(
     is_inpainting(model)  # refuses UNets of other kinds
     f = downsampling(model)
     checked = check_picture(image, mask, given.strength, given.width, given.height, f, defaults)
+    sizes = check_second_size(given, checked, f)
     if isinstance(given.batch_size, str) and given.batch_size == AUTO:
-        given.batch_size = auto_batch_size(checked["height"] // f, checked["width"] // f)
+        width, height = (checked["width"], checked["height"]) if sizes is None else sizes[1]
+        given.batch_size = auto_batch_size(height // f, width // f)
     if given.guidance_scale is None:
         given.guidance_scale = defaults.guidance_scale
     prompts, negatives = list_prompts(prompt, given.negative_prompt, prompt_embeds, negative_prompt_embeds)
@@ -176,8 +199,11 @@ def check_request(
     )
     words = [*prompts, *negatives] if prompt_embeds is None else []
     checked |= check_kinds(given, checked)
+    checked |= {"second": check_second(model, defaults, checked, sizes), "before": None, "enlarged": None}
+    again = check_second_prompts(checked, prompt_embeds)
     if words and reads_languages(SimpleNamespace(**checked)):
-        adapters = check_language(model, SimpleNamespace(**checked), prompts, negatives, adapters)
+        adapters = check_language(model, SimpleNamespace(**checked), prompts, negatives, adapters, again)
+    words += again[0] + again[1]
     checked |= check_adapting(
         model, words, adapters, given.cache_interval, given.cache_depth, given.merge_ratio, given.merge_seed
     )
@@ -193,6 +219,113 @@ def check_request(
         negative_embeds=negative_prompt_embeds,
         **checked,
     )
+
+
+def check_second_size(
+    given: SimpleNamespace, checked: Mapping[str, Any], f: int
+) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Work out how large the second pass of hires fix is; None where none is asked for.
+
+    Returns:
+        (width, height) of the enlarged first pass, and of its middle that is painted, by A1111's rules.
+
+    Raises:
+        UsageError: beside a picture to start from, both of scale and size, or a size that cannot be painted.
+    """
+    first = checked["width"], checked["height"]
+    if given.hires_scale is None and given.hires_size is None:
+        of_it = [one.name for one in options.options() if one.group == options.HIRES]
+        for name in of_it:
+            if getattr(given, name) != options.option(name).default:
+                raise UsageError(
+                    f"{name} is of a second pass, and none is asked for; give hires_scale or hires_size"
+                )
+        return None
+    if checked["mode"] != "txt2img":
+        raise UsageError(
+            f"hires_scale and hires_size are for pictures that begin with noise, and this is {checked['mode']}; "
+            "enlarge the picture itself"
+        )
+    if given.hires_size is None:
+        scale = options.option("hires_scale").kind.check("hires_scale", given.hires_scale)
+        width, height = enlarged = tuple(int(side * scale) // f * f for side in first)
+    elif given.hires_scale is not None:
+        raise UsageError("hires_scale and hires_size say the same; give one of them")
+    else:
+        width, height = options.option("hires_size").kind.check("hires_size", given.hires_size)
+        if not width and not height:
+            raise UsageError("hires_size must have a side above 0, got 0 x 0")
+        # Of another aspect it is covered, and the middle painted.
+        by_width = not height or (width and first[0] * height < width * first[1])
+        wide = (width, width * first[1] // first[0])
+        enlarged = wide if by_width else (height * first[0] // first[1], height)
+        width, height = width or enlarged[0] // f * f, height or enlarged[1] // f * f
+    for side, pixels in (("width", width), ("height", height)):
+        check_size(f"{side} of the second pass", pixels, f)
+    most = CELLS[1] * f
+    if max(enlarged) > most or enlarged[0] < first[0] // f * f or enlarged[1] < first[1] // f * f:
+        raise UsageError(
+            f"the second pass must enlarge the first of {first[0]} x {first[1]} to sides of at most {most} "
+            f"before its middle is cut out, got {enlarged[0]} x {enlarged[1]}; give another hires_size"
+        )
+    return enlarged, (width, height)
+
+
+def check_second(
+    model: LatentDiffusion,
+    defaults: SamplingDefaults,
+    checked: Mapping[str, Any],
+    sizes: tuple[tuple[int, int], tuple[int, int]] | None,
+) -> dict[str, Any] | None:
+    """Check how the second pass of hires fix is sampled, and give what of the request is otherwise in it.
+
+    Steps are A1111's: so many are run, the last of a run of steps / strength.
+
+    Raises:
+        UsageError: a sampler or spacing that is none, or a strength so small that the model has not the levels.
+    """
+    if sizes is None:
+        return None
+    enlarged, (width, height) = sizes
+    strength, is_own = checked["hires_strength"], checked["hires_sampler"] is not None
+    count, most = checked["hires_steps"] or checked["steps"], model.num_timesteps
+    if strength * most < count:
+        raise UsageError(
+            f"{count} steps at hires_strength {strength:g} are the last of more than the model's {most} levels; "
+            f"give hires_strength {math.ceil(1000 * count / most) / 1000:g} or more, or fewer hires_steps"
+            if count <= most
+            else f"hires_steps must be {about_whole(0, most)}, got {count}"
+        )
+    steps = int(count / strength)
+    spacing = checked["hires_spacing"] or (None if is_own else checked["spacing"])
+    if spacing is not None and not isinstance(spacing, str):
+        raise UsageError("a list of sigmas is of one pass; name hires_spacing for the second")
+    of_sampler = {name: None if is_own else checked[name] for name in options.of_samplers()}
+    found = check_sampling(
+        model,
+        defaults,
+        checked["hires_sampler"] if is_own else checked["sampler"],
+        steps,
+        spacing,
+        None if is_own else checked["eta"],
+        1.0,
+        of_sampler,
+    )
+    # Of all levels that the sampler visits, which may be more than its steps.
+    run_last = max(1, found["run_last"] * count // steps)
+    sides = {"width": width, "height": height, "enlarged": enlarged}
+    return {**of_sampler, **found, **sides, "strength": strength, "run_last": run_last, "hires_steps": count}
+
+
+def check_second_prompts(checked: Mapping[str, Any], embeds: Tensor | None) -> tuple[list[str], list[str]]:
+    """List the prompt and the negative prompt of the second pass, where they are others than the first's."""
+    found: tuple[list[str], list[str]] = [], []
+    for texts, name in zip(found, ("hires_prompt", "hires_negative_prompt"), strict=True):
+        if checked[name] is not None:
+            texts += list_texts(name, checked[name])
+            if embeds is not None:
+                raise UsageError(f"{name} is a text, and prompt_embeds were given; leave one out")
+    return found
 
 
 def check_extra_seeds(checked: Mapping[str, Any], f: int) -> None:
@@ -230,8 +363,12 @@ def check_language(
     prompts: Sequence[str],
     negatives: Sequence[str],
     adapters: Any,
+    again: tuple[list[str], list[str]] = ([], []),
 ) -> Any:
     """Read prompts in their language, and add the LoRAs that their tags name to the adapters.
+
+    Args:
+        again: prompts and negative prompts of the second pass, where they are others.
 
     Raises:
         UsageError: a prompt that its language cannot read, a clip_skip that the text encoder has not, PAG or SAG beside
@@ -240,10 +377,17 @@ def check_language(
     attached = adapters if isinstance(adapters, list | tuple) else ()  # another kind is refused later
     with text_scope(model, check_adapters(model, attached)):
         found = read_all(model, given, prompts, negatives)
-        warn_of_embeddings(found.values())
+        of_second = read_all(model, given, *again)
+        warn_of_embeddings([*found.values(), *of_second.values()])
+    further = [one for (_, is_negative), one in of_second.items() if not is_negative]
+    if any(one.tags and one.tags != found[text, False].tags for one in further for text in prompts):
+        raise UsageError(
+            "hires_prompt has other <lora:...> tags than the prompt, and a LoRA is attached for both passes; "
+            "leave its tags out"
+        )
     Rows(model.cond_stage_model, given.clip_skip)
     own = [found[text, False] for text in prompts]
-    refuse_terms(own, given.emphasis, [*attached, *adapters_of(vars(given))])
+    refuse_terms([*own, *further], given.emphasis, [*attached, *adapters_of(vars(given))])
     loras = find_loras(own, given.lora_dir)
     return [*attached, *loras] if loras else adapters
 

@@ -49,6 +49,7 @@ STORIES = (
     "edit",
     "generate",
     "guided_diffusion",
+    "hires",
     "merging",
     "metadata",
     "noise",

@@ -68,7 +68,9 @@ def painting_parser(
     groups: dict[str, argparse._ArgumentGroup] = {}
     also = dict(OTHER_FLAGS)
     for option in options.options():
-        if not option.flags or (option.group == options.START and strength is None):
+        # One group is for scripts that begin with a picture, one for those that do not.
+        not_here = options.START if strength is None else options.HIRES
+        if not option.flags or option.group == not_here:
             continue
         if option.group not in groups:
             groups[option.group] = p.add_argument_group(option.group)
@@ -210,6 +212,9 @@ class _PaintingParser(Parser):
             given = given | {"sampler"}
         if "sampler" in given:  # these were the other sampler's
             given = given | {"spacing", "eta", *options.of_samplers()}
+        sizes = {"hires_scale", "hires_size"}
+        if given & sizes:  # each says it in place of the other
+            given = given | sizes
         by_others = not str(parameters.get("version", "")).startswith("ldm ")
         if parameters["source"] in ("a1111", "comfyui") and by_others:  # their brackets are meant
             parameters.setdefault(options.SYNTAX, parameters["source"])
