@@ -4,23 +4,31 @@ import copy
 
 import pytest
 import torch
+from keyed import keyed_input, weight
 from PIL import Image
+from safetensors.torch import save_file
 from tiny import tiny_model
 from torch.nn import functional as F
 
 from ldm import generate
-from ldm.adapters import SeamlessTiling
+from ldm.adapters import ControlNet, SeamlessTiling
 from ldm.cli import painting_parser, read_prompts
 from ldm.errors import OptionError, UsageError
 from ldm.hires import middle
 from ldm.images import to_tensor
 from ldm.metadata import from_infotext
+from ldm.modules.diffusionmodules.controlnet import ControlNetModel
 from ldm.noise import ImageNoise
 from ldm.pipeline import StableDiffusion
 
 PROMPT = "a red circle"
 HOW = {"steps": 2, "seed": 3, "width": 72, "height": 64, "progress": False}
 SECOND = {"hires_steps": 1, "hires_strength": 0.5}  # the last of two steps
+
+
+def picture():
+    pixels = (255 * keyed_input("hint", (64, 72, 3)).clamp(0, 1)).byte().numpy()
+    return Image.fromarray(pixels)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +72,38 @@ def test_of_pictures_it_is_img2img_of_the_enlarged_picture(sd, first, upscaler):
     assert torch.equal(got.latents, want.latents) and got[0].tobytes() == want[0].tobytes()
 
 
+@pytest.mark.slow
+def test_a_hint_and_tiling_are_at_work_at_both_sizes(sd, tmp_path):
+    """The same law with a ControlNet, whose hint is fitted to each size, and edges that meet."""
+    with torch.device("meta"):
+        network = ControlNetModel.beside(sd.model.model.diffusion_model)
+    state = {name: weight(f"control.{name}", tuple(one.shape)) for name, one in network.state_dict().items()}
+    save_file(state, tmp_path / "edges.safetensors")
+    given = {"adapters": [ControlNet(tmp_path / "edges.safetensors", picture()), SeamlessTiling()]}
+    first = sd.txt2img(PROMPT, **HOW, **given)
+    got = sd.txt2img(PROMPT, **HOW, **given, hires_size=(96, 0), hires_upscaler="lanczos", **SECOND)
+    larger = to_tensor(first[0].resize((96, 85), Image.Resampling.LANCZOS))[:, :, 2:82]
+    want = sd.img2img(PROMPT, larger, 0.5, steps=2, seed=3, progress=False, **given)
+    assert torch.equal(got.latents, want.latents)
+    plain = sd.img2img(PROMPT, larger, 0.5, steps=2, seed=3, progress=False)
+    assert not torch.equal(want.latents, plain.latents)
+
+
+@pytest.mark.slow
+def test_schedules_of_prompts_count_on(sd):
+    """In A1111's prompts step 3 of 2 + 2 is the first of the second pass, which the first pass never reaches."""
+    second = {"hires_scale": 1, "hires_steps": 2, "hires_strength": 0.5, "prompt_syntax": "a1111"}
+
+    def paint(prompt, further=None):
+        return sd.txt2img(prompt, **HOW, **second, hires_prompt=further).latents
+
+    assert torch.equal(paint("[a:b:2]", "[a:b:2]"), paint("a", "b"))
+    assert not torch.equal(paint("[a:b:2]"), paint("a"))
+    with pytest.raises(UsageError, match="hires_prompt has other <lora:...> tags than the prompt"):
+        paint("a", "a <lora:ink:1>")
+
+
+@pytest.mark.slow
 def test_a_picture_does_not_depend_on_its_batch_nor_on_how_it_was_halved(sd, caplog):
     own = StableDiffusion(copy.deepcopy(sd.model))
     whole = own.model.apply_model
