@@ -179,11 +179,11 @@ def dpm_solver_step(
     """
     first, second, h = _differences(eps, alpha_bars, alpha_bar_next, solver_type)
     phi_1 = h.expm1()
-    phi_2 = phi_1 / h - 1
     noise = _sigma(alpha_bar_next)
     x_next = _mix(x_t, eps[0], (alpha_bar_next / alpha_bars[0]).sqrt(), -noise * phi_1)
     if len(eps) == 2 and solver_type == "midpoint":
         return x_next - _factor(0.5 * noise * phi_1, x_t) * first
+    phi_2 = phi_1 / h - 1
     if len(eps) > 1:
         x_next = x_next - _factor(noise * phi_2, x_t) * first
     if len(eps) > 2:
@@ -222,10 +222,10 @@ def dpm_solver_pp_step(
         )
     signal = alpha_bar_next.sqrt()
     phi_1 = (-h).expm1()
-    phi_2 = phi_1 / h + 1
     x_next = _mix(x_t, pred_x0[0], _sigma(alpha_bar_next) / _sigma(alpha_bars[0]), -signal * phi_1)
     if len(pred_x0) == 2 and solver_type == "midpoint":
         return x_next - _factor(0.5 * signal * phi_1, x_t) * first
+    phi_2 = phi_1 / h + 1
     if len(pred_x0) > 1:
         x_next = x_next + _factor(signal * phi_2, x_t) * first
     if len(pred_x0) > 2:
