@@ -1,6 +1,8 @@
 """Hires fix: a second pass is img2img of what the first gave, enlarged; it says so, and refuses what cannot be."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,3 +212,12 @@ def test_refusals(sd):
         assert len(str(caught.value)) <= 400 and "\n" not in str(caught.value), given
     with pytest.raises(OptionError, match="give hires_scale, or hires_size"):
         sd.plan(PROMPT, enable_hr=True)
+
+
+@pytest.mark.slow
+def test_the_block_of_the_page_runs():
+    page = (Path(__file__).parents[1] / "docs" / "hires.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(compile(code, "docs/hires.md", "exec"), names)
+    assert names["out"].parameters[0].hires_scale == 1.5

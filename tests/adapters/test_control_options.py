@@ -2,12 +2,18 @@
 
 import importlib.util
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from keyed import fill, keyed_input, weight
+from lora_files import write_lora_for
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import tiny_model, write_tiny
 
 import ldm
@@ -214,7 +220,8 @@ def end(shelf, tmp_path, monkeypatch, capsys):
         spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        common = ["--ckpt", "tiny.safetensors", "--device", "cpu", "--steps", 2, "--skip_grid", "--seed", 4]
+        common = [] if "--ckpt" in argv else ["--ckpt", "tiny.safetensors"]
+        common += ["--device", "cpu", "--steps", 2, "--skip_grid", "--seed", 4]
         with pytest.raises(SystemExit) as stop:
             run(module.main, [str(word) for word in (*common, *argv)])
         return (stop.value.code, *capsys.readouterr())
@@ -270,7 +277,8 @@ def test_a_script_paints_along_hints_says_so_and_repeats_what_it_is_told(end):
     )
 
 
-def test_a_script_paints_after_a_picture_and_repeats_it(end, tmp_path):
+def write_look():
+    """Write an IP-Adapter for the tiny model, look.safetensors, and the vision model that it reads, clip/."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     config = CLIPVisionConfig(
@@ -285,6 +293,10 @@ def test_a_script_paints_after_a_picture_and_repeats_it(end, tmp_path):
             name = f"ip_adapter.{i}.to_{part}_ip.weight"
             tensors[name] = weight(f"look.{name}", tuple(one.to_k.weight.shape))
     save_safetensors("look.safetensors", tensors, {})
+
+
+def test_a_script_paints_after_a_picture_and_repeats_it(end, tmp_path):
+    write_look()
     flags = "--ip-adapter look.safetensors --ip-image hint.png --ip-scale 0.5 --image-encoder clip".split()
     flags += "--ip-adapter look.safetensors --ip-image init.png --ip-image hint.png".split()
     assert records(said(*flags)) == [
@@ -327,3 +339,42 @@ def test_one_kind_for_the_other_is_refused_in_one_line(end):
     Path("p.txt").write_text("a cat\n--prompt a dog --control edges.safetensors --hint tiny.safetensors\n")
     code, _, err = end("txt2img", "--from-file", "p.txt")
     assert code == 3 and "line 2 of 'p.txt'" in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_blocks_of_the_page_run(end, tmp_path):
+    """docs/controls.md, with files of its names for the tiny model."""
+    page = (ROOT / "docs" / "controls.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert [language for language, _ in blocks] == ["python", "bash", "python"]
+    write_look()
+    write_lora_for("style.safetensors", tiny_model())
+    (tmp_path / "models").mkdir()
+    Path("clip").rename("models/image_encoder")
+    for theirs, name in (
+        ("tiny.safetensors", "v1-5-pruned.safetensors"),
+        ("edges.safetensors", "control_v11p_sd15_canny.pth"),
+        ("sketch.safetensors", "t2iadapter_sketch_sd15v2.pth"),
+        ("look.safetensors", "ip-adapter_sd15.safetensors"),
+        ("look.safetensors", "ip-adapter-plus-face_sd15.bin"),
+    ):
+        if name.endswith("safetensors"):
+            shutil.copy(theirs, name)
+        else:
+            torch.save(load_file(theirs), name)
+    settings = yaml.safe_load(Path("tiny.yaml").read_text()) | {"sampling": {"steps": 2, "size": 64}}
+    Path("v1-5-pruned.yaml").write_text(yaml.safe_dump(settings))
+    for name in ("edges", "portrait", "anna", "berta", "left", "right", "house", "sketch"):
+        shutil.copy("hint.png", f"{name}.png")
+    names = {}
+    for code in (blocks[0][1], blocks[2][1]):
+        exec(compile(code, "docs/controls.md", "exec"), names)
+    kinds = [one["kind"] for one in adapters("out/00000.png")]
+    assert kinds == ["ControlNet", "IPAdapter", "LoRA"]
+    command = blocks[1][1]
+    if importlib.util.find_spec("cv2") is None:  # of the extra "hints"
+        command = command.replace("canny:100:200", "threshold:100")
+    _, script, *flags = shlex.split(command.replace("\\\n", " "))
+    assert script == "scripts/txt2img.py"
+    assert end("txt2img", *flags, "--outdir", "o")[0] == 0
+    assert [one["kind"] for one in adapters("o/samples/00000.png")] == ["ControlNet", "T2IAdapter"]
