@@ -515,17 +515,8 @@ KINDS = [
 ADDING = (Control, Sketch, Look)
 FURTHER = (Free, Perturbed, Sliced, Seamless, Blurred)
 NOT_BY_HAND = ((Perturbed, Blurred), (Blurred, Look))  # the first by hand changes what the second begins with
-OF_SLOTS = (Lora, Merged, Cached, Optimized, Control, Look)  # one kind of each slot, and fused modules
-
-
-def is_tried(first, second):
-    """Whether two kinds are tried together: further ones with each other and with one kind of each slot."""
-    if (first, second) == (ImagePrompt, Look):
-        return False  # both set processors, which is refused by name
-    return not {first, second} & {*FURTHER} or {first, second} <= {*FURTHER, *OF_SLOTS}
-
-
-PAIRS = [pair for pair in itertools.combinations(KINDS, 2) if is_tried(*pair)]
+# ImagePrompt and Look both set processors, which is refused by name.
+PAIRS = [pair for pair in itertools.combinations(KINDS, 2) if pair != (ImagePrompt, Look)]
 NAMES = [f"{a.__name__}-{b.__name__}" for a, b in PAIRS]
 
 
