@@ -44,13 +44,7 @@ class AttnProcessor(nn.Module):
         temb: Tensor | None = None,
     ) -> Tensor:
         """Answer as the attention would, (b, n, d), or a map where a map was given."""
-        tokens = tokens_of(hidden_states)
-        context = tokens if encoder_hidden_states is None else encoder_hidden_states
-        mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(tokens), out_dim=4)
-        q, k, v = (
-            attn.head_to_batch_dim(layer(y), out_dim=4)
-            for layer, y in ((attn.to_q, tokens), (attn.to_k, context), (attn.to_v, context))
-        )
+        q, k, v, mask = projected(attn, hidden_states, encoder_hidden_states, attention_mask)
         return answered(attn, attend(q, k, v, mask, attn.scale), hidden_states)
 
     def state(self) -> Hashable:
@@ -82,15 +76,10 @@ class SlicedAttnProcessor:
         temb: Tensor | None = None,
     ) -> Tensor:
         """Answer as AttnProcessor does; see there."""
-        tokens = tokens_of(hidden_states)
-        context = tokens if encoder_hidden_states is None else encoder_hidden_states
-        mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(tokens), out_dim=4)
-        q, k, v = (
-            attn.head_to_batch_dim(layer(y), out_dim=4).flatten(0, 1)
-            for layer, y in ((attn.to_q, tokens), (attn.to_k, context), (attn.to_v, context))
-        )  # (b heads, n, d) each
+        q, k, v, mask = projected(attn, hidden_states, encoder_hidden_states, attention_mask)
         if mask is not None:
-            mask = mask.expand(len(tokens), attn.heads, -1, -1).flatten(0, 1)
+            mask = mask.expand(len(q), attn.heads, -1, -1).flatten(0, 1)
+        q, k, v = (heads.flatten(0, 1) for heads in (q, k, v))  # (b heads, n, d) each
         out = torch.empty_like(q)
         for i in range(0, len(q), self.slice_size):
             part = slice(i, i + self.slice_size)
@@ -172,6 +161,20 @@ class IPAttnProcessor(nn.Module):
 def tokens_of(hidden_states: Tensor) -> Tensor:
     """Give tokens (b, n, d), also of a map (b, d, h, w)."""
     return hidden_states.flatten(2).transpose(1, 2) if hidden_states.dim() == 4 else hidden_states
+
+
+def projected(
+    attn: CrossAttention, hidden_states: Tensor, context: Tensor | None, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Give query, key and value, (b, heads, n or m, d) each, and the mask for them; without a context of the tokens."""
+    tokens = tokens_of(hidden_states)
+    context = tokens if context is None else context
+    mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(tokens), out_dim=4)
+    q, k, v = (
+        attn.head_to_batch_dim(layer(y), out_dim=4)
+        for layer, y in ((attn.to_q, tokens), (attn.to_k, context), (attn.to_v, context))
+    )
+    return q, k, v, mask
 
 
 def answered(attn: CrossAttention, out: Tensor, given: Tensor) -> Tensor:
