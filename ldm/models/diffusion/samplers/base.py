@@ -138,6 +138,17 @@ class Sampler:
         return norm_thresholding(pred_x0, self.dynamic_threshold)
 
 
+class VariableEta:
+    """Of a sampler's bases the first, where eta says how much of the noise is fresh: 0 (none) to 1."""
+
+    etas = "must be from 0 to 1"
+
+    @classmethod
+    def accepts_eta(cls, eta: float) -> bool:
+        """Tell whether eta means something to this sampler."""
+        return 0 <= eta <= 1
+
+
 @dataclass
 class NoisySampler(Sampler):
     """A sampler that draws noise at every step, even where its weight is 0: CompVis does, and later draws of

@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 from torch import Tensor
 
 from ldm.models.diffusion.levels import Level
-from ldm.models.diffusion.samplers.base import SigmaSampler
+from ldm.models.diffusion.samplers.base import SigmaSampler, VariableEta
 from ldm.models.diffusion.samplers.compvis import DDIM
 from ldm.process.steps import ancestral_split
 
@@ -27,7 +27,7 @@ class DDIMCFGPP(DDIM):
 
 
 @dataclass
-class EulerAncestralCFGPP(SigmaSampler):
+class EulerAncestralCFGPP(VariableEta, SigmaSampler):
     """The same in k-diffusion's units, with fresh noise: ComfyUI's euler_ancestral_cfg_pp.
 
     Options:
@@ -36,15 +36,10 @@ class EulerAncestralCFGPP(SigmaSampler):
 
     name = "euler_a_cfg_pp"
     own_eta = 1.0
-    etas = "must be from 0 to 1"
     needs_unconditional = True
 
     _: KW_ONLY
     s_noise: float = 1.0
-
-    @classmethod
-    def accepts_eta(cls, eta: float) -> bool:
-        return 0 <= eta <= 1
 
     def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
         denoised, unconditional = map(self.quantize, self.denoise.both_at_sigma(x, here.sigma))

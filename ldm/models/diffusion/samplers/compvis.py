@@ -7,13 +7,13 @@ from torch import Tensor
 
 from ldm import limits
 from ldm.models.diffusion.levels import Level
-from ldm.models.diffusion.samplers.base import NoisySampler
+from ldm.models.diffusion.samplers.base import NoisySampler, VariableEta
 from ldm.process.prediction import to_x0
 from ldm.process.schedule import LEAST_SIGNAL
 from ldm.process.steps import ddim_std, ddim_step, ddpm_step, plms_eps
 
 
-class DDIM(NoisySampler):
+class DDIM(VariableEta, NoisySampler):
     """DDIM (arXiv:2010.02502), eta from 0 (deterministic) to 1 (DDPM's variance).
 
     Over whole levels the last step goes to the model's level 0, not to the clean end, as CompVis's does. A model whose
@@ -26,15 +26,10 @@ class DDIM(NoisySampler):
     ends_clean = False
     starts_above = True  # as CompVis's img2img; kept, for its seeds' images
     inverts = True
-    etas = "must be from 0 to 1"
 
     @classmethod
     def own_spacing(cls, alpha_bar: np.ndarray) -> str:
         return "trailing" if alpha_bar[-1] <= LEAST_SIGNAL else cls.spacing
-
-    @classmethod
-    def accepts_eta(cls, eta: float) -> bool:
-        return 0 <= eta <= 1
 
     def step(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
         if to.left > here.left:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldm.errors import UsageError, shown
 from ldm.models.diffusion.levels import Level
-from ldm.models.diffusion.samplers.base import SigmaSampler
+from ldm.models.diffusion.samplers.base import SigmaSampler, VariableEta
 from ldm.process.steps import ddim_std, euler_step, heun_step, midpoint_step, multistep_weights
 
 
@@ -84,7 +84,7 @@ class DPM2(Euler):
 
 
 @dataclass
-class EulerAncestral(SigmaSampler):
+class EulerAncestral(VariableEta, SigmaSampler):
     """Euler's method down to a lower sigma, and noise back up to the next: "Euler a". DDIM's step with the same eta.
 
     Options:
@@ -93,14 +93,9 @@ class EulerAncestral(SigmaSampler):
 
     name = "euler_a"
     own_eta = 1.0
-    etas = "must be from 0 to 1"
 
     _: KW_ONLY
     s_noise: float = 1.0
-
-    @classmethod
-    def accepts_eta(cls, eta: float) -> bool:
-        return 0 <= eta <= 1
 
     def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
         denoised = self.predict(x, here.sigma)

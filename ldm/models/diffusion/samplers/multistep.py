@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldm.errors import UsageError, shown
 from ldm.models.diffusion.levels import Level
-from ldm.models.diffusion.samplers.base import Sampler, SigmaSampler
+from ldm.models.diffusion.samplers.base import Sampler, SigmaSampler, VariableEta
 from ldm.models.diffusion.samplers.kdiffusion import Euler
 from ldm.process.multistep import (
     DEIS_CLOCKS,
@@ -212,7 +212,7 @@ class DPMSolverPP2Mv2(MultistepSampler):
 
 
 @dataclass
-class RESMultistep(MultistepSampler):
+class RESMultistep(VariableEta, MultistepSampler):
     """RES, multistep of order 2 (arXiv:2308.02157): ComfyUI's res_multistep, and with eta 1 its ancestral form.
 
     Options:
@@ -221,15 +221,10 @@ class RESMultistep(MultistepSampler):
     """
 
     name = "res_multistep"
-    etas = "must be from 0 to 1"
 
     _: KW_ONLY
     s_noise: float = 1.0
     last_down: float = field(default=0.0, init=False, repr=False)
-
-    @classmethod
-    def accepts_eta(cls, eta: float) -> bool:
-        return 0 <= eta <= 1
 
     def move(self, x: Tensor, denoised: Tensor, here: Level, to: Level) -> Tensor:
         up = ddim_std(here.alpha_bar, to.alpha_bar, self.eta) / to.alpha_bar.sqrt()

@@ -8,13 +8,13 @@ from torch import Tensor
 from ldm.errors import UsageError, shown
 from ldm.helpers import upload
 from ldm.models.diffusion.levels import Level
-from ldm.models.diffusion.samplers.base import SigmaSampler
+from ldm.models.diffusion.samplers.base import SigmaSampler, VariableEta
 from ldm.process.brownian import BrownianPaths
 from ldm.process.steps import ancestral_split, euler_step, sde_dpm_solver_pp_step, sde_std
 
 
 @dataclass
-class SDESampler(SigmaSampler):
+class SDESampler(VariableEta, SigmaSampler):
     """A sampler whose noise is that of one Brownian path an image, so that runs of other steps meet the same.
 
     Options:
@@ -23,16 +23,11 @@ class SDESampler(SigmaSampler):
     """
 
     own_eta = 1.0
-    etas = "must be from 0 to 1"
 
     _: KW_ONLY
     s_noise: float = 1.0
     brownian: bool = True
     paths: BrownianPaths | None = field(default=None, init=False, repr=False)
-
-    @classmethod
-    def accepts_eta(cls, eta: float) -> bool:
-        return 0 <= eta <= 1
 
     def draw_between(self, x: Tensor, sigma: Tensor, sigma_to: Tensor) -> Tensor:
         """Draw unit normal noise shaped like x for the interval between two sigmas."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm import limits
 from ldm.errors import NumericError, UsageError, shown
 from ldm.models.diffusion.levels import Level, LevelTable
-from ldm.models.diffusion.samplers.base import SigmaSampler
+from ldm.models.diffusion.samplers.base import SigmaSampler, VariableEta
 from ldm.process.spacing import check_steps
 from ldm.process.steps import ancestral_split, dpm_solver_singlestep
 
@@ -27,7 +27,7 @@ class OrderedLevel(Level):
 
 
 @dataclass
-class DPMFast(SigmaSampler):
+class DPMFast(VariableEta, SigmaSampler):
     """DPM-Solver-fast (arXiv:2206.00927, section 3.4): "DPM fast".
 
     `steps` counts calls of the network: S of them are S // 3 + 1 steps of order 3, but for the last. Its own levels are
@@ -40,14 +40,9 @@ class DPMFast(SigmaSampler):
 
     name = "dpm_fast"
     spacing = "exponential"
-    etas = "must be from 0 to 1"
 
     _: KW_ONLY
     s_noise: float = 1.0
-
-    @classmethod
-    def accepts_eta(cls, eta: float) -> bool:
-        return 0 <= eta <= 1
 
     @classmethod
     def plan(
@@ -84,7 +79,7 @@ class DPMFast(SigmaSampler):
 
 
 @dataclass
-class DPMAdaptive(SigmaSampler):
+class DPMAdaptive(VariableEta, SigmaSampler):
     """DPM-Solver of order 3, embedded in order 2, whose steps are as long as a tolerance allows: "DPM adaptive".
 
     From the noisiest level of the spacing to the model's lowest sigma; `steps` has no effect on a whole run. A run from
@@ -103,7 +98,6 @@ class DPMAdaptive(SigmaSampler):
     name = "dpm_adaptive"
     spacing = "exponential"
     chooses_levels = True
-    etas = "must be from 0 to 1"
 
     _: KW_ONLY
     order: int = 3
@@ -130,10 +124,6 @@ class DPMAdaptive(SigmaSampler):
         for name in ("accept_safety", "pcoeff", "icoeff", "dcoeff"):
             limits.real(name, getattr(self, name), *limits.SHARE)
         self.h = self.h_init
-
-    @classmethod
-    def accepts_eta(cls, eta: float) -> bool:
-        return 0 <= eta <= 1
 
     @classmethod
     def plan(

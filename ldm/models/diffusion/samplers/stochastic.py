@@ -5,12 +5,13 @@ from dataclasses import KW_ONLY, dataclass, field
 from torch import Tensor
 
 from ldm.models.diffusion.levels import Level
+from ldm.models.diffusion.samplers.base import VariableEta
 from ldm.models.diffusion.samplers.multistep import MultistepSampler, OrderedSampler, check_choice
 from ldm.process.multistep import er_sde_weights, sa_std, sa_weights, weighed
 
 
 @dataclass
-class SASolver(MultistepSampler):
+class SASolver(VariableEta, MultistepSampler):
     """SA-Solver (arXiv:2309.05019): stochastic Adams, each step corrected by the next prediction, at no further call.
 
     A value that was changed since the step (a mask's) is not corrected. diffusers' SASolverScheduler as it comes: noise
@@ -31,7 +32,6 @@ class SASolver(MultistepSampler):
     spacing = "linspace"
     skips_lowest = True
     own_eta = 1.0
-    etas = "must be from 0 to 1"
 
     _: KW_ONLY
     order: int = 2
@@ -50,10 +50,6 @@ class SASolver(MultistepSampler):
         check_choice("order of sa_solver", self.order, (1, 2, 3, 4))
         check_choice("corrector_order of sa_solver", self.corrector_order, (0, 1, 2, 3, 4))
         check_choice("final_orders of sa_solver", self.final_orders, ("diffusers", "comfyui", "none"))
-
-    @classmethod
-    def accepts_eta(cls, eta: float) -> bool:
-        return 0 <= eta <= 1
 
     def remaining(self, here: Level) -> int:
         """Count the steps from here on, less one to the clean end, which has no order."""
