@@ -42,6 +42,7 @@ class DDIM(VariableEta, NoisySampler):
         return ddim_std(here.alpha_bar, to.alpha_bar, self.eta)
 
     def move(self, x: Tensor, eps: Tensor, pred_x0: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
+        """Step by a prediction at hand, Eq. 12 of arXiv:2010.02502: (sample at `to`, pred_x0)."""
         return ddim_step(
             x,
             eps,
