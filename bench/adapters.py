@@ -161,6 +161,45 @@ def held_bytes(device: "torch.device") -> int:
     return int(line.split()[1]) * 1024
 
 
+def begin(build: Callable[[], Step], device: "torch.device") -> tuple[Step, dict[str, Any], "Tensor"]:
+    """Build what makes a step and make the first one: (it, its seconds and the memory that stays, its answer)."""
+    from bench.speedlib import timing
+    from bench.speedlib.contestants import tidy
+
+    tidy()
+    before = held_bytes(device)
+    step = build()
+    answers: list[Tensor] = []
+    first = timing.clocked(lambda: answers.append(step()), device)
+    answer = answers.pop().float()
+    tidy()
+    found = {"first_seconds": first["seconds"], "held_gb": (held_bytes(device) - before) / 1e9}
+    return step, found, answer
+
+
+def errors_of(name: str, dtype: str, answer: "Tensor", reference: "Tensor") -> dict[str, float]:
+    """Compare an answer with the reference.
+
+    Raises:
+        MismatchError: it is wrong.
+    """
+    from bench.speedlib.gate import relative_errors
+
+    error, rms = relative_errors(answer, reference)
+    if error > LIMITS[dtype]:
+        raise MismatchError(f"{name} in {dtype} is off by {error:.2g} of the largest number, not timed")
+    return {"max_error": error, "rms_error": rms}
+
+
+def time_in_turn(steps: dict[str, Step], device: "torch.device", repeats: int) -> dict[str, list[float]]:
+    """Time steps in rounds, each in turn: seconds by name."""
+    from bench.speedlib import timing
+
+    timed = {name: lambda step=step: timing.clocked(step, device) for name, step in steps.items()}
+    runs = timing.interleave(timed, repeats=repeats)
+    return {name: [run["seconds"] for run in several] for name, several in runs.items()}
+
+
 def measure(
     shape: "Geometry", dtype: str, count: int, px: int, device: "torch.device", repeats: int
 ) -> dict[str, Any]:
@@ -172,8 +211,6 @@ def measure(
     import torch
 
     from bench.speedlib import models, timing
-    from bench.speedlib.contestants import tidy
-    from bench.speedlib.gate import relative_errors
     from ldm.checkpoints.key_mapping import UNET
 
     weights = models.make_weights(shape, getattr(torch, dtype), device, prefixes=(UNET,))
@@ -193,30 +230,12 @@ def measure(
             steps[f"diffusers, {count} fused"] = their_step(shape, weights, inputs, files, True)
         answers: dict[str, torch.Tensor] = {}
         for name, step in steps.items():
-            tidy()
-            before = held_bytes(device)
-            watch: list[torch.Tensor] = []
-            first = timing.clocked(lambda step=step, watch=watch: watch.append(step()), device)
-            answers[name] = watch[0].float()
-            tidy()
-            row["contestants"][name] = {
-                "first_seconds": first["seconds"],
-                "held_gb": (held_bytes(device) - before) / 1e9,
-            }
+            _, row["contestants"][name], answers[name] = begin(lambda step=step: step, device)
         for name, answer in answers.items():
             of = "none" if name.endswith("none") else f"{count} beside"
             reference = answers.get(f"diffusers, {of}", answers[f"ldm, {name.split(', ')[1].split()[0]}"])
-            error, rms = relative_errors(answer, reference)
-            row["contestants"][name] |= {"max_error": error, "rms_error": rms}
-            if error > LIMITS[dtype]:
-                raise MismatchError(
-                    f"{name} in {dtype} is off by {error:.2g} of the largest number, not timed"
-                )
-        runs = timing.interleave(
-            {name: lambda step=step: timing.clocked(step, device) for name, step in steps.items()},
-            repeats=repeats,
-        )
-    seconds = {name: [run["seconds"] for run in several] for name, several in runs.items()}
+            row["contestants"][name] |= errors_of(name, dtype, answer, reference)
+        seconds = time_in_turn(steps, device, repeats)
     for name, several in seconds.items():
         row["contestants"][name] |= {"seconds": timing.spread(several)}
         if not name.endswith("none"):
@@ -236,8 +255,6 @@ def measure_set(
     import torch
 
     from bench.speedlib import adapter_set, models, timing
-    from bench.speedlib.contestants import tidy
-    from bench.speedlib.gate import relative_errors
     from ldm.checkpoints.key_mapping import UNET
 
     weights = models.make_weights(shape, getattr(torch, dtype), device, prefixes=(UNET,))
@@ -258,28 +275,10 @@ def measure_set(
             row["left_out"] = {"diffusers": "no peft: pip install peft"}
         reference = None
         for name, build in builders.items():
-            tidy()
-            before = held_bytes(device)
-            steps[name] = build()
-            watch: list[torch.Tensor] = []
-            first = timing.clocked(lambda step=steps[name], watch=watch: watch.append(step()), device)
-            tidy()
-            held = (held_bytes(device) - before) / 1e9
-            answer = watch[0].float()
+            steps[name], row["contestants"][name], answer = begin(build, device)
             reference = answer if reference is None else reference
-            error, rms = relative_errors(answer, reference)
-            row["contestants"][name] = {
-                "first_seconds": first["seconds"], "held_gb": held, "max_error": error, "rms_error": rms,
-            }  # fmt: skip
-            if error > LIMITS[dtype]:
-                raise MismatchError(
-                    f"{name} in {dtype} is off by {error:.2g} of the largest number, not timed"
-                )
-        runs = timing.interleave(
-            {name: lambda step=step: timing.clocked(step, device) for name, step in steps.items()},
-            repeats=repeats,
-        )
-    seconds = {name: [run["seconds"] for run in several] for name, several in runs.items()}
+            row["contestants"][name] |= errors_of(name, dtype, answer, reference)
+        seconds = time_in_turn(steps, device, repeats)
     for name, several in seconds.items():
         row["contestants"][name]["seconds"] = timing.spread(several)
         if name != "diffusers, set" and "diffusers, set" in seconds:
