@@ -186,6 +186,14 @@ def with_dots(body: str) -> str | None:
     return ".".join(parts)
 
 
+# The parts of v1's UNet, as diffusers names them.
+V1_PARTS = re.compile(
+    r"(?:conv_in|conv_norm_out|conv_out|time_embedding|mid_block\.(?:attentions\.0|resnets\.[01])"
+    r"|down_blocks\.(?:[0-3]\.resnets\.[01]|[0-2]\.(?:attentions\.[01]|downsamplers\.0))"
+    r"|up_blocks\.(?:[0-3]\.resnets\.[0-2]|[1-3]\.attentions\.[0-2]|[0-2]\.upsamplers\.0))\."
+)
+
+
 def _module_of(file: LoraFile, change: ModuleChange) -> tuple[str, str]:
     """Give a module's part ("unet", "text_encoder") and its name with dots, as diffusers has it.
 
@@ -202,6 +210,7 @@ def _module_of(file: LoraFile, change: ModuleChange) -> tuple[str, str]:
         # Two ResBlocks a level, as Stable Diffusion v1 has them, which the modules of a LoRA need not show.
         key = f"{name}.weight"
         name = unet_to_diffusers([key, "input_blocks.3.0.op.weight"]).get(key, "").removesuffix(".weight")
+        name = name if V1_PARTS.match(f"{name}.") else None  # of another UNet the blocks would be misnumbered
     if not name:
         raise file.misfit(f"'{escaped(change.module)}' is no module of Stable Diffusion v1's layout")
     return "unet", name

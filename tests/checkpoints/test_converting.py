@@ -429,6 +429,11 @@ def test_bad_input_is_one_line_and_leaves_everything_as_it_was(tmp_path, control
         for role, one in (("lora_up.weight", (4, 2)), ("lora_down.weight", (2, 4)))
     }
     write_lora(tmp_path / "odd.safetensors", odd)
+    deep = "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_k"  # of three ResBlocks a level
+    write_lora(
+        tmp_path / "deep.safetensors",
+        {f"{deep}.lora_up.weight": torch.ones(6, 2), f"{deep}.lora_down.weight": torch.ones(2, 5)},
+    )
     save_safetensors(tmp_path / "e.safetensors", {"emb_params": torch.ones(2, 768)})
     save_safetensors(tmp_path / "control.safetensors", control)
     half = {name: one for name, one in control.items() if "middle_block_out" not in name}
@@ -480,6 +485,12 @@ def test_bad_input_is_one_line_and_leaves_everything_as_it_was(tmp_path, control
             ["-o", "x.safetensors", "--to", "kohya"],
             MismatchError,
             "is no module of Stable",
+        ),
+        (
+            "deep.safetensors",
+            ["-o", "x.safetensors", "--to", "diffusers"],
+            MismatchError,
+            "'lora_unet_input_blocks_3_1_.*' is no module of Stable",
         ),
         ("what.safetensors", ["-o", "x.safetensors", "--to", "kohya"], MismatchError, "nothing that a LoRA"),
         ("vae.safetensors", ["-o", "x.safetensors"], MismatchError, "is of the kind 'VAE'"),
