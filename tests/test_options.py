@@ -15,7 +15,8 @@ from ldm.adapters import PAG, SAG, AttentionSlicing, FreeU, SeamlessTiling, use
 from ldm.cli import painting_parser, read_prompts
 from ldm.errors import OptionError, UsageError
 from ldm.metadata import from_infotext, to_infotext
-from ldm.options import Number, Option
+from ldm.option_kinds import Number
+from ldm.options import Option
 from ldm.pipeline import StableDiffusion
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,8 @@ from ldm.cli.adapters import told_adapters
 from ldm.cli.parser import Parser, integer
 from ldm.cli.running import printable, say
 from ldm.errors import FormatError, UsageError, shown
-from ldm.options import Choice, Option
+from ldm.option_kinds import Choice
+from ldm.options import Option
 
 # Words for what is computed in; torch's names for them.
 PRECISIONS = {"full": "float32", "half": "float16", "bfloat16": "bfloat16"}

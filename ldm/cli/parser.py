@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from ldm.errors import UsageError, nearest
-from ldm.options import Number, Seed, Whole
+from ldm.option_kinds import Number, Seed, Whole
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

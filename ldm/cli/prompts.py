@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 from ldm import limits
 from ldm.cli.running import say
 from ldm.errors import AbsentError, FormatError, UsageError, nearest, shown
-from ldm.options import Interval, Part, Prompt, line_names
+from ldm.option_kinds import Interval, Part, Prompt
+from ldm.options import line_names
 
 MAX_PROMPT_BYTES = 10 * 2**20
 MAX_PROMPT_LINES = 100_000

@@ -21,7 +21,7 @@ from ldm.limits import SHARE
 from ldm.models.diffusion.conditions import ScheduledCondition, tokens_of, weighted
 from ldm.models.diffusion.levels import LevelTable, alpha_bar_table
 from ldm.modules.seams import GuidanceTerm
-from ldm.options import Interval
+from ldm.option_kinds import Interval
 from ldm.process.guidance import guide, join, rescale
 from ldm.process.prediction import to_eps, to_x0
 

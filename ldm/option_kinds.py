@@ -1,0 +1,397 @@
+"""Kinds of values that an option of a painting may have: how each is read, checked, written and shown.
+
+A kind knows nothing of any option; ldm.options says which option has which kind. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ldm import limits
+from ldm.errors import UsageError, nearest, shown
+
+MAX_WHOLE = 2**64 - 1  # of seeds, the largest whole numbers that anybody writes into a picture
+
+
+class Kind:
+    """What the values of an option are; a text, where a kind does not say otherwise.
+
+    Methods: `parse` reads a word of the command line or of a prompt file and raises argparse.ArgumentTypeError; `check`
+    holds a keyword's value against its limits and raises UsageError; `plain` gives a value as JSON has it. `read` and
+    `take` read a picture's text and its JSON, which anybody may have written: None is what no such value is.
+    """
+
+    parts = 1  # words behind a flag; where they are more, `part` is the kind of each
+    is_switch = False  # a flag without a word
+    is_repeated = False  # a flag that may be given several times
+
+    def parse(self, text: str) -> Any:
+        return text
+
+    def check(self, name: str, value: Any) -> Any:
+        if not isinstance(value, str):
+            raise UsageError(f"{name} must be a text, got {shown(value)}")
+        return value
+
+    def plain(self, value: Any) -> Any:
+        return value
+
+    def write(self, value: Any) -> str | None:
+        return str(value)
+
+    def read(self, text: str) -> Any:
+        return text
+
+    def take(self, value: Any) -> Any:
+        return value if isinstance(value, str) else None
+
+
+class Prompt(Kind):
+    """Any text that can be encoded, of at most limits.MAX_PROMPT characters."""
+
+    def parse(self, text: str) -> str:
+        if len(text) > limits.MAX_PROMPT:
+            raise argparse.ArgumentTypeError(
+                f"wanted at most {limits.MAX_PROMPT} characters, got {len(text)}; shorten it"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise argparse.ArgumentTypeError(
+                f"wanted text, got characters that are none (lone surrogates): {shown(text)}"
+            ) from None
+        return text
+
+
+class Folder(Kind):
+    """The path of a folder."""
+
+    def check(self, name: str, value: Any) -> Any:
+        if not isinstance(value, str | os.PathLike):
+            raise UsageError(f"{name} must be a path, got {shown(value)}")
+        return value
+
+
+class Words(Kind):
+    """A name of ours that A1111 has a word for.
+
+    Args:
+        words: ours -> A1111's.
+        also: further words of A1111 -> ours; None is nothing.
+    """
+
+    def __init__(self, words: Mapping[str, str], also: Mapping[str, str | None] | None = None):
+        self.words = words
+        self.also = also or {}
+
+    def write(self, value: Any) -> str | None:
+        return self.words.get(value, value) if isinstance(value, str) else None
+
+    def read(self, text: str) -> str | None:
+        return {**{word: name for name, word in self.words.items()}, **self.also}.get(text, text)
+
+
+class Choice(Words):
+    """One of a few names of ours, each with A1111's word, beside which other words may stand for one."""
+
+    def parse(self, text: str) -> str:
+        found = self.also.get(text.lower(), text.lower())
+        if found not in self.words:
+            raise argparse.ArgumentTypeError(f"wanted one of {', '.join(self.words)}; got {shown(text)}")
+        return found
+
+    def check(self, name: str, value: Any) -> str:
+        return limits.choice(name, value, tuple(self.words))
+
+    def read(self, text: str) -> str:
+        try:
+            return self.parse(text)
+        except argparse.ArgumentTypeError:
+            return text  # another program's, kept as it is said
+
+
+class Upscaler(Choice):
+    """An upscaler, in our spelling or A1111's; the nearest name is said of any other."""
+
+    def __init__(self, words: Mapping[str, str]):
+        super().__init__(words, {word.lower(): name for name, word in words.items()})
+
+    def parse(self, text: str) -> str:
+        try:
+            return super().parse(text)
+        except argparse.ArgumentTypeError as error:
+            near = nearest(text.lower(), [*self.words, *self.also])
+            advice = f"; did you mean {self.also.get(near, near)!r}?" if near else ""
+            raise argparse.ArgumentTypeError(f"{error}{advice}") from None
+
+    def check(self, name: str, value: Any) -> str:
+        try:
+            return self.parse(value if isinstance(value, str) else shown(value))
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{name}: {error}") from None
+
+
+class Whole(Kind):
+    """A whole number from low to high, both included.
+
+    Args:
+        word: that may stand in place of a number.
+    """
+
+    def __init__(self, low: int, high: int, word: str | None = None):
+        self.low, self.high, self.word = low, high, word
+
+    def parse(self, text: str) -> int | str:
+        if self.word is not None and text == self.word:
+            return text
+        wanted = f"wanted {limits.about_whole(self.low, self.high)}, got {shown(text)}"
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(wanted) from None
+        if not limits.is_whole(value, self.low, self.high):
+            raise argparse.ArgumentTypeError(wanted)
+        return value
+
+    def check(self, name: str, value: Any) -> int:
+        return limits.whole(name, value, self.low, self.high)
+
+    def read(self, text: str) -> int | None:
+        return int(text) if re.fullmatch(r"[0-9]{1,20}", text) and int(text) <= MAX_WHOLE else None
+
+    def take(self, value: Any) -> int | None:
+        sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_WHOLE
+        return int(value) if sound and value == int(value) else None
+
+
+class Seed(Whole):
+    """A seed from 0 to 2^64 - 1; "random", or -1 as A1111 has it, is None."""
+
+    def __init__(self):
+        super().__init__(*limits.SEED)
+
+    def parse(self, text: str) -> int | None:
+        if text.strip() in ("random", "-1"):
+            return None
+        try:
+            return super().parse(text)
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentTypeError(
+                f"wanted a seed from 0 to 2^64-1, or -1 or 'random' to draw one, got {shown(text)}"
+            ) from None
+
+
+class Number(Kind):
+    """A finite number from low to high, both included."""
+
+    def __init__(self, low: float, high: float):
+        self.low, self.high = low, high
+
+    def parse(self, text: str) -> float:
+        wanted = f"wanted {limits.about_real(self.low, self.high)}, got {shown(text)}"
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(wanted) from None
+        if not limits.is_real(value, self.low, self.high):
+            raise argparse.ArgumentTypeError(wanted)
+        return value
+
+    def check(self, name: str, value: Any) -> float:
+        return limits.real(name, value, self.low, self.high)
+
+    def read(self, text: str) -> float | None:
+        try:
+            value = float(text[:40])
+        except ValueError:
+            return None
+        return value if math.isfinite(value) else None
+
+    def take(self, value: Any) -> float | None:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return value if is_number and abs(value) <= MAX_WHOLE else None
+
+
+class Levels(Words):
+    """The name of a spacing; or, as a keyword and in a picture's JSON, sigmas."""
+
+    def take(self, value: Any) -> Any:
+        numbers = [Number(0, math.inf).take(one) for one in value] if isinstance(value, list) else [None]
+        return super().take(value) if None in numbers else numbers
+
+
+class Interval(Kind):
+    """Two numbers from low to high, the first no greater than the second."""
+
+    parts = 2
+
+    def __init__(self, low: float, high: float):
+        self.part = Number(low, high)
+
+    def parse(self, text: str) -> tuple[float, ...]:
+        ends = text.replace(",", " ").split()
+        if len(ends) != 2:
+            raise argparse.ArgumentTypeError(
+                f"wanted two numbers from {self.part.low:g} to {self.part.high:g}, got {shown(text)}"
+            )
+        return tuple(map(self.part.parse, ends))
+
+    def check(self, name: str, value: Any) -> tuple[float, float]:
+        low, high = self.part.low, self.part.high
+        is_pair = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+        if not is_pair or not all(limits.is_real(end, low, high) for end in value) or value[0] > value[1]:
+            raise UsageError(
+                f"{name} must be (low, high) with {low:g} <= low <= high <= {high:g}, got {shown(value)}"
+            )
+        return float(value[0]), float(value[1])
+
+    def plain(self, value: Any) -> list[float]:
+        return list(value)
+
+    def write(self, value: Any) -> str:
+        return f"{value[0]} to {value[1]}"
+
+    def read(self, text: str) -> list[float] | None:
+        numbers = [self.part.read(part) for part in text.split(" to ")]
+        return numbers if len(numbers) == 2 and None not in numbers else None
+
+    def take(self, value: Any) -> list[float] | None:
+        numbers = [self.part.take(one) for one in value] if isinstance(value, list) else []
+        return numbers if len(numbers) == 2 and None not in numbers else None
+
+
+class Size(Kind):
+    """(width, height) in pixels, each from low to high; "512x384" in words."""
+
+    def __init__(self, low: int, high: int):
+        self.side = Whole(low, high)
+
+    def parse(self, text: str) -> tuple[int, int]:
+        sides = text.lower().split("x")
+        if len(sides) != 2:
+            raise argparse.ArgumentTypeError(f"wanted WIDTHxHEIGHT in pixels, as 512x384, got {shown(text)}")
+        return self.side.parse(sides[0]), self.side.parse(sides[1])
+
+    def check(self, name: str, value: Any) -> tuple[int, int]:
+        low, high = self.side.low, self.side.high
+        is_pair = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+        if not is_pair or not all(limits.is_whole(side, low, high) for side in value):
+            raise UsageError(
+                f"{name} must be (width, height) in pixels, each from {low} to {high}, got {shown(value)}"
+            )
+        return int(value[0]), int(value[1])
+
+    def plain(self, value: Any) -> list[int] | None:
+        return None if value is None else list(value)
+
+    def write(self, value: Any) -> str:
+        return f"{value[0]}x{value[1]}"
+
+    def read(self, text: str) -> list[int] | None:
+        sides = [self.side.read(side) for side in text.split("x")]
+        return sides if len(sides) == 2 and None not in sides else None
+
+    def take(self, value: Any) -> list[int] | None:
+        sides = [self.side.take(side) for side in value] if isinstance(value, list) else []
+        return sides if len(sides) == 2 and None not in sides else None
+
+
+class Numbers(Kind):
+    """So many numbers from low to high each, both included, in one word: "1.5,1.6,0.9,0.2"."""
+
+    def __init__(self, count: int, low: float, high: float):
+        self.count, self.part = count, Number(low, high)
+
+    def parse(self, text: str) -> tuple[float, ...]:
+        words = text.replace(",", " ").split()
+        if len(words) != self.count:
+            raise argparse.ArgumentTypeError(
+                f"wanted {self.count} numbers with commas between, got {shown(text)}"
+            )
+        return tuple(map(self.part.parse, words))
+
+    def check(self, name: str, value: Any) -> tuple[float, ...]:
+        low, high = self.part.low, self.part.high
+        is_row = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == self.count
+        if not is_row or not all(limits.is_real(one, low, high) for one in value):
+            raise UsageError(
+                f"{name} must be {self.count} numbers from {low:g} to {high:g} each, got {shown(value)}"
+            )
+        return tuple(map(float, value))
+
+    def plain(self, value: Any) -> list[float] | None:
+        return None if value is None else list(value)
+
+    def write(self, value: Any) -> str:
+        return ", ".join(map(str, value))
+
+    def read(self, text: str) -> list[float] | None:
+        return self.take([self.part.read(part) for part in text[:200].split(",")])
+
+    def take(self, value: Any) -> list[float] | None:
+        numbers = [self.part.take(one) for one in value] if isinstance(value, list) else []
+        return numbers if len(numbers) == self.count and None not in numbers else None
+
+
+class Switch(Kind):
+    """On or off."""
+
+    is_switch = True
+
+    def parse(self, text: str) -> bool:
+        if text.lower() not in ("", "true", "false"):
+            raise argparse.ArgumentTypeError(f"wanted nothing, true or false after it, got {shown(text)}")
+        return text.lower() != "false"
+
+    def check(self, name: str, value: Any) -> Any:
+        # numpy's bool has no common class with Python's.
+        if type(value).__name__ not in ("bool", "bool_"):
+            raise UsageError(f"{name} must be True or False, got {shown(value)}")
+        return value
+
+    def read(self, text: str) -> bool | None:
+        return {"True": True, "False": False}.get(text)
+
+    def take(self, value: Any) -> bool | None:
+        return value if isinstance(value, bool) else None
+
+
+class Files(Kind):
+    """Files that a flag names, with what is said of each; the flag may be given several times.
+
+    Args:
+        reader: (module, function) that reads the flag's text, of ldm.cli, which is above this module.
+    """
+
+    is_repeated = True
+
+    def __init__(self, module: str, function: str):
+        self.module, self.function = module, function
+
+    def parse(self, text: str) -> Any:
+        import importlib
+
+        return getattr(importlib.import_module(self.module), self.function)(text)
+
+
+class Part(Files):
+    """What a flag says of the adapter that the flag before it names: the pair of the option's name and a value.
+
+    All flags of such options (Option.into) fill one list, in the order in which they are given.
+
+    Args:
+        name: of the option.
+        kind: of the value.
+        begins: the flag names an adapter's file, and those that follow are said of it.
+    """
+
+    def __init__(self, name: str, kind: Kind, begins: bool = False):
+        self.name, self.kind, self.begins = name, kind, begins
+
+    def parse(self, text: str) -> tuple[str, Any]:
+        return self.name, self.kind.parse(text)
