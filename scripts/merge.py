@@ -22,12 +22,17 @@ def blocks_flag(text: str) -> dict[str, float] | list[float]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     try:
         if any("=" in part for part in parts):
-            return {name.strip(): float(one) for name, one in (part.split("=") for part in parts)}
-        return [float(part) for part in parts]
+            named = [(name.strip(), float(one)) for name, one in (part.split("=") for part in parts)]
+        else:
+            return [float(part) for part in parts]
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"wanted 25 or 26 numbers with commas between them, or NAME=number,NAME=number, got {text[:60]!r}"
         ) from None
+    names = [name.upper() for name, _ in named]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise argparse.ArgumentTypeError(f"wanted each block once, got {twice!r} twice")
+    return dict(named)
 
 
 def make_parser() -> Parser:
