@@ -37,7 +37,7 @@ ROOMS = (
     ("checkpoints", "modules"),
     ("kernels", "util"),
     ("models",),
-    ("images", "prompt"),
+    ("images", "prompt", "retouch"),
     ("adapters",),
     ("data", "shapes"),
     ("stories",),
