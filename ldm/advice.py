@@ -231,8 +231,7 @@ def advice(requests: Sequence[Request], defaults: SamplingDefaults, *, on_cpu: b
     lines: dict[str, str | None] = {}
     for request in requests:
         if request.embeds is None:
-            again = request.second_pass(request.images)
-            images = [*request.images, *(again[1] if again else ())]
+            images = [spec for one in request.passes for spec in one.images(request.images)]
             own = dict.fromkeys(spec.prompt for spec in images)
             if request.guidance_scale != 1:
                 own |= dict.fromkeys(spec.negative_prompt for spec in images)

@@ -7,7 +7,7 @@ what comes out is in ldm.results.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,10 +44,9 @@ from ldm.noise import (
     noise_sources,
     seed_everything,  # noqa: F401
 )
-from ldm.options import options as every_option
 from ldm.options import told
 from ldm.prompting import encode_batch, reads_languages
-from ldm.request import ImageSpec, Request
+from ldm.request import ImageSpec, Pass, Request, Start
 from ldm.results import GenerationParameters, GenerationResult, Progress, painted, versions
 
 if TYPE_CHECKING:
@@ -76,17 +75,18 @@ def encode_prompt(
 
 
 def encode_prompts(
-    model: LatentDiffusion, request: Request, batch: Sequence[ImageSpec], shared: dict[str, Any]
+    model: LatentDiffusion, request: Request, one: Pass, batch: Sequence[ImageSpec], shared: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None, list[list[str]]]:
     """Encode prompts and, if guidance needs them, negative prompts; list the words that did not fit.
 
     Args:
+        one, batch: a pass, and the images that are painted at once, as it paints them.
         shared: what the batches of a request use again: features of their prompts, and the text encoder's adapters.
 
     Returns:
         context and unconditional context, (b, n, d) each (None where nothing is guided), and dropped words.
     """
-    guided = request.guidance_scale != 1.0 or SAMPLERS[request.sampler].needs_unconditional
+    guided = one.guidance_scale != 1.0 or SAMPLERS[one.sampler].needs_unconditional
     if request.embeds is not None:
         rows = [spec.row for spec in batch]
         context = request.embeds[rows].to(model.device)
@@ -159,16 +159,16 @@ def encode_source(
 
 
 def masked_picture(
-    model: LatentDiffusion, request: Request, b: int, noise: Noise, shared: dict[str, Any]
+    model: LatentDiffusion, request: Request, one: Pass, b: int, noise: Noise, shared: dict[str, Any]
 ) -> Tensor:
     """Make what a 9-channel UNet sees beside its latents, (b, 1 + c, h, w): mask, then masked picture.
 
     Without a mask everything is to be repainted and the picture is grey, as its training had it.
     """
     f = downsampling(model)
-    size = (request.height, request.width)
-    mask = torch.ones(1, 1, *size) if request.mask is None else request.mask
-    image = torch.zeros(1, 3, *size) if request.image is None else request.image
+    size = (one.height, one.width)
+    mask = torch.ones(1, 1, *size) if one.start.mask is None else one.start.mask
+    image = torch.zeros(1, 3, *size) if one.start.image is None else one.start.image
     z = encode_source(model, request, image * (mask < 0.5), b, noise, shared, "masked")
     return torch.cat([pictures.shrink_mask(mask, f, any_pixel=False).to(z).expand(b, -1, -1, -1), z], dim=1)
 
@@ -181,13 +181,13 @@ def _beside(concat: Tensor, context: Any) -> Any:
 
 
 def starting_noise(
-    model: LatentDiffusion, request: Request, b: int, noise: Source, shared: dict[str, Any]
+    model: LatentDiffusion, request: Request, one: Pass, b: int, noise: Source, shared: dict[str, Any]
 ) -> Tensor:
     """Draw x_T (b, c, h, w) for a batch; fixed_code in CompVis's order of draws takes that of the first batch again."""
     if not (request.fixed_code and request.rng == "compvis"):
-        return initial_latents(model, b, request.height, request.width, noise)
+        return initial_latents(model, b, one.height, one.width, noise)
     if "x_T" not in shared:
-        shared["x_T"] = initial_latents(model, request.batch_size, request.height, request.width, noise)
+        shared["x_T"] = initial_latents(model, request.batch_size, one.height, one.width, noise)
     return shared["x_T"][:b]
 
 
@@ -355,7 +355,7 @@ def paint_batch(
     file: Path | None = None,
     autocast: torch.dtype | None = None,
 ) -> Iterator[Progress]:
-    """Paint one batch: encode the prompts, draw noise, denoise step by step, decode; with hires fix in two passes.
+    """Paint one batch, pass by pass: encode the prompts, draw noise, denoise step by step; then decode.
 
     Args:
         batch: those of request.images that are painted at once.
@@ -364,46 +364,48 @@ def paint_batch(
         name, file: of the model, for the pictures' metadata.
         autocast: see denoise.
     """
-    further = request.second_pass(batch)
-    count = request.steps if further is None else request.steps + further[0].run_last
-    latents, dropped = yield from run_pass(
-        model, request, batch, shared, progress, autocast, to_come=count - request.steps
-    )
-    if further is not None:
-        again, its_batch = further
-        its_shared = shared.setdefault("second pass", {})
-        latents, others = yield from run_pass(
-            model, again, its_batch, its_shared, progress, autocast, done=request.steps, first=latents
-        )
-        dropped = [
-            [*one, *(word for word in two if word not in one)]
-            for one, two in zip(dropped, others, strict=True)
-        ]
+    done, latents = 0, None
+    dropped: list[list[str]] = [[] for _ in batch]
+    for place, one in enumerate(request.passes):
+        own = shared.setdefault(place, {})
+        keywords, words = begin_pass(model, request, place, batch, own, latents)
+        dropped = [[*dict.fromkeys((*old, *new))] for old, new in zip(dropped, words, strict=True)]
+        if one.gives_its_picture:
+            latents = None
+            continue
+        to_come = sum(later.count for later in request.passes[place + 1 :])
+        before = done
+        for step in denoise(model, **keywords, autocast=autocast):
+            latents = step.x_t
+            done = before + step.index + 1
+            yield progress(done, before + step.total + to_come, x_t=latents, pred_x0=step.pred_x0)
+        # The samplers' last step does not blend again.
+        if "mask" in keywords:
+            latents = pictures.paste(keywords["x0"], latents, keywords["mask"])
     result = finish_batch(model, request, batch, latents, dropped, name, file, autocast)
-    yield progress(count, count, x_t=result.latents, pred_x0=result.latents, result=result)
+    yield progress(done, done, x_t=result.latents, pred_x0=result.latents, result=result)
 
 
-def run_pass(
+def begin_pass(
     model: LatentDiffusion,
     request: Request,
+    place: int,
     batch: Sequence[ImageSpec],
     shared: dict[str, Any],
-    progress: Callable[..., Progress],
-    autocast: torch.dtype | None,
-    *,
-    done: int = 0,
-    to_come: int = 0,
-    first: Tensor | None = None,
-) -> Generator[Progress, None, tuple[Tensor | None, list[list[str]]]]:
-    """Encode the prompts, draw noise, and denoise step by step: all of paint_batch but the decoding.
+    before: Tensor | None,
+) -> tuple[dict[str, Any], list[list[str]]]:
+    """Encode the prompts of a pass, and what it starts from, and draw its noise: all that denoise needs.
 
     Args:
-        done, to_come: steps of other passes, which a Progress counts as well.
-        first: (b, c, h, w) what a pass before gave, which this one begins with.
+        place: of the pass, counted from 0.
+        shared: as in paint_batch, of this pass alone.
+        before: (b, c, h, w) latents that the pass before gave; None is the picture that it started from.
 
     Returns:
-        latents (b, c, h, w), None where the picture to start from is the answer, and each prompt's dropped words.
+        keywords of denoise, nothing where the picture to start from is the answer; and each prompt's dropped words.
     """
+    one = request.passes[place]
+    batch = one.images(batch)
     b = len(batch)
     f = downsampling(model)
     resize_from = request.seed_resize_from and tuple(side // f for side in reversed(request.seed_resize_from))
@@ -415,66 +417,91 @@ def run_pass(
     )
     noise, encoder_noise = noise_sources(request.rng, [spec.seed for spec in batch], extra)
     if request.embeds is None and reads_languages(request):
-        context, unconditional = encode_batch(model, request, batch, shared)
+        context, unconditional = encode_batch(model, request, one, batch, shared)
         dropped = [[] for _ in batch]
     else:
-        context, unconditional, dropped = encode_prompts(model, request, batch, shared)
-    options: dict[str, Any] = {"noise": noise}
+        context, unconditional, dropped = encode_prompts(model, request, one, batch, shared)
+    if one.gives_its_picture:
+        return {}, dropped
+    keywords: dict[str, Any] = {"noise": noise, **vars(one.sampling), **vars(one.guidance)}
 
-    # Where to start: pure noise, or the picture noised to the level of its strength.
-    z = None
-    if request.strength is not None:
-        if request.run_last == 0:
-            return None, dropped
-        if first is None:
-            z = encode_source(model, request, request.image, b, encoder_noise, shared, "picture")
-        else:
-            z = enlarge(model, request, first, encoder_noise)
-        options |= {"run_last": request.run_last, "start_from": z}  # (b, c, h, w)
+    # Where to start: pure noise, or a picture noised to the level of its strength.
+    start, z = one.start, None
+    if start.kind == "picture":
+        z = encode_source(model, request, start.image, b, encoder_noise, shared, "picture")
+    elif start.kind == "before":
+        z = enlarge(model, request, place, before, b, encoder_noise)
+    if z is not None:
+        keywords |= {"run_last": start.run_last, "start_from": z}  # (b, c, h, w)
     if is_inpainting(model):
-        concat = masked_picture(model, request, b, encoder_noise, shared)
-        context, unconditional = (_beside(concat, one) for one in (context, unconditional))
-    elif request.mask is not None:
-        keep = 1.0 - pictures.shrink_mask(request.mask, downsampling(model), any_pixel=True)
+        concat = masked_picture(model, request, one, b, encoder_noise, shared)
+        context, unconditional = (_beside(concat, condition) for condition in (context, unconditional))
+    elif start.mask is not None:
+        keep = 1.0 - pictures.shrink_mask(start.mask, f, any_pixel=True)
         # CompVis's samplers mean the opposite of a user's mask: 1 keeps x0.
-        options |= {"mask": keep.to(z).expand(b, -1, -1, -1), "x0": z}
-    x_T = starting_noise(model, request, b, noise, shared)
-
-    # From noise to latents.
-    of_adapters = (None, "adapter")
-    options |= {one.name: getattr(request, one.name) for one in every_option() if one.part not in of_adapters}
-    options["adapters"] = unet_attachments(request.attachments)
-    for step in denoise(
-        model, x_T, context, unconditional_conditioning=unconditional, autocast=autocast, **options
-    ):
-        latents = step.x_t
-        yield progress(done + step.index + 1, done + step.total + to_come, x_t=latents, pred_x0=step.pred_x0)
-
-    # The samplers' last step does not blend again.
-    if "mask" in options:
-        latents = pictures.paste(z, latents, options["mask"])
-    return latents, dropped
+        keywords |= {"mask": keep.to(z).expand(b, -1, -1, -1), "x0": z}
+    return keywords | {
+        "x_T": starting_noise(model, request, one, b, noise, shared),
+        "conditioning": context,
+        "unconditional_conditioning": unconditional,
+        "adapters": unet_attachments(request.attachments),
+    }, dropped
 
 
-def enlarge(model: LatentDiffusion, request: Request, first: Tensor, noise: Noise) -> Tensor:
-    """Enlarge what the first pass of hires fix gave, (b, c, h, w), to the latents that the second begins with.
+def picture_of(
+    model: LatentDiffusion, request: Request, start: Start, latents: Tensor | None, b: int
+) -> Tensor:
+    """Give the pictures (b, 3, height, width) in [0, 1] of what a pass gave, on the CPU; what is kept is pasted in.
+
+    Args:
+        start: of the pass.
+        latents: (b, c, h, w); None stands for the picture that it started from.
+    """
+    if latents is None:
+        return start.original.repeat(b, 1, 1, 1)
+    with vae_scope(model, request.attachments):
+        unit = pictures.to_unit(decode(model, latents)).cpu()
+    return unit if start.mask is None else pictures.paste(unit, start.original, start.mask)
+
+
+def latents_of(
+    model: LatentDiffusion, request: Request, start: Start, latents: Tensor | None, b: int
+) -> Tensor:
+    """Give the latents (b, c, h, w) of what a pass gave, where that is the picture that it started from, too."""
+    if latents is not None:
+        return latents
+    with vae_scope(model, request.attachments):
+        return encode_image(model, start.image, b, torch.zeros_like)
+
+
+def enlarge(
+    model: LatentDiffusion, request: Request, place: int, before: Tensor | None, b: int, noise: Noise
+) -> Tensor:
+    """Enlarge what the pass before gave, (b, c, h, w), to the latents that a pass begins with.
 
     Where pictures are enlarged, each is encoded as one to start from is, noise drawn before x_T.
+
+    Args:
+        place, before: as in begin_pass.
     """
     f = downsampling(model)
-    width, height = request.enlarged
-    if request.hires_upscaler in LATENT:
-        cells = enlarge_latents(first, (height // f, width // f), request.hires_upscaler)
-        return middle(cells, (request.height // f, request.width // f))
+    one, gave = request.passes[place], request.passes[place - 1].start
+    width, height = one.start.enlarged
+    if one.start.upscaler in LATENT:
+        cells = enlarge_latents(
+            latents_of(model, request, gave, before, b), (height // f, width // f), one.start.upscaler
+        )
+        return middle(cells, (one.height // f, one.width // f))
+    larger = enlarge_pictures(
+        picture_of(model, request, gave, before, b), one.start.enlarged, one.start.upscaler
+    )
+    larger = middle(larger, (one.height, one.width))
+    draws = noise(torch.empty(b, model.channels, one.height // f, one.width // f))
     with vae_scope(model, request.attachments):
-        unit = pictures.to_unit(decode(model, first)).cpu()
-        larger = enlarge_pictures(unit, request.enlarged, request.hires_upscaler)
-        larger = middle(larger, (request.height, request.width))
-        draws = noise(torch.empty(len(first), model.channels, request.height // f, request.width // f))
         return torch.cat(
             [
-                encode_image(model, one[None], 1, lambda like, draw=draw: draw[None])
-                for one, draw in zip(larger, draws, strict=True)
+                encode_image(model, picture[None], 1, lambda like, draw=draw: draw[None])
+                for picture, draw in zip(larger, draws, strict=True)
             ]
         )
 
@@ -490,17 +517,10 @@ def finish_batch(
     autocast: torch.dtype | None,
 ) -> GenerationResult:
     """Turn the latents of a batch into what was asked for; None stands for the picture itself (strength 0)."""
-    b = len(batch)
-    if latents is None:
-        with vae_scope(model, request.attachments):
-            latents = encode_image(model, request.image, b, torch.zeros_like)
-        unit = request.original.repeat(b, 1, 1, 1)
-    elif request.output_type != "latent":
-        with vae_scope(model, request.attachments):
-            unit = pictures.to_unit(decode(model, latents)).cpu()
-        if request.mask is not None:
-            unit = pictures.paste(unit, request.original, request.mask)
-    latents = latents.float().cpu()
+    b, start = len(batch), request.passes[-1].start
+    if request.output_type != "latent":
+        unit = picture_of(model, request, start, latents, b)
+    latents = latents_of(model, request, start, latents, b).float().cpu()
     shared = {
         **{one.name: one.kind.plain(getattr(request, one.name)) for one in told() if not one.each},
         "mode": request.mode,

@@ -5,12 +5,13 @@ nearest name for a misspelt one), the flags of the painting scripts, what a line
 set, what a picture's metadata say in our own words and in A1111's, and what --like repeats of it.
 
 How to add an option: write one entry into TABLE, where A1111 has its key in a picture's text (anywhere, if it has
-none), and use its value: `request.NAME` in ldm.generate. An entry with `part="denoise"` is handed to generate.denoise,
-and on to the samplers, as a keyword of its name. Only a check that needs the model, or two options together, is written
-in ldm.request.check_request. Flags that name files (--lora FILE:weight, repeatable) and become members of `adapters`
-have a function in ldm.cli.adapters that reads the flag's text, an entry of kind `Files` here with `keyword=False`, and
-a line in ldm.cli.painting that makes the adapters of them. What concerns a whole run of a script (--ckpt, --outdir) is
-no option of a painting: such flags are in ldm.cli.painting_options.
+none), and use its value, which a request has in the entry's section: `request.draw.NAME`, or in short `request.NAME`.
+Of "size", "sampling", "guidance" and "start" each pass has its own: `request.passes[0].start.NAME`. Values of
+"sampling" and "guidance" are handed to generate.denoise, and on to the samplers, as keywords. Only a check that needs
+the model, or two options together, is written in ldm.request.check_request. Flags that name files (--lora FILE:weight,
+repeatable) and become members of `adapters` have a function in ldm.cli.adapters that reads the flag's text, an entry of
+kind `Files` here with `keyword=False`, and a line in ldm.cli.painting that makes the adapters of them. What concerns a
+whole run of a script (--ckpt, --outdir) is no option of a painting: such flags are in ldm.cli.painting_options.
 
 The kinds of values are in ldm.option_kinds. Knows no torch, as the scripts answer --help and a wrong option before that
 is imported.
@@ -20,8 +21,8 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ldm import limits
@@ -83,6 +84,20 @@ UPSCALERS = {
 
 SAME = object()  # as the keyword
 
+# Parts of a request (ldm.request) -> what the values of their options are about.
+SECTIONS = {
+    "images": "each image: its prompts and seeds",
+    "size": "a pass: how large it paints",
+    "sampling": "a pass: handed to generate.denoise, and on to the samplers, as keywords",
+    "guidance": "a pass: handed on in the same way",
+    "start": "a pass: what it begins with",
+    "further": "the passes that come after the first",
+    "language": "how prompts are read",
+    "draw": "noise, and the order in which it is drawn",
+    "network": "what becomes adapters, unless it is its default: ldm.adapters.use.OF_OPTIONS",
+    "output": "what is given back",
+}
+
 # --- one option -----------------------------------------------------------------------------------
 
 
@@ -95,6 +110,7 @@ class Option:
         default: of the keyword; None is what the model advises, or nothing.
         kind: what its values are.
         words: what it does, for --help and help(), which adds `more`: what only Python can say.
+        section: of SECTIONS: the part of a request that its value is in.
         group: of the flags in --help.
         flags: of the painting scripts; without any no line of a prompt file sets it either.
         also: other programs' names: understood as flags and in prompt files, named in errors about keywords.
@@ -103,11 +119,8 @@ class Option:
         script: default of the flag, where that is not the keyword's.
         line: kind in a prompt file, where that is not `kind`; None where lines have no such option.
         keyword: False for what only the scripts have.
-        each: it may differ from picture to picture of a request.
         told: the picture's metadata say it; what they say is repeated by --like.
-        part: "denoise" for what is handed to generate.denoise; "sampler" for an option that only some samplers or
-            spacings have, which is handed on where it is set; "adapter" for what, unless it is its
-            default, becomes one of ldm.adapters: see there, use.OF_OPTIONS.
+        part: "sampler" for an option that only some samplers or spacings have, which is handed on where it is set.
         into: of a Part: the name of the list that its values join.
         metavar: of the flag in --help.
     """
@@ -124,13 +137,18 @@ class Option:
     script: Any = SAME
     line: Kind | None | bool = True
     keyword: bool = True
-    each: bool = False
     told: bool = True
     always: bool = False
     beside: tuple[str, ...] = ()
     part: str | None = None
     into: str | None = None
     metavar: Any = None
+    section: str = field(kw_only=True)
+
+    @property
+    def each(self) -> bool:
+        """Whether it may differ from picture to picture of a request."""
+        return self.section == "images"
 
     @property
     def dest(self) -> str:
@@ -166,7 +184,7 @@ def _said_of_adapter(
     dashed = f"--{name.replace('_', '-')}"
     return Option(
         name, (), Part(name, kind, begins), words, group=WITH, flags=tuple(dict.fromkeys((dashed, f"--{name}"))),
-        also=also, keyword=False, told=False, into="controls", metavar=metavar or "NUMBER",
+        also=also, keyword=False, told=False, into="controls", metavar=metavar or "NUMBER", section="network",
     )  # fmt: skip
 
 
@@ -197,49 +215,50 @@ TABLE: tuple[Option | Fact, ...] = (
     Option(
         "prompt", None, Prompt(),
         "what to paint (default: one that suits the model); one that begins with - as --prompt=-x",
-        group=WHAT, flags=("--prompt",), keyword=False, each=True,
+        section="images", group=WHAT, flags=("--prompt",), keyword=False,
     ),
     Option(
         "negative_prompt", "", Prompt(),
         "what to keep away from",
         more="one text for all, or one for each prompt; None is the empty one.",
-        group=WHAT, flags=("--negative_prompt", "--negative-prompt"), also=("negative", "n_prompt"),
-        each=True,
+        section="images", group=WHAT,
+        flags=("--negative_prompt", "--negative-prompt"), also=("negative", "n_prompt"),
     ),
     Option(
         "steps", None, Whole(*limits.STEPS),
         "denoising steps (default: the model's; for Stable Diffusion v1: 50)",
         more="1 to the model's number of levels; with strength, that share of them is run. None is the "
              "model's (`defaults`), or the fewest that it advises for this sampler if those are more.",
+        section="sampling",
         flags=("--ddim_steps", "--steps"), also=("num_inference_steps", "num_steps"), infotext="Steps",
-        part="denoise",
     ),
     Option(
         "sampler", "ddim", Words(SAMPLER_WORDS),
         "ddim, plms, euler, euler_a, heun, lms, dpmpp_2m, dpmpp_2m_sde, ... (docs/samplers.md); also with its "
         "spacing, as 'DPM++ 2M Karras' (default: ddim)",
         more=f"in any usual spelling. There are {', '.join(SAMPLER_WORDS)}.",
+        section="sampling",
         flags=("--sampler",), also=("sampler_name", "scheduler"), script=None, infotext="Sampler", always=True,
-        part="denoise",
     ),
     Option(
         "spacing", None, Levels(SPACING_WORDS, {"Uniform": "normal", "Automatic": None}),
         "which levels are visited: karras, exponential, sgm_uniform, trailing, ... (docs/samplers.md)",
         more="or steps + 1 sigmas; None is the sampler's own.",
-        flags=("--spacing",), also=("schedule_type",), infotext="Schedule type", part="denoise",
+        section="sampling", flags=("--spacing",), also=("schedule_type",), infotext="Schedule type",
     ),
     Option(
         "guidance_scale", None, Number(*limits.GUIDANCE_SCALE),
         "guidance: how strictly to follow the prompt (default: the model's; for Stable Diffusion v1: "
         "{scale})",
         more="0 to 100; 1 ignores the negative prompt and takes half the time; None is the model's.",
+        section="guidance",
         flags=("--scale", "--cfg-scale", "--cfg_scale", "--guidance_scale"), also=("cfg", "guidance"),
-        infotext="CFG scale", part="denoise",
+        infotext="CFG scale",
     ),
     Option(
         "guidance_rescale", 0.0, Number(*limits.SHARE),
         "bring the spread of guided predictions back to the unguided ones' by this share",
-        flags=("--guidance_rescale",), part="denoise",
+        section="guidance", flags=("--guidance_rescale",),
     ),
     Option(
         "seed", None, Seed(),
@@ -247,38 +266,40 @@ TABLE: tuple[Option | Fact, ...] = (
         more="a list names each; None, -1 and \"random\" draw one, which is in the result's seeds. 0 to "
              '2^64 - 1, of which the generator on the CPU keeps 32 bits (not with rng="nv", which keeps '
              "all).",
-        group=WHAT, flags=("--seed",), script=42, infotext="Seed", each=True,
+        section="images", group=WHAT, flags=("--seed",), script=42, infotext="Seed",
     ),
     Fact("size", "Size"),
     Option(
         "height", None, Whole(*limits.SIDE),
         "pixels (default: the model's)",
         more=_EVEN,
-        group=WHAT, flags=("--H", "--height"),
+        section="size", group=WHAT, flags=("--H", "--height"),
     ),
     Option(
         "width", None, Whole(*limits.SIDE),
         "pixels (default: the model's)",
         more=_EVEN,
-        group=WHAT, flags=("--W", "--width"),
+        section="size", group=WHAT, flags=("--W", "--width"),
     ),
     Option(
         "batch_size", 4, Whole(*limits.BATCH_SIZE, word=limits.AUTO),
         "pictures painted at once; auto: so many as are fast, which rounds otherwise than one at a time",
         more='no image depends on it but for rounding (not rng="compvis"). "auto": as many as have '
              "together the latent cells of one of 512 x 512, 16 at most.",
-        group=WHAT, flags=("--n_samples", "--batch_size"), script=1, line=Whole(*limits.BATCH_SIZE),
+        section="draw", group=WHAT,
+        flags=("--n_samples", "--batch_size"), script=1, line=Whole(*limits.BATCH_SIZE),
         told=False,
     ),
     Option(
         "num_images", 1, Whole(*limits.NUM_IMAGES),
         "how many pictures of each prompt",
-        also=("n_iter", "batch_count", "num_images_per_prompt"), told=False,
+        section="draw", also=("n_iter", "batch_count", "num_images_per_prompt"), told=False,
     ),
     Option(
         "n_iter", 1, Whole(*limits.N_ITER),
         "how often to paint n_samples",
-        group=WHAT, flags=("--n_iter",), also=("num_images", "num_images_per_prompt", "batch_count"),
+        section="draw", group=WHAT,
+        flags=("--n_iter",), also=("num_images", "num_images_per_prompt", "batch_count"),
         keyword=False, told=False,
     ),
     Fact("model_hash", "Model hash"),
@@ -287,202 +308,204 @@ TABLE: tuple[Option | Fact, ...] = (
         "variation_seed", None, Seed(),
         "with variation_strength: the seed of other noise; picture i then has variation_seed + i and one seed",
         more="None draws one. A list names one for each picture, and a list of seeds stays as it is.",
-        flags=("--variation_seed",), also=("subseed",), infotext="Variation seed", each=True,
+        section="images", flags=("--variation_seed",), also=("subseed",), infotext="Variation seed",
         beside=("variation_strength",),
     ),
     Option(
         "variation_strength", 0.0, Number(*limits.SHARE),
         "how far the starting noise is turned to the other seed's, A1111's formula; 1 is all the way",
-        flags=("--variation_strength",), also=("subseed_strength", "variation_seed_strength"),
+        section="draw", flags=("--variation_strength",), also=("subseed_strength", "variation_seed_strength"),
         infotext="Variation seed strength",
     ),
     Option(
         "seed_resize_from", None, Size(*limits.SIDE),
         "WIDTHxHEIGHT: put the noise that the seed gives at this size into the middle, A1111's rule",
         more="(width, height) in pixels.",
-        flags=("--seed_resize_from",), infotext="Seed resize from", metavar="WxH",
+        section="draw", flags=("--seed_resize_from",), infotext="Seed resize from", metavar="WxH",
     ),
     Option(
         "strength", None, Number(*limits.SHARE),
         "how much of the picture is forgotten: 0 returns it",
         more="default 0.75, with a mask 1.",
-        group=START, flags=("--strength",), also=("denoising_strength", "denoise"),
+        section="start", group=START, flags=("--strength",), also=("denoising_strength", "denoise"),
         infotext="Denoising strength",
     ),
     Option(
         "eta", None, Number(*limits.SHARE),
         "fresh noise in each step of DDIM (default 0) and the ancestral samplers (1)",
-        flags=("--ddim_eta", "--eta"), infotext="Eta", part="denoise",
+        section="sampling", flags=("--ddim_eta", "--eta"), infotext="Eta",
     ),
     Option(
         "eta_noise_seed_delta", 0, Whole(*limits.SEED),
         "add this to the seed for all noise but the starting noise (A1111's ENSD; 31337 is NovelAI's)",
-        flags=("--eta_noise_seed_delta", "--ensd"), also=("ensd",), infotext="ENSD",
+        section="draw", flags=("--eta_noise_seed_delta", "--ensd"), also=("ensd",), infotext="ENSD",
     ),
     Option(
         "rho", None, Number(*limits.TABLE_OPTION),
         "how much denser low noise is in karras (7) and polyexponential (1)",
-        flags=("--rho",), infotext="Schedule rho", part="sampler",
+        section="sampling", flags=("--rho",), infotext="Schedule rho", part="sampler",
     ),
     Option(
         "sigma_min", None, Number(*limits.SIGMA),
         "lowest sigma above 0 of the spacing, where it is a table (default: the model's)",
-        flags=("--sigma_min",), infotext="Schedule min sigma", part="sampler",
+        section="sampling", flags=("--sigma_min",), infotext="Schedule min sigma", part="sampler",
     ),
     Option(
         "sigma_max", None, Number(*limits.SIGMA),
         "highest sigma of the spacing (default: the model's)",
-        flags=("--sigma_max",), infotext="Schedule max sigma", part="sampler",
+        section="sampling", flags=("--sigma_max",), infotext="Schedule max sigma", part="sampler",
     ),
     Option(
         "discard_next_to_last", None, Switch(),
         "leave out the last sigma above 0 of the spacing",
-        flags=("--discard_next_to_last",), also=("always_discard_next_to_last_sigma",),
+        section="sampling", flags=("--discard_next_to_last",), also=("always_discard_next_to_last_sigma",),
         infotext="Discard penultimate sigma", part="sampler",
     ),
     Option(
         "s_churn", None, Number(*limits.SIGMA),
         "noise added before the steps of euler, heun, dpm2, heunpp2 and restart, over all steps",
-        flags=("--s_churn",), infotext="Sigma churn", part="sampler",
+        section="sampling", flags=("--s_churn",), infotext="Sigma churn", part="sampler",
     ),
     Option(
         "s_tmin", None, Number(*limits.SIGMA),
         "lowest sigma with s_churn; of sa_solver, with fresh noise",
-        flags=("--s_tmin",), infotext="Sigma tmin", part="sampler",
+        section="sampling", flags=("--s_tmin",), infotext="Sigma tmin", part="sampler",
     ),
     Option(
         "s_tmax", None, Number(*limits.SIGMA),
         "highest sigma with s_churn; of sa_solver, with fresh noise",
-        flags=("--s_tmax",), infotext="Sigma tmax", part="sampler",
+        section="sampling", flags=("--s_tmax",), infotext="Sigma tmax", part="sampler",
     ),
     Option(
         "s_noise", None, Number(0, 10),
         "factor on a sampler's fresh noise",
-        flags=("--s_noise",), infotext="Sigma noise", part="sampler",
+        section="sampling", flags=("--s_noise",), infotext="Sigma noise", part="sampler",
     ),
     Option(
         "order", None, Whole(1, 9),
         "of a sampler that has several",
-        flags=("--order",), infotext="Solver order", part="sampler",
+        section="sampling", flags=("--order",), infotext="Solver order", part="sampler",
     ),
     Option(
         "solver_type", None, Kind(),
         "of a sampler that has several: midpoint, heun, ...",
-        flags=("--solver_type",), infotext="Solver type", part="sampler",
+        section="sampling", flags=("--solver_type",), infotext="Solver type", part="sampler",
     ),
     Option(
         "gamma", None, Number(0, 10),
         "of tcd: how fresh its noise is, 0 to 1; of gradient_estimation: how far a slope goes beyond the last",
-        flags=("--gamma",), infotext="Sampler gamma", part="sampler",
+        section="sampling", flags=("--gamma",), infotext="Sampler gamma", part="sampler",
     ),
     Fact("init_image_hash", "Init image hash"),
     Option(
         SYNTAX, "plain", Choice(dict(zip(limits.SYNTAXES, limits.SYNTAXES, strict=True))),
         "how prompts are read: as plain text, or with the brackets of a1111, comfyui or compel (docs/prompts.md)",
+        section="language",
         flags=("--syntax", "--prompt_syntax"), infotext="Prompt syntax", metavar="{" + ",".join(limits.SYNTAXES) + "}",
     ),
     Option(
         "clip_skip", 1, Whole(*limits.CLIP_SKIP),
         "which layer of the text encoder is read: 1 the last, 2 the one before, as web UIs count",
-        flags=("--clip_skip",), infotext="Clip skip",
+        section="language", flags=("--clip_skip",), infotext="Clip skip",
     ),
     Option(
         "emphasis", None, Choice(_EMPHASES, {"no_norm": "no norm"}),
         "how weights of a prompt act: original, 'no norm', ignore, none (a1111's brackets are text), comfyui "
         "(default: the syntax's own)",
-        flags=("--emphasis",), infotext="Emphasis",
+        section="language", flags=("--emphasis",), infotext="Emphasis",
     ),
     Option(
         "lora_dir", None, Folder(),
         "folder with the LoRAs that <lora:name:0.8> in a prompt names, with --syntax a1111",
-        group=WITH, flags=("--lora_dir", "--lora-dir"), told=False, metavar="FOLDER",
+        section="language", group=WITH, flags=("--lora_dir", "--lora-dir"), told=False, metavar="FOLDER",
     ),
     Option(
         "guidance_interval", (0.0, 1.0), Interval(*limits.SHARE),
         "guide only levels of this part of the noise schedule; 0 is its clean end",
         more="(low, high): only levels t of T with low <= t / T < high are guided, the others take half "
              "the time.",
-        group=FASTER, flags=("--guidance_interval",), infotext="Guidance interval", part="denoise",
+        section="guidance", group=FASTER, flags=("--guidance_interval",), infotext="Guidance interval",
         metavar=("LOW", "HIGH"),
     ),
     Option(
         "cache_interval", 1, Whole(*limits.CACHE_INTERVAL),
         "steps from one whole UNet to the next",
         more="between them its outermost blocks alone are computed: docs/knobs.md.",
-        group=FASTER, flags=("--cache_interval",), infotext="Cache interval", part="denoise",
+        section="sampling", group=FASTER, flags=("--cache_interval",), infotext="Cache interval",
     ),
     Option(
         "cache_depth", 1, Whole(*limits.CACHE_DEPTH),
         "blocks computed at the steps between",
         more="on either way.",
-        group=FASTER, flags=("--cache_depth",), infotext="Cache depth", beside=("cache_interval",),
-        part="denoise",
+        section="sampling", group=FASTER,
+        flags=("--cache_depth",), infotext="Cache depth", beside=("cache_interval",),
     ),
     Option(
         "merge_ratio", 0.0, Number(*limits.MERGE_RATIO),
         "share of tokens merged where most are",
         more="0 to 0.75, before the finest self-attentions.",
-        group=FASTER, flags=("--merge_ratio",), infotext="Token merging ratio", part="denoise",
+        section="sampling", group=FASTER, flags=("--merge_ratio",), infotext="Token merging ratio",
     ),
     Option(
         "merge_seed", None, Whole(*limits.SEED),
         "draws the tokens that others are merged into",
-        group=FASTER, flags=("--merge_seed",), infotext="Token merging seed", beside=("merge_ratio",),
-        part="denoise",
+        section="sampling", group=FASTER,
+        flags=("--merge_seed",), infotext="Token merging seed", beside=("merge_ratio",),
     ),
     Option(
         "freeu", None, Numbers(4, *limits.FREEU),
         "FreeU: factors of a UNet's backbone and of its skips' low frequencies; 1.5,1.6,0.9,0.2 for Stable "
         "Diffusion 1",
         more="(b1, b2, s1, s2) of the lowest two resolutions; None = 1 each: docs/guidance.md.",
-        group=BESIDE, flags=("--freeu",), infotext="FreeU", part="adapter", metavar="B1,B2,S1,S2",
+        section="network", group=BESIDE, flags=("--freeu",), infotext="FreeU", metavar="B1,B2,S1,S2",
     ),
     Option(
         "pag_scale", 0.0, Number(*limits.GUIDANCE_SCALE),
         "perturbed-attention guidance: 3 is usual; half as much time again",
-        group=BESIDE, flags=("--pag", "--pag-scale"), infotext="PAG Scale", part="adapter",
+        section="network", group=BESIDE, flags=("--pag", "--pag-scale"), infotext="PAG Scale",
     ),
     Option(
         "sag_scale", 0.0, Number(*limits.GUIDANCE_SCALE),
         "self-attention guidance: 0.75 is usual; half as much time again",
-        group=BESIDE, flags=("--sag", "--sag-scale"), infotext="SAG Guidance Scale", part="adapter",
+        section="network", group=BESIDE, flags=("--sag", "--sag-scale"), infotext="SAG Guidance Scale",
     ),
     Option(
         "tiling", False, Switch(),
         "a picture whose opposite edges meet",
-        group=BESIDE, flags=("--tiling",), infotext="Tiling", part="adapter",
+        section="network", group=BESIDE, flags=("--tiling",), infotext="Tiling",
     ),
     Option(
         "attention_slicing", False, Switch(),
         "attention for a few heads at a time: less memory on devices without a fused kernel",
-        group=BESIDE, flags=("--attention-slicing", "--attention_slicing"), told=False, part="adapter",
+        section="network", group=BESIDE, flags=("--attention-slicing", "--attention_slicing"), told=False,
     ),
     Option(
         "plms", False, Switch(),
         "the same as --sampler plms",
-        flags=("--plms",), keyword=False, told=False,
+        section="sampling", flags=("--plms",), keyword=False, told=False,
     ),
     Option(
         "dpm_solver", False, Switch(),
         "goes before --plms",
-        flags=("--dpm_solver",), keyword=False, told=False,
+        section="sampling", flags=("--dpm_solver",), keyword=False, told=False,
     ),
     Option(
         "fixed_code", False, Switch(),
         "begin every batch with the same noise",
-        flags=("--fixed_code",), told=False,
+        section="draw", flags=("--fixed_code",), told=False,
     ),
     Option(
         "lora", (), Files("ldm.cli.adapters", "lora_flag"),
         "a LoRA or its kin, at a strength (1 = as trained), in the text encoder at another; may be "
         "repeated",
-        group=WITH, flags=("--lora",), also=("loras",), keyword=False, told=False,
+        section="network", group=WITH, flags=("--lora",), also=("loras",), keyword=False, told=False,
         metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]",
     ),
     Option(
         "embedding", (), Files("ldm.cli.adapters", "embedding_flag"),
         "a textual inversion and its name in prompts, or a folder of them; may be repeated",
-        group=WITH, flags=("--embedding",), also=("embeddings", "textual_inversion"), keyword=False,
+        section="network", group=WITH,
+        flags=("--embedding",), also=("embeddings", "textual_inversion"), keyword=False,
         told=False, metavar="FILE[:TOKEN]",
     ),
     _said_of_adapter(
@@ -548,56 +571,63 @@ TABLE: tuple[Option | Fact, ...] = (
         "hires_scale", None, Number(1, 32),
         "paint a second time, so many times as large, beginning with what the first gave; 2 is usual",
         more="sides are rounded down to multiples of the model's f (8).",
-        group=HIRES, flags=("--hires_scale", "--hires-scale"), also=("hr_scale", "hires_upscale"),
+        section="further", group=HIRES,
+        flags=("--hires_scale", "--hires-scale"), also=("hr_scale", "hires_upscale"),
         infotext="Hires upscale",
     ),
     Option(
         "hires_size", None, Size(0, limits.SIDE[1]),
         "the same to WIDTHxHEIGHT pixels; a side of 0 follows from the other, and another aspect is cut",
         more="(width, height) in place of hires_scale.",
-        group=HIRES, flags=("--hires_size", "--hires-size"), also=("hires_resize",), infotext="Hires resize",
+        section="further", group=HIRES,
+        flags=("--hires_size", "--hires-size"), also=("hires_resize",), infotext="Hires resize",
         metavar="WxH",
     ),
     Option(
         "hires_steps", 0, Whole(0, limits.STEPS[1]),
         "steps that the second pass runs, whatever its strength, as A1111 counts; 0 is as many as the first",
-        group=HIRES, flags=("--hires_steps", "--hires-steps"), also=("hr_second_pass_steps",),
+        section="further", group=HIRES,
+        flags=("--hires_steps", "--hires-steps"), also=("hr_second_pass_steps",),
         infotext="Hires steps",
     ),
     Option(
         "hires_upscaler", "latent", Upscaler(UPSCALERS),
         "how the first pass is enlarged: " + ", ".join(UPSCALERS),
-        group=HIRES, flags=("--hires_upscaler", "--hires-upscaler"), also=("hr_upscaler",),
+        section="further", group=HIRES, flags=("--hires_upscaler", "--hires-upscaler"), also=("hr_upscaler",),
         infotext="Hires upscaler", beside=("hires_scale", "hires_size"), metavar="NAME",
     ),
     Option(
         "hires_strength", 0.7, Number(*limits.SHARE),
         "how much of the first pass the second forgets (A1111's denoising strength); above 0",
-        group=HIRES, flags=("--hires_strength", "--hires-strength"), also=("hires_denoising_strength",),
+        section="further", group=HIRES,
+        flags=("--hires_strength", "--hires-strength"), also=("hires_denoising_strength",),
     ),
     Option(
         "hires_prompt", None, Prompt(),
         "prompt of the second pass (default: the first's)",
         more="one text for all.",
-        group=HIRES, flags=("--hires_prompt", "--hires-prompt"), also=("hr_prompt",), infotext="Hires prompt",
+        section="further", group=HIRES,
+        flags=("--hires_prompt", "--hires-prompt"), also=("hr_prompt",), infotext="Hires prompt",
     ),
     Option(
         "hires_negative_prompt", None, Prompt(),
         "its negative prompt (default: the first's)",
         more="one text for all.",
-        group=HIRES, flags=("--hires_negative_prompt", "--hires-negative-prompt"), also=("hr_negative_prompt",),
+        section="further", group=HIRES,
+        flags=("--hires_negative_prompt", "--hires-negative-prompt"), also=("hr_negative_prompt",),
         infotext="Hires negative prompt",
     ),
     Option(
         "hires_sampler", None, Words(SAMPLER_WORDS),
         "its sampler, with eta and options of that sampler's own (default: the first's)",
-        group=HIRES, flags=("--hires_sampler", "--hires-sampler"), also=("hr_sampler_name",),
+        section="further", group=HIRES,
+        flags=("--hires_sampler", "--hires-sampler"), also=("hr_sampler_name",),
         infotext="Hires sampler",
     ),
     Option(
         "hires_spacing", None, Words(SPACING_WORDS, {"Uniform": "normal", "Automatic": None}),
         "which levels it visits (default: as the first; with hires_sampler, that sampler's own)",
-        group=HIRES, flags=("--hires_spacing", "--hires-spacing"), also=("hr_scheduler",),
+        section="further", group=HIRES, flags=("--hires_spacing", "--hires-spacing"), also=("hr_scheduler",),
         infotext="Hires schedule type",
     ),
     Fact("lora_hashes", "Lora hashes"),
@@ -610,13 +640,13 @@ TABLE: tuple[Option | Fact, ...] = (
              'any device; "compvis" seeds the global generators once, at the call, and draws whole '
              "batches in the original's order: picture encoding, x_T, then each step. With \"compvis\" a "
              "picture depends on its place in its batch.",
-        flags=("--rng",), infotext="RNG", always=True, metavar="{image,nv,compvis}",
+        section="draw", flags=("--rng",), infotext="RNG", always=True, metavar="{image,nv,compvis}",
     ),
     Option(
         "output_type", "pil", Choice(dict.fromkeys(("pil", "np", "pt", "latent"), "")),
         "what the pictures are given as",
         more='"pil"; "np" (n, height, width, 3) and "pt" (n, 3, height, width) in [0, 1]; "latent".',
-        told=False,
+        section="output", told=False,
     ),
     Fact("version", "Version"),
 )  # fmt: skip
@@ -681,6 +711,11 @@ def describe() -> str:
     return "\n".join(textwrap.fill(entry, 110, subsequent_indent=" " * 4) for entry in entries)
 
 
+def defaults_of(section: str) -> dict[str, Any]:
+    """Give the keywords of a section with their defaults."""
+    return {one.name: one.default for one in options() if one.section == section and one.keyword}
+
+
 class Values:
     """Values by name, read as attributes and never changed: those of options, and others beside them."""
 
@@ -689,6 +724,14 @@ class Values:
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{type(self).__name__} is frozen; replace({name}=...) makes another one")
+
+    @classmethod
+    def of(cls, section: str, values: Mapping[str, Any], **others: Any) -> Any:
+        """Take the options of a section out of values by name, with others beside them."""
+        own = {
+            one.name: values[one.name] for one in options() if one.section == section and one.name in values
+        }
+        return cls(**own, **others)
 
     def replace(self, **changes: Any) -> Any:
         """Make another one, of which these values differ."""

@@ -38,14 +38,19 @@ def reads_languages(request: Any) -> bool:
 
 
 def read_all(
-    model: LatentDiffusion, request: Any, prompts: Iterable[str], negatives: Iterable[str]
+    model: LatentDiffusion,
+    request: Any,
+    schedule: Sequence[tuple[str, int]],
+    prompts: Iterable[str],
+    negatives: Iterable[str],
 ) -> dict[tuple[str, bool], Prompt]:
     """Read prompts and negative prompts: (text, whether it is a negative one) -> what it says.
 
     Embeddings count that are attached to the text encoder at the time.
 
     Args:
-        request: has prompt_syntax, emphasis, steps, sampler and before.
+        request: has prompt_syntax and emphasis.
+        schedule: sampler and steps of the passes over which a schedule in a prompt counts its steps, this one last.
 
     Raises:
         UsageError: a prompt that its language cannot read, or a model whose text encoder is not CLIP's.
@@ -62,10 +67,9 @@ def read_all(
     def called(sampler: str, steps: int) -> int:
         return steps * (2 if calls.get(sampler, "S").startswith("2 S") else 1)
 
-    options = {"encoder": encoder, "steps": called(request.sampler, request.steps)}
-    if request.before is not None:  # in the second pass of hires fix steps count on from the first
-        options["steps"] = called(*request.before)
-        options["hires_steps"] = called(request.sampler, request.hires_steps)
+    options = {"encoder": encoder, "steps": called(*schedule[0])}
+    if len(schedule) > 1:  # in the second pass of hires fix steps count on from the first
+        options["hires_steps"] = called(*schedule[-1])
     if request.emphasis == "none":
         if request.prompt_syntax not in ("a1111", "plain"):
             raise UsageError(
@@ -174,12 +178,12 @@ def list_loras(folder: str | os.PathLike | None) -> dict[str, Path]:
 
 
 def encode_batch(
-    model: LatentDiffusion, request: Any, batch: Sequence[Any], shared: dict[str, Any]
+    model: LatentDiffusion, request: Any, one: Any, batch: Sequence[Any], shared: dict[str, Any]
 ) -> tuple[ScheduledCondition, ScheduledCondition | None]:
     """Encode the prompts of a batch and, if guidance needs them, the negative ones.
 
     Args:
-        request, batch: a Request of ldm.request, and those of its images that are painted together.
+        request, one, batch: a Request of ldm.request, one of its passes, and its images that are painted together.
         shared: keeps the text encoder's adapters, and the features of chunks, from one batch to the next.
     """
     encoder = model.cond_stage_model
@@ -187,7 +191,11 @@ def encode_batch(
         shared["text_scope"] = text_scope(model, request.adapters)
     with shared["text_scope"]:
         read_ = read_all(
-            model, request, (one.prompt for one in batch), (one.negative_prompt for one in batch)
+            model,
+            request,
+            one.counted,
+            (spec.prompt for spec in batch),
+            (spec.negative_prompt for spec in batch),
         )
         rows: Rows = shared.setdefault("rows", Rows(encoder, request.clip_skip))
         if len(rows.known) > MOST_ROWS:
@@ -205,11 +213,11 @@ def encode_batch(
         own = [by_text[text] for text in texts]
         return ScheduledCondition(lambda call: _on(model.device, at_step(own, call)))
 
-    context = condition([(one.prompt, False) for one in batch])
-    is_guided = request.guidance_scale != 1 or SAMPLERS[request.sampler].needs_unconditional
+    context = condition([(spec.prompt, False) for spec in batch])
+    is_guided = one.guidance_scale != 1 or SAMPLERS[one.sampler].needs_unconditional
     if not is_guided and not has_parts:
         return context, None
-    return context, condition([(one.negative_prompt, True) for one in batch])
+    return context, condition([(spec.negative_prompt, True) for spec in batch])
 
 
 def _on(device: Any, found: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
@@ -217,12 +225,17 @@ def _on(device: Any, found: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
 
 
 def explanations(model: LatentDiffusion, request: Any) -> list[str]:
-    """Say how each distinct prompt and negative prompt of a request is read."""
-    prompts = (one.prompt for one in request.images)
+    """Say how each distinct prompt and negative prompt of a request is read, pass by pass where it has several."""
+    lines = []
     with text_scope(model, request.adapters):
-        read_ = read_all(model, request, prompts, (one.negative_prompt for one in request.images))
-        return [
-            f"negative {Explanation(one)}" if is_negative else str(Explanation(one))
-            for (text, is_negative), one in read_.items()
-            if text or not is_negative
-        ]
+        for number, one in enumerate(request.passes, start=1):
+            batch = one.images(request.images)
+            texts = [spec.prompt for spec in batch], [spec.negative_prompt for spec in batch]
+            read_ = read_all(model, request, one.counted, *texts)
+            place = f"pass {number}, " if len(request.passes) > 1 else ""
+            lines += [
+                f"{place}negative {Explanation(prompt)}" if is_negative else f"{place}{Explanation(prompt)}"
+                for (text, is_negative), prompt in read_.items()
+                if text or not is_negative
+            ]
+    return lines

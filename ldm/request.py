@@ -47,7 +47,7 @@ from ldm.models.diffusion.samplers import (
     start_level,
 )
 from ldm.models.introspect import context_width, downsampling, dtype_of, is_inpainting, native_size  # noqa: F401
-from ldm.options import Values
+from ldm.options import Values, defaults_of
 from ldm.other_words import check_keywords
 from ldm.process.sigmas import check_sigmas
 from ldm.prompt.encode import Rows
@@ -78,47 +78,161 @@ class ImageSpec:
     variation_seed: int | None = None  # with variation_strength
 
 
-class Request(Values):
-    """What a caller asks of a model, every part of it checked; check_request makes them.
+class _InSections:
+    """A dataclass some of whose fields are sections (Values), whose values are its attributes as well."""
 
-    Its attributes are those below and every option of ldm.options that belongs to all of its images, such as `steps`.
-    """
+    def _field_of(self, name: str) -> str | None:
+        """Name the field that is, or whose section has, a value."""
+        if name in vars(self):
+            return name
+        sections = (field for field, one in vars(self).items() if isinstance(one, Values))
+        return next((field for field in sections if name in vars(vars(self)[field])), None)
 
-    mode: Literal["txt2img", "img2img", "inpaint"]
-    images: list[ImageSpec]
+    def __getattr__(self, name: str) -> Any:
+        field = self._field_of(name)
+        if field is None:
+            raise AttributeError(f"{type(self).__name__} has no {name}", name=name, obj=self)
+        return vars(vars(self)[field])[name]
+
+    def replace(self, **changes: Any) -> Any:
+        """Make another one, of which these values differ, each a field or of a section."""
+        fields: dict[str, Any] = {}
+        for name, value in changes.items():
+            field = self._field_of(name)
+            if field is None:
+                raise TypeError(f"{type(self).__name__} has no {name}")
+            within = fields.get(field, vars(self)[field])
+            fields[field] = value if field == name else within.replace(**{name: value})
+        return replace(self, **fields)
+
+
+class Start(Values):
+    """What a pass begins with: the options of the section "start", and these."""
+
+    kind: Literal["noise", "picture", "before"]  # the last: what the pass before gave
+    strength: float | None  # how much of that is forgotten; None with noise
+    run_last: int  # of the steps, where strength is set
     image: Tensor | None  # (1, 3, height, width) in [-1, 1], for the encoder
     original: Tensor | None  # the same in [0, 1], as it comes back where nothing is painted
     image_hash: str | None
     mask: Tensor | None  # (1, 1, height, width), 1 = repaint
-    run_last: int  # of the steps, with a picture to start from
-    second: dict[str, Any] | None  # what of these is otherwise in the second pass of hires fix
-    before: tuple[str, int] | None  # in that pass: sampler and steps of the first
-    enlarged: (
-        tuple[int, int] | None
-    )  # in that pass: width and height to which what the first gave is enlarged
-    embeds: Tensor | None
-    negative_embeds: Tensor | None
-    adapters: tuple[Any, ...]
+    upscaler: str | None  # with "before": by which that is enlarged, of ldm.options.UPSCALERS
+    enlarged: tuple[int, int] | None  # to which width and height, of which the middle is painted
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pass(_InSections):
+    """One run from noise, or a noised picture, to latents; a request has one or several, each with a size of its own.
+
+    Values of its sections are its attributes, too: `one.steps` is `one.sampling.steps`.
+
+    Args:
+        width, height: in pixels.
+        sampling, guidance: the options of these sections, which ldm.generate.denoise takes.
+        own_prompt, own_negative_prompt: of all images in this pass; None is each image's.
+        schedule: sampler and steps of the passes over which schedules in prompts count their steps, this one last;
+            nothing is this pass alone.
+    """
+
+    width: int
+    height: int
+    sampling: Values
+    guidance: Values
+    start: Start
+    own_prompt: str | None = None
+    own_negative_prompt: str | None = None
+    schedule: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.width, self.height
+
+    @property
+    def count(self) -> int:
+        """How many steps are run, as far as that is known before: some samplers visit a level more."""
+        return self.sampling.steps if self.start.strength is None else self.start.run_last
+
+    @property
+    def gives_its_picture(self) -> bool:
+        """Whether no step is run, so that the picture to start from comes back as it is."""
+        return self.start.kind == "picture" and self.start.run_last == 0
+
+    @property
+    def counted(self) -> tuple[tuple[str, int], ...]:
+        """The schedule, which is this pass's own where none is given."""
+        return self.schedule or ((self.sampling.sampler, self.sampling.steps),)
+
+    def images(self, batch: Sequence[ImageSpec]) -> list[ImageSpec]:
+        """Give the images of a batch as this pass paints them."""
+        texts = {"prompt": self.own_prompt, "negative_prompt": self.own_negative_prompt}
+        own = {name: text for name, text in texts.items() if text is not None}
+        return [replace(spec, **own) for spec in batch]
+
+    def __repr__(self) -> str:
+        how = f"{self.sampler}, {self.steps} steps, guidance_scale {self.guidance_scale:g}"
+        return f"Pass({self.start.kind}, {self.width} x {self.height}, {how})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Request(_InSections):
+    """What a caller asks of a model, every part of it checked; check_request makes them.
+
+    Values of its sections and of its first pass are its attributes, too: `request.steps` is
+    `request.passes[0].sampling.steps`.
+
+    Args:
+        images: what each image is made of.
+        passes: painted one after the other; all but the first may begin with what the one before gave.
+        language, draw, network, further, output: the options of these sections, see ldm.options.SECTIONS.
+        adapters: those that were given.
+        embeds, negative_embeds: (n, tokens, d) features in the place of prompts.
+    """
+
+    images: list[ImageSpec]
+    passes: tuple[Pass, ...]
+    language: Values
+    draw: Values
+    network: Values
+    further: Values
+    output: Values
+    adapters: tuple[Any, ...] = ()
+    embeds: Tensor | None = None
+    negative_embeds: Tensor | None = None
+
+    @property
+    def mode(self) -> Literal["txt2img", "img2img", "inpaint"]:
+        """What the first pass begins with."""
+        start = self.passes[0].start
+        return "txt2img" if start.kind == "noise" else "img2img" if start.mask is None else "inpaint"
 
     @property
     def attachments(self) -> list[Any]:
         """The adapters, and those that options stand for."""
-        return [*self.adapters, *adapters_of(vars(self))]
+        return [*self.adapters, *adapters_of(vars(self.network))]
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of what comes out."""
-        last = vars(self) if self.second is None else self.second
-        return last["width"], last["height"]
+        return self.passes[-1].size
 
-    def second_pass(self, batch: Sequence[ImageSpec]) -> tuple[Request, list[ImageSpec]] | None:
-        """Give the request of hires fix's second pass, and its images; None where there is no such pass."""
-        if self.second is None:
-            return None
-        texts = {"prompt": self.hires_prompt, "negative_prompt": self.hires_negative_prompt}
-        own = {name: text for name, text in texts.items() if text is not None}
-        again = self.replace(**self.second, second=None, before=(self.sampler, self.steps))
-        return again, [replace(spec, **own) for spec in batch]
+    def __getattr__(self, name: str) -> Any:
+        first = vars(self).get("passes", ())[:1]
+        if self._field_of(name) is None and first and hasattr(first[0], name):
+            return getattr(first[0], name)
+        return super().__getattr__(name)
+
+    def replace(self, **changes: Any) -> Request:
+        """Make another one, of which these values differ, each a field, of a section or of the first pass."""
+        first, *others = self.passes
+        of_first = {
+            name: changes.pop(name)
+            for name in list(changes)
+            if self._field_of(name) is None and hasattr(first, name)
+        }
+        if of_first:
+            changes["passes"] = (first.replace(**of_first), *others)
+        return super().replace(**changes)
 
     def __repr__(self) -> str:
         how = f"{self.sampler}, {self.steps} steps, guidance_scale {self.guidance_scale:g}"
@@ -199,11 +313,12 @@ def check_request(
     )
     words = [*prompts, *negatives] if prompt_embeds is None else []
     checked |= check_kinds(given, checked)
-    checked |= {"second": check_second(model, defaults, checked, sizes), "before": None, "enlarged": None}
-    again = check_second_prompts(checked, prompt_embeds)
+    # Of hires fix: what is otherwise in each pass after the first.
+    others = [] if sizes is None else [check_second(model, defaults, checked, sizes, prompt_embeds)]
     if words and reads_languages(SimpleNamespace(**checked)):
-        adapters = check_language(model, SimpleNamespace(**checked), prompts, negatives, adapters, again)
-    words += again[0] + again[1]
+        adapters = check_language(model, SimpleNamespace(**checked), prompts, negatives, adapters, others)
+    own_texts = (one[name] for one in others for name in ("own_prompt", "own_negative_prompt"))
+    words += [text for text in own_texts if text is not None]
     checked |= check_adapting(
         model, words, adapters, given.cache_interval, given.cache_depth, given.merge_ratio, given.merge_seed
     )
@@ -213,12 +328,49 @@ def check_request(
         prompts, negatives, given.seed, given.variation_seed, prompt_embeds is not None, checked
     )
     check_batches(checked["adapters"], len(specs), checked["batch_size"])
+    first = first_pass(checked)
     return Request(
         images=specs,
+        passes=(first, *(first.replace(**one) for one in others)),
+        **{name: Values.of(name, checked) for name in ("language", "draw", "network", "further", "output")},
+        adapters=checked["adapters"],
         embeds=prompt_embeds,
         negative_embeds=negative_prompt_embeds,
-        **checked,
     )
+
+
+def first_pass(checked: Mapping[str, Any]) -> Pass:
+    """Make the first pass out of checked values by name."""
+    names = ("image", "original", "image_hash", "mask", "run_last")
+    start = Start.of(
+        "start",
+        checked,
+        kind="noise" if checked["image"] is None else "picture",
+        upscaler=None,
+        enlarged=None,
+        **{name: checked[name] for name in names},
+    )
+    how = {name: Values.of(name, checked) for name in ("sampling", "guidance")}
+    return Pass(checked["width"], checked["height"], **how, start=start)
+
+
+def start_from_before(
+    strength: float, run_last: int, upscaler: str, enlarged: tuple[int, int], **options: Any
+) -> Start:
+    """Let a pass begin with what the one before gave: see Start.
+
+    Args:
+        options: of the section "start"; the others are at their defaults.
+    """
+    others = {
+        "kind": "before",
+        "strength": strength,
+        "run_last": run_last,
+        "upscaler": upscaler,
+        "enlarged": enlarged,
+    }
+    none = dict.fromkeys(("image", "original", "image_hash", "mask"))
+    return Start(**{**defaults_of("start"), **none, **options, **others})
 
 
 def check_second_size(
@@ -275,17 +427,16 @@ def check_second(
     model: LatentDiffusion,
     defaults: SamplingDefaults,
     checked: Mapping[str, Any],
-    sizes: tuple[tuple[int, int], tuple[int, int]] | None,
-) -> dict[str, Any] | None:
-    """Check how the second pass of hires fix is sampled, and give what of the request is otherwise in it.
+    sizes: tuple[tuple[int, int], tuple[int, int]],
+    embeds: Tensor | None,
+) -> dict[str, Any]:
+    """Check how the second pass of hires fix is sampled, and give what is otherwise in it than in the first.
 
     Steps are A1111's: so many are run, the last of a run of steps / strength.
 
     Raises:
         UsageError: a sampler or spacing that is none, or a strength so small that the model has not the levels.
     """
-    if sizes is None:
-        return None
     enlarged, (width, height) = sizes
     strength, is_own = checked["hires_strength"], checked["hires_sampler"] is not None
     count, most = checked["hires_steps"] or checked["steps"], model.num_timesteps
@@ -312,20 +463,29 @@ def check_second(
         of_sampler,
     )
     # Of all levels that the sampler visits, which may be more than its steps.
-    run_last = max(1, found["run_last"] * count // steps)
-    sides = {"width": width, "height": height, "enlarged": enlarged}
-    return {**of_sampler, **found, **sides, "strength": strength, "run_last": run_last, "hires_steps": count}
+    run_last = max(1, found.pop("run_last") * count // steps)
+    return {
+        "width": width,
+        "height": height,
+        **of_sampler,
+        **found,
+        **second_texts(checked, embeds),
+        "start": start_from_before(strength, run_last, checked["hires_upscaler"], enlarged),
+        "schedule": ((checked["sampler"], checked["steps"]), (found["sampler"], count)),
+    }
 
 
-def check_second_prompts(checked: Mapping[str, Any], embeds: Tensor | None) -> tuple[list[str], list[str]]:
-    """List the prompt and the negative prompt of the second pass, where they are others than the first's."""
-    found: tuple[list[str], list[str]] = [], []
-    for texts, name in zip(found, ("hires_prompt", "hires_negative_prompt"), strict=True):
+def second_texts(checked: Mapping[str, Any], embeds: Tensor | None) -> dict[str, str | None]:
+    """Check the prompt and the negative prompt of the second pass, where they are others than the first's."""
+    for name in ("hires_prompt", "hires_negative_prompt"):
         if checked[name] is not None:
-            texts += list_texts(name, checked[name])
+            list_texts(name, checked[name])
             if embeds is not None:
                 raise UsageError(f"{name} is a text, and prompt_embeds were given; leave one out")
-    return found
+    return {
+        "own_prompt": checked["hires_prompt"],
+        "own_negative_prompt": checked["hires_negative_prompt"],
+    }
 
 
 def check_extra_seeds(checked: Mapping[str, Any], f: int) -> None:
@@ -363,12 +523,12 @@ def check_language(
     prompts: Sequence[str],
     negatives: Sequence[str],
     adapters: Any,
-    again: tuple[list[str], list[str]] = ([], []),
+    others: Sequence[Mapping[str, Any]] = (),
 ) -> Any:
     """Read prompts in their language, and add the LoRAs that their tags name to the adapters.
 
     Args:
-        again: prompts and negative prompts of the second pass, where they are others.
+        others: what is otherwise in each pass after the first.
 
     Raises:
         UsageError: a prompt that its language cannot read, a clip_skip that the text encoder has not, PAG or SAG beside
@@ -376,10 +536,15 @@ def check_language(
     """
     attached = adapters if isinstance(adapters, list | tuple) else ()  # another kind is refused later
     with text_scope(model, check_adapters(model, attached)):
-        found = read_all(model, given, prompts, negatives)
-        of_second = read_all(model, given, *again)
-        warn_of_embeddings([*found.values(), *of_second.values()])
-    further = [one for (_, is_negative), one in of_second.items() if not is_negative]
+        found = read_all(model, given, [(given.sampler, given.steps)], prompts, negatives)
+        read_ = list(found.values())
+        further = []
+        for one in others:
+            own = [[] if text is None else [text] for text in (one["own_prompt"], one["own_negative_prompt"])]
+            again = read_all(model, given, one["schedule"], *own)
+            read_ += again.values()
+            further += [prompt for (_, is_negative), prompt in again.items() if not is_negative]
+        warn_of_embeddings(read_)
     if any(one.tags and one.tags != found[text, False].tags for one in further for text in prompts):
         raise UsageError(
             "hires_prompt has other <lora:...> tags than the prompt, and a LoRA is attached for both passes; "

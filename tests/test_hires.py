@@ -178,10 +178,10 @@ def test_sizes_and_steps(sd):
         ({"hires_size": (144, 72)}, (144, 72), (144, 128)),
     ):
         request = sd.plan(PROMPT, width=72, height=64, **given)
-        assert (request.size, request.second["enlarged"]) == (size, enlarged), given
-    second = sd.plan(PROMPT, steps=9, hires_scale=2, hires_strength=0.4, hires_steps=5).second
-    assert (second["steps"], second["run_last"]) == (12, 5)
-    assert sd.plan(PROMPT, steps=9, hires_scale=2, hires_strength=1).second["run_last"] == 9
+        assert (request.size, request.passes[1].start.enlarged) == (size, enlarged), given
+    second = sd.plan(PROMPT, steps=9, hires_scale=2, hires_strength=0.4, hires_steps=5).passes[1]
+    assert (second.steps, second.start.run_last) == (12, 5)
+    assert sd.plan(PROMPT, steps=9, hires_scale=2, hires_strength=1).passes[1].start.run_last == 9
     assert middle(torch.arange(7.0).reshape(1, 1, 1, 7), (1, 4)).flatten().tolist() == [1, 2, 3, 4]
 
 

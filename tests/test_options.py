@@ -1,6 +1,7 @@
 """An option is written once: from its one entry the command line, prompt files, pictures and keywords know it."""
 
 import ast
+import copy
 import json
 from pathlib import Path
 
@@ -30,7 +31,14 @@ def sd():
 
 def test_a_new_option_needs_one_entry(sd, tmp_path, monkeypatch):
     toy = Option(
-        "toy_share", 0.25, Number(0, 1), "a toy", flags=("--toy",), also=("plaything",), infotext="Toy"
+        "toy_share",
+        0.25,
+        Number(0, 1),
+        "a toy",
+        section="draw",
+        flags=("--toy",),
+        also=("plaything",),
+        infotext="Toy",
     )
     monkeypatch.setattr(options, "TABLE", (*options.TABLE, toy))
     # the command line, with others' name for it and the nearest of a misspelt one
@@ -48,7 +56,8 @@ def test_a_new_option_needs_one_entry(sd, tmp_path, monkeypatch):
     for name in ("p.txt", "p.jsonl"):
         assert read_prompts(str(tmp_path / name))[0].options == {"toy_share": 0.5}
     # keywords
-    assert (sd.plan(PROMPT).toy_share, sd.plan(PROMPT, toy_share=1).toy_share) == (0.25, 1.0)
+    request = sd.plan(PROMPT, toy_share=1)
+    assert (sd.plan(PROMPT).toy_share, request.toy_share, request.draw.toy_share) == (0.25, 1.0, 1.0)
     with pytest.raises(UsageError, match="toy_share must be a number from 0 to 1, got 'x'"):
         sd.plan(PROMPT, toy_share="x")
     with pytest.raises(OptionError, match="'toy_shar' .did you mean toy_share"):
@@ -67,7 +76,7 @@ def test_every_option_is_what_its_entry_says():
     names = [one.name for one in options.options()]
     assert len(set(names)) == len(names)
     for one in options.options():
-        assert one.words and (one.keyword or one.flags), one.name
+        assert one.words and (one.keyword or one.flags) and one.section in options.SECTIONS, one.name
         assert set(one.beside) <= set(names), one.name
         assert "{" not in one.words.format(scale=1) and len(one.words) < 200, one.name
     keys = [entry.infotext for entry in options.TABLE if entry.infotext]
@@ -105,7 +114,7 @@ ELSEWHERE = {
         "num_images cache_interval cache_depth merge_ratio merge_seed steps sampler spacing eta height width "
         "strength negative_prompt rng fixed_code batch_size variation_seed variation_strength seed_resize_from "
         "eta_noise_seed_delta hires_scale hires_size hires_steps hires_strength hires_prompt hires_negative_prompt "
-        "hires_sampler hires_spacing",
+        "hires_sampler hires_spacing hires_upscaler guidance",
     ),
     "ldm/generate.py": ("how many there were in the batch", "batch_size"),
     "ldm/results.py": ("of the class Progress", "steps"),
@@ -155,7 +164,7 @@ FOR_ADAPTERS = {
 
 def test_options_that_stand_for_adapters_paint_as_these_do(sd, tmp_path):
     """By keyword, by the script's flags, by a line of a prompt file, and by --like; off is what they are by default."""
-    own = {one.name for one in options.options() if one.part == "adapter"}
+    own = {one.name for one in options.options() if one.section == "network" and one.keyword}
     assert own == set(FOR_ADAPTERS) == set(use.OF_OPTIONS)
     how = {"steps": 1, "seed": 3, "progress": False}
     plain = sd.txt2img(PROMPT, **how)
@@ -204,11 +213,48 @@ def test_refused_values_of_options_for_adapters(sd):
         assert message in str(caught.value), words
 
 
+def test_a_request_has_every_keyword_in_its_section(sd):
+    """Those of a pass in each pass; and in short as attributes, which are the first pass's."""
+    request = sd.plan(
+        PROMPT, steps=3, hires_scale=1.5, hires_steps=2, hires_sampler="euler", hires_prompt="b"
+    )
+    first, second = request.passes
+    assert (first.steps, second.steps, request.steps, request.guidance is first.guidance) == (3, 2, 3, True)
+    assert (first.sampler, second.sampler, request.sampler, second.guidance_scale) == (
+        "ddim",
+        "euler",
+        "ddim",
+        7.5,
+    )
+    assert [one.images(request.images)[0].prompt for one in request.passes] == [PROMPT, "b"]
+    assert (first.size, second.size, request.size) == ((64, 64), (96, 96), (96, 96))
+    for one in options.options():
+        if not one.keyword or one.section == "images":
+            continue
+        holders = {"size": request.passes}.get(one.section)
+        if one.section in ("sampling", "guidance", "start"):
+            holders = [getattr(pass_, one.section) for pass_ in request.passes]
+        for holder in holders or [getattr(request, one.section)]:
+            assert one.name in vars(holder), one.name
+        assert getattr(request, one.name) == getattr(
+            (holders or [getattr(request, one.section)])[0], one.name
+        )
+
+
 def test_what_is_frozen_stays_and_is_replaced(sd):
     request = sd.plan(PROMPT, steps=3)
-    with pytest.raises(AttributeError, match="Request is frozen; replace"):
+    with pytest.raises(AttributeError, match="cannot assign to field"):
         request.steps = 4
     assert (request.replace(steps=4).steps, request.steps) == (4, 3)
+    other = request.replace(rng="nv", width=72, eta=0.5, num_images=2, tiling=True, adapters=(1,))
+    assert (other.draw.rng, other.passes[0].width, other.passes[0].sampling.eta) == ("nv", 72, 0.5)
+    assert (other.num_images, other.network.tiling, other.adapters, other.steps) == (2, True, (1,), 3)
+    for frozen in (request.draw, request.passes[0], request.passes[0].start):
+        with pytest.raises(AttributeError, match="frozen|cannot assign"):
+            frozen.strength = 1
+    with pytest.raises(AttributeError, match="Request has no stepps"):
+        request.stepps  # noqa: B018
+    assert copy.deepcopy(request.passes[0]).steps == 3
     with pytest.raises(TypeError, match="Request has no stepps"):
         request.replace(stepps=4)
 

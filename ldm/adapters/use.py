@@ -79,7 +79,9 @@ def adapters_of(values: Mapping[str, Any]) -> list[Any]:
     return [
         OF_OPTIONS[one.name](values[one.name])
         for one in options.options()
-        if one.part == "adapter" and one.kind.plain(values[one.name]) != one.kind.plain(one.default)
+        if one.section == "network"
+        and one.keyword
+        and one.kind.plain(values[one.name]) != one.kind.plain(one.default)
     ]
 
 
