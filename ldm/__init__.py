@@ -20,6 +20,7 @@ _HOMES = {
     "instantiate_from_config": "ldm.util",
     "load_latent_diffusion": "ldm.checkpoints",
     "read_metadata": "ldm.metadata",
+    "read_parameters": "ldm.metadata",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -8,6 +8,7 @@ that somebody reads are read here.
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import stat
@@ -25,7 +26,8 @@ MAX_TEXT = (
 MAX_UNPACKED = 64 * 2**20  # bytes of all compressed texts and profiles of a PNG together
 MAX_SCANS = 100  # of a JPEG: encoders write up to 20, and each is a walk over the whole picture
 # Keys of PNG texts that somebody here reads.
-PNG_KEYS = ("ldm", "parameters", "invokeai_metadata", "prompt", "XML:com.adobe.xmp", "Raw profile type exif")
+PNG_KEYS = ("ldm", "parameters", "invokeai_metadata", "sd-metadata", "Dream", "prompt", "workflow", "Comment")
+PNG_KEYS += ("Description", "XML:com.adobe.xmp", "Raw profile type exif")
 
 WANTED = "wanted a sound PNG, JPEG or WebP file; convert or download it again"
 
@@ -45,7 +47,8 @@ class Container:
 
     Attributes:
         pixels: the file without what no pixel needs.
-        texts: what is said beside the pixels, by the keys of PNG's texts; from EXIF "UserComment" and "prompt".
+        texts: what is said beside the pixels, by the keys of PNG's texts; from EXIF "UserComment", "prompt" and
+            "workflow", from XMP "XMP comment".
         orientation: EXIF's, or else XMP's: 2 to 8 say how to turn the picture, all others that it is upright.
     """
 
@@ -111,6 +114,8 @@ def take_apart(data: bytes) -> Container | None:
 
 def _container(pixels: bytes, texts: dict[str, str], exif: bytes, xmp: bytes) -> Container:
     found, orientation = read_exif(exif)
+    if comment := _xmp_comment(xmp):
+        found["XMP comment"] = comment
     return Container(pixels, {**found, **texts}, read_xmp(xmp) if orientation is None else orientation)
 
 
@@ -248,8 +253,8 @@ def _webp(data: bytes) -> Container:
 def read_exif(exif: bytes) -> tuple[dict[str, str], int | None]:
     """Read the texts of an EXIF block that may tell how a picture was made, and its orientation if it has one.
 
-    Texts: "UserComment", where A1111 writes, and "prompt", which ComfyUI puts into three fields meant for cameras.
-    What is cut or points beyond the end is passed over.
+    Texts: "UserComment", where A1111 writes, and "prompt" and "workflow", which ComfyUI puts into fields meant for
+    cameras. What is cut or points beyond the end is passed over.
     """
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
@@ -259,8 +264,9 @@ def read_exif(exif: bytes) -> tuple[dict[str, str], int | None]:
     texts = {}
     fields = _fields(exif, order, struct.unpack_from(f"{order}I", exif, 4)[0])
     for raw in (fields.get(tag, b"") for tag in (_DESCRIPTION, _MAKE, _MODEL)):
-        if raw.startswith(b"prompt:"):
-            texts["prompt"] = raw[7:].rstrip(b"\0").decode("utf-8", "replace")
+        for key in ("prompt", "workflow"):
+            if raw.startswith(head := f"{key}:".encode()):
+                texts[key] = raw[len(head) :].rstrip(b"\0").decode("utf-8", "replace")
     if len(fields.get(_EXIF_TABLE, b"")) == 4:
         fields |= _fields(exif, order, struct.unpack(f"{order}I", fields[_EXIF_TABLE])[0])
     if comment := _comment(fields.get(_USER_COMMENT, b"")):
@@ -274,6 +280,13 @@ def read_xmp(xmp: bytes) -> int:
     """Read the orientation from an XMP block; 1 if it says none."""
     digit = xmp.partition(b"tiff:Orientation")[2].lstrip(b'=">')[:1]
     return int(digit) if digit.isdigit() else 1
+
+
+def _xmp_comment(xmp: bytes) -> str:
+    """Read the comment of an XMP block, as Draw Things writes it: an object in JSON."""
+    entry = xmp.partition(b"exif:UserComment")[2].partition(b"<rdf:li")[2].partition(b">")[2]
+    text = html.unescape(entry.partition(b"<")[0][:MAX_TEXT].decode("utf-8", "replace")).strip()
+    return text if text.startswith("{") else ""
 
 
 def write_comment(text: str) -> bytes:
@@ -302,14 +315,14 @@ def _fields(exif: bytes, order: str, at: int) -> dict[int, bytes]:
 
 
 def _comment(raw: bytes) -> str:
-    """Decode a comment in which A1111's word stands; any other is none of ours, and cameras write junk there.
+    """Decode a comment in which A1111's word stands, or an object; others say nothing, and cameras write junk there.
 
     The code in front says "UNICODE" for UTF-16 in either order, and programs disagree about which: the word decides.
     """
     body = raw[8:] if raw[:8] in _CHARACTER_CODES else raw
     for encoding in ("utf-8", "utf-16-be", "utf-16-le"):
         text = body.decode(encoding, "replace")
-        if "Steps: " in text:
+        if "Steps: " in text or text.lstrip("\ufeff ").startswith('{"'):
             return text.lstrip("\ufeff").rstrip("\0 ")
     return ""
 

@@ -20,9 +20,25 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm import options
 from ldm.comfyui import read_graph
+from ldm.comfyui_workflow import to_graph
 from ldm.containers import MAX_TEXT, read_exif, read_file, write_comment
-from ldm.errors import UsageError
+from ldm.errors import UsageError, shown
 from ldm.options import OWN_ETA, Fact, Option
+from ldm.other_pictures import (
+    MOST_ADAPTERS,
+    bare,
+    clean,
+    from_draw_things,
+    from_dream,
+    from_invokeai,
+    from_json,
+    from_novelai,
+    from_sd_metadata,
+    lora,
+    mapping,
+    parse,
+    sort_out,
+)
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +56,6 @@ UNITS = {f"ControlNet {i}": i for i in range(3)}
 # With one of these A1111's "Denoising strength" is the second pass's.
 _SECOND = ("hires_scale", "hires_size")
 FITS = {"crop": "Crop and Resize", "pad": "Resize and Fill", "stretch": "Just Resize"}
-
-
-def clean(text: str) -> str:
-    """Drop control characters except newline and tab, and what cannot be encoded."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    kept = "".join(c for c in text if c in "\n\t" or (ord(c) >= 32 and ord(c) != 127))
-    return kept.encode("utf-8", "ignore").decode()
 
 
 def quote(value: Any) -> str:
@@ -107,6 +116,7 @@ def _fact(fact: Fact, values: Mapping[str, Any]) -> Any:
         return f"{sides[0]}x{sides[1]}" if all(sides) else None
     if fact.infotext in HASHES:
         ours = [one for one in values.get("adapters") or () if one.get("kind") == HASHES[fact.infotext]]
+        ours = [one for one in ours if "hash" in one]  # another program's picture may name none
         return ", ".join(f"{one['name']}: {one['hash']}" for one in ours) or None
     if fact.infotext in UNITS:
         units = [
@@ -160,9 +170,11 @@ def from_infotext(text: str) -> dict[str, Any]:
         elif entry is None or key in ("Size", *HASHES, *UNITS):
             extra[key] = value
         elif isinstance(entry, Fact):
-            found[entry.name] = value
+            found[entry.name] = (bare(value) if key in ("Model", "VAE") else None) or value
         elif (read := entry.kind.read(value)) is not None:
             found[entry.name] = read
+        else:
+            extra[key] = value
     if "strength" in found and any(name in found for name in _SECOND):
         found["hires_strength"] = found.pop("strength")
     return found | ({"extra": extra} if extra else {})
@@ -270,12 +282,18 @@ def _plain(painted: Painted) -> Image.Image:
     return image
 
 
-def read_metadata(picture: str | os.PathLike | Image.Image) -> dict[str, Any]:
-    """Read how a picture was made; {} if it does not say.
+def read_parameters(picture: str | os.PathLike | Image.Image) -> dict[str, Any]:
+    """Read how a picture was made, by the names of our options; {} if it does not say.
 
-    Our own chunk is preferred, being lossless; then A1111's text, in a PNG's chunk or in EXIF's comment, then
-    InvokeAI's and ComfyUI's JSON, of which the common fields are taken. What a text holds never raises and is never
-    acted upon. The key `source` says which was read: "ldm", "a1111", "invokeai" or "comfyui".
+    Our own chunk is preferred, being lossless; then A1111's text, in a PNG's chunk or in EXIF's comment (Forge, SD.Next
+    and stable-diffusion.cpp write the same), InvokeAI's JSON of any version, ComfyUI's graph and workflow, NovelAI's
+    and Draw Things' comments, and flat JSON by diffusers' or SwarmUI's names. What a text holds never raises and is
+    never acted upon.
+
+    Returns:
+        the options that are said, with `model`, `model_hash`, `vae`, `mode` and `adapters` where they are; `source`,
+        which was read: "ldm", "a1111", "invokeai", "comfyui", "novelai", "draw things", "diffusers" or "swarmui";
+        `extra`, what no option of ours takes, as text; `unread`, a line for each text that could not be read.
 
     Args:
         picture: a PNG, JPEG or WebP file, whose pixels are not looked at, or a PIL picture.
@@ -291,33 +309,23 @@ def read_metadata(picture: str | os.PathLike | Image.Image) -> dict[str, Any]:
     elif isinstance(picture, str | os.PathLike):
         texts = read_file(picture).texts
     else:
-        raise UsageError(f"read_metadata wants a path or a PIL picture, got {type(picture).__name__}")
-    for source, key, reader in (
-        ("ldm", "ldm", _from_ours),
-        ("a1111", "parameters", from_infotext),
-        ("a1111", "UserComment", from_infotext),
-        ("invokeai", "invokeai_metadata", _from_invokeai),
-        ("comfyui", "prompt", _from_comfyui),
-    ):
+        raise UsageError(f"read_parameters wants a path or a PIL picture, got {type(picture).__name__}")
+    found, unread = {}, []
+    for key, (source, reader) in READERS.items():
         text = texts.get(key)
-        if isinstance(text, str) and text and len(text) <= MAX_TEXT and (found := reader(text)):
-            return {"source": source, **found}
-    return {}
+        if not isinstance(text, str) or not text:
+            continue
+        if len(text) <= MAX_TEXT and (found := reader(text)):
+            found = {"source": source, **found}
+            break
+        if key in OURS_TO_READ:
+            unread.append(f"its text {key!r} cannot be read, it says {shown(clean(text[:200]), 60)}")
+    if found.get("source") == "novelai" and isinstance(texts.get("Description"), str):
+        found.setdefault("prompt", clean(texts["Description"][:MAX_TEXT]))
+    return found | ({"unread": unread} if unread else {})
 
 
-def _json(text: str) -> Any:
-    """Parse JSON; None if it is not sound, or nested beyond reason.
-
-    NaN, which Python and ComfyUI write, stands for every number that nobody can use: infinite, or longer than a seed.
-    """
-
-    def bounded(word: str) -> int | float:
-        return int(word) if len(word) <= 21 else math.nan
-
-    try:
-        return json.loads(text, parse_int=bounded)
-    except (ValueError, RecursionError):
-        return None
+read_metadata = read_parameters  # as it was called
 
 
 def _finite(value: Any) -> bool:
@@ -335,42 +343,54 @@ def _finite(value: Any) -> bool:
     return False
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def _from_parameters(text: str) -> dict[str, Any]:
+    """Read the text that most programs call parameters: A1111's lines, or an object."""
+    return (from_json(text) if text.lstrip().startswith("{") else {}) or from_infotext(text)
 
 
 def _from_ours(text: str) -> dict[str, Any]:
-    chunk = _mapping(_json(text))
-    found = _mapping(chunk.get("parameters")) if chunk.get("schema") == SCHEMA else {}
-    return {name: value for name, value in found.items() if _finite(value)}
-
-
-def _fitting(raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Take the fields named {theirs: ours} whose values have the right type."""
-    kinds = {one.name: one.kind for one in options.options()}
-    found = {ours: kinds[ours].take(raw.get(theirs)) for theirs, ours in names.items()}
-    return {
-        name: clean(value) if isinstance(value, str) else value
-        for name, value in found.items()
-        if value is not None
-    }
-
-
-def _from_invokeai(text: str) -> dict[str, Any]:
-    names = {
-        "positive_prompt": "prompt",
-        "negative_prompt": "negative_prompt",
-        "steps": "steps",
-        "scheduler": "sampler",
-        "cfg_scale": "guidance_scale",
-        "seed": "seed",
-        "width": "width",
-        "height": "height",
-        "strength": "strength",
-    }
-    return _fitting(_mapping(_json(text)), names)
+    chunk = mapping(parse(text))
+    found = mapping(chunk.get("parameters")) if chunk.get("schema") == SCHEMA else {}
+    sound = {name: value for name, value in found.items() if _finite(value)}
+    others = {clean(name)[:100]: shown(found[name], 200) for name in found if name not in sound}
+    return sound | ({"extra": others} if sound and others else {})
 
 
 def _from_comfyui(text: str) -> dict[str, Any]:
-    found = read_graph(_mapping(_json(text)))
-    return _fitting(found, {name: name for name in found})
+    return _of_graph(mapping(parse(text)))
+
+
+def _from_workflow(text: str) -> dict[str, Any]:
+    return _of_graph(to_graph(mapping(parse(text))))
+
+
+def _of_graph(graph: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring what ComfyUI's graph says into the form of the other readers."""
+    found = read_graph(graph)
+    loras = [lora(*one) for one in found.pop("loras", ())][:MOST_ADAPTERS]
+    nodes = found.pop("nodes", [])
+    files = {name: found.pop(name, None) for name in ("model", "vae")}
+    names = {one.name: one.name for one in options.options()} | {"mode": "mode"}
+    result = sort_out(found, names) | {name: file for name in files if (file := bare(files[name]))}
+    if any(loras):
+        result["adapters"] = [one for one in loras if one is not None]
+    if nodes and len(result) > 0:
+        result.setdefault("extra", {})["nodes"] = clean(", ".join(nodes))
+    return result
+
+
+# What a picture's texts are called -> who wrote them, and how they are read; the first that says something counts.
+READERS: dict[str, tuple[str, Callable[[str], dict[str, Any]]]] = {
+    "ldm": ("ldm", _from_ours),
+    "parameters": ("a1111", _from_parameters),
+    "UserComment": ("a1111", _from_parameters),
+    "invokeai_metadata": ("invokeai", from_invokeai),
+    "sd-metadata": ("invokeai", from_sd_metadata),
+    "Dream": ("invokeai", from_dream),
+    "prompt": ("comfyui", _from_comfyui),
+    "workflow": ("comfyui", _from_workflow),
+    "Comment": ("novelai", from_novelai),
+    "XMP comment": ("draw things", from_draw_things),
+}
+# Of texts that nobody else writes under these names it is said if they cannot be read.
+OURS_TO_READ = ("ldm", "invokeai_metadata", "sd-metadata", "prompt", "workflow")

@@ -304,6 +304,8 @@ TABLE: tuple[Option | Fact, ...] = (
     ),
     Fact("model_hash", "Model hash"),
     Fact("model", "Model"),
+    Fact("vae_hash", "VAE hash"),
+    Fact("vae", "VAE"),
     Option(
         "variation_seed", None, Seed(),
         "with variation_strength: the seed of other noise; picture i then has variation_seed + i and one seed",

@@ -31,6 +31,8 @@ ROOMS = (
         "lr_scheduler",
         "containers",
         "comfyui",
+        "comfyui_workflow",
+        "other_pictures",
         "other_words",
     ),
     ("process",),

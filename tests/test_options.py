@@ -120,9 +120,8 @@ ELSEWHERE = {
     "ldm/results.py": ("of the class Progress", "steps"),
     "ldm/pipeline.py": ("img2img's default; what no picture is given as", "strength output_type"),
     "ldm/metadata.py": (
-        "A1111's size, prompts and eta; InvokeAI's names; kinds and strengths of adapters",
-        "negative_prompt steps sampler guidance_scale width height strength eta scheduler cfg_scale control scale "
-        "hires_scale hires_size hires_strength",
+        "A1111's size, prompts and eta; kinds and strengths of adapters; what ComfyUI's graph has",
+        "negative_prompt sampler width height strength eta control scale hires_scale hires_size hires_strength loras",
     ),
     "ldm/advice.py": ("kinds of advice", "steps strength"),
     "ldm/cli/painting.py": (
