@@ -171,7 +171,7 @@ def test_what_is_odd_beside_the_pixels_is_passed_over(tmp_path, name):
     (tmp_path / "a").write_bytes(data)
     difference = np.asarray(images.open_image(tmp_path / "a")).astype(int) - np.asarray(scene())
     assert np.abs(difference).max() <= near
-    assert read_metadata(tmp_path / "a") == {}
+    assert read_metadata(tmp_path / "a").keys() <= {"unread"}
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
