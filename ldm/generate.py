@@ -221,7 +221,7 @@ def denoise(
     attachments = [*adapters, DeepCache(cache_interval, cache_depth), TokenMerging(merge_ratio, merge_seed)]
     total = steps if options.get("run_last") is None else options["run_last"]
     unconditional = options.get("unconditional_conditioning")
-    seen = _WithAttachments(model, autocast, attachments, total, len(x_T), unconditional)
+    seen = WithAttachments(model, autocast, attachments, total, len(x_T), unconditional)
     for step in sample_steps(sampler, seen, x_T, conditioning, steps=steps, **options):
         seen.step = StepInfo(step.index + 1, step.total)
         # On a GPU a check waits for the work that is queued, so only the first and last step are looked at.
@@ -267,7 +267,7 @@ def _in_finite_precision(model: LatentDiffusion, stage: str, work: Callable[[], 
     return result
 
 
-class _WithAttachments:
+class WithAttachments:
     """A model as samplers see it: with autocast, and what is attached to its UNet, around every call of that.
 
     Dtypes are DiffusionWrapper's matter: it casts to those of the UNet's weights, and the answer back to float32.
