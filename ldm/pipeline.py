@@ -34,7 +34,9 @@ from ldm.results import GenerationResult, Progress, join, with_bar
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ldm.edit import Edited
     from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.models.diffusion.inversion import Inversion
 
 log = logging.getLogger(__name__)
 
@@ -356,6 +358,33 @@ class StableDiffusion:
         masked picture. Which one it is, the model says.
         """
         return self._collect(prompt, {**options, "image": image, "mask": mask}, "inpaint", callback, progress)
+
+    def invert(self, image: Any, prompt: str, **options: Any) -> Inversion:
+        """Invert a picture to the noise that the model makes it of, and say how well it comes back.
+
+        Args:
+            image, prompt: the picture and what it shows.
+            options: of ldm.edit.invert_picture: method, steps, guidance_scale, negative_prompt, ...
+
+        Raises:
+            As that.
+        """
+        from ldm.edit import invert_picture
+
+        return invert_picture(self, image, prompt, **options)
+
+    def edit(self, image: Any, image_prompt: str, edit_prompt: str | Sequence[str], **options: Any) -> Edited:
+        """Change a picture: invert it under the prompt of what it shows, and sample it under another.
+
+        Args:
+            options: of ldm.edit.edit_picture: method, steps, start_step, guidance_scale, ...
+
+        Raises:
+            As that.
+        """
+        from ldm.edit import edit_picture
+
+        return edit_picture(self, image, image_prompt, edit_prompt, **options)
 
     def _collect(
         self, prompt: Any, options: dict[str, Any], mode: str, callback: Any, show: Any

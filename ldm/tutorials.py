@@ -1,20 +1,19 @@
-"""Functions that tutorials of latent diffusion write out, under their names: ldm_text_to_image, load_image."""
+"""Functions that tutorials of latent diffusion write out, under their names.
+
+`load_image`, `invert`, `sample` and `edit` are those of ldm.edit.
+"""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ldm.containers import MAX_BYTES
-from ldm.errors import FormatError, UsageError
+from ldm.edit import edit, invert, load_image, sample
+from ldm.errors import UsageError
 from ldm.generate import decode, encode_prompt
-from ldm.images import MAX_SIDE, open_image, to_rgb
 from ldm.limits import real, whole
 from ldm.models.diffusion.samplers import Denoiser
 from ldm.models.diffusion.scheduler import DDIMScheduler
@@ -23,9 +22,10 @@ from ldm.pipeline import StableDiffusion
 from ldm.request import check_size, list_texts
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ldm.models.diffusion.ddpm import LatentDiffusion
+
+
+__all__ = ["edit", "invert", "ldm_text_to_image", "load_image", "sample"]
 
 
 @torch.no_grad()
@@ -107,37 +107,3 @@ def _latent_shape(image_shape: Any, model: LatentDiffusion, texts: int) -> tuple
     pixels = [side * f if colours == c != 3 else side for side in sides[-2:]]
     height, width = check_size("height", pixels[0], f), check_size("width", pixels[1], f)
     return batch, c, height // f, width // f
-
-
-def load_image(path: str | os.PathLike | bytes, size: tuple[int, int] | None = None) -> Image.Image:
-    """Read a picture as RGB, resized to (width, height) if a size is given.
-
-    Args:
-        path: a file's, or the bytes of one. An address is refused: nothing is downloaded here, so that a picture is the
-            same tomorrow and a program works without a network; download it, and give the file.
-
-    Raises:
-        AbsentError: no such file. UsageError: an address, or a size that is none. FormatError: no sound picture.
-    """
-    if size is not None:
-        sides = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else (size, size)
-        if len(sides) != 2:
-            raise UsageError(f"size must be (width, height) in pixels, got {size!r:.80}")
-        sides = tuple(whole("size", side, 1, MAX_SIDE) for side in sides)
-    picture = to_rgb(_from_bytes(path) if isinstance(path, bytes | bytearray) else open_image(path))
-    return picture if size is None else picture.resize(sides)
-
-
-def _from_bytes(content: bytes) -> Image.Image:
-    """Read a file that is in memory by the one reader of pictures, which takes files."""
-    if len(content) > MAX_BYTES:
-        raise FormatError(f"the picture has {len(content)} bytes; wanted at most {MAX_BYTES}")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "picture")
-        path.write_bytes(content)
-        try:
-            return open_image(path)
-        except FormatError as error:
-            raise FormatError(
-                str(error).replace(f"picture '{path}'", "the picture in these bytes")
-            ) from error

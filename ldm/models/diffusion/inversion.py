@@ -1,0 +1,104 @@
+"""Inversion: from a clean sample up to the noise that leads back to it, by the methods of the table METHODS.
+
+    inversion = invert("belm", Network(model), z, Context(c, uc, 3.0), steps=50)
+    inversion.error                                  # how well it comes back, (b,)
+    edited = inversion.sample(Context(c2, uc, 3.0), start_step=10)
+
+The contract and the walk are in inversion_base.py, where it says how to add a method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+
+from ldm.errors import UsageError, nearest, shown
+from ldm.models.diffusion.inversion_base import (
+    DDIM,
+    Context,
+    Inversion,
+    Method,
+    Network,
+    Predict,
+    Run,
+    plan_of,
+    walk_up,
+)
+
+# Name -> class; any spelling with blanks or hyphens for the underscores.
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (DDIM,)}
+
+
+def resolve_method(method: str | Method, **options: Any) -> Method:
+    """Make a method by its name in METHODS, with its options; one that is made already is returned.
+
+    Raises:
+        UsageError: an unknown name or option, or a value out of range.
+    """
+    if isinstance(method, Method):
+        if options:
+            raise UsageError(
+                f"a method that is made takes no further options, got {', '.join(sorted(options))}"
+            )
+        return method
+    name = "_".join(method.lower().replace("-", " ").split()) if isinstance(method, str) else None
+    if name not in METHODS:
+        near = nearest(method, METHODS)
+        hint = f" (did you mean {near}?)" if near else ""
+        raise UsageError(f"the inversion must be one of {', '.join(METHODS)}; got {shown(method)}{hint}")
+    cls = METHODS[name]
+    known = [option.name for option in fields(cls) if option.init]
+    if unknown := sorted(options.keys() - set(known)):
+        raise UsageError(
+            f"the inversion {name} has no option {', '.join(unknown)}; it has {', '.join(known)}"
+        )
+    return cls(**options)
+
+
+def invert(
+    method: str | Method,
+    network: Network | Predict,
+    x0: Tensor,
+    context: Context,
+    *,
+    steps: int = 50,
+    spacing: str | Sequence[float] | None = None,
+    model: Any = None,
+    measure: bool = True,
+    **options: Any,
+) -> Inversion:
+    """Invert clean samples x0 (b, ...), in their dtype: as many latents as steps, over the levels of the way down.
+
+    Args:
+        method: a name of METHODS, or an object that holds its options.
+        network: see `Network`.
+        steps: 1 to the model's number of levels.
+        spacing: see ldm.models.diffusion.levels.visited_levels; None = the method's own.
+        model: whose levels they are; None = the network's.
+        measure: walk down again as well, so that `error` is known.
+        options: of the method's class.
+
+    Raises:
+        UsageError: an unknown method or option, or a value out of range. NumericError: latents that are not finite.
+    """
+    chosen = resolve_method(method, **options)
+    levels = plan_of(chosen, network.model if model is None else model, steps, spacing)
+    return walk_up(network, chosen, x0, context, levels, measure=measure)
+
+
+__all__ = [
+    "METHODS",
+    "Context",
+    "Inversion",
+    "Method",
+    "Network",
+    "Predict",
+    "Run",
+    "invert",
+    "plan_of",
+    "resolve_method",
+    "walk_up",
+]
