@@ -650,6 +650,16 @@ TABLE: tuple[Option | Fact, ...] = (
         more='"pil"; "np" (n, height, width, 3) and "pt" (n, 3, height, width) in [0, 1]; "latent".',
         section="output", told=False,
     ),
+    Fact("script", "Script"),
+    *(
+        fact
+        for axis in "xyz"
+        for fact in (
+            Fact(f"{axis}_type", f"{axis.upper()} Type"),
+            Fact(f"{axis}_values", f"{axis.upper()} Values"),
+            Fact(f"fixed_{axis}_values", f"Fixed {axis.upper()} Values"),
+        )
+    ),
     Fact("version", "Version"),
 )  # fmt: skip
 

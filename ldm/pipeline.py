@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.edit import Edited
+    from ldm.grids import Grid
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.models.diffusion.inversion import Inversion
 
@@ -386,6 +387,61 @@ class StableDiffusion:
 
         return edit_picture(self, image, image_prompt, edit_prompt, **options)
 
+    def grid(
+        self,
+        prompt: str,
+        x: Any = None,
+        y: Any = None,
+        z: Any = None,
+        *,
+        callback: Callable[[Progress], Any] | None = None,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> Grid:
+        """Paint an X/Y/Z grid: one picture for each combination of a few options' values, with labels.
+
+        All cells are checked before the first is painted, and have one seed.
+
+        Args:
+            x, y, z: an option and its values: ("steps", [10, 20]), or as text "steps=10,20", "guidance_scale=1-9 (+2)":
+                docs/grids.md.
+
+        Returns:
+            a Grid: `.image` with its labels, `.cells`, `.parameters`.
+        """
+        from ldm.grids import paint_grid, plan_grid
+
+        return paint_grid(self, plan_grid(self, prompt, x, y, z, **options), callback, progress)
+
+    def prompt_matrix(
+        self,
+        prompt: str,
+        *,
+        in_negative: bool = False,
+        at_start: bool = False,
+        delimiter: str = ", ",
+        different_seeds: bool = False,
+        callback: Callable[[Progress], Any] | None = None,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> Grid:
+        """Paint "a|b|c" with and without each of b and c, in A1111's order and layout.
+
+        Args:
+            in_negative: the negative prompt is what has the parts.
+            at_start: put them before the first part, and not behind.
+            delimiter: between the parts.
+            different_seeds: give picture i the seed + i, and not all the same.
+
+        Returns:
+            a Grid: `.image` with its labels, `.cells`, `.parameters`.
+        """
+        from ldm.grids import paint_grid, plan_matrix
+
+        form = {"in_negative": in_negative, "at_start": at_start, "delimiter": delimiter}
+        grid = plan_matrix(self, prompt, **form, different_seeds=different_seeds, **options)
+        return paint_grid(self, grid, callback, progress)
+
     def _collect(
         self, prompt: Any, options: dict[str, Any], mode: str, callback: Any, show: Any
     ) -> GenerationResult:
@@ -471,6 +527,6 @@ class StableDiffusion:
 
 
 # These methods take check_request's options: they are written down once, and help() and completion show them at each.
-for _name in ("stream", "txt2img", "img2img", "inpaint"):
+for _name in ("stream", "txt2img", "img2img", "inpaint", "grid", "prompt_matrix"):
     setattr(StableDiffusion, _name, taking_options_of(check_request)(getattr(StableDiffusion, _name)))
 StableDiffusion.__call__ = StableDiffusion.txt2img

@@ -76,7 +76,6 @@ def paint(args: argparse.Namespace, *sources: dict[str, Any], save: Save | None 
     """
     from ldm.devices import pick_device
     from ldm.images import prepare_folder
-    from ldm.prompting import explanations
     from ldm.results import with_bar
 
     groups = check(args, *sources)
@@ -88,9 +87,7 @@ def paint(args: argparse.Namespace, *sources: dict[str, Any], save: Save | None 
             return result.save(samples, "{:05}" + FORMATS[args.format], metadata=not args.no_metadata)
 
     sd = load_model(args, pick_device(args.device))
-    scale = args.guidance_scale
-    if scale is None and (sd.report is None or sd.report.sampling.guidance_scale is None):
-        scale = args.v1_scale
+    scale = guidance_of(args, sd)
     add_embeddings(groups, Embeddings(sd.model))
     requests: deque[tuple[int, Request]] = deque()
     for group in groups:  # all of them are checked before the first picture is begun
@@ -106,9 +103,7 @@ def paint(args: argparse.Namespace, *sources: dict[str, Any], save: Save | None 
         requests.append((group.source, request))
     groups.clear()
     if args.explain:
-        for line in dict.fromkeys(one for _, request in requests for one in explanations(sd.model, request)):
-            for row in line.split("\n"):
-                say(" " * (len(row) - len(row.lstrip())) + printable(row))
+        explain(sd, [request for _, request in requests])
         return
     if args.like_adapters:
         line = lacking(args.like_adapters, (one for _, request in requests for one in request.adapters))
@@ -335,6 +330,21 @@ def load_model(args: argparse.Namespace, device: torch.device) -> StableDiffusio
     if any(ways.values()) or (args.optimize and not args.lowvram):  # low_vram alone is the loader's work
         sd.optimize(**ways, low_vram=device if args.lowvram else None)
     return sd
+
+
+def explain(sd: StableDiffusion, requests: Sequence[Request]) -> None:
+    """Show how the prompts of requests are read, each once."""
+    from ldm.prompting import explanations
+
+    for line in dict.fromkeys(one for request in requests for one in explanations(sd.model, request)):
+        for row in line.split("\n"):
+            say(" " * (len(row) - len(row.lstrip())) + printable(row))
+
+
+def guidance_of(args: argparse.Namespace, sd: StableDiffusion) -> float | None:
+    """Choose the guidance: what the options say, else None for the model's own, else that of CompVis's script."""
+    is_advised = sd.report is not None and sd.report.sampling.guidance_scale is not None
+    return args.v1_scale if args.guidance_scale is None and not is_advised else args.guidance_scale
 
 
 def add_embeddings(groups: Sequence[Group], embeddings: Embeddings) -> None:
