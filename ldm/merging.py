@@ -84,7 +84,9 @@ def alphas_of_blocks(blocks: Mapping[str, float] | Sequence[float] | None, alpha
     elif isinstance(blocks, Mapping):
         given = {str(name).upper(): one for name, one in blocks.items()}
         if len(given) < len(blocks):
-            raise UsageError(f"blocks should name each block once, whatever its case, got {shown(list(blocks))}")
+            raise UsageError(
+                f"blocks should name each block once, whatever its case, got {shown(list(blocks))}"
+            )
         if unknown := [name for name in given if name not in BLOCKS]:
             raise UsageError(
                 f"blocks should be of BASE, IN00 to IN11, M00 and OUT00 to OUT11, got {shown(unknown[0])}"
