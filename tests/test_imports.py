@@ -48,10 +48,14 @@ ROOMS = (
 )
 STORIES = (
     "advice",
+    "checks",
     "cli",
     "converting",
+    "denoising",
     "diffusers_style",
     "edit",
+    "encoding",
+    "finishing",
     "generate",
     "grids",
     "guided_diffusion",
@@ -59,6 +63,7 @@ STORIES = (
     "merging",
     "metadata",
     "noise",
+    "passes",
     "pipeline",
     "prompting",
     "request",

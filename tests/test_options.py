@@ -111,12 +111,26 @@ def test_a_kind_reads_what_it_writes(name, text, value):
 ELSEWHERE = {
     "ldm/request.py": (
         "what needs the model or several options together",
-        "num_images cache_interval cache_depth merge_ratio merge_seed steps sampler spacing eta height width "
-        "strength negative_prompt rng fixed_code batch_size variation_seed variation_strength seed_resize_from "
-        "eta_noise_seed_delta hires_scale hires_size hires_steps hires_strength hires_prompt hires_negative_prompt "
-        "hires_sampler hires_spacing hires_upscaler guidance",
+        "batch_size cache_interval cache_depth merge_ratio merge_seed height width strength",
     ),
-    "ldm/generate.py": ("how many there were in the batch", "batch_size"),
+    "ldm/checks/further.py": (
+        "what becomes of hires fix",
+        "hires_scale hires_size hires_steps hires_strength hires_prompt hires_negative_prompt hires_sampler "
+        "hires_spacing hires_upscaler sampler steps spacing eta height width",
+    ),
+    "ldm/checks/picture.py": ("sizes", "height width strength"),
+    "ldm/checks/prompts.py": ("one for each prompt", "negative_prompt"),
+    "ldm/checks/sampling.py": (
+        "what a sampler has, and the model's networks",
+        "sampler steps spacing eta cache_interval cache_depth merge_ratio merge_seed",
+    ),
+    "ldm/checks/seeds.py": (
+        "what goes together",
+        "variation_seed variation_strength seed_resize_from eta_noise_seed_delta rng fixed_code batch_size num_images",
+    ),
+    "ldm/passes.py": ("the fields of a pass", "guidance height width strength negative_prompt"),
+    "ldm/generate.py": ("", ""),
+    "ldm/finishing.py": ("how many there were in the batch", "batch_size"),
     "ldm/results.py": ("of the class Progress", "steps"),
     "ldm/pipeline.py": ("img2img's default; what no picture is given as", "strength output_type"),
     "ldm/metadata.py": (
@@ -150,6 +164,33 @@ def test_no_other_file_spells_an_options_name(file):
     tree = ast.walk(ast.parse((ROOT / file).read_text()))
     found = {node.value for node in tree if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert found & names == set(ELSEWHERE[file][1].split())
+
+
+# Files that spell flags of options, or their keys of several words in A1111's text, and which.
+SPELT = {
+    "ldm/cli/adapters.py": "--control --embedding --ip-adapter --lora --t2i-adapter Lora_hashes TI_hashes",
+    "ldm/cli/controls.py": "--control --hint --image-encoder --ip-adapter --ip-image --t2i-adapter",
+    "ldm/metadata.py": "Lora_hashes TI_hashes",
+    "ldm/sampler_names.py": "--dpm_solver --plms",
+    # Programs of their own.
+    "ldm/cli/guided.py": "--batch_size --seed",
+    "scripts/merge.py": "--lora",
+    "scripts/sample_diffusion.py": "--eta --n_samples --prompt --scale",
+    "scripts/train.py": "--seed",
+}
+
+
+def test_no_other_file_spells_an_options_flag_or_key():
+    """In any file: a flag is added, and a key written or read, by its option's entry alone."""
+    words = {flag for one in options.options() for flag in one.flags}
+    words |= {entry.infotext for entry in options.TABLE if " " in (entry.infotext or "")}
+    for path in [*(ROOT / "ldm").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        file = path.relative_to(ROOT).as_posix()
+        source = path.read_text(encoding="utf-8")
+        if file == "ldm/options.py" or not any(word in source for word in words):
+            continue
+        found = {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
+        assert {str(one).replace(" ", "_") for one in found & words} <= set(SPELT.get(file, "").split()), file
 
 
 FOR_ADAPTERS = {

@@ -1,0 +1,1 @@
+"""Checks of the parts of a request, which ldm.request puts together."""

@@ -1,0 +1,143 @@
+"""The size of what a request paints, and the picture and mask that it starts from, checked."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ldm import images as pictures
+from ldm.devices import dtype_name
+from ldm.errors import UsageError, shown
+from ldm.limits import CELLS, SHARE, is_whole, real
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ldm.checkpoints.sampling import SamplingDefaults
+
+log = logging.getLogger(__name__)
+
+
+def check_picture(
+    image: Any, mask: Any, strength: Any, width: Any, height: Any, f: int, defaults: SamplingDefaults
+) -> dict[str, Any]:
+    """Check the size of what is painted, and the picture, mask and strength that it starts from."""
+    size = (
+        None if width is None else check_size("width", width, f),
+        None if height is None else check_size("height", height, f),
+    )
+    pixels, original, marks, image_hash = read_pictures(image, mask, size, f)
+    if pixels is None:
+        if strength is not None:
+            raise UsageError(
+                f"strength is for a picture to start from, got strength={strength} and image=None"
+            )
+        height = size[1] or check_size("height", defaults.size[0], f)
+        width = size[0] or check_size("width", defaults.size[1], f)
+        mode = "txt2img"
+    else:
+        height, width = pixels.shape[2:]
+        mode = "img2img" if marks is None else "inpaint"
+        if strength is None:
+            strength = 0.75 if marks is None else 1.0
+        strength = real("strength", strength, *SHARE)
+    return {
+        "mode": mode,
+        "height": height,
+        "width": width,
+        "image": pixels,
+        "original": original,
+        "image_hash": image_hash,
+        "mask": marks,
+        "strength": strength,
+    }
+
+
+def check_size(name: str, value: int, f: int) -> int:
+    """Return a side in pixels if the model can paint it.
+
+    Raises:
+        UsageError: it is no multiple of f, or out of range; the nearest two sides that work are named.
+    """
+    low, high = (cells * f for cells in CELLS)
+    if not is_whole(value, low, high):
+        raise UsageError(f"{name} must be a multiple of {f} from {low} to {high}, got {shown(value)}")
+    if value % f:
+        below = value - value % f
+        raise UsageError(
+            f"{name} must be a multiple of {f}, got {value}; the nearest two that work are {below} and {below + f}"
+        )
+    return int(value)
+
+
+def read_pictures(
+    image: Any, mask: Any, size: tuple[int | None, int | None], f: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, str | None]:
+    """Read a picture, in [-1, 1] and as it is given back in [0, 1], and a mask, of one size; and the picture's hash."""
+    if image is None:
+        if mask is not None:
+            raise UsageError("a mask needs a picture to repaint, got mask and image=None")
+        return None, None, None, None
+    if isinstance(image, Tensor):
+        pixels = _as_picture("image", image, 3)
+        for name, side in zip(("width", "height"), (pixels.shape[3], pixels.shape[2]), strict=True):
+            check_size(name, side, f)
+        if size[0] not in (None, pixels.shape[3]) or size[1] not in (None, pixels.shape[2]):
+            raise UsageError(
+                f"an image given as a tensor keeps its size, got {tuple(pixels.shape)} and {size}"
+            )
+        most = pixels.float().abs().max().item()
+        if not pixels.is_floating_point() or most > 2:
+            raise UsageError(
+                "an image given as a tensor must be floating point from -1 (black) to 1 (white), "
+                f"got {dtype_name(pixels.dtype)} up to {most:g}; bytes x are 2 * (x / 255) - 1"
+            )
+        original = pictures.given_unit(pixels.cpu())
+        pixels = pixels.float().cpu()
+    else:
+        image = _open("image", image)
+        sides = [side or own - own % f for side, own in zip(size, image.size, strict=True)]
+        for name, side in zip(("width of the picture", "height of the picture"), sides, strict=True):
+            check_size(name, side, f)
+        if tuple(sides) != image.size:
+            log.info("the picture was resized from %s to %s", image.size, tuple(sides))
+        pixels = pictures.to_tensor(pictures.fit_size(pictures.to_rgb(image), f, tuple(sides)))
+        original = pictures.given_unit(pixels)
+    marks = None
+    if mask is not None:
+        at = (pixels.shape[3], pixels.shape[2])
+        if isinstance(mask, Tensor):
+            marks = (_as_picture("mask", mask, 1).float().cpu() >= 0.5).float()
+            if marks.shape[2:] != pixels.shape[2:]:
+                raise UsageError(f"mask must have the picture's size {at}, got {tuple(marks.shape)}")
+        else:
+            mask = _open("mask", mask)
+            if mask.size != at:
+                log.info("the mask was resized from %s to %s", mask.size, at)
+            marks = pictures.to_mask(mask, at)
+        if not marks.any():
+            raise UsageError("the mask marks nothing; paint white what is to be repainted")
+    return pixels, original, marks, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:10]
+
+
+def _as_picture(name: str, value: Tensor, channels: int) -> Tensor:
+    if value.dim() != 4 or value.shape[:2] != (1, channels) or not torch.isfinite(value).all():
+        raise UsageError(
+            f"{name} must be a finite (1, {channels}, height, width) tensor, got {tuple(value.shape)}"
+        )
+    return value
+
+
+def _open(name: str, value: Any) -> Image.Image:
+    from PIL import Image
+
+    if isinstance(value, str | os.PathLike):
+        return pictures.open_image(value)
+    if isinstance(value, Image.Image):
+        return pictures.upright(value)
+    raise UsageError(f"{name} must be a PIL picture, a path or a tensor, got {type(value).__name__}")

@@ -1,0 +1,200 @@
+"""The ends of painting: prompts to features, pictures to latents, and latents to pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ldm import images as pictures
+from ldm.adapters.use import text_scope, vae_scope
+from ldm.devices import dtype_name
+from ldm.errors import NumericError
+from ldm.models.diffusion.conditions import ScheduledCondition
+from ldm.models.diffusion.samplers import SAMPLERS, Noise
+from ldm.models.introspect import downsampling, dtype_of
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.passes import ImageSpec, Pass, Request, Start
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+log = logging.getLogger(__name__)
+
+
+def encode_prompt(
+    model: LatentDiffusion, prompts: Sequence[str], known: dict[str, Tensor] | None = None
+) -> Tensor:
+    """Turn prompts into text features, (b, n, d).
+
+    Each distinct prompt is encoded once and alone, so that its features do not depend on its neighbours.
+
+    Args:
+        known: features of earlier prompts; new ones are added.
+    """
+    known = {} if known is None else known
+    for prompt in prompts:
+        if prompt not in known:
+            known[prompt] = model.get_learned_conditioning([prompt])
+    return torch.cat([known[prompt] for prompt in prompts])
+
+
+def encode_prompts(
+    model: LatentDiffusion, request: Request, one: Pass, batch: Sequence[ImageSpec], shared: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, list[list[str]]]:
+    """Encode prompts and, if guidance needs them, negative prompts; list the words that did not fit.
+
+    Args:
+        one, batch: a pass, and the images that are painted at once, as it paints them.
+        shared: what the batches of a request use again: features of their prompts, and the text encoder's adapters.
+
+    Returns:
+        context and unconditional context, (b, n, d) each (None where nothing is guided), and dropped words.
+    """
+    guided = one.guidance_scale != 1.0 or SAMPLERS[one.sampler].needs_unconditional
+    if request.embeds is not None:
+        rows = [spec.row for spec in batch]
+        context = request.embeds[rows].to(model.device)
+        unconditional = request.negative_embeds[rows].to(model.device) if guided else None
+        return context, unconditional, [[] for _ in batch]
+    known: dict[str, Tensor] = shared.setdefault("features", {})
+    wanted = {text for spec in batch for text in (spec.prompt, spec.negative_prompt)}
+    for text in known.keys() - wanted:  # a list of many prompts must not fill the memory
+        del known[text]
+    negatives = [spec.negative_prompt for spec in batch]
+    if "text_scope" not in shared:
+        shared["text_scope"] = text_scope(model, request.adapters)
+    with shared["text_scope"]:
+        context = encode_prompt(model, [spec.prompt for spec in batch], known)
+        unconditional = encode_prompt(model, negatives, known) if guided else None
+        dropped_words = getattr(model.cond_stage_model, "dropped_words", lambda text: [])
+        dropped = [
+            dropped_words(spec.prompt) + (dropped_words(spec.negative_prompt) if guided else [])
+            for spec in batch
+        ]
+    return context, unconditional, dropped
+
+
+def encode_image(model: LatentDiffusion, image: Tensor, count: int, noise: Noise) -> Tensor:
+    """Turn one picture (1, 3, height, width) into `count` samples of its latents, scaled units.
+
+    The sampling noise is drawn on the CPU, as CompVis's DiagonalGaussianDistribution does on every device.
+    """
+
+    def encode() -> Tensor:
+        posterior = model.encode_first_stage(image.to(model.device))
+        if not isinstance(posterior, DiagonalGaussianDistribution):
+            return posterior.float().expand(count, -1, -1, -1)
+        mean, std = posterior.mean.float(), posterior.std.float()  # (1, c, h, w)
+        return mean + std * draw.to(mean.device)
+
+    f = downsampling(model)
+    draw = noise(torch.empty(count, model.channels, image.shape[2] // f, image.shape[3] // f))
+    return model.scale_factor * _in_finite_precision(model, "the VAE's encoder", encode)
+
+
+def encode_source(
+    model: LatentDiffusion,
+    request: Request,
+    image: Tensor,
+    b: int,
+    noise: Noise,
+    shared: dict[str, Any],
+    key: str,
+) -> Tensor:
+    """Encode a picture (1, 3, height, width) for b images; CompVis encodes it once, before its first batch.
+
+    Args:
+        shared, key: where its latents are kept from one batch to the next, and under which name.
+    """
+    with vae_scope(model, request.attachments):
+        if request.rng != "compvis":
+            return encode_image(model, image, b, noise)
+        if key not in shared:
+            count = min(request.batch_size, len(request.images))
+            shared[key] = encode_image(model, image, count, noise)
+        return shared[key][:b]
+
+
+def masked_picture(
+    model: LatentDiffusion, request: Request, one: Pass, b: int, noise: Noise, shared: dict[str, Any]
+) -> Tensor:
+    """Make what a 9-channel UNet sees beside its latents, (b, 1 + c, h, w): mask, then masked picture.
+
+    Without a mask everything is to be repainted and the picture is grey, as its training had it.
+    """
+    f = downsampling(model)
+    size = (one.height, one.width)
+    mask = torch.ones(1, 1, *size) if one.start.mask is None else one.start.mask
+    image = torch.zeros(1, 3, *size) if one.start.image is None else one.start.image
+    z = encode_source(model, request, image * (mask < 0.5), b, noise, shared, "masked")
+    return torch.cat([pictures.shrink_mask(mask, f, any_pixel=False).to(z).expand(b, -1, -1, -1), z], dim=1)
+
+
+def beside(concat: Tensor, context: Any) -> Any:
+    """Put what a 9-channel UNet sees beside its latents into a condition; None stays None."""
+    if isinstance(context, ScheduledCondition):
+        return ScheduledCondition(context.rows_at, concat)
+    return None if context is None else {"c_concat": [concat], "c_crossattn": [context]}
+
+
+def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
+    """Turn latents (b, c, h, w), scaled units, on any device, into pictures (b, 3, f h, f w), float32, about [-1, 1].
+
+    One picture at a time: memory stays that of one, and a picture does not depend on its neighbours. A
+    decoder in half precision that overflows is put into float32 and stays there.
+
+    Raises:
+        NumericError: pictures that are not finite in float32 either.
+    """
+
+    def one_by_one() -> Tensor:
+        return torch.cat([model.decode_first_stage(z[None].float().to(model.device)) for z in latents])
+
+    return _in_finite_precision(model, "the VAE's decoder", one_by_one)
+
+
+def _in_finite_precision(model: LatentDiffusion, stage: str, work: Callable[[], Tensor]) -> Tensor:
+    """Let the VAE work, and once more in float32 if what comes out is not finite."""
+    vae = model.first_stage_model
+    dtype = dtype_of(vae)
+    result = work()
+    if not torch.isfinite(result).all() and dtype != torch.float32:
+        log.warning("%s overflowed in %s and was put into float32", stage, dtype_name(dtype))
+        vae.float()
+        dtype = torch.float32
+        result = work()
+    if not torch.isfinite(result).all():
+        raise NumericError(
+            f"{stage} gave values that are not finite, in {dtype_name(dtype)}; nothing was saved; check the model file"
+        )
+    return result
+
+
+def picture_of(
+    model: LatentDiffusion, request: Request, start: Start, latents: Tensor | None, b: int
+) -> Tensor:
+    """Give the pictures (b, 3, height, width) in [0, 1] of what a pass gave, on the CPU; what is kept is pasted in.
+
+    Args:
+        start: of the pass.
+        latents: (b, c, h, w); None stands for the picture that it started from.
+    """
+    if latents is None:
+        return start.original.repeat(b, 1, 1, 1)
+    with vae_scope(model, request.attachments):
+        unit = pictures.to_unit(decode(model, latents)).cpu()
+    return unit if start.mask is None else pictures.paste(unit, start.original, start.mask)
+
+
+def latents_of(
+    model: LatentDiffusion, request: Request, start: Start, latents: Tensor | None, b: int
+) -> Tensor:
+    """Give the latents (b, c, h, w) of what a pass gave, where that is the picture that it started from, too."""
+    if latents is not None:
+        return latents
+    with vae_scope(model, request.attachments):
+        return encode_image(model, start.image, b, torch.zeros_like)

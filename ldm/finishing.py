@@ -1,0 +1,78 @@
+"""From latents to finished pictures with what made them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ldm import images as pictures
+from ldm.adapters.use import described
+from ldm.devices import dtype_name
+from ldm.encoding import latents_of, picture_of
+from ldm.models.introspect import dtype_of
+from ldm.options import told
+from ldm.passes import ImageSpec, Request
+from ldm.results import GenerationParameters, GenerationResult, painted, versions
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+
+def finish_batch(
+    model: LatentDiffusion,
+    request: Request,
+    batch: Sequence[ImageSpec],
+    latents: Tensor | None,
+    dropped: Sequence[list[str]],
+    name: str | None,
+    file: Path | None,
+    autocast: torch.dtype | None,
+) -> GenerationResult:
+    """Turn the latents of a batch into what was asked for; None stands for the picture itself (strength 0)."""
+    b, start = len(batch), request.passes[-1].start
+    if request.output_type != "latent":
+        unit = picture_of(model, request, start, latents, b)
+    latents = latents_of(model, request, start, latents, b).float().cpu()
+    shared = {
+        **{one.name: one.kind.plain(getattr(request, one.name)) for one in told() if not one.each},
+        "mode": request.mode,
+        "init_image_hash": request.image_hash,
+        "adapters": described(request.adapters),
+        "batch_size": b,
+        "model": name,
+        **computed_with(model, autocast),
+    }
+    parameters = [
+        GenerationParameters(
+            prompt=spec.prompt,
+            negative_prompt=spec.negative_prompt,
+            seed=spec.seed,
+            variation_seed=spec.variation_seed,
+            batch_index=i,
+            dropped_words=dropped[i],
+            **shared,
+        )
+        for i, spec in enumerate(batch)
+    ]
+    if request.output_type == "pil":
+        images = painted(pictures.unit_to_pil(unit), parameters, file)
+    elif request.output_type == "latent":
+        images = latents
+    else:
+        images = unit if request.output_type == "pt" else unit.permute(0, 2, 3, 1).numpy()
+    return GenerationResult(images, [spec.seed for spec in batch], parameters, latents, file)
+
+
+def computed_with(model: LatentDiffusion, autocast: torch.dtype | None) -> dict[str, Any]:
+    """Say what a picture was computed with: device, dtypes, threads, torch's version and ours."""
+    mixed = f", autocast {dtype_name(autocast)}" if autocast else ""
+    return {
+        "device": str(model.device),
+        "dtype": dtype_name(dtype_of(model)) + mixed,
+        "vae_dtype": dtype_name(dtype_of(model.first_stage_model)),
+        **versions(),
+    }
