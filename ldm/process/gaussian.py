@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.process.prediction import check_prediction
+from ldm.process.scalars import Scalar, sqrt
 
 # CompVis's floor under a variance before its logarithm: the posterior of the first level has variance 0.
 VARIANCE_FLOOR = 1e-20
@@ -30,20 +31,20 @@ def q_sample(x0: Tensor, noise: Tensor, *, alpha_bar: Tensor, sigma: Tensor | No
 class Posterior(NamedTuple):
     """q(x_{t-1} | x_t, x_0) at some levels: mean = coef_x0 * x0 + coef_x_t * x_t, and its variance."""
 
-    coef_x0: Tensor
-    coef_x_t: Tensor
-    variance: Tensor
+    coef_x0: Scalar
+    coef_x_t: Scalar
+    variance: Scalar
 
 
 def posterior(
-    alpha_bar: Tensor, alpha_bar_prev: Tensor, *, v_posterior: float = 0.0, beta: Tensor | None = None
+    alpha_bar: Scalar, alpha_bar_prev: Scalar, *, v_posterior: float = 0.0, beta: Tensor | None = None
 ) -> Posterior:
     """Work out the posterior between two levels, by Bayes (Eq. 6 and 7).
 
     The levels need not be neighbours: over a respaced chain the step's beta is 1 - alpha_bar / alpha_bar_prev.
 
     Args:
-        alpha_bar: level of x_t, in (0, 1); any shape. Give float64: 1 - alpha_bar loses digits in float32.
+        alpha_bar: level of x_t, in (0, 1); a number or any shape. Give float64: 1 - alpha_bar loses digits in float32.
         alpha_bar_prev: level stepped to, not below alpha_bar; same shape.
         v_posterior: 0 = the posterior's variance, 1 = beta (both ends of DDPM section 3.2), or between.
         beta: 1 - alpha_bar / alpha_bar_prev, where the caller has it more exactly: a chain whose signal is
@@ -51,13 +52,13 @@ def posterior(
     """
     alpha = alpha_bar / alpha_bar_prev if beta is None else 1 - beta
     beta = 1 - alpha if beta is None else beta
-    coef_x0 = beta * alpha_bar_prev.sqrt() / (1 - alpha_bar)
-    coef_x_t = (1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar)
+    coef_x0 = beta * sqrt(alpha_bar_prev) / (1 - alpha_bar)
+    coef_x_t = (1 - alpha_bar_prev) * sqrt(alpha) / (1 - alpha_bar)
     least = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
     return Posterior(coef_x0, coef_x_t, (1 - v_posterior) * least + v_posterior * beta)
 
 
-def posterior_mean(x0: Tensor, x_t: Tensor, *, coef_x0: Tensor, coef_x_t: Tensor) -> Tensor:
+def posterior_mean(x0: Tensor, x_t: Tensor, *, coef_x0: Scalar, coef_x_t: Scalar) -> Tensor:
     """Mix clean and noisy sample into the mean of q(x_{t-1} | x_t, x_0) (Eq. 7)."""
     return coef_x0 * x0 + coef_x_t * x_t
 

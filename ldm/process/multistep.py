@@ -50,7 +50,8 @@ def polynomial_weights(
 
 def weighed(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     """Add values (k of any one shape) up, each times its weight."""
-    return sum(float(weight) * value for weight, value in zip(weights, values, strict=True))
+    first, *others = (float(weight) * value for weight, value in zip(weights, values, strict=True))
+    return sum(others, first)
 
 
 def deis_weights(sigmas: Sequence[float], sigma_to: float, clock: str = "log_sigma") -> np.ndarray:

@@ -18,19 +18,20 @@ from typing import Literal
 from torch import Tensor
 
 from ldm.errors import UsageError
+from ldm.process.scalars import Scalar, sqrt
 
 Prediction = Literal["eps", "x0", "v"]
 PREDICTIONS = ("eps", "x0", "v")
 
 
-def to_x0(kind: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor, sigma: Tensor | None = None) -> Tensor:
+def to_x0(kind: str, output: Tensor, x_t: Tensor, alpha_bar: Scalar, sigma: Scalar | None = None) -> Tensor:
     """Turn a network's output into the clean sample.
 
     Args:
         kind: what the output is: "eps", "x0" or "v".
         output: the network's answer, shaped like x_t.
         x_t: the noisy sample, any shape.
-        alpha_bar: fraction of signal variance in (0, 1], broadcastable to x_t, e.g. (b, 1, 1, 1).
+        alpha_bar: fraction of signal variance in (0, 1]: a number, or broadcastable to x_t, e.g. (b, 1, 1, 1).
         sigma: sqrt(1 - alpha_bar), where the caller has it more exactly.
 
     Raises:
@@ -46,7 +47,7 @@ def to_x0(kind: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor, sigma: Tens
     raise _unknown(kind)
 
 
-def to_eps(kind: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor, sigma: Tensor | None = None) -> Tensor:
+def to_eps(kind: str, output: Tensor, x_t: Tensor, alpha_bar: Scalar, sigma: Scalar | None = None) -> Tensor:
     """Turn a network's output into the noise in x_t; arguments as in `to_x0`, alpha_bar below 1 for "x0"."""
     if kind == "eps":
         return output
@@ -58,7 +59,7 @@ def to_eps(kind: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor, sigma: Ten
     raise _unknown(kind)
 
 
-def to_v(kind: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor, sigma: Tensor | None = None) -> Tensor:
+def to_v(kind: str, output: Tensor, x_t: Tensor, alpha_bar: Scalar, sigma: Scalar | None = None) -> Tensor:
     """Turn a network's output into the velocity; arguments as in `to_x0`, alpha_bar below 1 for "x0"."""
     if kind == "v":
         return output
@@ -70,7 +71,7 @@ def to_v(kind: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor, sigma: Tenso
     raise _unknown(kind)
 
 
-def velocity(x0: Tensor, eps: Tensor, alpha_bar: Tensor, sigma: Tensor | None = None) -> Tensor:
+def velocity(x0: Tensor, eps: Tensor, alpha_bar: Scalar, sigma: Scalar | None = None) -> Tensor:
     """Make the velocity that a v-network is trained towards, from its two ends: a eps - s x0."""
     signal, sigma = _levels(alpha_bar, sigma)
     return signal * eps - sigma * x0
@@ -86,8 +87,8 @@ def check_prediction(kind: str) -> None:
         raise _unknown(kind)
 
 
-def _levels(alpha_bar: Tensor, sigma: Tensor | None) -> tuple[Tensor, Tensor]:
-    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt() if sigma is None else sigma
+def _levels(alpha_bar: Scalar, sigma: Scalar | None) -> tuple[Scalar, Scalar]:
+    return sqrt(alpha_bar), sqrt(1 - alpha_bar) if sigma is None else sigma
 
 
 def _unknown(kind: str) -> UsageError:

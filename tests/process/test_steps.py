@@ -103,6 +103,43 @@ def test_one_level_for_all_equals_the_same_level_per_image():
         )
 
 
+def test_a_number_a_0d_level_and_a_level_per_image_step_alike():
+    """To the last bit for the first two; from the clean level and to it, where a logarithm is infinite."""
+    x, one, other, noise = normals(4)
+    std = ddim_std(0.2, 0.6, 0.5)
+    steps = {
+        "ddim": lambda low, high: ddim_step(
+            x, one, alpha_bar_t=low, alpha_bar_prev=high, std=std, noise=noise
+        )[0],
+        "back": lambda low, high: ddim_inverse_step(x, one, alpha_bar_t=high, alpha_bar_next=low),
+        "ddpm": lambda low, high: ddpm_step(x, one, alpha_bar_t=low, alpha_bar_prev=high, noise=noise),
+        "++": lambda low, high: dpm_solver_pp_step(
+            x, [one, other], alpha_bars=[low, low / 2], alpha_bar_next=high
+        ),
+        "eps": lambda low, high: dpm_solver_step(
+            x, [one, other], alpha_bars=[low, low / 2], alpha_bar_next=high
+        ),
+        "clean": lambda low, high: dpm_solver_pp_step(x, [one], alpha_bars=[low], alpha_bar_next=high / high),
+    }
+    for step in steps.values():
+        number, all_, each = (
+            step(*levels)
+            for levels in ((0.2, 0.6), (scalar(0.2), scalar(0.6)), (scalar([0.2] * 2), scalar([0.6] * 2)))
+        )
+        close(number, all_, atol=0)
+        close(number, each, atol=1e-14)
+    assert isinstance(std, float) and ddim_std(scalar(0.2), scalar(0.6), 0.5) == std
+
+
+def test_a_factor_is_not_rounded_to_half_precision_before_it_multiplies():
+    """As a 0-d tensor on the left of a product it would be, and cost up to half a bit more."""
+    x0, eps = (n.half() for n in normals(2))
+    low, high = scalar(0.2), scalar(0.6)
+    got, _ = ddim_step(x0, eps, alpha_bar_t=low, alpha_bar_prev=high, pred_x0=x0)
+    want = math.sqrt(0.6) * x0 + math.sqrt(0.4) * eps
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_levels_in_float64_leave_the_latents_their_dtype_and_precision(dtype):
     """Near the clean end 1 - alpha_bar is 8.5e-4; rounded to half precision first, it would be off by 4 %."""

@@ -24,6 +24,7 @@ from ldm.modules.seams import GuidanceTerm
 from ldm.option_kinds import Interval
 from ldm.process.guidance import guide, join, rescale
 from ldm.process.prediction import to_eps, to_x0
+from ldm.process.scalars import Scalar, scalar, tensor
 
 WHOLE_INTERVAL = (0.0, 1.0)
 
@@ -130,7 +131,7 @@ class Denoiser:
         """Predict (eps, x0) for a sample (b, ...) at one level."""
         return self._both_of(self._answer(x, t, alpha_bar)[0], x, alpha_bar)
 
-    def both(self, x: Tensor, t: float | Tensor, alpha_bar: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    def both(self, x: Tensor, t: float | Tensor, alpha_bar: Scalar) -> tuple[tuple[Tensor, Tensor], ...]:
         """Predict (eps, x0) guided, and (eps, x0) without the condition; the same twice at levels that are not guided.
 
         At guidance_scale 1 the unconditional pass is not skipped.
@@ -139,11 +140,12 @@ class Denoiser:
         guided = self._both_of(output, x, alpha_bar)
         return guided, guided if uncond is None else self._both_of(uncond, x, alpha_bar)
 
-    def _both_of(self, output: Tensor, x: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+    def _both_of(self, output: Tensor, x: Tensor, alpha_bar: Scalar) -> tuple[Tensor, Tensor]:
+        alpha_bar = scalar(alpha_bar)
         return to_eps(self.kind, output, x, alpha_bar), to_x0(self.kind, output, x, alpha_bar)
 
     def _answer(
-        self, x: Tensor, t: float | Tensor, alpha_bar: Tensor, both: bool = False
+        self, x: Tensor, t: float | Tensor, alpha_bar: Scalar, both: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Give the model's output, guided and corrected, and the one without the condition where it was made."""
         guided = self.is_guided(t, at_scale_1=both)
@@ -151,6 +153,7 @@ class Denoiser:
             dtype = torch.long if isinstance(t, int) else torch.float32
             t = torch.full(x.shape[:1], t, device=x.device, dtype=dtype)
         terms = getattr(self.model, "guidance_terms", tuple)()
+        alpha_bar = tensor(alpha_bar) if terms else alpha_bar  # they are told a tensor
         if isinstance(self.conditioning, ScheduledCondition):
             output, uncond = self._scheduled(terms, x, t, guided, alpha_bar)
         elif terms:
@@ -163,25 +166,27 @@ class Denoiser:
             )
         return output, uncond
 
-    def at_sigma(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def at_sigma(self, x: Tensor, sigma: Scalar) -> Tensor:
         """Predict the clean sample from x = x0 + sigma * noise, at any sigma: k-diffusion's CompVisDenoiser.
 
         Args:
             x: (b, ...) in k-diffusion's units, which are ours over sqrt(alpha_bar).
-            sigma: 0-d, above 0; the network is called with the fractional level that has it.
+            sigma: a number or 0-d, above 0; the network is called with the fractional level that has it.
         """
-        alpha_bar = 1 / (1 + sigma**2)
-        scaled = x * alpha_bar.sqrt()
-        output, _ = self._answer(scaled, self.levels.t_of_sigma(float(sigma)), alpha_bar)
+        sigma = float(sigma)
+        alpha_bar = 1 / (1 + sigma * sigma)
+        scaled = x * math.sqrt(alpha_bar)
+        output, _ = self._answer(scaled, self.levels.t_of_sigma(sigma), alpha_bar)
         if self.kind == "eps":
             return x - sigma * output
         return to_x0(self.kind, output, scaled, alpha_bar)
 
-    def both_at_sigma(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def both_at_sigma(self, x: Tensor, sigma: Scalar) -> tuple[Tensor, Tensor]:
         """Predict the clean sample as `at_sigma` does, and without the condition as `both` does."""
-        alpha_bar = 1 / (1 + sigma**2)
-        t = self.levels.t_of_sigma(float(sigma))
-        (_, guided), (_, without) = self.both(x * alpha_bar.sqrt(), t, alpha_bar)
+        sigma = float(sigma)
+        alpha_bar = 1 / (1 + sigma * sigma)
+        t = self.levels.t_of_sigma(sigma)
+        (_, guided), (_, without) = self.both(x * math.sqrt(alpha_bar), t, alpha_bar)
         return guided, without
 
     @cached_property

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UsageError, nearest, shown
+from ldm.process.scalars import scalar, tensor
 from ldm.process.schedule import LEAST_SIGNAL
 from ldm.process.sigmas import (
     SIGMA_TABLES,
@@ -71,7 +72,10 @@ class Level:
     @cached_property
     def sigma(self) -> Tensor:
         """Noise over signal, sqrt((1 - alpha_bar) / alpha_bar): k-diffusion's unit. 0 at the clean end."""
-        return ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
+        alpha_bar = scalar(self.alpha_bar)
+        if isinstance(alpha_bar, Tensor):
+            return ((1 - alpha_bar) / alpha_bar).sqrt()
+        return tensor(math.sqrt((1 - alpha_bar) / alpha_bar) if alpha_bar > 0 else math.inf)
 
     @cached_property
     def log_snr(self) -> Tensor:

@@ -17,6 +17,7 @@ from ldm.models.diffusion.levels import Level, Noise, is_table, make_plan, unit_
 from ldm.models.diffusion.sampling_util import norm_thresholding
 from ldm.process.gaussian import q_sample
 from ldm.process.prediction import to_x0
+from ldm.process.scalars import Scalar, scalar, sqrt, tensor
 from ldm.process.schedule import LEAST_SIGNAL
 from ldm.process.spacing import check_steps
 from ldm.process.steps import ddim_inverse_step
@@ -191,18 +192,19 @@ class SigmaSampler(Sampler):
         return (1 - level.alpha_bar).sqrt() * noise if z is None else super().start(noise, level, z)
 
     def step(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
-        if here.alpha_bar == 1:
+        alpha_bar = scalar(here.alpha_bar)
+        if alpha_bar == 1:
             return self.rise(x, here, to)
-        x, denoised = self.step_sigma(x / here.alpha_bar.sqrt(), here, to)
-        return to.alpha_bar.sqrt() * x, denoised
+        x, denoised = self.step_sigma(x / sqrt(alpha_bar), here, to)
+        return sqrt(scalar(to.alpha_bar)) * x, denoised
 
     def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
         """Step from here.sigma to to.sigma: (x there, predicted clean sample)."""
         raise NotImplementedError
 
-    def predict(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Predict the clean sample at any sigma above 0."""
-        return self.quantize(self.denoise.at_sigma(x, sigma))
+    def predict(self, x: Tensor, sigma: Scalar) -> Tensor:
+        """Predict the clean sample at any sigma above 0, a number or 0-d."""
+        return self.quantize(self.denoise.at_sigma(x, tensor(sigma)))
 
 
 def check_eta(cls: type[Sampler], eta: float) -> None:

@@ -43,9 +43,10 @@ class EulerAncestralCFGPP(VariableEta, SigmaSampler):
 
     def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
         denoised, unconditional = map(self.quantize, self.denoise.both_at_sigma(x, here.sigma))
-        down, up = ancestral_split(here.sigma, to.sigma, self.eta)
-        x_to = denoised + down * (x - unconditional) / here.sigma
-        if self.eta == 0 or to.sigma == 0:
+        sigma, sigma_to = float(here.sigma), float(to.sigma)
+        down, up = ancestral_split(sigma, sigma_to, self.eta)
+        x_to = denoised + down * (x - unconditional) / sigma
+        if self.eta == 0 or sigma_to == 0:
             return x_to, denoised
         return x_to + self.s_noise * up * self.draw(x, here, to), denoised
 

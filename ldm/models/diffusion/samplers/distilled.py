@@ -65,12 +65,13 @@ class LCM(DistilledSampler):
             skip, out = lcm_boundary(here.t, self.timestep_scaling)
             pred_x0 = skip * x + out * pred_x0
         pred_x0 = self.quantize(pred_x0)
-        if to.alpha_bar == here.alpha_bar:
+        alpha_bar = float(to.alpha_bar)
+        if alpha_bar == here.alpha_bar:
             return x, pred_x0
         if to.left == 0:
             return pred_x0, pred_x0
-        std = self.s_noise * (1 - to.alpha_bar).sqrt()
-        return to.alpha_bar.sqrt() * pred_x0 + std * self.draw(x, here, to), pred_x0
+        std = self.s_noise * math.sqrt(1 - alpha_bar)
+        return math.sqrt(alpha_bar) * pred_x0 + std * self.draw(x, here, to), pred_x0
 
 
 @dataclass
@@ -106,5 +107,5 @@ class TCD(DistilledSampler):
         x, _ = ddim_step(x, eps, alpha_bar_t=here.alpha_bar, alpha_bar_prev=low.alpha_bar, pred_x0=pred_x0)
         if not fresh:
             return x, pred_x0
-        kept = to.alpha_bar / low.alpha_bar
-        return kept.sqrt() * x + (1 - kept).sqrt() * self.draw(x, here, to), pred_x0
+        kept = float(to.alpha_bar) / float(low.alpha_bar)
+        return math.sqrt(kept) * x + math.sqrt(1 - kept) * self.draw(x, here, to), pred_x0

@@ -7,6 +7,7 @@ from torch import Tensor
 from ldm.errors import UsageError, shown
 from ldm.models.diffusion.levels import Level
 from ldm.models.diffusion.samplers.base import Sampler
+from ldm.process.scalars import Scalar, scalar
 from ldm.process.steps import SOLVER_TYPES, dpm_solver_pp_step, dpm_solver_step
 
 
@@ -35,7 +36,7 @@ class DPMSolver(Sampler):
     order: int = 2
     lower_order_final: bool = True
     solver_type: str = "midpoint"
-    past: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False, repr=False)
+    past: list[tuple[Tensor, Scalar]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,22 +48,23 @@ class DPMSolver(Sampler):
             )
 
     def step(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
-        if here.alpha_bar == 1:
+        alpha_bar, alpha_bar_to = scalar(here.alpha_bar), scalar(to.alpha_bar)
+        if alpha_bar == 1:
             return self.rise(x, here, to)
         eps, pred_x0 = self.denoise(x, here.t, here.alpha_bar)
-        if here.alpha_bar == to.alpha_bar:
+        if alpha_bar == alpha_bar_to:
             return x, pred_x0
         pred_x0 = self.quantize(pred_x0)
-        self.past = [(pred_x0 if self.predict_x0 else eps, here.alpha_bar), *self.past][: self.order]
+        self.past = [(pred_x0 if self.predict_x0 else eps, alpha_bar), *self.past][: self.order]
         outputs, alpha_bars = zip(*self.past[: self.order_at(here)], strict=True)
-        if to.alpha_bar == 1:  # the one step that both solvers take alike
+        if alpha_bar_to == 1:  # the one step that both solvers take alike
             return pred_x0, pred_x0
         solve = dpm_solver_pp_step if self.predict_x0 else dpm_solver_step
         x_prev = solve(
             x,
             outputs,
             alpha_bars=alpha_bars,
-            alpha_bar_next=to.alpha_bar,
+            alpha_bar_next=alpha_bar_to,
             solver_type=self.solver_type,
         )
         return x_prev, pred_x0

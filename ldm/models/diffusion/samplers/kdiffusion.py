@@ -8,6 +8,7 @@ from torch import Tensor
 from ldm.errors import UsageError, shown
 from ldm.models.diffusion.levels import Level
 from ldm.models.diffusion.samplers.base import SigmaSampler, VariableEta
+from ldm.process.multistep import weighed
 from ldm.process.steps import ddim_std, euler_step, heun_step, midpoint_step, multistep_weights
 
 
@@ -41,21 +42,22 @@ class Euler(SigmaSampler):
     def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
         x, sigma = self.churned(x, here, to)
         denoised = self.predict(x, sigma)
-        return self.move(x, denoised, sigma, to.sigma), denoised
+        return self.move(x, denoised, sigma, float(to.sigma)), denoised
 
-    def move(self, x: Tensor, denoised: Tensor, sigma: Tensor, sigma_to: Tensor) -> Tensor:
+    def move(self, x: Tensor, denoised: Tensor, sigma: float, sigma_to: float) -> Tensor:
         return euler_step(x, denoised, sigma, sigma_to)
 
-    def churned(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
+    def churned(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, float]:
         """Add noise up to a higher sigma: lines 4 to 6 of the algorithm."""
-        within = self.s_tmin <= here.sigma <= self.s_tmax
+        sigma = float(here.sigma)
+        within = self.s_tmin <= sigma <= self.s_tmax
         if self.s_churn == 0 or not (within or self.always_draw):
-            return x, here.sigma
+            return x, sigma
         noise = self.draw(x, here, to)
         if not within:
-            return x, here.sigma
-        sigma = here.sigma * (1 + min(self.s_churn / here.total, math.sqrt(2) - 1))
-        return x + self.s_noise * (sigma**2 - here.sigma**2).sqrt() * noise, sigma
+            return x, sigma
+        higher = sigma * (1 + min(self.s_churn / here.total, math.sqrt(2) - 1))
+        return x + self.s_noise * math.sqrt(higher * higher - sigma * sigma) * noise, higher
 
 
 class Heun(Euler):
@@ -63,7 +65,7 @@ class Heun(Euler):
 
     name = "heun"
 
-    def move(self, x: Tensor, denoised: Tensor, sigma: Tensor, sigma_to: Tensor) -> Tensor:
+    def move(self, x: Tensor, denoised: Tensor, sigma: float, sigma_to: float) -> Tensor:
         x_to = euler_step(x, denoised, sigma, sigma_to)
         if sigma_to == 0:
             return x_to
@@ -79,7 +81,7 @@ class DPM2(Euler):
     name = "dpm2"
     discard_next_to_last = True
 
-    def move(self, x: Tensor, denoised: Tensor, sigma: Tensor, sigma_to: Tensor) -> Tensor:
+    def move(self, x: Tensor, denoised: Tensor, sigma: float, sigma_to: float) -> Tensor:
         return _midway(self, x, denoised, sigma, sigma_to)
 
 
@@ -99,11 +101,11 @@ class EulerAncestral(VariableEta, SigmaSampler):
 
     def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
         denoised = self.predict(x, here.sigma)
-        up = ddim_std(here.alpha_bar, to.alpha_bar, self.eta) / to.alpha_bar.sqrt()
-        x = self.move(x, denoised, here.sigma, (to.sigma**2 - up**2).clamp(min=0).sqrt())
+        down, up = split_of(here, to, self.eta)
+        x = self.move(x, denoised, float(here.sigma), down)
         return (x + self.s_noise * up * self.draw(x, here, to) if to.sigma > 0 else x), denoised
 
-    def move(self, x: Tensor, denoised: Tensor, sigma: Tensor, sigma_to: Tensor) -> Tensor:
+    def move(self, x: Tensor, denoised: Tensor, sigma: float, sigma_to: float) -> Tensor:
         return euler_step(x, denoised, sigma, sigma_to)
 
 
@@ -116,7 +118,7 @@ class DPM2Ancestral(EulerAncestral):
     name = "dpm2_a"
     discard_next_to_last = True
 
-    def move(self, x: Tensor, denoised: Tensor, sigma: Tensor, sigma_to: Tensor) -> Tensor:
+    def move(self, x: Tensor, denoised: Tensor, sigma: float, sigma_to: float) -> Tensor:
         return _midway(self, x, denoised, sigma, sigma_to)
 
 
@@ -126,18 +128,25 @@ class DPMSolverPP2SAncestral(EulerAncestral):
 
     name = "dpmpp_2s_a"
 
-    def move(self, x: Tensor, denoised: Tensor, sigma: Tensor, sigma_to: Tensor) -> Tensor:
+    def move(self, x: Tensor, denoised: Tensor, sigma: float, sigma_to: float) -> Tensor:
         if sigma_to > 0:
-            middle = (sigma * sigma_to).sqrt()
+            middle = math.sqrt(sigma * sigma_to)
             denoised = self.predict(euler_step(x, denoised, sigma, middle), middle)
         return euler_step(x, denoised, sigma, sigma_to)
 
 
-def _midway(sampler: SigmaSampler, x: Tensor, denoised: Tensor, sigma: Tensor, sigma_to: Tensor) -> Tensor:
+def split_of(here: Level, to: Level, eta: float) -> tuple[float, float]:
+    """Part a step between two levels as `ancestral_split` does, by DDIM's formula."""
+    alpha_bar, sigma_to = float(to.alpha_bar), float(to.sigma)
+    up = ddim_std(float(here.alpha_bar), alpha_bar, eta) / math.sqrt(alpha_bar)
+    return math.sqrt(max(sigma_to * sigma_to - up * up, 0.0)), up
+
+
+def _midway(sampler: SigmaSampler, x: Tensor, denoised: Tensor, sigma: float, sigma_to: float) -> Tensor:
     """Step by the slope midway in log sigma; to the clean end by the slope here."""
     if sigma_to == 0:
         return euler_step(x, denoised, sigma, sigma_to)
-    middle = (sigma * sigma_to).sqrt()
+    middle = math.sqrt(sigma * sigma_to)
     x_mid = euler_step(x, denoised, sigma, middle)
     return midpoint_step(x, x_mid, sampler.predict(x_mid, middle), sigma, middle, sigma_to)
 
@@ -163,9 +172,7 @@ class LMS(SigmaSampler):
             raise UsageError(f"order must be 1, 2, 3 or 4, got {shown(self.order)}")
 
     def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
-        denoised = self.predict(x, here.sigma)
-        slope = (x - denoised) / here.sigma
-        self.past = [(slope, float(here.sigma)), *self.past][: self.order]
+        denoised, sigma = self.predict(x, here.sigma), float(here.sigma)
+        self.past = [((x - denoised) / sigma, sigma), *self.past][: self.order]
         slopes, sigmas = zip(*self.past, strict=True)
-        weights = multistep_weights(sigmas, float(to.sigma))
-        return x + sum(float(w) * slope for w, slope in zip(weights, slopes, strict=True)), denoised
+        return x + weighed(multistep_weights(sigmas, float(to.sigma)), slopes), denoised

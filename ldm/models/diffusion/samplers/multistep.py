@@ -1,5 +1,6 @@
 """Solvers that remember earlier predictions, or look ahead: UniPC, DEIS, iPNDM, RES and others."""
 
+import math
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from ldm.errors import UsageError, shown
 from ldm.models.diffusion.levels import Level
 from ldm.models.diffusion.samplers.base import Sampler, SigmaSampler, VariableEta
-from ldm.models.diffusion.samplers.kdiffusion import Euler
+from ldm.models.diffusion.samplers.kdiffusion import Euler, split_of
 from ldm.process.multistep import (
     DEIS_CLOCKS,
     UNIPC_TYPES,
@@ -21,7 +22,7 @@ from ldm.process.multistep import (
     unipc_step,
     weighed,
 )
-from ldm.process.steps import ddim_std, euler_step, plms_eps
+from ldm.process.steps import euler_step, plms_eps
 
 
 def check_choice(option: str, value: object, choices: tuple) -> None:
@@ -46,9 +47,10 @@ class MultistepSampler(SigmaSampler):
 
     def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
         denoised = self.predict(x, here.sigma)
-        if here.sigma == to.sigma:
+        sigma_to = float(to.sigma)
+        if sigma_to == float(here.sigma):
             return x, denoised
-        return denoised if to.sigma == 0 else self.move(x, denoised, here, to), denoised
+        return denoised if sigma_to == 0 else self.move(x, denoised, here, to), denoised
 
     def move(self, x: Tensor, denoised: Tensor, here: Level, to: Level) -> Tensor:
         """Go to another sigma above 0."""
@@ -86,8 +88,8 @@ class IPNDM(OrderedSampler):
     name = "ipndm"
 
     def move(self, x: Tensor, denoised: Tensor, here: Level, to: Level) -> Tensor:
-        slopes, _ = self.remembered((x - denoised) / here.sigma, here, self.order)
-        return x + (to.sigma - here.sigma) * plms_eps(slopes[0], slopes[:0:-1])
+        slopes, sigmas = self.remembered((x - denoised) / float(here.sigma), here, self.order)
+        return x + (float(to.sigma) - sigmas[0]) * plms_eps(slopes[0], slopes[:0:-1])
 
 
 class IPNDMV(OrderedSampler):
@@ -96,7 +98,7 @@ class IPNDMV(OrderedSampler):
     name = "ipndm_v"
 
     def move(self, x: Tensor, denoised: Tensor, here: Level, to: Level) -> Tensor:
-        slopes, sigmas = self.remembered((x - denoised) / here.sigma, here, self.order)
+        slopes, sigmas = self.remembered((x - denoised) / float(here.sigma), here, self.order)
         return x + weighed(ipndm_v_weights(sigmas, float(to.sigma)), slopes)
 
 
@@ -123,7 +125,7 @@ class DEIS(OrderedSampler):
         check_choice("clock of deis", self.clock, DEIS_CLOCKS)
 
     def move(self, x: Tensor, denoised: Tensor, here: Level, to: Level) -> Tensor:
-        slopes, sigmas = self.remembered((x - denoised) / here.sigma, here, self.order)
+        slopes, sigmas = self.remembered((x - denoised) / float(here.sigma), here, self.order)
         return x + weighed(deis_weights(sigmas, float(to.sigma), self.clock), slopes)
 
 
@@ -160,23 +162,23 @@ class UniPC(OrderedSampler):
         check_choice("solver_type of unipc", self.solver_type, UNIPC_TYPES)
 
     def step(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
-        unit = here.alpha_bar.sqrt()
-        denoised = self.predict(x / unit, here.sigma)
-        if here.sigma == to.sigma:
+        unit, sigma, sigma_to = math.sqrt(here.alpha_bar), float(here.sigma), float(to.sigma)
+        denoised = self.predict(x / unit, sigma)
+        if sigma == sigma_to:
             return x, denoised
-        output = denoised if self.predict_x0 else (x / unit - denoised) / here.sigma
+        output = denoised if self.predict_x0 else (x / unit - denoised) / sigma
         options = {"solver_type": self.solver_type, "predict_x0": self.predict_x0}
         if self.last is not None and self.corrector:
             before, predicted, order = self.last
             outputs, sigmas = zip(*self.past[:order], strict=True)
-            corrected = unipc_step(before, outputs, sigmas, float(here.sigma), output_to=output, **options)
+            corrected = unipc_step(before, outputs, sigmas, sigma, output_to=output, **options)
             x = (unit * corrected).where(x == predicted, x)
         outputs, sigmas = self.remembered(output, here, self.order)
-        if to.sigma == 0:  # which order 1 takes to the predicted clean sample, whatever is extrapolated
+        if sigma_to == 0:  # which order 1 takes to the predicted clean sample, whatever is extrapolated
             return denoised, denoised
         order = min(self.order, here.left) if self.lower_order_final else self.order
         outputs, sigmas = outputs[:order], sigmas[:order]
-        there = to.alpha_bar.sqrt() * unipc_step(x / unit, outputs, sigmas, float(to.sigma), **options)
+        there = math.sqrt(to.alpha_bar) * unipc_step(x / unit, outputs, sigmas, sigma_to, **options)
         self.last = x / unit, there, len(outputs)
         return there, denoised
 
@@ -195,9 +197,9 @@ class GradientEstimation(MultistepSampler):
     gamma: float = 2.0
 
     def move(self, x: Tensor, denoised: Tensor, here: Level, to: Level) -> Tensor:
-        slopes, _ = self.remembered((x - denoised) / here.sigma, here, 2)
+        slopes, sigmas = self.remembered((x - denoised) / float(here.sigma), here, 2)
         slope = slopes[0] + (self.gamma - 1) * (slopes[0] - slopes[1]) if len(slopes) > 1 else slopes[0]
-        return x + (to.sigma - here.sigma) * slope
+        return x + (float(to.sigma) - sigmas[0]) * slope
 
 
 class DPMSolverPP2Mv2(MultistepSampler):
@@ -227,20 +229,19 @@ class RESMultistep(VariableEta, MultistepSampler):
     last_down: float = field(default=0.0, init=False, repr=False)
 
     def move(self, x: Tensor, denoised: Tensor, here: Level, to: Level) -> Tensor:
-        up = ddim_std(here.alpha_bar, to.alpha_bar, self.eta) / to.alpha_bar.sqrt()
-        down = (to.sigma**2 - up**2).clamp(min=0).sqrt()
+        down, up = split_of(here, to, self.eta)
         x = self.descend(x, denoised, here, down)
         return x + self.s_noise * up * self.draw(x, here, to) if self.eta > 0 else x
 
-    def descend(self, x: Tensor, denoised: Tensor, here: Level, down: Tensor) -> Tensor:
+    def descend(self, x: Tensor, denoised: Tensor, here: Level, down: float) -> Tensor:
         """Go along the probability flow to a lower sigma."""
         outputs, sigmas = self.remembered(denoised, here, 2)
         if len(outputs) == 1 or down == 0:
-            x = euler_step(x, denoised, here.sigma, down)
+            x = euler_step(x, denoised, sigmas[0], down)
         else:
-            weights = res_multistep_weights(sigmas, float(down), self.last_down)
-            x = down / here.sigma * x + weighed(weights, outputs)
-        self.last_down = float(down)
+            weights = res_multistep_weights(sigmas, down, self.last_down)
+            x = down / sigmas[0] * x + weighed(weights, outputs)
+        self.last_down = down
         return x
 
 
@@ -270,14 +271,14 @@ class RES2S(RESMultistep):
         if not 0 < self.c2 <= 1:
             raise UsageError(f"c2 of res_2s must be above 0 and at most 1, got {shown(self.c2)}")
 
-    def descend(self, x: Tensor, denoised: Tensor, here: Level, down: Tensor) -> Tensor:
+    def descend(self, x: Tensor, denoised: Tensor, here: Level, down: float) -> Tensor:
         if down == 0:
             return denoised
-        h = float((here.sigma / down).log())
-        middle = here.sigma * (down / here.sigma) ** self.c2
-        second = self.predict(euler_step(x, denoised, here.sigma, middle), middle)
-        weights = exponential_weights([0.0, self.c2], h)
-        return down / here.sigma * x + weighed(weights, [denoised, second])
+        sigma = float(here.sigma)
+        middle = sigma * (down / sigma) ** self.c2
+        second = self.predict(euler_step(x, denoised, sigma, middle), middle)
+        weights = exponential_weights([0.0, self.c2], math.log(sigma / down))
+        return down / sigma * x + weighed(weights, [denoised, second])
 
 
 class HeunPP2(Euler):
@@ -295,11 +296,12 @@ class HeunPP2(Euler):
         ahead_of = self.levels[self.levels.index(to) :] if to in self.levels else [to]
         slopes, sigmas, ahead = [(x - denoised) / sigma], [sigma], x
         for level in ahead_of[:2]:
-            if level.sigma == 0 or level.left == 0:
+            further = float(level.sigma)
+            if further == 0 or level.left == 0:
                 break
-            ahead = ahead + (level.sigma - sigmas[-1]) * slopes[-1]
-            slopes.append((ahead - self.predict(ahead, level.sigma)) / level.sigma)
-            sigmas.append(level.sigma)
+            ahead = ahead + (further - sigmas[-1]) * slopes[-1]
+            slopes.append((ahead - self.predict(ahead, further)) / further)
+            sigmas.append(further)
         top = self.levels[0] if self.levels else here
-        weights = heun_pp_weights([float(s) for s in sigmas], float(top.sigma))
-        return x + (to.sigma - sigma) * weighed(weights, slopes), denoised
+        weights = heun_pp_weights(sigmas, float(top.sigma))
+        return x + (float(to.sigma) - sigma) * weighed(weights, slopes), denoised

@@ -1,5 +1,6 @@
 """Restart sampling: back up by fresh noise, and down again."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,8 @@ class Restart(Heun):
         return levels
 
     def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor | None]:
-        if to.sigma <= here.sigma:
+        sigma, sigma_to = float(here.sigma), float(to.sigma)
+        if sigma_to <= sigma:
             return super().step_sigma(x, here, to)
         noise = self.draw(x, here, to)
-        return x + self.s_noise * (to.sigma**2 - here.sigma**2).sqrt() * noise, None
+        return x + self.s_noise * math.sqrt(sigma_to * sigma_to - sigma * sigma) * noise, None

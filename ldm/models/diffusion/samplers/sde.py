@@ -29,7 +29,7 @@ class SDESampler(VariableEta, SigmaSampler):
     brownian: bool = True
     paths: BrownianPaths | None = field(default=None, init=False, repr=False)
 
-    def draw_between(self, x: Tensor, sigma: Tensor, sigma_to: Tensor) -> Tensor:
+    def draw_between(self, x: Tensor, sigma: float, sigma_to: float) -> Tensor:
         """Draw unit normal noise shaped like x for the interval between two sigmas."""
         if not self.brownian:
             return self.noise(x)
@@ -37,7 +37,7 @@ class SDESampler(VariableEta, SigmaSampler):
             # An image's seed is its own first draw, on the CPU, where reading it waits for no device.
             firsts = self.noise(torch.empty(len(x), 4)).flatten(1)[:, :4].contiguous().view(torch.int32)
             self.paths = BrownianPaths([hash(tuple(row)) for row in firsts.tolist()], x.shape[1:])
-        return upload(self.paths.between(float(sigma), float(sigma_to)).to(x.dtype), x.device)
+        return upload(self.paths.between(sigma, sigma_to).to(x.dtype), x.device)
 
 
 @dataclass
@@ -59,7 +59,7 @@ class DPMSolverPPSDE(SDESampler):
             raise UsageError(f"r must be above 0 and at most 1, got {shown(self.r)}")
 
     def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
-        sigma, sigma_to = here.sigma, to.sigma
+        sigma, sigma_to = float(here.sigma), float(to.sigma)
         denoised = self.predict(x, sigma)
         if sigma_to == 0:
             return denoised, denoised
@@ -68,7 +68,7 @@ class DPMSolverPPSDE(SDESampler):
         share = 1 / (2 * self.r)
         return self.move(x, (1 - share) * denoised + share * predicted, sigma, sigma_to), denoised
 
-    def move(self, x: Tensor, denoised: Tensor, sigma: Tensor, sigma_to: Tensor) -> Tensor:
+    def move(self, x: Tensor, denoised: Tensor, sigma: float, sigma_to: float) -> Tensor:
         down, up = ancestral_split(sigma, sigma_to, self.eta)
         x_to = euler_step(x, denoised, sigma, down)
         if self.eta == 0:
@@ -88,7 +88,7 @@ class DPMSolverPP2MSDE(SDESampler):
 
     _: KW_ONLY
     solver_type: str = "midpoint"
-    past: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False, repr=False)
+    past: list[tuple[Tensor, float]] = field(default_factory=list, init=False, repr=False)
 
     order = 2
 
@@ -98,20 +98,21 @@ class DPMSolverPP2MSDE(SDESampler):
             raise UsageError(f"solver_type must be midpoint or heun, got {shown(self.solver_type)}")
 
     def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
-        denoised = self.predict(x, here.sigma)
-        self.past = [(denoised, here.sigma), *self.past][: self.order]
-        if to.sigma == 0:
+        sigma, sigma_to = float(here.sigma), float(to.sigma)
+        denoised = self.predict(x, sigma)
+        self.past = [(denoised, sigma), *self.past][: self.order]
+        if sigma_to == 0:
             return denoised, denoised
-        if to.sigma == here.sigma:
+        if sigma_to == sigma:
             return x, denoised
         outputs, sigmas = zip(*self.past, strict=True)
         x = sde_dpm_solver_pp_step(
-            x, outputs, sigmas=sigmas, sigma_to=to.sigma, eta=self.eta, solver_type=self.solver_type
+            x, outputs, sigmas=sigmas, sigma_to=sigma_to, eta=self.eta, solver_type=self.solver_type
         )
         if self.eta == 0:
             return x, denoised
-        noise = self.draw_between(x, here.sigma, to.sigma)
-        return x + self.s_noise * sde_std(here.sigma, to.sigma, self.eta) * noise, denoised
+        noise = self.draw_between(x, sigma, sigma_to)
+        return x + self.s_noise * sde_std(sigma, sigma_to, self.eta) * noise, denoised
 
 
 @dataclass

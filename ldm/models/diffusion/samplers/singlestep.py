@@ -65,12 +65,12 @@ class DPMFast(VariableEta, SigmaSampler):
         return [OrderedLevel(one.t, one.alpha_bar, i, len(levels) - 1, order) for one, i, order in rows]
 
     def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
-        sigma = here.sigma
+        sigma, sigma_to = float(here.sigma), float(to.sigma)
         denoised = self.predict(x, sigma)
-        if to.sigma == 0:
+        if sigma_to == 0:
             return denoised, denoised
-        end = self.denoise.levels.sigmas[0] if self.eta else 0.0
-        down, up = split_down_to(sigma, to.sigma, self.eta, end)
+        end = float(self.denoise.levels.sigmas[0]) if self.eta else 0.0
+        down, up = split_down_to(sigma, sigma_to, self.eta, end)
         eps = (x - denoised) / sigma
         x, _ = dpm_solver_singlestep(x, self.predict, sigma, down, getattr(here, "order", 3), eps)
         if self.eta == 0:
@@ -142,33 +142,33 @@ class DPMAdaptive(VariableEta, SigmaSampler):
 
     def step(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, ...]:
         """Step towards a level, as far as the tolerance allows: (x, predicted clean sample, level reached)."""
-        x, sigma = x / here.alpha_bar.sqrt(), here.sigma
+        x, sigma, end = x / math.sqrt(here.alpha_bar), float(here.sigma), float(to.sigma)
         denoised = self.predict(x, sigma)
-        if to.sigma == 0:
+        if end == 0:
             return denoised, denoised
         eps, accepted = (x - denoised) / sigma, False
         while not accepted:
-            remaining = float((sigma / to.sigma).log())
-            sigma_to = to.sigma if self.h >= remaining - 1e-5 else sigma * math.exp(-self.h)
-            down, up = split_down_to(sigma, sigma_to, self.eta, float(to.sigma))
+            reaches_end = self.h >= math.log(sigma / end) - 1e-5
+            sigma_to = end if reaches_end else sigma * math.exp(-self.h)
+            down, up = split_down_to(sigma, sigma_to, self.eta, end)
             high, low = dpm_solver_singlestep(x, self.predict, sigma, down, self.order, eps)
             error = self.error(low, high, x if self.low is None else self.low)
             if not math.isfinite(error):
                 raise NumericError(
-                    f"the network gave values that are not finite near sigma {float(sigma):g}, and dpm_adaptive makes "
+                    f"the network gave values that are not finite near sigma {sigma:g}, and dpm_adaptive makes "
                     "no step by them; use float32 or another model file"
                 )
             accepted = self.propose(error)
             if not accepted and self.h < LEAST_H:
                 raise UsageError(
                     f"dpm_adaptive finds no step within rtol {self.rtol:g} and atol {self.atol:g} near sigma "
-                    f"{float(sigma):g}; raise them"
+                    f"{sigma:g}; raise them"
                 )
         self.low = low
-        reached = to if sigma_to is to.sigma else self.denoise.levels.at_sigma(float(sigma_to))
+        reached = to if reaches_end else self.denoise.levels.at_sigma(sigma_to)
         if self.eta > 0:
             high = high + self.s_noise * up * self.draw(x, here, reached)
-        return reached.alpha_bar.sqrt() * high, denoised, reached
+        return math.sqrt(reached.alpha_bar) * high, denoised, reached
 
     def error(self, low: Tensor, high: Tensor, before: Tensor) -> float:
         """Measure the difference of the orders in units of the tolerance: its root mean square."""
@@ -194,12 +194,12 @@ class DPMAdaptive(VariableEta, SigmaSampler):
         return accepted
 
 
-def split_down_to(sigma: Tensor, sigma_to: Tensor, eta: float, end: float) -> tuple[Tensor, Tensor]:
+def split_down_to(sigma: float, sigma_to: float, eta: float, end: float) -> tuple[float, float]:
     """`ancestral_split` that goes down no further than the end of the run."""
     if eta == 0:
-        return sigma_to, torch.zeros_like(sigma_to)
-    down = ancestral_split(sigma, sigma_to, eta)[0].clamp(min=end)
-    return down, (sigma_to**2 - down**2).clamp(min=0).sqrt()
+        return sigma_to, 0.0
+    down = max(ancestral_split(sigma, sigma_to, eta)[0], end)
+    return down, math.sqrt(max(sigma_to * sigma_to - down * down, 0.0))
 
 
 def ending_above_0(

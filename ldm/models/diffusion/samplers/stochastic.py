@@ -1,5 +1,6 @@
 """Solvers of the reverse stochastic equation that remember earlier predictions: SA-Solver and ER-SDE-Solver."""
 
+import math
 from dataclasses import KW_ONLY, dataclass, field
 
 from torch import Tensor
@@ -69,21 +70,20 @@ class SASolver(VariableEta, MultistepSampler):
         return float(table.at_t(share * len(table.sigmas)).sigma) * (1 + (share - 0.5) * 1e-9)
 
     def step(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
-        unit = here.alpha_bar.sqrt()
-        denoised = self.predict(x / unit, here.sigma)
-        if here.sigma == to.sigma:
+        unit, sigma, sigma_to = math.sqrt(here.alpha_bar), float(here.sigma), float(to.sigma)
+        denoised = self.predict(x / unit, sigma)
+        if sigma == sigma_to:
             return x, denoised
         x = self.corrected(x, denoised, here)
         outputs, sigmas = self.remembered(denoised, here, max(self.order, self.corrector_order - 1))
-        if to.sigma == 0:
+        if sigma_to == 0:
             return denoised, denoised
         order = self.order if self.final_orders == "none" else min(self.order, self.remaining(here))
-        sigma, sigma_to, tau = float(here.sigma), float(to.sigma), self.tau(here)
-        fresh = 0.0
+        tau, fresh = self.tau(here), 0.0
         if tau > 0:
             fresh = self.s_noise * sa_std(sigma, sigma_to, tau) * self.draw(x, here, to)
         there = self.solved(x / unit, outputs[:order], sigmas[:order], sigma, sigma_to, tau) + fresh
-        there = to.alpha_bar.sqrt() * there
+        there = math.sqrt(to.alpha_bar) * there
         self.last = x / unit, there, fresh, tau, sigma
         return there, denoised
 
@@ -98,7 +98,7 @@ class SASolver(VariableEta, MultistepSampler):
         past = self.past[: order - 1]
         outputs, sigmas = [denoised, *(one for one, _ in past)], [float(here.sigma), *(s for _, s in past)]
         again = self.solved(before, outputs, sigmas, sigma, float(here.sigma), tau) + fresh
-        return (here.alpha_bar.sqrt() * again).where(x == predicted, x)
+        return (math.sqrt(here.alpha_bar) * again).where(x == predicted, x)
 
     def solved(
         self, x: Tensor, outputs: list[Tensor], sigmas: list[float], sigma: float, sigma_to: float, tau: float
