@@ -53,7 +53,7 @@ def denoise(
     total = steps if options.get("run_last") is None else options["run_last"]
     unconditional = options.get("unconditional_conditioning")
     seen = WithAttachments(model, autocast, attachments, total, len(x_T), unconditional)
-    for step in sample_steps(sampler, seen, x_T, conditioning, steps=steps, **options):
+    for step in sample_steps(sampler, seen, x_T, conditioning, steps=steps, behind=seen.change, **options):
         seen.step = StepInfo(step.index + 1, step.total)
         # On a GPU a check waits for the work that is queued, so only the first and last step are looked at.
         on_show = step.index in (0, step.total - 1) or step.x_t.device.type == "cpu"
@@ -131,6 +131,13 @@ class WithAttachments:
     def guidance_terms(self) -> list[GuidanceTerm]:
         """List what adds to the guidance of the next call."""
         return [one for one in self._terms if one.guides(self.step)]
+
+    def change(self, x: Tensor) -> Tensor:
+        """Change samples behind a step, by each attachment that does."""
+        for attachment in self._attachments:
+            if hasattr(attachment, "change"):
+                x = attachment.change(x)
+        return x
 
     def _scope(self, network: torch.nn.Module, attachments: Sequence[Any]) -> Scope:
         """Give the scope of the call before, which knows already what becomes of the weights, or a new one."""

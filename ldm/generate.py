@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm import images as pictures
-from ldm.adapters.use import unet_attachments, vae_scope
+from ldm.adapters.use import for_batch, unet_attachments, vae_scope
 from ldm.denoising import WithAttachments, denoise  # noqa: F401
 from ldm.encoding import (
     beside,
@@ -169,7 +169,7 @@ def begin_pass(
         "x_T": starting_noise(model, request, one, b, noise, shared),
         "conditioning": context,
         "unconditional_conditioning": unconditional,
-        "adapters": unet_attachments(request.attachments),
+        "adapters": unet_attachments(for_batch(model, request, batch)),
     }, dropped
 
 

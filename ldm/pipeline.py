@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm import images as pictures
 from ldm.adapters.lora import LoRA
-from ldm.adapters.use import check_adapters
+from ldm.adapters.use import check_adapters, looks_at_batches
 from ldm.advice import FOREIGN_SYNTAX, advice, by_sampler
 from ldm.batches import in_batches
 from ldm.checkpoints.sampling import SamplingDefaults
@@ -521,9 +521,8 @@ class StableDiffusion:
             )
 
         # The one generator of rng="compvis" draws for a whole batch at once.
-        yield from in_batches(
-            request.images, request.batch_size, work, refusal=refusal, may_halve=request.rng != "compvis"
-        )
+        may_halve = request.rng != "compvis" and not looks_at_batches(request.attachments)
+        yield from in_batches(request.images, request.batch_size, work, refusal=refusal, may_halve=may_halve)
 
 
 # These methods take check_request's options: they are written down once, and help() and completion show them at each.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ldm import options
-from ldm.adapters.use import adapters_of, check_adapters, check_batches
+from ldm.adapters.use import adapters_of, check_adapters, check_batches, for_batch
 
 # Some of these are for those who import them from here, or from ldm.wish as this module was called.
 from ldm.checks.further import check_second, check_second_size
@@ -121,7 +121,7 @@ def check_request(
     )
     check_batches(checked["adapters"], len(specs), checked["batch_size"])
     first = first_pass(checked)
-    return Request(
+    request = Request(
         images=specs,
         passes=(first, *(first.replace(**one) for one in others)),
         **{name: Values.of(name, checked) for name in ("language", "draw", "network", "further", "output")},
@@ -129,6 +129,10 @@ def check_request(
         embeds=prompt_embeds,
         negative_embeds=negative_prompt_embeds,
     )
+    for start in range(0, len(specs), request.batch_size):
+        for one in request.passes:
+            for_batch(model, request, one.images(specs[start : start + request.batch_size]))
+    return request
 
 
 def check_kinds(given: SimpleNamespace, checked: Mapping[str, Any]) -> dict[str, Any]:

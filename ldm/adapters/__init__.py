@@ -11,6 +11,7 @@ from ldm.adapters.guidance import PAG, SAG
 from ldm.adapters.ip_adapter import IPAdapter
 from ldm.adapters.lora import LoRA
 from ldm.adapters.preprocessors import preprocess
+from ldm.adapters.prompt_to_prompt import LocalBlend, PromptToPrompt
 from ldm.adapters.seamless import SeamlessTiling
 from ldm.adapters.slicing import AttentionSlicing
 from ldm.adapters.style_adapter import StyleAdapter
@@ -25,7 +26,9 @@ __all__ = [
     "FreeU",
     "IPAdapter",
     "LoRA",
+    "LocalBlend",
     "PAG",
+    "PromptToPrompt",
     "SAG",
     "SeamlessTiling",
     "StyleAdapter",

@@ -166,6 +166,7 @@ class _Identity:
 
     def __init__(self, rows: slice, before: Any):
         self._rows, self._before = rows, AttnProcessor() if before is None else before
+        self.takes_attending = getattr(self._before, "takes_attending", False)
 
     def __call__(
         self,
@@ -173,9 +174,14 @@ class _Identity:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
         out = self._before(
-            attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask
+            attn,
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            attention_mask=attention_mask,
+            **options,
         )
         out = out.clone()
         out[self._rows] = attn.to_out(attn.to_v(hidden_states[self._rows]))
@@ -269,6 +275,7 @@ class _Watched:
 
     def __init__(self, sag: SAG, before: Any):
         self._sag, self._before = sag, AttnProcessor() if before is None else before
+        self.takes_attending = getattr(self._before, "takes_attending", False)
 
     def __call__(
         self,
@@ -276,12 +283,17 @@ class _Watched:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
         q, k = (attn.head_to_batch_dim(layer(hidden_states), out_dim=4) for layer in (attn.to_q, attn.to_k))
         scores = (q @ k.transpose(-1, -2)).float() * attn.scale
         self._sag.received = scores.softmax(dim=-1).mean(1).sum(1)
         return self._before(
-            attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask
+            attn,
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            attention_mask=attention_mask,
+            **options,
         )
 
     def state(self) -> None:

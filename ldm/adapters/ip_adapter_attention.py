@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.adapters.ip_adapter_images import RegionMask
 from ldm.errors import UsageError, shown
 from ldm.modules.attention import CrossAttention, attend
-from ldm.modules.processors import IPAttnProcessor, answered, tokens_of
+from ldm.modules.processors import Attending, IPAttnProcessor, answered, tokens_of
 from ldm.modules.seams import state_of
 from ldm.values import check_value
 
@@ -171,6 +171,8 @@ class ImageAttention:
     The context holds the text's tokens, and behind them those of the last part, ..., of the first part.
     """
 
+    takes_attending = True
+
     def __init__(self, parts: tuple[ImagePart, ...]):
         self.parts = parts
 
@@ -181,6 +183,7 @@ class ImageAttention:
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        attending: Attending = attend,
     ) -> Tensor:
         """Answer as IPAttnProcessor does; see there."""
         tokens = tokens_of(hidden_states)
@@ -192,7 +195,7 @@ class ImageAttention:
             attn.head_to_batch_dim(layer(y), out_dim=4)
             for layer, y in ((attn.to_q, tokens), (attn.to_k, words), (attn.to_v, words))
         )
-        out = attend(q, k, v, mask, attn.scale)
+        out = attending(q, k, v, mask, attn.scale)
         for part, image in zip(self.parts, reversed(pictures), strict=True):
             if part.scale:
                 out = out + part.answer(attn, q, image)

@@ -98,6 +98,37 @@ def unet_attachments(adapters: Iterable[Any]) -> list[Any]:
     return [one for one in adapters if not isinstance(one, Embedding)]
 
 
+def for_batch(model: nn.Module, request: Any, batch: Sequence[Any]) -> list[Any]:
+    """Give a request's attachments for one batch: those that look at its prompts (`for_batch`) are told them.
+
+    Args:
+        request, batch: an ldm.request.Request and some of its images.
+
+    Raises:
+        UsageError: prompts that one of them does not take.
+    """
+    adapters = request.attachments
+    looking = [one for one in adapters if hasattr(one, "for_batch")]
+    if not looking:
+        return adapters
+    if request.embeds is not None or request.prompt_syntax != "plain":
+        raise UsageError(
+            f"{type(looking[0]).__name__} looks at the words of plain prompts; leave prompt_embeds and prompt_syntax "
+            "out"
+        )
+    encoder, words = _encoder_of(model), PromptWords.of(model, adapters)
+    prompts, seeds = [spec.prompt for spec in batch], [spec.seed for spec in batch]
+    with attached(encoder, *([] if words is None else [_Names(words.tokens)])):
+        return [
+            one.for_batch(encoder, prompts, seeds) if hasattr(one, "for_batch") else one for one in adapters
+        ]
+
+
+def looks_at_batches(adapters: Iterable[Any]) -> bool:
+    """Tell whether pictures of a batch depend on each other, so that it cannot be halved."""
+    return any(hasattr(one, "for_batch") for one in adapters)
+
+
 def begun(attachment: Any) -> Any:
     """Give one for one run of a sampler, which is at a step of its own."""
     return getattr(attachment, "begin", lambda: attachment)()
@@ -204,7 +235,8 @@ def _encoder_of(model: nn.Module) -> FrozenCLIPEmbedder:
     encoder = model.cond_stage_model
     if not isinstance(encoder, FrozenCLIPEmbedder):
         raise UsageError(
-            f"embeddings are for CLIP's text encoder, this model has a {type(encoder).__name__}; leave them out"
+            f"embeddings and control of attention to words are for CLIP's text encoder, this model has a "
+            f"{type(encoder).__name__}; leave them out"
         )
     return encoder
 

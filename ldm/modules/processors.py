@@ -14,6 +14,9 @@ from ldm.modules.attention import CrossAttention, attend
 from ldm.modules.seams import state_of
 
 Processor = Callable[..., Tensor]
+Attending = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, float], Tensor
+]  # as ldm.modules.attention.attend
 MOST_HEADS = 1 << 20  # of all rows of a batch together
 
 
@@ -23,13 +26,15 @@ class AttnProcessor(nn.Module):
     A processor is called as `processor(attn, hidden_states, encoder_hidden_states=None, attention_mask=None,
     temb=None)`: attn is a CrossAttention with diffusers' names beside its own, hidden_states (b, n, d), or a map
     (b, d, h, w), encoder_hidden_states (b, m, context), attention_mask (b, 1 or n, m) is added to the scores. It
-    returns what it got, answered.
+    returns what it got, answered. One whose `takes_attending` is true also takes `attending`, which attends to the
+    text, or of the tokens to themselves, in the place of ldm.modules.attention.attend: others look in by it.
 
     Args:
         hidden_size, cross_attention_dim: taken as IP-Adapter's own class takes them; it has no weights.
     """
 
     is_plain = True
+    takes_attending = True
 
     def __init__(self, hidden_size: int | None = None, cross_attention_dim: int | None = None):
         super().__init__()
@@ -42,10 +47,11 @@ class AttnProcessor(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        attending: Attending = attend,
     ) -> Tensor:
         """Answer as the attention would, (b, n, d), or a map where a map was given."""
         q, k, v, mask = projected(attn, hidden_states, encoder_hidden_states, attention_mask)
-        return answered(attn, attend(q, k, v, mask, attn.scale), hidden_states)
+        return answered(attn, attending(q, k, v, mask, attn.scale), hidden_states)
 
     def state(self) -> Hashable:
         """Say what a captured graph of it depends on: nothing."""
@@ -62,6 +68,8 @@ class SlicedAttnProcessor:
         UsageError: a slice_size that is no whole number from 1 on.
     """
 
+    takes_attending = True
+
     def __init__(self, slice_size: int):
         if not is_whole(slice_size, 1, MOST_HEADS):
             raise UsageError(f"slice_size must be {about_whole(1, MOST_HEADS)}, got {shown(slice_size)}")
@@ -74,9 +82,12 @@ class SlicedAttnProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        attending: Attending | None = None,
     ) -> Tensor:
-        """Answer as AttnProcessor does; see there."""
+        """Answer as AttnProcessor does, and with `attending` at once; see there."""
         q, k, v, mask = projected(attn, hidden_states, encoder_hidden_states, attention_mask)
+        if attending is not None:
+            return answered(attn, attending(q, k, v, mask, attn.scale), hidden_states)
         if mask is not None:
             mask = mask.expand(len(q), attn.heads, -1, -1).flatten(0, 1)
         q, k, v = (heads.flatten(0, 1) for heads in (q, k, v))  # (b heads, n, d) each
@@ -104,6 +115,8 @@ class IPAttnProcessor(nn.Module):
         num_tokens: how many tokens the image has.
     """
 
+    takes_attending = True
+
     def __init__(
         self,
         hidden_size: int,
@@ -124,6 +137,7 @@ class IPAttnProcessor(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        attending: Attending = attend,
     ) -> Tensor:
         """Answer as AttnProcessor does; see there.
 
@@ -150,7 +164,8 @@ class IPAttnProcessor(nn.Module):
                 (self.to_v_ip, image),
             )
         )
-        out = attend(q, k, v, mask, attn.scale) + self.scale * attend(q, k_image, v_image, None, attn.scale)
+        out = attending(q, k, v, mask, attn.scale)
+        out = out + self.scale * attend(q, k_image, v_image, None, attn.scale)
         return answered(attn, out, hidden_states)
 
     def state(self) -> Hashable:

@@ -1,10 +1,11 @@
-"""What is attached to a network: the five slots, the order in which things go on and off, and who may ask about it.
+"""What is attached to a network: the six slots, the order in which things go on and off, and who may ask about it.
 
 An attachment (a LoRA, an attention processor, a ControlNet, a cache of deep features) changes what a network answers,
-for as long as it is attached, and leaves no trace behind. There are five slots, in the order in which they are filled:
+for as long as it is attached, and leaves no trace behind. There are six slots, in the order in which they are filled:
 
     weights     Parameter objects, replaced: `attached` folds the changes of all attachments in order and swaps
     attention   CrossAttention.processor, BasicTransformerBlock.around, SpatialTransformer.entering: `fill`
+    maps        CrossAttention.processor once more, around what was put there before: what looks into attention: `fill`
     tokens      behind those of the text, in the context of a UNet's call: `wrap`
     residuals   maps that a UNet adds to its skips, middle and way down, the arguments `control` and `features` of its
                 call: `wrap`; UNetModel.joining, what becomes of a skip and of what it is joined to; the `edges` of a
@@ -41,9 +42,10 @@ class Rank(enum.IntEnum):
 
     WEIGHTS = 0
     ATTENTION = 1
-    TOKENS = 2
-    RESIDUALS = 3
-    SHORTCUTS = 4
+    MAPS = 2
+    TOKENS = 3
+    RESIDUALS = 4
+    SHORTCUTS = 5
 
 
 @dataclass(frozen=True)

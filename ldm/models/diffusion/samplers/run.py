@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from numbers import Real
 from typing import Any
@@ -74,6 +74,7 @@ def sample_steps(
     score_corrector: Any = None,
     corrector_kwargs: dict[str, Any] | None = None,
     spacing: str | Sequence[float] | None = None,
+    behind: Callable[[Tensor], Tensor] | None = None,
     **options: Any,
 ) -> Iterator[Step]:
     """Sample, one step at a time. Arguments are checked at once; the work is done as steps are taken.
@@ -98,6 +99,7 @@ def sample_steps(
             afresh, is blended in before every step.
         x0: (b, ...) clean sample for the mask.
         spacing: which levels are visited, see `visited_levels`; None = the sampler's own.
+        behind: changes the sample (b, ...) behind each step, the last one, too.
         options: of the sampler's class, see SAMPLERS; and of the spacing, see `sigma_table`.
 
     Raises:
@@ -145,7 +147,15 @@ def sample_steps(
     if cls.chooses_levels and count > 0:
         levels = [replace(levels[0], left=1, total=1), replace(levels[-1], total=1)]
     sampler.levels = levels
-    return run_levels(levels[::-1] if invert else levels, x_T, sampler.step, before)
+    step = sampler.step
+
+    def step_and_change(x: Tensor, here: Level, to: Level) -> tuple[Any, ...]:
+        x, *others = step(x, here, to)
+        return behind(x), *others
+
+    return run_levels(
+        levels[::-1] if invert else levels, x_T, step if behind is None else step_and_change, before
+    )
 
 
 def check_inverts(sampler: Sampler, mask: Tensor | None, start_from: Tensor | None) -> None:
