@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from ldm import images as pictures
 from ldm.adapters.lora import LoRA, LoraFile
 from ldm.axes import TEXTS, Axis, read_axis, with_seeds
+from ldm.checks.seeds import draw_seed, is_list, list_seeds
 from ldm.cli.adapters import LoraFlag, read_loras
 from ldm.errors import LdmError, OptionError, UsageError, shown
 from ldm.labels import Label, labelled, plain, side_by_side
 from ldm.metadata import Painted
-from ldm.request import draw_seed, is_list, list_seeds
 from ldm.results import GenerationParameters, GenerationResult, Progress, with_bar
 
 if TYPE_CHECKING:
