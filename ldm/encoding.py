@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -176,18 +177,27 @@ def _in_finite_precision(model: LatentDiffusion, stage: str, work: Callable[[], 
 
 def picture_of(
     model: LatentDiffusion, request: Request, start: Start, latents: Tensor | None, b: int
-) -> Tensor:
-    """Give the pictures (b, 3, height, width) in [0, 1] of what a pass gave, on the CPU; what is kept is pasted in.
+) -> tuple[Tensor, np.ndarray]:
+    """Give the pictures of what a pass gave, on the CPU; what is kept is pasted in.
 
     Args:
         start: of the pass.
         latents: (b, c, h, w); None stands for the picture that it started from.
+
+    Returns:
+        (b, 3, height, width) in [0, 1], and (b, height, width, 3) uint8, rounded as the request says.
     """
     if latents is None:
-        return start.original.repeat(b, 1, 1, 1)
+        unit = start.original.repeat(b, 1, 1, 1)
+        return unit, pictures.unit_to_uint8(unit)
     with vae_scope(model, request.attachments):
-        unit = pictures.to_unit(decode(model, latents)).cpu()
-    return unit if start.mask is None else pictures.paste(unit, start.original, start.mask)
+        x = decode(model, latents)
+    unit, pixels = pictures.to_unit(x).cpu(), pictures.to_uint8(x, request.rounding)
+    if start.mask is None:
+        return unit, pixels
+    is_painted = start.mask[0, 0, :, :, None].numpy() >= 0.5
+    kept = pictures.unit_to_uint8(start.original)  # whose bytes are exact
+    return pictures.paste(unit, start.original, start.mask), np.where(is_painted, pixels, kept)
 
 
 def latents_of(

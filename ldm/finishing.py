@@ -13,6 +13,7 @@ from ldm import images as pictures
 from ldm.adapters.use import described
 from ldm.devices import dtype_name
 from ldm.encoding import latents_of, picture_of
+from ldm.limits import CALL_RNGS
 from ldm.models.introspect import dtype_of
 from ldm.options import told
 from ldm.passes import ImageSpec, Request
@@ -35,14 +36,15 @@ def finish_batch(
     """Turn the latents of a batch into what was asked for; None stands for the picture itself (strength 0)."""
     b, start = len(batch), request.passes[-1].start
     if request.output_type != "latent":
-        unit = picture_of(model, request, start, latents, b)
+        unit, pixels = picture_of(model, request, start, latents, b)
     latents = latents_of(model, request, start, latents, b).float().cpu()
+    is_shared = request.rng in CALL_RNGS  # the noise, by all pictures of the call
     shared = {
         **{one.name: one.kind.plain(getattr(request, one.name)) for one in told() if not one.each},
         "mode": request.mode,
         "init_image_hash": request.image_hash,
         "adapters": described(request.adapters),
-        "batch_size": b,
+        "batch_size": len(request.images) if is_shared else b,
         "model": name,
         **computed_with(model, autocast),
     }
@@ -52,14 +54,14 @@ def finish_batch(
             negative_prompt=spec.negative_prompt,
             seed=spec.seed,
             variation_seed=spec.variation_seed,
-            batch_index=i,
+            batch_index=spec.place if is_shared else i,
             dropped_words=dropped[i],
             **shared,
         )
         for i, spec in enumerate(batch)
     ]
     if request.output_type == "pil":
-        images = painted(pictures.unit_to_pil(unit), parameters, file)
+        images = painted(pictures.uint8_to_pil(pixels), parameters, file)
     elif request.output_type == "latent":
         images = latents
     else:

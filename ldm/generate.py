@@ -140,7 +140,10 @@ def begin_pass(
         resize_from,
         request.eta_noise_seed_delta,
     )
-    noise, encoder_noise = noise_sources(request.rng, [spec.seed for spec in batch], extra)
+    places = [spec.place for spec in batch]
+    noise, encoder_noise = noise_sources(
+        request.rng, [spec.seed for spec in batch], extra, len(request.images), places
+    )
     if request.embeds is None and reads_languages(request):
         context, unconditional = encode_batch(model, request, one, batch, shared)
         dropped = [[] for _ in batch]
@@ -191,9 +194,8 @@ def enlarge(
             latents_of(model, request, gave, before, b), (height // f, width // f), one.start.upscaler
         )
         return middle(cells, (one.height // f, one.width // f))
-    larger = enlarge_pictures(
-        picture_of(model, request, gave, before, b), one.start.enlarged, one.start.upscaler
-    )
+    unit, _ = picture_of(model, request, gave, before, b)
+    larger = enlarge_pictures(unit, one.start.enlarged, one.start.upscaler)
     larger = middle(larger, (one.height, one.width))
     draws = noise(torch.empty(b, model.channels, one.height // f, one.width // f))
     with vae_scope(model, request.attachments):

@@ -80,26 +80,41 @@ def given_unit(x: Tensor) -> Tensor:
     return torch.where(near, level.float() / 255.0, unit.float())
 
 
-def unit_to_uint8(unit: Tensor) -> np.ndarray:
-    """Turn (b, 3, height, width) float32 in [0, 1] into (b, height, width, 3) uint8, by truncation."""
-    return (255.0 * unit).permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)  # (b, height, width, 3)
+def unit_to_uint8(unit: Tensor, rounding: str = "truncate") -> np.ndarray:
+    """Turn (b, 3, height, width) float32 in [0, 1] into (b, height, width, 3) uint8, as `to_uint8` does."""
+    levels = 127.5 * (2.0 * unit - 1.0) + 127.5 if rounding == "truncate_127.5" else 255.0 * unit
+    levels = levels.round() if rounding == "round" else levels
+    return levels.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)  # (b, height, width, 3)
 
 
-def to_uint8(x: Tensor) -> np.ndarray:
+def to_uint8(x: Tensor, rounding: str = "truncate") -> np.ndarray:
     """Turn (b, 3, height, width) in [-1, 1] into (b, height, width, 3) uint8.
 
-    CompVis truncates 255 x where diffusers rounds: 45 % of pixels then differ by one. Truncation is kept, and
-    float32 with it: in float16 the same arithmetic moves one pixel in twenty. A given picture's own bytes come back by
-    given_unit and unit_to_uint8 instead.
+    In float32 whatever x is in: in float16 the same arithmetic moves one pixel in twenty. A given picture's own bytes
+    come back by given_unit and unit_to_uint8 instead.
+
+    Args:
+        rounding: "truncate" 255 (x + 1) / 2, as CompVis and the web UIs do; "truncate_127.5", 127.5 x + 127.5 as
+            ControlNet does, which is the same but for one pixel in 200,000; or "round", as diffusers does, by which
+            45 % of pixels are one higher.
     """
-    return unit_to_uint8(to_unit(x))
+    unit = to_unit(x)
+    if rounding != "truncate_127.5":
+        return unit_to_uint8(unit, rounding)
+    levels = (127.5 * x.detach().float() + 127.5).clamp(0.0, 255.0)
+    return levels.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
 
 
-def unit_to_pil(unit: Tensor) -> list[Image.Image]:
+def unit_to_pil(unit: Tensor, rounding: str = "truncate") -> list[Image.Image]:
     """Turn (b, 3, height, width) float32 in [0, 1] into b RGB pictures."""
+    return uint8_to_pil(unit_to_uint8(unit, rounding))
+
+
+def uint8_to_pil(pixels: np.ndarray) -> list[Image.Image]:
+    """Turn (b, height, width, 3) uint8 into b RGB pictures."""
     from PIL import Image
 
-    return [Image.fromarray(pixels) for pixels in unit_to_uint8(unit)]
+    return [Image.fromarray(one) for one in pixels]
 
 
 def to_pil(x: Tensor) -> list[Image.Image]:

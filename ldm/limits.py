@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from ldm.errors import UsageError, shown
+from ldm.errors import UsageError, nearest, shown
 
 MAX_SEED = 2**64 - 1  # what torch.Generator takes; the one on the CPU keeps the lowest 32 bits
 MAX_PROMPT = 100_000  # characters; the tokenizer would read on for seconds and keep 75 tokens
@@ -33,7 +33,12 @@ SEED = (0, MAX_SEED)
 ADAPTERS = (0, 100)  # at work together
 CLIP_SKIP = (1, 12)  # of a text encoder with fewer layers, up to their number
 SYNTAXES = ("plain", "a1111", "comfyui", "compel")  # of prompts
-RNGS = ("image", "nv", "compvis")  # where noise is drawn, see check_request
+CALL_RNGS = ("diffusers", "comfyui")  # that draw for all pictures of a call at once
+SHARED_RNGS = (
+    "compvis",
+    *CALL_RNGS,
+)  # with these a picture depends on its place among others, and all have one seed
+ROUNDINGS = ("truncate", "truncate_127.5", "round")  # of pictures to bytes, see images.unit_to_uint8
 
 
 def is_whole(value: Any, low: int, high: int) -> bool:
@@ -71,7 +76,9 @@ def real(name: str, value: Any, low: float, high: float) -> float:
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> Any:
-    """Return a value that is one of the choices, or raise UsageError with all of them."""
+    """Return a value that is one of the choices, or raise UsageError with all of them, and the nearest."""
     if not isinstance(value, str) or value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}")
+        near = nearest(value, choices) if isinstance(value, str) else None
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise UsageError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}{hint}")
     return value

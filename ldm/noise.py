@@ -1,11 +1,11 @@
-"""What a batch draws its noise from: a generator for each image, on the CPU or as an NVIDIA GPU has it, or CompVis's.
+"""What a batch draws its noise from: a generator for each image, on the CPU or as an NVIDIA GPU has it, or one for all.
 
 `begin` draws x_T, and a call what a step asks for.
 """
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,16 +114,71 @@ class CompVisNoise:
     begin = __call__
 
 
-Source = ImageNoise | CompVisNoise
+class CallNoise:
+    """One CPU generator for all pictures of a call, which draws for all at once: diffusers' generator=.
+
+    A batch takes its rows of every draw, so that a picture does not depend on how many are painted at once; it does on
+    how many the call has, and on its place among them.
+
+    Args:
+        seed: of the call.
+        count: how many pictures it has.
+        places: those of the batch among them.
+    """
+
+    def __init__(self, seed: int, count: int, places: Sequence[int]):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.count, self.places = count, list(places)
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """Draw unit normal noise of this shape, its first dimension being the images of the batch."""
+        return self._rows(torch.randn(self.count, *like.shape[1:], generator=self.generator), like)
+
+    begin = __call__
+
+    def once(self, like: Tensor) -> Tensor:
+        """Draw the noise of one image, and give it to all: a picture is encoded once for a call."""
+        drawn = torch.randn(1, *like.shape[1:], generator=self.generator)
+        return upload(drawn.to(like.dtype), like.device).expand_as(like)
+
+    def _rows(self, drawn: Tensor, like: Tensor) -> Tensor:
+        return upload(drawn[self.places].to(like.dtype), like.device)
+
+
+class ComfyUINoise(CallNoise):
+    """ComfyUI's, on an NVIDIA GPU: x_T of all pictures from the CPU's generator, and later noise from the GPU's."""
+
+    def __init__(self, seed: int, count: int, places: Sequence[int]):
+        super().__init__(seed, count, places)
+        self.later = NvGenerator(seed)
+
+    def __call__(self, like: Tensor) -> Tensor:
+        return self._rows(NvNoise.draw(self.later, (self.count, *like.shape[1:])), like)
+
+
+Source = ImageNoise | CompVisNoise | CallNoise
 
 
 def noise_sources(
-    rng: str, seeds: Sequence[int], options: SeedOptions | None = None
-) -> tuple[Source, Source]:
-    """Make what a batch draws its noise from, and what the VAE's encoder does: the same but for rng="nv".
+    rng: str,
+    seeds: Sequence[int],
+    options: SeedOptions | None = None,
+    count: int = 1,
+    places: Sequence[int] = (0,),
+) -> tuple[Source, Callable[[Tensor], Tensor]]:
+    """Make what a batch draws its noise from, and what the VAE's encoder does.
 
-    There the first draw must be x_T's also where a picture was encoded before.
+    They are the same with "image", "compvis" and "diffusers". With "nv" and "comfyui" the first draw must be x_T's also
+    where a picture was encoded before.
+
+    Args:
+        count, places: see CallNoise.
     """
+    if rng == "diffusers":
+        noise = CallNoise(seeds[0], count, places)
+        return noise, noise.once
+    if rng == "comfyui":
+        return ComfyUINoise(seeds[0], count, places), CallNoise(seeds[0], count, places).once
     if rng == "nv":
         return NvNoise(seeds, options), ImageNoise(seeds)
     noise = ImageNoise(seeds, options) if rng == "image" else CompVisNoise()

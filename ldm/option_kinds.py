@@ -102,7 +102,11 @@ class Choice(Words):
     def parse(self, text: str) -> str:
         found = self.also.get(text.lower(), text.lower())
         if found not in self.words:
-            raise argparse.ArgumentTypeError(f"wanted one of {', '.join(self.words)}; got {shown(text)}")
+            near = nearest(text.lower(), [*self.words, *self.also])
+            hint = f"; did you mean {self.also.get(near, near)!r}?" if near else ""
+            raise argparse.ArgumentTypeError(
+                f"wanted one of {', '.join(self.words)}; got {shown(text)}{hint}"
+            )
         return found
 
     def check(self, name: str, value: Any) -> str:
@@ -116,18 +120,10 @@ class Choice(Words):
 
 
 class Upscaler(Choice):
-    """An upscaler, in our spelling or A1111's; the nearest name is said of any other."""
+    """An upscaler, in our spelling or A1111's."""
 
     def __init__(self, words: Mapping[str, str]):
         super().__init__(words, {word.lower(): name for name, word in words.items()})
-
-    def parse(self, text: str) -> str:
-        try:
-            return super().parse(text)
-        except argparse.ArgumentTypeError as error:
-            near = nearest(text.lower(), [*self.words, *self.also])
-            advice = f"; did you mean {self.also.get(near, near)!r}?" if near else ""
-            raise argparse.ArgumentTypeError(f"{error}{advice}") from None
 
     def check(self, name: str, value: Any) -> str:
         try:

@@ -44,6 +44,7 @@ from ldm.option_kinds import (
     Whole,
     Words,
 )
+from ldm.presets import PRESETS
 from ldm.sampler_names import NAMES
 
 # A1111's words for samplers and spacings.
@@ -208,7 +209,16 @@ _EMPHASES = {
     "comfyui": "ComfyUI",
 }
 
-SYNTAX = "prompt_syntax"
+# Ours -> A1111's, and others' in the same place.
+RNG_WORDS = {
+    "image": "CPU",
+    "nv": "NV",
+    "compvis": "CompVis",
+    "diffusers": "Diffusers",
+    "comfyui": "ComfyUI",
+}
+ROUNDINGS = dict(zip(limits.ROUNDINGS, limits.ROUNDINGS, strict=True))
+SYNTAX, PRESET = "prompt_syntax", "preset"
 
 # In the order of A1111's text.
 TABLE: tuple[Option | Fact, ...] = (
@@ -223,6 +233,13 @@ TABLE: tuple[Option | Fact, ...] = (
         more="one text for all, or one for each prompt; None is the empty one.",
         section="images", group=WHAT,
         flags=("--negative_prompt", "--negative-prompt"), also=("negative", "n_prompt"),
+    ),
+    Option(
+        PRESET, None, Choice(dict(zip(PRESETS, PRESETS, strict=True))),
+        "paint as this program does, in all that is left open: noise, levels, steps, guidance, masks, rounding "
+        "(docs/presets.md)",
+        more="what is given goes before it.",
+        section="output", flags=("--preset",), metavar="{" + ",".join(PRESETS) + "}",
     ),
     Option(
         "steps", None, Whole(*limits.STEPS),
@@ -259,6 +276,11 @@ TABLE: tuple[Option | Fact, ...] = (
         "guidance_rescale", 0.0, Number(*limits.SHARE),
         "bring the spread of guided predictions back to the unguided ones' by this share",
         section="guidance", flags=("--guidance_rescale",),
+    ),
+    Option(
+        "separate_passes", False, Switch(),
+        "guide by two calls of the network, the prompt's first, as ControlNet's sampler does, in place of one",
+        section="guidance", flags=("--separate_passes", "--separate-passes"), infotext="Separate passes",
     ),
     Option(
         "seed", None, Seed(),
@@ -635,14 +657,22 @@ TABLE: tuple[Option | Fact, ...] = (
     Fact("lora_hashes", "Lora hashes"),
     Fact("ti_hashes", "TI hashes"),
     Option(
-        "rng", "image", Choice({"image": "CPU", "nv": "NV", "compvis": "CompVis"}, {"cpu": "image", "gpu": "nv"}),
+        "rng", "image", Choice(RNG_WORDS, {"cpu": "image", "gpu": "nv"}),
         "a generator for each picture; what an NVIDIA GPU draws, as in web UIs (64 bits of a seed); or "
-        "one for all in the order of CompVis's scripts",
+        "one for all as CompVis's scripts, diffusers or ComfyUI draw",
         more='"image" draws image i from its own CPU generator; "nv" draws it as an NVIDIA GPU does, on '
              'any device; "compvis" seeds the global generators once, at the call, and draws whole '
              "batches in the original's order: picture encoding, x_T, then each step. With \"compvis\" a "
-             "picture depends on its place in its batch.",
-        section="draw", flags=("--rng",), infotext="RNG", always=True, metavar="{image,nv,compvis}",
+             "picture depends on its place in its batch. \"diffusers\" draws all pictures of a call from one CPU "
+             "generator, as generator= does there; \"comfyui\" draws their x_T so, and the rest as the GPU does. "
+             "With these two a picture depends on its place in its call.",
+        section="draw", flags=("--rng",), infotext="RNG", always=True, metavar="{" + ",".join(RNG_WORDS) + "}",
+    ),
+    Option(
+        "rounding", "truncate", Choice(ROUNDINGS),
+        "how a picture becomes bytes: truncate 255 x (CompVis, web UIs), truncate_127.5 (ControlNet's 127.5 x + "
+        "127.5), round (diffusers)",
+        section="output", flags=("--rounding",), infotext="Rounding", metavar="{" + ",".join(ROUNDINGS) + "}",
     ),
     Option(
         "output_type", "pil", Choice(dict.fromkeys(("pil", "np", "pt", "latent"), "")),

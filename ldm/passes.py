@@ -21,6 +21,7 @@ class ImageSpec:
     seed: int
     row: int | None = None  # into prompt_embeds, where those were given
     variation_seed: int | None = None  # with variation_strength
+    place: int = 0  # among the images of the request
 
 
 class _InSections:

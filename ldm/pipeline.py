@@ -332,13 +332,13 @@ class StableDiffusion:
         self,
         prompt: str | Sequence[str] | None,
         image: Any,
-        strength: float = 0.75,
+        strength: float | None = None,
         *,
         callback: Callable[[Progress], Any] | None = None,
         progress: bool | None = None,
         **options: Any,
     ) -> GenerationResult:
-        """Repaint a picture: strength 0 returns it, 1 forgets it. The rest as in txt2img."""
+        """Repaint a picture: strength 0 returns it, 1 forgets it (default: 0.75). The rest as in txt2img."""
         return self._collect(
             prompt, {**options, "image": image, "strength": strength}, "img2img", callback, progress
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ldm import options
+from ldm import options, presets
 from ldm.adapters.use import adapters_of, check_adapters, check_batches, for_batch
 
 # Some of these are for those who import them from here, or from ldm.wish as this module was called.
@@ -21,8 +21,9 @@ from ldm.checks.sampling import auto_batch_size, check_adapting, check_sampling
 from ldm.checks.seeds import check_extra_seeds, draw_seed, list_images, list_seeds  # noqa: F401
 from ldm.devices import check_low_vram, dtype_name, pick_device, pick_dtype  # noqa: F401
 from ldm.limits import AUTO, MAX_SEED, is_whole, real, whole  # noqa: F401
+from ldm.models.diffusion.samplers import split_sampler
 from ldm.models.introspect import context_width, downsampling, dtype_of, is_inpainting, native_size  # noqa: F401
-from ldm.options import Values
+from ldm.options import PRESET, Values
 from ldm.other_words import check_keywords
 from ldm.passes import ImageSpec, Pass, Request, Start, first_pass, start_from_before  # noqa: F401
 from ldm.prompting import reads_languages
@@ -51,6 +52,18 @@ def _with_options(function: Callable[..., Request]) -> Callable[..., Request]:
         "        OPTIONS", textwrap.indent(options.describe(), " " * 8)
     )
     return function
+
+
+def with_preset(given: dict[str, Any], mode: str) -> dict[str, Any]:
+    """Fill the options that a caller gave up with those of the preset among them.
+
+    Raises:
+        UsageError: an unknown preset, or a sampler or spacing that is none.
+    """
+    if given.get(PRESET) is None:
+        return given
+    preset = options.option(PRESET).kind.check(PRESET, given[PRESET])
+    return presets.filled(preset, given, mode, split_sampler)
 
 
 @_with_options
@@ -83,6 +96,7 @@ def check_request(
     """
     keywords = options.keywords()
     check_keywords("check_request", given, keywords)
+    given = with_preset(given, "txt2img" if image is None else "img2img" if mask is None else "inpaint")
     given = SimpleNamespace(**{**keywords, **given})
     # What needs the model, or several options together; the others are checked by their kinds.
     is_inpainting(model)  # refuses UNets of other kinds

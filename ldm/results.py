@@ -34,8 +34,8 @@ class GenerationParameters(Values):
     prompt: str
     negative_prompt: str
     seed: int
-    batch_size: int
-    batch_index: int  # place within its batch; matters for rng="compvis" only
+    batch_size: int  # with rng="diffusers" and "comfyui", of the whole call
+    batch_index: int  # place within it; matters for these two and rng="compvis" only
     dropped_words: list[str]  # of the prompt and the negative prompt, beyond what the text encoder reads
     model: str | None
     init_image_hash: str | None
@@ -126,7 +126,8 @@ class GenerationResult:
             if isinstance(self.images, Tensor)
             else torch.from_numpy(self.images).permute(0, 3, 1, 2)
         )
-        return pictures.unit_to_pil(unit)
+        rounding = self.parameters[0].rounding if self.parameters else "truncate"
+        return pictures.unit_to_pil(unit, rounding)
 
     def _repr_png_(self) -> bytes | None:
         if not len(self):

@@ -565,7 +565,7 @@ def both(embeds):
         ({"num_images": 0}, "num_images must be"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"batch_size": "Auto"}, "batch_size must be"),
-        ({"rng": "gpu"}, "rng must be one of image, nv, compvis; got 'gpu'"),
+        ({"rng": "gpu"}, "rng must be one of image, nv, compvis, diffusers, comfyui; got 'gpu'"),
         ({"output_type": "jpg"}, "output_type must be one of pil, np, pt, latent; got 'jpg'"),
         ({"negative_prompt": ["a", "b"]}, "one for each of 1 prompts, got 2"),
         ({"strength": 0.5}, "strength is for a picture"),
@@ -634,7 +634,7 @@ def both(embeds):
         ({"sampler": "DPM++ 2M Karras", "spacing": "simple"}, "name two spacings; give one"),
         ({"num_images": 2.0}, "num_images must be a whole number from 1 to 100000, got 2.0"),
         ({"batch_size": "4"}, "batch_size must be a whole number from 1 to 1024, got '4'"),
-        ({"rng": ["image"]}, "rng must be one of image, nv, compvis; got ['image']"),
+        ({"rng": ["image"]}, "rng must be one of image, nv, compvis, diffusers, comfyui; got ['image']"),
         ({"output_type": None}, "output_type must be one of pil, np, pt, latent; got None"),
         (
             {"negative_prompt": 5},

@@ -18,7 +18,7 @@ SOURCES = sorted((ROOT / "ldm").rglob("*.py"))
 # and do not know each other.
 ROOMS = (
     ("errors",),
-    ("limits", "sampler_names", "values"),
+    ("limits", "presets", "sampler_names", "values"),
     ("config_text", "option_kinds"),
     ("options",),
     (

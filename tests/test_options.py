@@ -140,8 +140,8 @@ ELSEWHERE = {
     "ldm/advice.py": ("kinds of advice", "steps strength"),
     "ldm/cli/painting.py": (
         "files are read, samplers resolved, pictures counted",
-        "plms dpm_solver sampler height width lora embedding guidance_scale negative_prompt batch_size n_iter "
-        "variation_seed variation_strength",
+        "plms dpm_solver sampler spacing height width lora embedding guidance_scale negative_prompt batch_size "
+        "n_iter variation_seed variation_strength",
     ),
     "ldm/cli/painting_options.py": (
         "what --like leaves out beside another sampler",

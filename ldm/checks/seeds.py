@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ldm.errors import UsageError, shown
-from ldm.limits import CELLS, MAX_SEED, about_whole, is_whole
+from ldm.limits import CELLS, MAX_SEED, SHARED_RNGS, about_whole, is_whole
 from ldm.passes import ImageSpec
 
 RANDOM_SEEDS = (None, -1, "random")  # what stands for "draw one"
@@ -74,7 +74,7 @@ def list_images(
             seeds = [seeds[0]] * len(seeds)
     elif variation_seed is not None:
         raise UsageError("variation_seed needs a variation_strength above 0, got none; add one, up to 1")
-    if checked["rng"] == "compvis":
+    if checked["rng"] in SHARED_RNGS:
         seeds = [seeds[0]] * len(seeds)
     elif checked["fixed_code"]:
         seeds = [seeds[i % checked["batch_size"]] for i in range(len(seeds))]
@@ -85,6 +85,7 @@ def list_images(
             seeds[i * count + j],
             i if has_embeds else None,
             variations[i * count + j],
+            i * count + j,
         )
         for i in range(len(prompts))
         for j in range(count)
@@ -95,10 +96,10 @@ def check_extra_seeds(checked: Mapping[str, Any], f: int) -> None:
     """Raise UsageError for what departs from a picture's seed where no picture has a generator of its own."""
     names = ("variation_strength", "seed_resize_from", "eta_noise_seed_delta")
     used = [name for name in names if checked[name]]
-    if used and checked["rng"] == "compvis":
+    if used and checked["rng"] in SHARED_RNGS:
         raise UsageError(
-            f'{used[0]} is of the noise of single pictures, and rng="compvis" draws whole batches; take rng="image" '
-            'or "nv"'
+            f'{used[0]} is of the noise of single pictures, and rng="{checked["rng"]}" draws whole batches; take '
+            'rng="image" or "nv"'
         )
     size = checked["seed_resize_from"]
     most = CELLS[1] * f

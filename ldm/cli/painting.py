@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm import presets
 from ldm.cli.adapters import Embeddings, check_there, lacking, read_loras
 from ldm.cli.controls import Controls, check_controls
 from ldm.cli.painting_options import (
@@ -29,7 +30,7 @@ from ldm.cli.prompts import Line, read_prompts
 from ldm.cli.running import printable, say
 from ldm.errors import AbsentError, LdmError, UsageError, nearest_file, refuse_elsewhere, shown
 from ldm.limits import AUTO
-from ldm.options import SYNTAX, keywords, options, repeated
+from ldm.options import PRESET, SYNTAX, keywords, options, repeated
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +92,8 @@ def paint(args: argparse.Namespace, *sources: dict[str, Any], save: Save | None 
     add_embeddings(groups, Embeddings(sd.model))
     requests: deque[tuple[int, Request]] = deque()
     for group in groups:  # all of them are checked before the first picture is begun
-        options = group.options | ({} if "guidance_scale" in group.own else {"guidance_scale": scale})
+        is_open = "guidance_scale" not in group.own and group.options.get(PRESET) is None
+        options = group.options | ({"guidance_scale": scale} if is_open else {})
         with placed(group):
             request = sd.plan(
                 group.prompts,
@@ -148,6 +150,10 @@ def check(args: argparse.Namespace, *sources: dict[str, Any]) -> list[Group]:
         if args.ckpt is None and pixels is not None:  # of another model the cell is not known yet
             check_size(side, pixels, 8)
     sampler, args.spacing = split_sampler(name, args.spacing)
+    if args.spacing is not None:  # by its own flag, or by the sampler's
+        args.given.add("spacing")
+    if {"plms", "dpm_solver"} & args.given:
+        args.given.add("sampler")
     if args.eta is not None:
         check_eta(SAMPLERS[sampler], args.eta)
     check_interval(args.guidance_interval)
@@ -289,7 +295,12 @@ def lay_out(
                 count = own.pop("n_iter", 1) * own.pop("batch_size", 1)
                 negative = own.pop("negative_prompt", args.negative_prompt)
                 whole = common | source | own
-                tags = tags_of(line.prompt, whole[SYNTAX])
+                syntax = whole[SYNTAX]
+                if whole[PRESET] is not None:  # it says what nobody gave
+                    open_ = presets.names() - args.given - own.keys()
+                    whole = {name: value for name, value in whole.items() if name not in open_}
+                    syntax = whole.get(SYNTAX, presets.values(whole[PRESET], "txt2img", sampler)[SYNTAX])
+                tags = tags_of(line.prompt, syntax)
                 if not groups or (groups[-1].source, groups[-1].own, groups[-1].tags) != (i, own, tags):
                     groups.append(Group(i, whole, own, line.place, tags))
                 groups[-1].prompts += [line.prompt] * count

@@ -11,8 +11,10 @@ from ldm.cli.adapters import told_adapters
 from ldm.cli.parser import Parser, integer
 from ldm.cli.running import printable, say
 from ldm.errors import FormatError, UsageError, shown
+from ldm.limits import SHARED_RNGS
 from ldm.option_kinds import Choice
 from ldm.options import Option
+from ldm.presets import rules
 
 # Words for what is computed in; torch's names for them.
 PRECISIONS = {"full": "float32", "half": "float16", "bfloat16": "bfloat16"}
@@ -189,8 +191,9 @@ class _PaintingParser(Parser):
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         found = super().parse_args(args, namespace)
         found.like_adapters = []
+        found.given = self.given(args)
         if found.like is not None:
-            self._repeat(found, self.given(args))
+            self._repeat(found, set(found.given))
         return found
 
     def _repeat(self, found: argparse.Namespace, given: set[str]) -> None:
@@ -216,6 +219,8 @@ class _PaintingParser(Parser):
         sizes = {"hires_scale", "hires_size"}
         if given & sizes:  # each says it in place of the other
             given = given | sizes
+        if options.PRESET in given:  # as a program does it, in place of how the picture's did
+            given = given | rules(found.preset)
         by_others = not str(parameters.get("version", "")).startswith("ldm ")
         if parameters["source"] in ("a1111", "comfyui") and by_others:  # their brackets are meant
             parameters.setdefault(options.SYNTAX, parameters["source"])
@@ -227,6 +232,7 @@ class _PaintingParser(Parser):
             if taken is not None and isinstance(option.kind, Choice):
                 with contextlib.suppress(argparse.ArgumentTypeError):  # another program's word
                     setattr(found, option.name, option.kind.parse(taken))
+                    found.given.add(option.name)
                     continue
                 taken = None
             if taken is None:
@@ -234,9 +240,10 @@ class _PaintingParser(Parser):
                 say(printable(f"{found.like}: its {name} {shown(value)} is not known here; left as it is"))
                 continue
             setattr(found, option.name, taken)
+            found.given.add(option.name)
         found.like_adapters = told_adapters(parameters)
         place = parameters.get("batch_index")
-        if parameters.get("rng") == "compvis" and isinstance(place, int) and place > 0:
+        if parameters.get("rng") in SHARED_RNGS and isinstance(place, int) and place > 0:
             say(
                 f"{found.like}: was number {place + 1} of its batch, and depends on that place; "
                 "what is painted here is the first"

@@ -1241,7 +1241,7 @@ def test_switches_are_keys_too(home, words, json_, options):
     [
         ("--plms a cat --prompt b", "plms: wanted nothing, true or false after it, got 'a cat'"),
         ("--prompt a --plms --sampler ddim", "sampler and plms name two samplers; give one"),
-        ("--prompt a --rng a1111", "rng: wanted one of image, nv, compvis; got 'a1111'"),
+        ("--prompt a --rng a1111", "rng: wanted one of image, nv, compvis, diffusers, comfyui; got 'a1111'"),
         ("--prompt a --rng", "wanted a value after --rng, got none"),
         ("--plms --fixed_code", "no prompt"),
     ],

@@ -1,0 +1,265 @@
+"""Presets: other programs' habits as data, which fill what a caller leaves open."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_model
+
+import ldm
+from ldm import images, options, presets
+from ldm.cli import painting, painting_parser, read_prompts
+from ldm.errors import UsageError
+from ldm.models.diffusion.samplers import SAMPLERS, split_sampler
+from ldm.noise import CallNoise, ComfyUINoise, NvNoise
+from ldm.pipeline import StableDiffusion
+
+PROMPT = "a red circle"
+ROOT = Path(__file__).resolve().parents[1]
+MODES = ("txt2img", "img2img", "inpaint")
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return StableDiffusion(tiny_model(), name="tiny")
+
+
+def picture(width=64, height=64, seed=3):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+# --- the data ---
+
+
+def test_every_row_is_an_option_with_values_that_it_takes_and_a_source_for_each():
+    assert len({row.option for row in presets.TABLE}) == len(presets.TABLE)
+    for row in presets.TABLE:
+        option = options.option(row.option)
+        assert option.keyword and option.told, row.option
+        assert set(row.values) == set(row.sources) <= set(presets.PRESETS), row.option
+        assert all(row.sources.values()), row.option
+    for preset in presets.PRESETS:
+        for mode in MODES:
+            for sampler in SAMPLERS:
+                for name, value in presets.values(preset, mode, sampler).items():
+                    assert options.option(name).kind.check(name, value) == value, (preset, name)
+
+
+def test_the_page_has_the_table():
+    page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+    table = re.search("<!-- table -->\n(.*)<!-- end -->", page, re.DOTALL)[1]
+    assert table.strip() == presets.page().strip()
+
+
+def test_the_blocks_of_the_page_run():
+    page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(compile(code, "docs/presets.md", "exec"), {})
+    (command,) = re.findall(r"^```bash\npython scripts/txt2img.py (.*?)\n```", page, re.MULTILINE)
+    words = re.findall(r'"([^"]*)"|(\S+)', command)
+    args = painting_parser("txt2img.py", "x", outdir="o", scale=7.5).parse_args([a or b for a, b in words])
+    assert args.preset == "a1111"
+
+
+# --- filling ---
+
+
+@pytest.mark.parametrize(
+    ("given", "mode", "filled"),
+    [
+        # (what a caller gave, what is done; some of what comes)
+        ({"preset": "compvis"}, "txt2img", {"guidance_scale": 7.5, "steps": 50, "spacing": "compvis"}),
+        ({"preset": "compvis"}, "img2img", {"guidance_scale": 5.0, "strength": 0.75}),
+        ({"preset": "compvis", "sampler": "dpmpp_2m"}, "txt2img", {"spacing": None}),
+        ({"preset": "cldm"}, "txt2img", {"separate_passes": True, "steps": 20, "guidance_scale": 9.0}),
+        ({"preset": "diffusers"}, "img2img", {"strength": 0.8, "sampler": "plms", "rng": "diffusers"}),
+        ({"preset": "diffusers"}, "inpaint", {"strength": 1.0}),
+        ({"preset": "diffusers", "strength": 0.5}, "img2img", {"strength": 0.5}),
+        ({"preset": "a1111"}, "txt2img", {"spacing": "karras", "prompt_syntax": "a1111"}),
+        ({"preset": "a1111", "sampler": "Euler a"}, "txt2img", {"spacing": "normal", "sampler": "euler_a"}),
+        ({"preset": "a1111", "sampler": "DPM++ 2M SDE"}, "txt2img", {"spacing": "exponential"}),
+        ({"preset": "a1111", "sampler": "DPM++ 2M Exponential"}, "txt2img", {"spacing": "exponential"}),
+        ({"preset": "a1111", "spacing": "simple"}, "txt2img", {"spacing": "simple", "sampler": "dpmpp_2m"}),
+        # what contradicts the preset goes before it, also where it is the default without one
+        ({"preset": "a1111", "rng": "image"}, "txt2img", {"rng": "image"}),
+        ({"preset": "diffusers", "rounding": "truncate"}, "txt2img", {"rounding": "truncate"}),
+        ({"preset": "cldm", "separate_passes": False}, "txt2img", {"separate_passes": False}),
+        # None is not given
+        ({"preset": "comfyui", "steps": None, "guidance_scale": None}, "txt2img", {"steps": 20}),
+    ],
+)
+def test_a_preset_fills_what_is_left_open(given, mode, filled):
+    found = presets.filled(given["preset"], given, mode, split_sampler)
+    assert {name: found.get(name) for name in filled} == filled
+
+
+def test_a_request_takes_a_preset_in_every_mode(sd):
+    mask = Image.new("L", (64, 64), 255)
+    assert sd.plan(PROMPT, preset="diffusers").strength is None
+    assert sd.plan(PROMPT, preset="diffusers", image=picture()).strength == 0.8
+    assert sd.plan(PROMPT, preset="a1111", image=picture(), mask=mask).strength == 0.75
+    request = sd.plan(PROMPT, preset="compvis", image=picture(), steps=7, sampler="plms")
+    told = (request.guidance_scale, request.steps, request.sampler, request.rng, request.preset)
+    assert told == (5.0, 7, "plms", "compvis", "compvis")
+    assert sd.plan(PROMPT).preset is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("difusers", "preset must be one of compvis, .*; got 'difusers'; did you mean 'diffusers'"),
+        ("A1111", "preset must be one of .*; got 'A1111'; did you mean 'a1111'"),
+        (3, "preset must be one of .*; got 3$"),
+        ("", "preset must be one of .*; got ''$"),
+    ],
+)
+def test_an_unknown_preset_is_refused(sd, name, message):
+    with pytest.raises(UsageError, match=message):
+        sd.plan(PROMPT, preset=name)
+
+
+# --- the command line, files, pictures ---
+
+
+def plans(args, *sources):
+    return [group.options for group in painting.check(args, *(sources or ({},)))]
+
+
+def txt2img(*words):
+    return painting_parser("txt2img.py", "x", outdir="o", scale=7.5).parse_args(list(words))
+
+
+def test_flags_that_are_not_given_leave_room_for_the_preset(tmp_path):
+    (found,) = plans(txt2img("--preset", "a1111"))
+    assert not {"rng", "sampler", "steps", "prompt_syntax", "rounding"} & found.keys()
+    (found,) = plans(txt2img("--preset", "a1111", "--rng", "image", "--plms", "--scale", "3"))
+    assert (found["rng"], found["sampler"], found["guidance_scale"]) == ("image", "plms", 3)
+    (found,) = plans(txt2img("--preset", "a1111", "--sampler", "DPM++ 2M Karras"))
+    assert (found["sampler"], found["spacing"]) == ("dpmpp_2m", "karras")
+    (found,) = plans(txt2img())  # without one, as ever
+    assert (found["rng"], found["sampler"], found["prompt_syntax"]) == ("image", "ddim", "plain")
+    picture().save(tmp_path / "a.png")
+    parser = painting_parser("img2img.py", "x", outdir="o", scale=5.0, strength=0.75)
+    source = {"image": str(tmp_path / "a.png")}
+    for words, strength in (((), None), (("--strength", "0.75"), 0.75)):
+        (found,) = plans(parser.parse_args(["--preset", "diffusers", *words]), source)
+        assert found.get("strength") == strength
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_a_line_of_a_file_may_name_one(tmp_path, name):
+    lines = {
+        "p.txt": "--prompt a --preset comfyui --steps 3\nb\n",
+        "p.jsonl": json.dumps({"prompt": "a", "preset": "comfyui", "steps": 3}) + '\n{"prompt": "b"}\n',
+    }
+    (tmp_path / name).write_text(lines[name])
+    assert read_prompts(str(tmp_path / name))[0].options == {"preset": "comfyui", "steps": 3}
+    first, second = plans(txt2img("--from-file", str(tmp_path / name), "--rounding", "round"))
+    assert (first["preset"], first["steps"], first["rounding"]) == ("comfyui", 3, "round")
+    assert not {"rng", "sampler", "prompt_syntax"} & first.keys()
+    assert (second["preset"], second["rng"]) == (None, "image")
+    (tmp_path / name).write_text(lines[name].replace("comfyui", "comfui"))
+    with pytest.raises(UsageError, match="line 1 of .*preset.*got 'comfui'; did you mean 'comfyui'"):
+        read_prompts(str(tmp_path / name))
+
+
+def test_a_picture_says_the_values_and_like_repeats_them(sd, tmp_path):
+    out = sd.txt2img(PROMPT, preset="diffusers", steps=2, sampler="ddim", seed=3, num_images=3, batch_size=2)
+    path = out.save(tmp_path)[2]
+    told = ldm.read_metadata(path)
+    wanted = {
+        "preset": "diffusers",
+        "rng": "diffusers",
+        "rounding": "round",
+        "spacing": "leading",
+        "steps": 2,
+    }
+    assert {name: told[name] for name in wanted} == wanted
+    assert (told["seed"], told["batch_size"], told["batch_index"]) == (3, 3, 2)
+    # The name is not needed: without it the same picture comes.
+    again = {name: told[name] for name in wanted if name != "preset"}
+    again |= {"sampler": told["sampler"], "guidance_scale": told["guidance_scale"]}
+    same = sd.txt2img(PROMPT, seed=3, num_images=3, batch_size=2, **again)
+    assert np.array_equal(np.asarray(same[2]), np.asarray(out[2]))
+    args = txt2img("--like", str(path))
+    assert (args.rng, args.rounding, args.steps, args.preset) == ("diffusers", "round", 2, "diffusers")
+    (found,) = plans(args)
+    assert (found["rng"], found["spacing"], found["guidance_scale"]) == ("diffusers", "leading", 7.5)
+    # Beside --like another preset gives the rules, and the picture what a program only begins with.
+    (found,) = plans(txt2img("--like", str(path), "--preset", "a1111"))
+    assert (found["steps"], found["guidance_scale"], found["sampler"]) == (2, 7.5, "ddim")
+    assert not {"rng", "rounding", "prompt_syntax"} & found.keys()
+
+
+# --- noise ---
+
+
+def test_one_generator_draws_for_all_pictures_of_a_call():
+    """torch.randn of the whole call: what diffusers' pipelines draw from one generator, whatever a batch holds."""
+    like = torch.empty(2, 4, 3, 5)
+    ours = CallNoise(7, 5, [1, 4])
+    generator = torch.Generator().manual_seed(7)
+    encoded, first, second = (torch.randn(n, 4, 3, 5, generator=generator) for n in (1, 5, 5))
+    assert torch.equal(ours.once(like), encoded.expand(2, -1, -1, -1))
+    assert torch.equal(ours.begin(like), first[[1, 4]]) and torch.equal(ours(like), second[[1, 4]])
+
+
+def test_comfyui_begins_on_the_cpu_and_goes_on_on_the_gpu():
+    like = torch.empty(2, 4, 3, 5)
+    ours, gpu = ComfyUINoise(7, 5, [1, 4]), NvNoise([7])
+    wanted = torch.randn(5, 4, 3, 5, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(ours.begin(like), wanted[[1, 4]])
+    # A GPU's draw of the whole call is not that of its pictures one by one.
+    whole = gpu(torch.empty(1, 5, 4, 3, 5))[0]
+    assert torch.equal(ours(like), whole[[1, 4]])
+
+
+@pytest.mark.parametrize("rng", ["diffusers", "comfyui"])
+def test_a_picture_depends_on_its_call_and_not_on_its_batch(sd, rng):
+    options = {"seed": 5, "steps": 2, "sampler": "euler_a", "rng": rng, "output_type": "latent"}
+    whole = sd.txt2img(PROMPT, num_images=3, **options)
+    parted = sd.txt2img(PROMPT, num_images=3, batch_size=2, **options)
+    torch.testing.assert_close(
+        parted.latents, whole.latents, rtol=0, atol=1e-5 * whole.latents.abs().max().item()
+    )
+    assert whole.seeds == [5, 5, 5] and not torch.allclose(whole.latents[0], whole.latents[1], atol=0.1)
+    with pytest.raises(UsageError, match=f'variation_strength .*rng="{rng}" draws whole batches'):
+        sd.plan(PROMPT, variation_strength=0.5, rng=rng)
+
+
+# --- bytes ---
+
+
+def test_three_ways_to_bytes():
+    x = torch.linspace(-1.2, 1.2, 97).reshape(1, 1, 1, 97).expand(1, 3, 1, 97)
+    unit = ((x + 1) / 2).clamp(0, 1)
+    got = {how: images.to_uint8(x, how)[0, 0, :, 0].astype(int) for how in options.ROUNDINGS}
+    assert np.array_equal(got["truncate"], (unit * 255)[0, 0, 0].numpy().astype(np.uint8))
+    assert np.array_equal(got["round"], (unit * 255).numpy().round()[0, 0, 0].astype(np.uint8))
+    wanted = (x * 127.5 + 127.5).numpy().clip(0, 255)[0, 0, 0].astype(np.uint8)
+    assert np.array_equal(got["truncate_127.5"], wanted)
+    assert (got["round"] - got["truncate"]).max() == 1 and got["truncate"].max() == 255
+    # The two that truncate differ where a value is a whole number but for its rounding.
+    near = torch.full((1, 3, 1, 1), 2 * (77 / 255) - 1)
+    assert images.to_uint8(near)[0, 0, 0, 0] in (76, 77)
+
+
+def test_pictures_are_rounded_as_asked_and_kept_pixels_are_kept(sd):
+    options = {"seed": 5, "steps": 2}
+    unit = sd.txt2img(PROMPT, output_type="np", **options)
+    for how in ("truncate", "round"):
+        out = sd.txt2img(PROMPT, rounding=how, **options)
+        wanted = images.unit_to_uint8(torch.from_numpy(unit.images).permute(0, 3, 1, 2), how)
+        assert np.array_equal(np.asarray(out[0]), wanted[0])
+        assert out.parameters[0].rounding == how
+    source, mask = picture(), Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    for how in ("truncate_127.5", "round"):
+        kept = np.asarray(sd.inpaint(PROMPT, source, mask, rounding=how, **options)[0])
+        assert np.array_equal(kept[:, 32:], np.asarray(source)[:, 32:])
+        assert np.array_equal(sd.img2img(PROMPT, source, 0, rounding=how, **options)[0], source)
