@@ -14,6 +14,7 @@ from ldm.adapters.tome import TokenMerging
 from ldm.adapters.use import begun
 from ldm.devices import dtype_name
 from ldm.errors import NumericError
+from ldm.models.diffusion.conditions import context_of
 from ldm.models.diffusion.samplers import Step, sample_steps
 from ldm.models.introspect import dtype_of
 from ldm.modules.seams import GuidanceTerm, Scope, StepInfo
@@ -122,8 +123,8 @@ class WithAttachments:
         """Tell how many rows are without the condition: of a call that joins both, the first images' worth."""
         if self._unconditional is None:
             return 0
-        # Of a scheduled condition, what it is at this call.
-        if cond is getattr(self._unconditional, "current", self._unconditional):
+        # Of a scheduled condition, what it is at this call, also where an area is cut out.
+        if context_of(cond) is context_of(getattr(self._unconditional, "current", self._unconditional)):
             return len(x)
         own = sum(one.rows is not None for one in self._terms)  # of guidance terms, which have the condition
         return self._batch if len(x) == (2 + own) * self._batch else 0

@@ -138,7 +138,7 @@ def masked_picture(
 def beside(concat: Tensor, context: Any) -> Any:
     """Put what a 9-channel UNet sees beside its latents into a condition; None stays None."""
     if isinstance(context, ScheduledCondition):
-        return ScheduledCondition(context.rows_at, concat)
+        return ScheduledCondition(context.pictures, concat)
     return None if context is None else {"c_concat": [concat], "c_crossattn": [context]}
 
 

@@ -6,10 +6,9 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from ldm.adapters.lora import LoRA
 from ldm.adapters.use import text_scope
@@ -19,7 +18,7 @@ from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.seams import GuidanceTerm
 from ldm.prompt import a1111, comfyui, compel
-from ldm.prompt.encode import Rows, at_step, check_weights, encode
+from ldm.prompt.encode import Rows, check_weights, encode
 from ldm.prompt.language import Explanation, Prompt, read
 from ldm.sampler_names import NAMES
 
@@ -211,17 +210,18 @@ def encode_batch(
 
     def condition(texts: list[tuple[str, bool]]) -> ScheduledCondition:
         own = [by_text[text] for text in texts]
-        return ScheduledCondition(lambda call: _on(model.device, at_step(own, call)))
+        return ScheduledCondition(
+            [
+                [replace(part, context=part.context.to(model.device)) for part in one.conditions()]
+                for one in own
+            ]
+        )
 
     context = condition([(spec.prompt, False) for spec in batch])
     is_guided = one.guidance_scale != 1 or SAMPLERS[one.sampler].needs_unconditional
     if not is_guided and not has_parts:
         return context, None
     return context, condition([(spec.negative_prompt, True) for spec in batch])
-
-
-def _on(device: Any, found: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-    return found[0].to(device), found[1]
 
 
 def explanations(model: LatentDiffusion, request: Any) -> list[str]:

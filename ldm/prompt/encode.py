@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UsageError, shown
+from ldm.models.diffusion.conditions import Condition, rows_at
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.prompt import compel
 from ldm.prompt.chunks import Chunk, Chunks
@@ -35,6 +36,21 @@ class Conditioning:
     """
 
     parts: tuple[tuple[float, tuple[tuple[int, Tensor], ...]], ...]
+
+    def conditions(self) -> list[Condition]:
+        """List the conditions that it is made of.
+
+        As the web UI's sampler counts, from 0: a text scheduled to end at step 2 is read at 0, 1 and 2; beyond the last
+        one the first is read once more.
+        """
+        found = []
+        for weight, schedule in self.parts:
+            begin = 0
+            for end, context in schedule:
+                found.append(Condition(context, weight, begin, end))
+                begin = max(begin, end + 1)
+            found.append(Condition(schedule[0][1], weight, begin))
+        return found
 
 
 def encode(
@@ -227,18 +243,10 @@ def at_step(conditionings: Sequence[Conditioning], step: int) -> tuple[Tensor, l
     Contexts of unequal length are padded with their own last vector, as in AUTOMATIC1111.
 
     Args:
-        step: counted from 0, as the web UI's sampler counts: a text scheduled to end at step 2 is read at 0, 1 and 2.
+        step: counted from 0, see Conditioning.conditions.
     """
-    contexts, owners = [], []
-    for conditioning in conditionings:
-        own = []
-        for weight, schedule in conditioning.parts:
-            own.append((len(contexts), weight))
-            contexts.append(next((z for end, z in schedule if step <= end), schedule[0][1]))
-        owners.append(own)
-    longest = max(len(context) for context in contexts)
-    padded = [torch.cat([z, z[-1:].expand(longest - len(z), -1)]) for z in contexts]
-    return torch.stack(padded), owners
+    rows, owners = rows_at([one.conditions() for one in conditionings], step)
+    return rows, [[(row, one.weight) for row, one in own] for own in owners]
 
 
 def guide(conditional: Tensor, unconditional: Tensor, owners: Sequence, scale: float) -> Tensor:

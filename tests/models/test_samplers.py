@@ -9,7 +9,7 @@ import torch
 from linear_gaussian import Line, LinearGaussian, Wavy, mix, normals
 
 from ldm.errors import UsageError
-from ldm.models.diffusion.conditions import ScheduledCondition
+from ldm.models.diffusion.conditions import Condition, ScheduledCondition
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.samplers import (
     DDIM,
@@ -372,7 +372,7 @@ def test_rescaled_guidance_has_the_conditional_spread():
 
 def test_several_conditions_need_an_unconditional_one():
     (x,) = normals(2, 4, 5, 3)
-    several = ScheduledCondition(lambda call: (torch.zeros(2, 7, 6), [[(0, 1.0), (1, 1.0)]] * 2))
+    several = ScheduledCondition([[Condition(torch.zeros(7, 6))] * 2] * 2)
     denoise = Denoiser(LinearGaussian(), several, guidance_scale=3.0)
     with pytest.raises(UsageError, match=r"\(AND\) need an unconditional one; got none"):
         denoise(x, 500, torch.tensor(0.5, dtype=torch.float64))

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from ldm.errors import UsageError
 from ldm.limits import SHARE
-from ldm.models.diffusion.conditions import ScheduledCondition, tokens_of, weighted
+from ldm.models.diffusion.conditions import (
+    BatchCondition,
+    ScheduledCondition,
+    crop,
+    feathered,
+    of_area,
+    tokens_of,
+    weighted,
+)
 from ldm.models.diffusion.levels import LevelTable, alpha_bar_table
 from ldm.modules.seams import GuidanceTerm
 from ldm.option_kinds import Interval
@@ -290,27 +298,68 @@ class Denoiser:
     ) -> tuple[Tensor, Tensor | None]:
         """Give what `_output` gives, under the conditions of this call; several of a picture are added up to one."""
         parts = self.conditioning.at(self.calls)
-        uncond = None if self.unconditional is None else self.unconditional.at(self.calls)[0][1]
+        uncond = None if self.unconditional is None else self.unconditional.at(self.calls)[0].given
         self.calls += 1
-        (weights, first), *further = parts
+        areas = [one for one in parts if one.area is not None]
+        first, *further = (one for one in parts if one.area is None)
         # Contexts of unequal length run apart, as the web UI has it; padding would change the numbers.
-        separate = self.separate_passes or (uncond is not None and tokens_of(uncond) != tokens_of(first))
-        if not further and all(weight == 1 for weight in weights):
+        separate = self.separate_passes or (
+            uncond is not None and tokens_of(uncond) != tokens_of(first.given)
+        )
+        is_one = not further and all(weight == 1 for weight in first.weights)
+        if is_one and not areas:
             now = copy.copy(self)
-            now.conditioning, now.unconditional, now.separate_passes = first, uncond, separate
+            now.conditioning, now.unconditional, now.separate_passes = first.given, uncond, separate
             return now._output_with(terms, x, t, guided, alpha_bar) if terms else now._output(x, t, guided)
-        if uncond is None:
+        if uncond is None and not is_one:
             raise UsageError("several conditions of a picture (AND) need an unconditional one; got none")
         if terms:
             what = type(terms[0]).__name__
             raise UsageError(
-                f"several conditions of a picture (AND) do not go together with {what}; leave one out"
+                f"several conditions of a picture (AND, regions) do not go together with {what}; leave one out"
             )
-        base, answer = predict_both(self.model.apply_model, x, t, uncond, first, separate)
-        total = base + weighted(weights, x) * (answer - base)
-        for weights, condition in further:
-            total = total + weighted(weights, x) * (self.model.apply_model(x, t, condition) - base)
+        if is_one and guided is False:
+            base, total = None, self.model.apply_model(x, t, first.given)
+        else:
+            base, answer = predict_both(self.model.apply_model, x, t, uncond, first.given, separate)
+            total = answer if is_one else base + weighted(first.weights, x) * (answer - base)
+        for one in further:
+            total = total + weighted(one.weights, x) * (self.model.apply_model(x, t, one.given) - base)
+        if areas:
+            base, total = self._with_areas(areas, x, t, uncond, base, total, separate)
         return self._mixed(guided, base, total, self.rescale)
+
+    def _with_areas(
+        self,
+        areas: Sequence[BatchCondition],
+        x: Tensor,
+        t: Tensor,
+        uncond: Any,
+        base: Tensor | None,
+        total: Tensor,
+        separate: bool,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Average answers without (None where not wanted) and with the whole's condition with those of areas.
+
+        Each area is cut out of the sample and answered by itself, without its condition as well, as in ComfyUI: the
+        whole counts once everywhere, an area by its weight, which fades out towards its edges.
+        """
+        sums = [None if one is None else one.clone() for one in (base, total)]
+        counts = torch.ones_like(x[:, :1])
+        for one in areas:
+            part, given = crop(x, one.area), of_area(one.given, one.area)
+            answers = [None, None]
+            if base is None:
+                answers[1] = self.model.apply_model(part, t, given)
+            else:
+                without = of_area(uncond, one.area)
+                answers = predict_both(self.model.apply_model, part, t, without, given, separate)
+            share = weighted(one.weights, x) * feathered(one.area, x)
+            crop(counts, one.area).add_(share)
+            for whole, answer in zip(sums, answers, strict=True):
+                if answer is not None:
+                    crop(whole, one.area).add_(share * answer)
+        return tuple(None if one is None else one / counts for one in sums)
 
 
 def check_interval(interval: Any) -> tuple[float, float]:
