@@ -315,17 +315,28 @@ def sigma_table(
     return np.delete(made, -2) if discard_next_to_last else made
 
 
-def check_sigmas(values: object) -> np.ndarray:
+def check_sigmas(values: object, *, may_rise: bool = False) -> np.ndarray:
     """Return an explicit list of sigmas, as float64, or raise UsageError unless it falls from sigma to sigma.
 
     Two values at least, finite, the last 0 or above.
+
+    Args:
+        may_rise: within the list, where each sigma is above 0 and another one than its neighbours.
     """
     try:
         sigmas = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
         sigmas = np.zeros(0)
-    if sigmas.ndim != 1 or len(sigmas) < 2 or not (np.diff(sigmas) < 0).all() or not 0 <= sigmas[-1]:
-        raise UsageError(f"a list of sigmas must hold two at least, each below the last, got {shown(values)}")
+    steps = np.diff(sigmas) if sigmas.ndim == 1 else np.zeros(0)
+    falls = len(steps) > 0 and (steps < 0).all() and sigmas[-1] >= 0
+    if not falls and may_rise and len(steps) > 0:
+        ends_fall = steps[0] < 0 and steps[-1] < 0 and sigmas[-1] >= 0
+        falls = ends_fall and (steps != 0).all() and ((sigmas[:-1] > 0) & (sigmas[:-1] < np.inf)).all()
+    if not falls:
+        also = ", and where it restarts above it" if may_rise else ""
+        raise UsageError(
+            f"a list of sigmas must hold two at least, each below the last{also}, got {shown(values)}"
+        )
     if not np.isfinite(sigmas[0]):
         raise UsageError(f"a list of sigmas must begin at a finite one, got {shown(values)}")
     return sigmas

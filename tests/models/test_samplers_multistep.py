@@ -102,6 +102,11 @@ RECORDED = [  # (run, sampler, options, tolerance)
     ),
     ("sample_unipc.10", "unipc", {"order": 3, "solver_type": "bh1"}, 2e-5),  # theirs is in float32
     ("sample_unipc_bh2.10", "unipc", {"order": 3, "solver_type": "bh2"}, 2e-5),
+    ("sample_unipc.nozero", "unipc", {"order": 3, "solver_type": "bh1"}, 2e-6),
+    ("sample_unipc_bh2.nozero", "unipc", {"order": 3, "solver_type": "bh2"}, 2e-6),
+    # Where three steps lead down to 0.001, float32 leaves theirs four digits; worked out in float64 they are ours.
+    ("sample_unipc.3", "unipc", {"order": 3, "solver_type": "bh1"}, 2e-4),
+    ("sample_unipc_bh2.3", "unipc", {"order": 3, "solver_type": "bh2"}, 5e-5),
 ]
 
 
@@ -115,8 +120,11 @@ def test_every_recorded_run_of_comfyui(request):
     recorded = load_file(folder / "samplers_comfyui.safetensors")
     for name, ours, options, tolerance in RECORDED:
         kind = name.split(".")[1]
-        sigmas = sigmas_of(kdiffusion, kind if kind.startswith("steps") else "0")
-        if ours == "unipc":
+        run_of = "steps3" if ours == "unipc" and kind == "3" else kind
+        sigmas = sigmas_of(kdiffusion, run_of if run_of.startswith("steps") else "0")
+        if kind == "nozero":  # eight, where k-diffusion's were six
+            sigmas = np.linspace(sigmas[0] ** (1 / 7), sigmas[-2] ** (1 / 7), 8) ** 7
+        elif ours == "unipc":
             sigmas[-1] = 0.001  # as in ComfyUI, in place of 0
         drawn = (keyed_input(f"noise.{i}", (2, 2, 3)).double() for i in count())
         model = Mixture()
@@ -125,6 +133,19 @@ def test_every_recorded_run_of_comfyui(request):
         error = (got - recorded[name]).abs().max() / (1 + recorded[name].abs().max())
         assert error < tolerance, f"{name}: {error}"
         assert model.calls == cases[name]["model_calls"], name
+
+
+def test_one_step_of_unipc_denoises_though_comfyuis_does_not(request):
+    """Theirs takes the order min(3, steps - 1) = 0, by which nothing is done: it gives its noise back."""
+    folder = request.path.parents[1] / "golden"
+    recorded = load_file(folder / "samplers_comfyui.safetensors")
+    high = 14.6146317
+    x = keyed_input("x", (2, 2, 3)).double() * high
+    for name in ("sample_unipc.1", "sample_unipc_bh2.1"):
+        torch.testing.assert_close(recorded[name].double(), x / (1 + high**2) ** 0.5, rtol=1e-6, atol=1e-6)
+    got = run(SAMPLERS["unipc"](Mixture(), order=3), np.array([high, 0.0]), x)
+    want = Mixture().at_sigma(x, torch.tensor(high, dtype=torch.float64))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 SHAPE = (2, 2, 3, 1)

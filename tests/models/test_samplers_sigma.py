@@ -165,6 +165,56 @@ def test_restart_takes_a1111s_steps(golden):
         assert len(done) == case["callbacks"] == done[-1].total and model.calls == case["model_calls"]
 
 
+def test_restart_goes_along_a_list_that_rises(golden):
+    """A1111's restart_list: of ten steps, from the sigma nearest to 0.15 up to that nearest to 3, twice, in four."""
+    recorded = load_file(golden / "samplers_a1111.safetensors")["restart.list"]
+    low, high = 0.0291671582, 14.6146317
+    table = alpha_bar_of_sigma(np.exp(np.linspace(math.log(low), math.log(high), 1000)))
+    sigmas = np.append(np.linspace(high ** (1 / 7), low ** (1 / 7), 10) ** 7, 0)
+    bottom, top = (int(np.abs(sigmas - at).argmin()) for at in (0.15, 3))
+    again = np.linspace(sigmas[top] ** (1 / 7), sigmas[bottom] ** (1 / 7), 4) ** 7
+    way = [*sigmas[: bottom + 1], *again, *again, *sigmas[bottom + 1 :]]
+    plan = SAMPLERS["restart"].plan(table, len(way) - 1, spacing=way)
+    model, x = Mixture(), keyed_input("x", (2, 2, 3)).double() * high * float(plan[0].alpha_bar) ** 0.5
+    done = list(run_levels(plan, x, SAMPLERS["restart"](model, recorded_noise(), s_noise=1.01).step))
+    close(done[-1].x_t, recorded, rtol=5e-6)
+    assert len(done) == done[-1].total == 16
+    for wrong in (
+        [3, 1, 0.5, 0.5, 2, 1, 0],
+        [1, 3, 0.5, 0],
+        [3, 0, 2, 0],
+        [3, 1, 2],
+        [3, 1, math.inf, 1, 0],
+    ):
+        with pytest.raises(UsageError, match="each below the last, and where it restarts above it"):
+            SAMPLERS["restart"].plan(table, len(wrong) - 1, spacing=wrong)
+    with pytest.raises(UsageError, match="each below the last, got"):
+        SAMPLERS["heun"].plan(table, len(way) - 1, spacing=way)
+
+
+def test_lcm_takes_a1111s_steps(golden):
+    """Which asks the network at the nearest of the 50 levels it was distilled on, not at the level of the sigma."""
+    recorded = load_file(golden / "samplers_a1111.safetensors")
+    known = recorded["lcm.sigmas"].double().log()
+
+    class Nearest(LinearGaussian):
+        def apply_model(self, x, t, cond):
+            sigma = Denoiser(self, None).levels.at_t(float(t[0])).sigma
+            nearest = 19 + 20 * int((known - sigma.log()).abs().argmin())
+            self.asked.append(nearest)
+            return 0.3 * x + 0.05 * torch.sin(2 * x) + 0.0002 * nearest
+
+    for steps, levels in ((1, [999]), (4, [999, 679, 339, 19])):
+        sigmas = recorded[f"lcm.get_sigmas.{steps}"].double().numpy()
+        want, model = recorded[f"lcm.sample.{steps}"], Nearest()
+        drawn = (keyed_input(f"noise.{i}", want.shape) for i in range(steps))
+        x_T = keyed_input("lcm.x", want.shape).double() * sigmas[0] * alpha_bar_of_sigma(sigmas[0]) ** 0.5
+        noise = lambda like, drawn=drawn: next(drawn).to(like)  # noqa: E731
+        *_, last = sample_steps("lcm", model, x_T, None, steps=steps, spacing=sigmas, noise=noise)
+        error = (last.x_t - want).abs().max() / (1 + want.abs().max())
+        assert error < 1e-5 and model.asked == levels, f"{steps}: {error}"  # theirs is in float32
+
+
 def test_comfyuis_steps_where_k_diffusion_has_none(kdiffusion, golden):
     """CFG++, the SDE solvers in one step and two, and churn that draws noise in 7 steps of 10."""
     cases = {case["name"]: case for case in kdiffusion[0]["cases"]}

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from ldm.models.diffusion.levels import Level, LevelTable
 from ldm.models.diffusion.samplers.kdiffusion import Heun
-from ldm.process.sigmas import sigma_table
+from ldm.process.sigmas import check_sigmas, sigma_table
 
 
 class Restart(Heun):
     """Restart (arXiv:2306.14878) on Heun's method, with A1111's choice of where: "Restart".
 
     From 20 steps on 9 of them, from 36 on twice a quarter, are spent on going from sigma 2 to 0.1 again, over levels
-    of "karras"; the others go the whole way, by the spacing. Fewer steps, and lists of sigmas, go the whole way once.
-    Options as `Heun`; s_noise is also a factor on the noise that leads back up.
+    of "karras"; the others go the whole way, by the spacing. Fewer steps go the whole way once. A list of sigmas is
+    gone along as it is, and where it rises, noise leads back up. Options as `Heun`; s_noise is also a factor on that
+    noise.
     """
 
     name = "restart"
@@ -35,17 +36,26 @@ class Restart(Heun):
         **options: Any,
     ) -> list[Level]:
         again, times = (steps // 4, 2) if steps >= 36 else (9, 1)
-        if steps < 20 or not (spacing is None or isinstance(spacing, str)):
+        table, is_list = LevelTable(alpha_bar), not (spacing is None or isinstance(spacing, str))
+        if is_list:
+            way = check_sigmas(spacing, may_rise=True)
+            if (np.diff(way) > 0).any() and len(way) == steps + 1 and not options:
+                return cls.along(way, table)
+        if steps < 20 or is_list:
             return super().plan(alpha_bar, steps, spacing=spacing, **options)
         plan = super().plan(alpha_bar, steps - again * times, spacing=spacing, **options)
         sigmas = np.array([float(level.sigma) for level in plan])
         bottom, top = (int(np.abs(sigmas - at).argmin()) for at in (cls.low, cls.high))
         if top >= bottom or sigmas[bottom] == 0:
             return super().plan(alpha_bar, steps, spacing=spacing, **options)
-        table = LevelTable(alpha_bar)
         ends = {"sigma_min": sigmas[bottom], "sigma_max": sigmas[top]}
         loop = sigma_table("karras", again + 1, table.sigmas, **ends)[:-1]
         way = [*sigmas[: bottom + 1], *np.tile(loop, times), *sigmas[bottom + 1 :]]
+        return cls.along(np.array(way), table)
+
+    @staticmethod
+    def along(way: np.ndarray, table: LevelTable) -> list[Level]:
+        """Make levels of sigmas that may rise, of which a way back up is no step."""
         falls = [after < before for before, after in zip(way, way[1:], strict=False)]
         total, levels = sum(falls), []
         for i, sigma in enumerate(way):
