@@ -74,7 +74,8 @@ _SYNTAX: dict[str, re.Pattern[str]] = {
         r"\[[^\[\]]*(?:[^\d\s\[\]:]:\d{1,4}|:[^\[\]:]*[^\d\s\[\]:]\s{0,9}:\s{0,9}\d{1,4}(?:\.\d{1,6})?"
         r"|::\s{0,9}\d{1,4}(?:\.\d{1,6})?|:\s{0,9}0?\.\d{1,6})\s{0,9}\]"
     ),
-    "alternatives": re.compile(r"\[[^\[\]|]*\|[^\[\]]*\]|\{[^{}|]*\|[^{}]*\}"),
+    "alternatives": re.compile(r"\[[^\[\]|]*\|[^\[\]]*\]"),
+    "a choice of texts": re.compile(r"\{[^{}|]*\|[^{}]*\}"),
     "a network to load": re.compile(r"<(?:lora|lyco|hypernet)\w{0,20}\s{0,9}:[^<>]+>", re.IGNORECASE),
     "an embedding": re.compile(r"\bembedding:[^\s:,]{1,80}|<[A-Za-z][\w-]{1,60}>", re.IGNORECASE),
     "a wildcard": re.compile(r"(?<![\w/*.-])__[\w/*.-]{1,80}__(?!\w)"),
@@ -125,6 +126,8 @@ def _words_alone(text: str) -> str:
 _HERE = {
     "a network to load": "give --lora FILE:weight, in Python adapters=[LoRA(file, weight)] of ldm.adapters",
     "an embedding": "give --embedding FILE, in Python adapters=[Embedding(file)] of ldm.adapters",
+    "a choice of texts": "give variants=True (--variants), and one is drawn",
+    "a wildcard": "give wildcards=FOLDER (--wildcards FOLDER), and a line of its file is drawn",
 }
 
 

@@ -54,6 +54,8 @@ def finish_batch(
             negative_prompt=spec.negative_prompt,
             seed=spec.seed,
             variation_seed=spec.variation_seed,
+            template=spec.template,
+            negative_template=spec.negative_template,
             batch_index=spec.place if is_shared else i,
             dropped_words=dropped[i],
             **shared,

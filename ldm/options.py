@@ -428,6 +428,20 @@ TABLE: tuple[Option | Fact, ...] = (
         flags=("--syntax", "--prompt_syntax"), infotext="Prompt syntax", metavar="{" + ",".join(limits.SYNTAXES) + "}",
     ),
     Option(
+        "variants", False, Switch(),
+        "prompts are templates, of which texts are drawn by each picture's seed: red or blue in braces with a | "
+        "between (docs/prompts.md)",
+        section="language", flags=("--variants",), also=("dynamic_prompts",), told=False,
+    ),
+    Option(
+        "wildcards", None, Folder(),
+        "the same, and __name__ is a line of name.txt in this folder",
+        section="language", flags=("--wildcards",), also=("wildcard_dir", "wildcards_dir"), told=False,
+        metavar="FOLDER",
+    ),
+    Fact("template", "Template"),
+    Fact("negative_template", "Negative Template"),
+    Option(
         "clip_skip", 1, Whole(*limits.CLIP_SKIP),
         "which layer of the text encoder is read: 1 the last, 2 the one before, as web UIs count",
         section="language", flags=("--clip_skip",), infotext="Clip skip",

@@ -22,6 +22,9 @@ class ImageSpec:
     row: int | None = None  # into prompt_embeds, where those were given
     variation_seed: int | None = None  # with variation_strength
     place: int = 0  # among the images of the request
+    # What prompt and negative prompt were drawn of.
+    template: str | None = None
+    negative_template: str | None = None
 
 
 class _InSections:

@@ -19,6 +19,7 @@ from ldm.checks.picture import check_picture, check_size, read_pictures  # noqa:
 from ldm.checks.prompts import check_embeds, check_language, list_prompts, list_texts  # noqa: F401
 from ldm.checks.sampling import auto_batch_size, check_adapting, check_sampling
 from ldm.checks.seeds import check_extra_seeds, draw_seed, list_images, list_seeds  # noqa: F401
+from ldm.checks.templates import draw_texts, draws_texts, list_templates, with_templates
 from ldm.devices import check_low_vram, dtype_name, pick_device, pick_dtype  # noqa: F401
 from ldm.limits import AUTO, MAX_SEED, is_whole, real, whole  # noqa: F401
 from ldm.models.diffusion.samplers import split_sampler
@@ -110,6 +111,10 @@ def check_request(
         given.guidance_scale = defaults.guidance_scale
     prompts, negatives = list_prompts(prompt, given.negative_prompt, prompt_embeds, negative_prompt_embeds)
     check_embeds(prompt_embeds, negative_prompt_embeds, context_width(model))
+    templates = None
+    if draws_texts(given):
+        templates = list_templates(given, prompts, negatives, prompt_embeds is not None)
+        prompts, negatives = draw_texts(given, *templates, given.seed)
     for name in options.of_samplers():
         value = getattr(given, name)
         checked[name] = None if value is None else options.option(name).kind.check(name, value)
@@ -133,6 +138,8 @@ def check_request(
     specs = list_images(
         prompts, negatives, given.seed, given.variation_seed, prompt_embeds is not None, checked
     )
+    if templates is not None:
+        specs = with_templates(specs, templates)
     check_batches(checked["adapters"], len(specs), checked["batch_size"])
     first = first_pass(checked)
     request = Request(

@@ -34,6 +34,8 @@ class GenerationParameters(Values):
     prompt: str
     negative_prompt: str
     seed: int
+    template: str | None  # what the prompt was drawn of
+    negative_template: str | None
     batch_size: int  # with rng="diffusers" and "comfyui", of the whole call
     batch_index: int  # place within it; matters for these two and rng="compvis" only
     dropped_words: list[str]  # of the prompt and the negative prompt, beyond what the text encoder reads

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ldm import presets
@@ -65,6 +66,7 @@ class Group:
     negatives: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     variation_seeds: list[int] = field(default_factory=list)  # with variation_strength
+    drawn: list[str] = field(default_factory=list)  # of prompts that are templates, what plan() will draw
 
 
 def paint(args: argparse.Namespace, *sources: dict[str, Any], save: Save | None = None) -> None:
@@ -286,6 +288,7 @@ def lay_out(
     if named and not args.like and not any(map(varies, named)):
         raise UsageError("--variation_seed needs a --variation_strength above 0, got none; add one, up to 1")
     groups: list[Group] = []
+    files: dict[Any, Any] = {}
     for i, source in enumerate(sources):
         seeds = numbers_of("seed", varies)
         others = numbers_of("variation_seed", lambda line: False)
@@ -300,15 +303,34 @@ def lay_out(
                     open_ = presets.names() - args.given - own.keys()
                     whole = {name: value for name, value in whole.items() if name not in open_}
                     syntax = whole.get(SYNTAX, presets.values(whole[PRESET], "txt2img", sampler)[SYNTAX])
-                tags = tags_of(line.prompt, syntax)
-                if not groups or (groups[-1].source, groups[-1].own, groups[-1].tags) != (i, own, tags):
-                    groups.append(Group(i, whole, own, line.place, tags))
-                groups[-1].prompts += [line.prompt] * count
-                groups[-1].negatives += [negative] * count
-                groups[-1].seeds += itertools.islice(numbers, count)
-                if varies(line):
-                    groups[-1].variation_seeds += itertools.islice(variations, count)
+                drawn = _draw(line, negative, list(itertools.islice(numbers, count)), whole, files)
+                for seed, text, other in drawn:
+                    tags = tags_of(text, syntax)
+                    if not groups or (groups[-1].source, groups[-1].own, groups[-1].tags) != (i, own, tags):
+                        groups.append(Group(i, whole, own, line.place, tags))
+                    groups[-1].prompts.append(line.prompt)
+                    groups[-1].negatives.append(negative)
+                    groups[-1].drawn += {text, other} - {line.prompt, negative}
+                    groups[-1].seeds.append(seed)
+                    if varies(line):
+                        groups[-1].variation_seeds.append(next(variations))
     return groups
+
+
+def _draw(
+    line: Line, negative: str, seeds: list[int], whole: dict[str, Any], files: dict[Any, Any]
+) -> list[tuple[int, str, str]]:
+    """Give each picture's seed and its two texts as plan() will draw them: what LoRAs and embeddings they name."""
+    from ldm.checks.templates import draw_texts, draws_texts
+
+    given = SimpleNamespace(**whole)
+    prompts, negatives = [line.prompt] * len(seeds), [negative] * len(seeds)
+    if draws_texts(given):
+        try:
+            prompts, negatives = draw_texts(given, prompts, negatives, seeds, files)
+        except LdmError as error:
+            raise type(error)(f"{line.place}: {error}" if line.place else str(error)) from None
+    return list(zip(seeds, prompts, negatives, strict=True))
 
 
 # --- with the model -------------------------------------------------------------------------------
@@ -365,7 +387,9 @@ def add_embeddings(groups: Sequence[Group], embeddings: Embeddings) -> None:
     """
     for group in groups:
         with placed(group, "embedding"):
-            found = embeddings.named(group.options["embedding"], [*group.prompts, *group.negatives])
+            found = embeddings.named(
+                group.options["embedding"], [*group.prompts, *group.negatives, *group.drawn]
+            )
         group.options["adapters"] += found
     for group in groups:
         group.options["adapters"] += embeddings.pop_unnamed(group.options.pop("embedding"))
