@@ -67,7 +67,7 @@ def paint_grid(args: argparse.Namespace) -> None:
     texts = (value for axis in axes.values() if axis.name in (*TEXTS, "prompt_sr") for value in axis.values)
     group.prompts += texts  # which may name embeddings as well
     add_embeddings([group], Embeddings(sd.model))
-    options |= {"guidance_scale": guidance_of(args, sd), **group.options}
+    options |= {**group.options, **guidance_of(group, args, sd)}
     if args.matrix is None:
         grid = plan_grid(sd, prompt, **axes, **options)
     else:

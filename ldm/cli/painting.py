@@ -90,12 +90,10 @@ def paint(args: argparse.Namespace, *sources: dict[str, Any], save: Save | None 
             return result.save(samples, "{:05}" + FORMATS[args.format], metadata=not args.no_metadata)
 
     sd = load_model(args, pick_device(args.device))
-    scale = guidance_of(args, sd)
     add_embeddings(groups, Embeddings(sd.model))
     requests: deque[tuple[int, Request]] = deque()
     for group in groups:  # all of them are checked before the first picture is begun
-        is_open = "guidance_scale" not in group.own and group.options.get(PRESET) is None
-        options = group.options | ({"guidance_scale": scale} if is_open else {})
+        options = group.options | guidance_of(group, args, sd)
         with placed(group):
             request = sd.plan(
                 group.prompts,
@@ -374,10 +372,13 @@ def explain(sd: StableDiffusion, requests: Sequence[Request]) -> None:
             say(" " * (len(row) - len(row.lstrip())) + printable(row))
 
 
-def guidance_of(args: argparse.Namespace, sd: StableDiffusion) -> float | None:
-    """Choose the guidance: what the options say, else None for the model's own, else that of CompVis's script."""
+def guidance_of(group: Group, args: argparse.Namespace, sd: StableDiffusion) -> dict[str, float | None]:
+    """Choose the guidance where no line or preset does: what the options say, else the model's own or CompVis's."""
+    if "guidance_scale" in group.own or group.options.get(PRESET) is not None:
+        return {}
     is_advised = sd.report is not None and sd.report.sampling.guidance_scale is not None
-    return args.v1_scale if args.guidance_scale is None and not is_advised else args.guidance_scale
+    is_open = args.guidance_scale is None and not is_advised
+    return {"guidance_scale": args.v1_scale if is_open else args.guidance_scale}
 
 
 def add_embeddings(groups: Sequence[Group], embeddings: Embeddings) -> None:
