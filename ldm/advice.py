@@ -235,7 +235,7 @@ def advice(requests: Sequence[Request], defaults: SamplingDefaults, *, on_cpu: b
     for request in requests:
         if request.embeds is None:
             images = [spec for one in request.passes for spec in one.images(request.images)]
-            own = dict.fromkeys(spec.prompt for spec in images)
+            own = dict.fromkeys([*(spec.prompt for spec in images), *(one.prompt for one in request.regions)])
             if request.guidance_scale != 1:
                 own |= dict.fromkeys(spec.negative_prompt for spec in images)
             own = dict.fromkeys(without_names(own, request.adapters))

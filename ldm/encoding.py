@@ -14,7 +14,7 @@ from ldm import images as pictures
 from ldm.adapters.use import text_scope, vae_scope
 from ldm.devices import dtype_name
 from ldm.errors import NumericError
-from ldm.models.diffusion.conditions import ScheduledCondition
+from ldm.models.diffusion.conditions import Condition, ScheduledCondition
 from ldm.models.diffusion.samplers import SAMPLERS, Noise
 from ldm.models.introspect import downsampling, dtype_of
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -45,7 +45,7 @@ def encode_prompt(
 
 def encode_prompts(
     model: LatentDiffusion, request: Request, one: Pass, batch: Sequence[ImageSpec], shared: dict[str, Any]
-) -> tuple[Tensor, Tensor | None, list[list[str]]]:
+) -> tuple[Tensor | ScheduledCondition, Tensor | ScheduledCondition | None, list[list[str]]]:
     """Encode prompts and, if guidance needs them, negative prompts; list the words that did not fit.
 
     Args:
@@ -53,7 +53,8 @@ def encode_prompts(
         shared: what the batches of a request use again: features of their prompts, and the text encoder's adapters.
 
     Returns:
-        context and unconditional context, (b, n, d) each (None where nothing is guided), and dropped words.
+        context and unconditional context, (b, n, d) each (None where nothing is guided), with regions as
+        ScheduledCondition; and dropped words.
     """
     guided = one.guidance_scale != 1.0 or SAMPLERS[one.sampler].needs_unconditional
     if request.embeds is not None:
@@ -62,7 +63,8 @@ def encode_prompts(
         unconditional = request.negative_embeds[rows].to(model.device) if guided else None
         return context, unconditional, [[] for _ in batch]
     known: dict[str, Tensor] = shared.setdefault("features", {})
-    wanted = {text for spec in batch for text in (spec.prompt, spec.negative_prompt)}
+    regional = [region.prompt for region in request.regions]
+    wanted = {text for spec in batch for text in (spec.prompt, spec.negative_prompt)} | {*regional}
     for text in known.keys() - wanted:  # a list of many prompts must not fill the memory
         del known[text]
     negatives = [spec.negative_prompt for spec in batch]
@@ -71,9 +73,19 @@ def encode_prompts(
     with shared["text_scope"]:
         context = encode_prompt(model, [spec.prompt for spec in batch], known)
         unconditional = encode_prompt(model, negatives, known) if guided else None
+        if regional:
+            rows = encode_prompt(model, regional, known)
+            further = [
+                Condition(row, region.weight, area=one.area_of(region, downsampling(model)))
+                for row, region in zip(rows, request.regions, strict=True)
+            ]
+            context = ScheduledCondition([[Condition(row), *further] for row in context])
+            if guided:
+                unconditional = ScheduledCondition([[Condition(row)] for row in unconditional])
         dropped_words = getattr(model.cond_stage_model, "dropped_words", lambda text: [])
         dropped = [
-            dropped_words(spec.prompt) + (dropped_words(spec.negative_prompt) if guided else [])
+            [word for text in (spec.prompt, *regional) for word in dropped_words(text)]
+            + (dropped_words(spec.negative_prompt) if guided else [])
             for spec in batch
         ]
     return context, unconditional, dropped

@@ -6,11 +6,12 @@ A kind knows nothing of any option; ldm.options says which option has which kind
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm import limits
 from ldm.errors import UsageError, nearest, shown
@@ -332,6 +333,100 @@ class Numbers(Kind):
     def take(self, value: Any) -> list[float] | None:
         numbers = [self.part.take(one) for one in value] if isinstance(value, list) else []
         return numbers if len(numbers) == self.count and None not in numbers else None
+
+
+class Region(NamedTuple):
+    """A part of a picture with a prompt of its own.
+
+    Attributes:
+        prompt: what is painted there.
+        box: x, y, width, height as shares of the picture's width and height, from its upper left corner.
+        weight: of this prompt's answer beside the whole picture's, which has 1.
+    """
+
+    prompt: str
+    box: tuple[float, float, float, float]
+    weight: float = 1.0
+
+
+class Regions(Kind):
+    """Parts of a picture with prompts of their own; a word "0.5,0,0.5,1,0.8:a blue square" is one of them."""
+
+    is_repeated = True
+    wanted = (
+        "x,y,width,height:prompt or x,y,width,height,weight:prompt with shares of the picture from 0 to 1, such as "
+        "0.5,0,0.5,1:a blue square"
+    )
+
+    def parse(self, text: str) -> Region:
+        numbers, colon, prompt = text.partition(":")
+        words = numbers.split(",")
+        try:
+            values = tuple(map(float, words))
+        except ValueError:
+            values = ()
+        if not colon or len(values) not in (4, 5):
+            raise argparse.ArgumentTypeError(f"wanted {self.wanted}, got {shown(text)}")
+        fault = self._fault(values)
+        if fault:
+            raise argparse.ArgumentTypeError(f"{fault}, got {shown(text)}")
+        return Region(Prompt().parse(prompt.strip()), values[:4], *values[4:])
+
+    @staticmethod
+    def _fault(values: Sequence[float]) -> str | None:
+        """Say what is wrong with x, y, width, height and a weight that may be there; None where nothing is."""
+        if not all(limits.is_real(one, *limits.SHARE) for one in values[:4]):
+            return "wanted x, y, width and height from 0 to 1, shares of the picture"
+        x, y, width, height = values[:4]
+        if min(width, height) == 0 or max(x + width, y + height) > 1 + 1e-6:
+            return "wanted a width and height above 0 within the picture: x + width and y + height at most 1"
+        if not all(limits.is_real(one, *limits.REGION_WEIGHT) for one in values[4:]):
+            return f"wanted a weight from {limits.REGION_WEIGHT[0]} to {limits.REGION_WEIGHT[1]}"
+        return None
+
+    def check(self, name: str, value: Any) -> tuple[Region, ...]:
+        if not isinstance(value, list | tuple):
+            raise UsageError(
+                f"{name} must be a list of (prompt, (x, y, width, height)) or (prompt, box, weight), got {shown(value)}"
+            )
+        if len(value) > limits.REGIONS[1]:
+            raise UsageError(f"{name}: at most {limits.REGIONS[1]} work together, got {len(value)}")
+        return tuple(self._region(f"{name}[{i}]", one) for i, one in enumerate(value))
+
+    def _region(self, name: str, value: Any) -> Region:
+        try:
+            if isinstance(value, str):
+                return self.parse(value)
+            is_row = isinstance(value, list | tuple) and len(value) in (2, 3) and isinstance(value[0], str)
+            is_row = is_row and isinstance(value[1], list | tuple) and len(value[1]) == 4
+            if not is_row:
+                raise argparse.ArgumentTypeError(
+                    f"wanted (prompt, (x, y, width, height)) or (prompt, box, weight), got {shown(value)}"
+                )
+            fault = self._fault((*value[1], *value[2:]))
+            if fault:
+                raise argparse.ArgumentTypeError(f"{fault}, got {shown(value)}")
+            return Region(Prompt().parse(value[0]), tuple(map(float, value[1])), *map(float, value[2:]))
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{name}: {error}") from None
+
+    def plain(self, value: Any) -> list[Any]:
+        return [[one[0], list(one[1]), *one[2:]] for one in value]
+
+    def write(self, value: Any) -> str:
+        return json.dumps(self.plain(value), ensure_ascii=False)
+
+    def read(self, text: str) -> list[Any] | None:
+        try:
+            return self.take(json.loads(text))
+        except (ValueError, RecursionError):
+            return None
+
+    def take(self, value: Any) -> list[Any] | None:
+        try:
+            return self.plain(self.check("regions", value))
+        except UsageError:
+            return None
 
 
 class Switch(Kind):

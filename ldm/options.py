@@ -37,6 +37,7 @@ from ldm.option_kinds import (
     Numbers,
     Part,
     Prompt,
+    Regions,
     Seed,
     Size,
     Switch,
@@ -93,7 +94,7 @@ SECTIONS = {
     "guidance": "a pass: handed on in the same way",
     "start": "a pass: what it begins with",
     "further": "the passes that come after the first",
-    "language": "how prompts are read",
+    "language": "how prompts are read, and which parts of a picture have their own",
     "draw": "noise, and the order in which it is drawn",
     "network": "what becomes adapters, unless it is its default: ldm.adapters.use.OF_OPTIONS",
     "output": "what is given back",
@@ -451,6 +452,14 @@ TABLE: tuple[Option | Fact, ...] = (
         "how weights of a prompt act: original, 'no norm', ignore, none (a1111's brackets are text), comfyui "
         "(default: the syntax's own)",
         section="language", flags=("--emphasis",), infotext="Emphasis",
+    ),
+    Option(
+        "regions", (), Regions(),
+        "a part of the picture, as shares of its sides, with a prompt of its own, and its weight (1) if given; may be "
+        "repeated (docs/regions.md)",
+        more="a list of (prompt, (x, y, width, height)) or (prompt, box, weight), or such texts.",
+        section="language", group=WHAT, flags=("--region",), infotext="Regions",
+        metavar="X,Y,WIDTH,HEIGHT[,WEIGHT]:PROMPT",
     ),
     Option(
         "lora_dir", None, Folder(),

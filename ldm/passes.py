@@ -9,6 +9,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ldm.adapters.use import adapters_of
+from ldm.models.diffusion.conditions import Area, area_of
+from ldm.option_kinds import Region
 from ldm.options import Values, defaults_of
 
 
@@ -96,6 +98,10 @@ class Pass(_InSections):
     def size(self) -> tuple[int, int]:
         """Width and height."""
         return self.width, self.height
+
+    def area_of(self, region: Region, f: int) -> Area:
+        """Give the latent cells, of f pixels a side, of a region of the picture."""
+        return area_of(region.box, self.width // f, self.height // f)
 
     @property
     def count(self) -> int:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ldm.adapters.lora import LoRA
 from ldm.adapters.use import text_scope
 from ldm.errors import AbsentError, UsageError, nearest, refuse_elsewhere, shown
-from ldm.models.diffusion.conditions import ScheduledCondition
+from ldm.models.diffusion.conditions import Condition, ScheduledCondition
 from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.models.introspect import downsampling
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.seams import GuidanceTerm
 from ldm.prompt import a1111, comfyui, compel
@@ -97,9 +98,14 @@ def is_composed(prompt: Prompt, emphasis: str | None) -> bool:
     return not is_one and (len(prompt.parts) > 1 or prompt.parts[0].weight != 1)
 
 
+def terms_at_work(attachments: Iterable[Any]) -> list[Any]:
+    """List what adds to guidance: PAG, SAG."""
+    return [one for one in attachments if isinstance(one, GuidanceTerm) and getattr(one, "scale", 1)]
+
+
 def refuse_terms(prompts: Iterable[Prompt], emphasis: str | None, attachments: Iterable[Any]) -> None:
     """Raise UsageError for guidance terms (PAG, SAG) beside a prompt of several parts: of which is not defined."""
-    terms = [one for one in attachments if isinstance(one, GuidanceTerm) and getattr(one, "scale", 1)]
+    terms = terms_at_work(attachments)
     if terms and any(is_composed(one, emphasis) for one in prompts):
         raise UsageError(
             f"{type(terms[0]).__name__} does not go together with a prompt of several parts or with a weight for the "
@@ -193,7 +199,7 @@ def encode_batch(
             model,
             request,
             one.counted,
-            (spec.prompt for spec in batch),
+            [*(spec.prompt for spec in batch), *(region.prompt for region in request.regions)],
             (spec.negative_prompt for spec in batch),
         )
         rows: Rows = shared.setdefault("rows", Rows(encoder, request.clip_skip))
@@ -208,20 +214,22 @@ def encode_batch(
         found = encode(encoder, list(read_.values()), emphasis=request.emphasis, rows=rows)
     by_text = dict(zip(names, found, strict=True))
 
-    def condition(texts: list[tuple[str, bool]]) -> ScheduledCondition:
-        own = [by_text[text] for text in texts]
-        return ScheduledCondition(
-            [
-                [replace(part, context=part.context.to(model.device)) for part in one.conditions()]
-                for one in own
-            ]
-        )
+    def conditions(text: str, is_negative: bool = False, **changes: Any) -> list[Condition]:
+        own = by_text[text, is_negative].conditions()
+        return [replace(part, context=part.context.to(model.device), **changes) for part in own]
 
-    context = condition([(spec.prompt, False) for spec in batch])
+    regional = [
+        part
+        for region in request.regions
+        for part in conditions(
+            region.prompt, weight=region.weight, area=one.area_of(region, downsampling(model))
+        )
+    ]
+    context = ScheduledCondition([[*conditions(spec.prompt), *regional] for spec in batch])
     is_guided = one.guidance_scale != 1 or SAMPLERS[one.sampler].needs_unconditional
     if not is_guided and not has_parts:
         return context, None
-    return context, condition([(spec.negative_prompt, True) for spec in batch])
+    return context, ScheduledCondition([conditions(spec.negative_prompt, True) for spec in batch])
 
 
 def explanations(model: LatentDiffusion, request: Any) -> list[str]:
@@ -230,8 +238,8 @@ def explanations(model: LatentDiffusion, request: Any) -> list[str]:
     with text_scope(model, request.adapters):
         for number, one in enumerate(request.passes, start=1):
             batch = one.images(request.images)
-            texts = [spec.prompt for spec in batch], [spec.negative_prompt for spec in batch]
-            read_ = read_all(model, request, one.counted, *texts)
+            prompts = [*(spec.prompt for spec in batch), *(region.prompt for region in request.regions)]
+            read_ = read_all(model, request, one.counted, prompts, (spec.negative_prompt for spec in batch))
             place = f"pass {number}, " if len(request.passes) > 1 else ""
             lines += [
                 f"{place}negative {Explanation(prompt)}" if is_negative else f"{place}{Explanation(prompt)}"

@@ -16,7 +16,7 @@ from ldm.adapters.use import adapters_of, check_adapters, check_batches, for_bat
 # Some of these are for those who import them from here, or from ldm.wish as this module was called.
 from ldm.checks.further import check_second, check_second_size
 from ldm.checks.picture import check_picture, check_size, read_pictures  # noqa: F401
-from ldm.checks.prompts import check_embeds, check_language, list_prompts, list_texts  # noqa: F401
+from ldm.checks.prompts import check_embeds, check_language, check_regions, list_prompts, list_texts  # noqa: F401
 from ldm.checks.sampling import auto_batch_size, check_adapting, check_sampling
 from ldm.checks.seeds import check_extra_seeds, draw_seed, list_images, list_seeds  # noqa: F401
 from ldm.checks.templates import draw_texts, draws_texts, list_templates, with_templates
@@ -126,6 +126,8 @@ def check_request(
     checked |= check_kinds(given, checked)
     # Of hires fix: what is otherwise in each pass after the first.
     others = [] if sizes is None else [check_second(model, defaults, checked, sizes, prompt_embeds)]
+    check_regions(checked, [checked, *others], adapters, prompt_embeds, f)
+    words += [region.prompt for region in checked["regions"]]
     if words and reads_languages(SimpleNamespace(**checked)):
         adapters = check_language(model, SimpleNamespace(**checked), prompts, negatives, adapters, others)
     own_texts = (one[name] for one in others for name in ("own_prompt", "own_negative_prompt"))

@@ -111,7 +111,7 @@ def test_a_kind_reads_what_it_writes(name, text, value):
 ELSEWHERE = {
     "ldm/request.py": (
         "what needs the model or several options together",
-        "batch_size cache_interval cache_depth merge_ratio merge_seed height width strength",
+        "batch_size cache_interval cache_depth merge_ratio merge_seed height width strength regions",
     ),
     "ldm/checks/further.py": (
         "what becomes of hires fix",
@@ -119,7 +119,10 @@ ELSEWHERE = {
         "hires_spacing hires_upscaler sampler steps spacing eta height width",
     ),
     "ldm/checks/picture.py": ("sizes", "height width strength"),
-    "ldm/checks/prompts.py": ("one for each prompt", "negative_prompt"),
+    "ldm/checks/prompts.py": (
+        "one for each prompt; what goes with regions",
+        "negative_prompt regions width height",
+    ),
     "ldm/checks/sampling.py": (
         "what a sampler has, and the model's networks",
         "sampler steps spacing eta cache_interval cache_depth merge_ratio merge_seed",

@@ -65,6 +65,11 @@ def check_batches(adapters: Iterable[Any], images: int, batch_size: int) -> None
                 one.hint.check_rows(size)
 
 
+def has_map(one: Any) -> bool:
+    """Tell whether an adapter has something for each place of a picture: a hint, or a mask."""
+    return hasattr(one, "hint") or bool(getattr(one, "mask", None))
+
+
 OF_OPTIONS: dict[str, Callable[[Any], Any]] = {
     "freeu": lambda factors: FreeU(*factors),
     "pag_scale": PAG,

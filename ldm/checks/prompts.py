@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ldm.adapters.use import adapters_of, check_adapters, text_scope
+from ldm.adapters.use import adapters_of, check_adapters, has_map, text_scope
 from ldm.errors import UsageError, shown
-from ldm.limits import MAX_PROMPT
+from ldm.limits import CELLS, MAX_PROMPT
+from ldm.models.diffusion.conditions import area_of
 from ldm.prompt.encode import Rows
-from ldm.prompting import find_loras, read_all, refuse_terms, warn_of_embeddings
+from ldm.prompt.language import Prompt
+from ldm.prompting import find_loras, is_composed, read_all, refuse_terms, terms_at_work, warn_of_embeddings
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -103,6 +105,11 @@ def check_language(
     with text_scope(model, check_adapters(model, attached)):
         found = read_all(model, given, [(given.sampler, given.steps)], prompts, negatives)
         read_ = list(found.values())
+        regional = read_all(
+            model, given, [(given.sampler, given.steps)], [one.prompt for one in given.regions], ()
+        )
+        refuse_in_regions(regional.values(), given.emphasis)
+        read_ += regional.values()
         further = []
         for one in others:
             own = [[] if text is None else [text] for text in (one["own_prompt"], one["own_negative_prompt"])]
@@ -120,3 +127,55 @@ def check_language(
     refuse_terms([*own, *further], given.emphasis, [*attached, *adapters_of(vars(given))])
     loras = find_loras(own, given.lora_dir)
     return [*attached, *loras] if loras else adapters
+
+
+def check_regions(
+    checked: Mapping[str, Any],
+    passes: Sequence[Mapping[str, Any]],
+    adapters: Any,
+    embeds: Tensor | None,
+    f: int,
+) -> None:
+    """Raise UsageError for regions that cannot be painted: too small, or beside what is about the whole picture.
+
+    Args:
+        passes: width and height of each pass.
+    """
+    regions = checked["regions"]
+    if not regions:
+        return
+    if embeds is not None:
+        raise UsageError("regions have prompts of their own, and prompt_embeds were given; leave one out")
+    for i, region in enumerate(regions):
+        for one in passes:
+            area = area_of(region.box, one["width"] // f, one["height"] // f)
+            if min(area[2:]) < CELLS[0]:
+                raise UsageError(
+                    f"regions[{i}] must be at least {CELLS[0] * f} pixels wide and high, got {area[2] * f} x "
+                    f"{area[3] * f} of {one['width']} x {one['height']}; give it a larger share, or the picture "
+                    "more pixels"
+                )
+    attached = [*(adapters if isinstance(adapters, list | tuple) else ()), *adapters_of(checked)]
+    for one in terms_at_work(attached):
+        raise UsageError(f"{type(one).__name__} does not go together with regions; leave one out")
+    for one in attached:
+        if has_map(one):
+            raise UsageError(
+                f"{type(one).__name__} has a map of the whole picture, and regions are answered in cuttings of it; "
+                "leave one out"
+            )
+
+
+def refuse_in_regions(prompts: Iterable[Prompt], emphasis: str | None) -> None:
+    """Raise UsageError for prompts of regions that are of several parts, or that name LoRAs."""
+    for prompt in prompts:
+        if is_composed(prompt, emphasis):
+            raise UsageError(
+                "a region's prompt of several parts or with a weight for the whole (AND) is not defined; give each "
+                "part a region of its own, or the region the weight"
+            )
+        if prompt.tags:
+            raise UsageError(
+                "a region's prompt has <lora:...> tags, and a LoRA is attached for the whole picture; write them into "
+                "the prompt"
+            )

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from ldm import limits
 from ldm.cli.running import say
 from ldm.errors import AbsentError, FormatError, UsageError, nearest, shown
-from ldm.option_kinds import Interval, Part, Prompt
+from ldm.option_kinds import Files, Interval, Part, Prompt
 from ldm.options import line_names
 
 MAX_PROMPT_BYTES = 10 * 2**20
@@ -257,7 +257,7 @@ def _line(said: list[tuple[str, str]]) -> Line:
             continue  # below, in their order
         if option.name in options:
             raise UsageError(f"{name}: {option.name} was given twice, by two names; give one")
-        if len(texts) > limits.ADAPTERS[1]:
+        if len(texts) > limits.ADAPTERS[1] and isinstance(option.kind, Files):
             raise UsageError(f"{name}: at most {limits.ADAPTERS[1]} adapters work together, got {len(texts)}")
         try:
             found = tuple(map(option.line_kind.parse, texts))

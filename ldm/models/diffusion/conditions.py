@@ -128,6 +128,17 @@ def weighted(weights: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(weights, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.dim() - 1))
 
 
+def area_of(box: Sequence[float], width: int, height: int) -> Area:
+    """Give the cells of a box (x, y, width, height), in shares of width x height cells: ComfyUI's rounding."""
+    left, top = round(box[0] * width), round(box[1] * height)
+    return (
+        left,
+        top,
+        min(max(1, round(box[2] * width)), width - left),
+        min(max(1, round(box[3] * height)), height - top),
+    )
+
+
 def crop(x: Tensor, area: Area) -> Tensor:
     """Cut an area out of (b, c, h, w); a view."""
     left, top, width, height = area
