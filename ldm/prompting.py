@@ -233,17 +233,21 @@ def encode_batch(
 
 
 def explanations(model: LatentDiffusion, request: Any) -> list[str]:
-    """Say how each distinct prompt and negative prompt of a request is read, pass by pass where it has several."""
-    lines = []
+    """Say how each distinct prompt of a request is read, pass by pass where that is not the same."""
+    regional = [region.prompt for region in request.regions]
+    passes = []
     with text_scope(model, request.adapters):
-        for number, one in enumerate(request.passes, start=1):
+        for one in request.passes:
             batch = one.images(request.images)
-            prompts = [*(spec.prompt for spec in batch), *(region.prompt for region in request.regions)]
-            read_ = read_all(model, request, one.counted, prompts, (spec.negative_prompt for spec in batch))
-            place = f"pass {number}, " if len(request.passes) > 1 else ""
-            lines += [
-                f"{place}negative {Explanation(prompt)}" if is_negative else f"{place}{Explanation(prompt)}"
-                for (text, is_negative), prompt in read_.items()
-                if text or not is_negative
-            ]
-    return lines
+            prompts = [spec.prompt for spec in batch]
+            negatives = [spec.negative_prompt for spec in batch]
+            read_ = read_all(model, request, one.counted, [*prompts, *regional], negatives)
+            lines = []
+            for (text, is_negative), prompt in read_.items():
+                whose = "negative " if is_negative else "" if text in prompts else "region "
+                if text or not is_negative:
+                    lines.append(f"{whose}{Explanation(prompt)}")
+            passes.append(lines)
+    if all(lines == passes[0] for lines in passes):
+        return passes[0]
+    return [f"pass {number}: {line}" for number, lines in enumerate(passes, start=1) for line in lines]

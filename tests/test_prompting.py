@@ -20,6 +20,7 @@ from ldm.errors import AbsentError, UsageError
 from ldm.pipeline import StableDiffusion
 from ldm.prompt import read
 from ldm.prompt.encode import at_step, encode
+from ldm.prompting import explanations
 
 RED, BLUE = "a large red circle", "a small blue square"
 LONG = ", ".join(["a red circle above a blue square on a white background"] * 18)  # 200 tokens
@@ -293,6 +294,27 @@ def test_a_joint_is_no_word_where_it_joins(sd):
     ):
         request = sd.plan(prompt, prompt_syntax=syntax, steps=20)
         assert advice([request], knows).keys() == kinds, (prompt, syntax)
+
+
+@pytest.mark.parametrize(
+    ("given", "begins"),
+    [
+        ({}, ["a1111: 'a [red:blue:0.5]'", "negative a1111: 'b'"]),
+        ({"hires_scale": 1.5, "hires_prompt": "a (dog)"}, [
+            "pass 1: a1111: 'a [red:blue:0.5]'", "pass 1: negative a1111: 'b'", "pass 2: a1111: 'a (dog)'",
+            "pass 2: negative a1111: 'b'",
+        ]),
+        ({"regions": [("ring", (0, 0, 1, 1)), ("a [red:blue:0.5]", (0, 0, 1, 1))]}, [
+            "a1111: 'a [red:blue:0.5]'", "region a1111: 'ring'", "negative a1111: 'b'",
+        ]),
+    ],
+)  # fmt: skip
+def test_it_is_explained_pass_by_pass_where_that_is_not_the_same(sd, given, begins):
+    request = sd.plan("a [red:blue:0.5]", negative_prompt="b", prompt_syntax="a1111", steps=4, **given)
+    lines = explanations(sd.model, request)
+    assert [line.split("\n")[0] for line in lines] == begins
+    plain = sd.plan("a", steps=4, **{**given, "hires_prompt": None})
+    assert not any("pass" in line for line in explanations(sd.model, plain))  # both passes are read alike
 
 
 def test_the_picture_says_how_its_prompt_was_read(sd, tmp_path):

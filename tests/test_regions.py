@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny import tiny_model
 
 from ldm import generate, options
-from ldm.adapters import ControlNet
+from ldm.adapters import ControlNet, PromptToPrompt
 from ldm.cli import painting_parser, read_prompts
 from ldm.errors import UsageError
 from ldm.metadata import from_infotext, read_metadata
@@ -129,8 +129,9 @@ REFUSED = (
     ({"regions": [(RING, LEFT)], "pag_scale": 2.0}, "PAG does not go together with regions"),
     (
         {"regions": [(RING, LEFT)], "adapters": "hint"},
-        "ControlNet has a map of the whole picture, and regions are answered in cuttings",
+        "ControlNet is of places of the whole picture, and regions are answered in cuttings",
     ),
+    ({"regions": [(RING, LEFT)], "adapters": [PromptToPrompt()]}, "PromptToPrompt is of places of the whole"),
     (
         {"regions": [(RING, LEFT)], "prompt_embeds": EMBEDS, "negative_prompt_embeds": EMBEDS},
         "regions have prompts of their own",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import options
+from ldm.adapters.attention_control import AttentionControl
 from ldm.adapters.embedding import Embedding
 from ldm.adapters.freeu import FreeU
 from ldm.adapters.guidance import PAG, SAG
@@ -65,9 +66,9 @@ def check_batches(adapters: Iterable[Any], images: int, batch_size: int) -> None
                 one.hint.check_rows(size)
 
 
-def has_map(one: Any) -> bool:
-    """Tell whether an adapter has something for each place of a picture: a hint, or a mask."""
-    return hasattr(one, "hint") or bool(getattr(one, "mask", None))
+def is_of_places(one: Any) -> bool:
+    """Tell whether an adapter knows the places of a picture: by a hint, a mask, or control of where it attends."""
+    return hasattr(one, "hint") or bool(getattr(one, "mask", None)) or isinstance(one, AttentionControl)
 
 
 OF_OPTIONS: dict[str, Callable[[Any], Any]] = {

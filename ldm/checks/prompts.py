@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ldm.adapters.use import adapters_of, check_adapters, has_map, text_scope
+from ldm.adapters.use import adapters_of, check_adapters, is_of_places, text_scope
 from ldm.errors import UsageError, shown
 from ldm.limits import CELLS, MAX_PROMPT
 from ldm.models.diffusion.conditions import area_of
@@ -159,9 +159,9 @@ def check_regions(
     for one in terms_at_work(attached):
         raise UsageError(f"{type(one).__name__} does not go together with regions; leave one out")
     for one in attached:
-        if has_map(one):
+        if is_of_places(one):
             raise UsageError(
-                f"{type(one).__name__} has a map of the whole picture, and regions are answered in cuttings of it; "
+                f"{type(one).__name__} is of places of the whole picture, and regions are answered in cuttings of it; "
                 "leave one out"
             )
 
