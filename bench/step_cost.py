@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from bench.quality import save_results, write  # noqa: E402
 from bench.speedlib.report import machine_name  # noqa: E402
 from ldm import cli  # noqa: E402
 from ldm.models.diffusion.samplers import SAMPLERS, sample_steps  # noqa: E402
+from ldm.process.brownian import TorchsdePaths  # noqa: E402
 from ldm.process.schedule import NoiseSchedule  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "step_cost.json"
@@ -230,21 +232,32 @@ def loop_of(method: str, model: Free, draw: Draw | None = None) -> Callable[[Ten
 def measure_all(repeats: int, steps: int = 50) -> dict[str, dict[str, Any]]:
     """Time a step of (1, 4, 64, 64) latents without a network: ours and a loop of k-diffusion's kind, in turn.
 
-    Both draw the noise of each step afresh.
+    Both draw the noise of each step afresh; in rows of "paths" ours take it from Brownian paths, and the loop from
+    torchsde's, where that is installed.
     """
     x = torch.randn(1, 4, 64, 64)
     model, sigmas = Free(x), np.exp(np.linspace(math.log(HIGH), math.log(LOW), steps + 1))
     at, rows = torch.from_numpy(sigmas).float(), {}
-    for name in (*LOOPS, *WITHOUT_LOOP):
-        options = {"brownian": False} if hasattr(SAMPLERS[name], "brownian") else {}
+    cases = [(name, name, hasattr(SAMPLERS[name], "brownian")) for name in (*LOOPS, *WITHOUT_LOOP)]
+    cases += [(f"{name}, paths", name, False) for name in LOOPS if hasattr(SAMPLERS[name], "brownian")]
+    for label, name, afresh in cases:
+        options = {"brownian": False} if afresh else {}
 
         def ours(name: str = name, options: dict[str, Any] = options) -> None:
             for _ in sample_steps(name, model, x, None, steps=steps, spacing=sigmas, **options):
                 pass
 
         contestants = {"ours": ours}
-        if name in LOOPS:
+        if label in LOOPS:
             contestants["loop"] = functools.partial(loop_of(name, model), x, at)
+        elif name in LOOPS and find_spec("torchsde"):
+
+            def loop(name: str = name) -> None:
+                paths = TorchsdePaths([0], x.shape[1:], float(at[-1]), float(at[0]))
+                draw = lambda x, here, to: paths.between(float(here), float(to))  # noqa: E731
+                loop_of(name, model, draw)(x, at)
+
+            contestants["loop"] = loop
         timed: dict[str, list[float]] = {who: [] for who in contestants}
         for _ in range(repeats):
             for who, work in contestants.items():
@@ -252,10 +265,10 @@ def measure_all(repeats: int, steps: int = 50) -> dict[str, dict[str, Any]]:
                 with torch.no_grad():
                     work()
                 timed[who].append(1e6 * (time.process_time() - start) / steps)
-        rows[name] = {who: float(np.median(t)) for who, t in timed.items()}
+        rows[label] = {who: float(np.median(t)) for who, t in timed.items()}
         if "loop" in timed:
             shares = np.divide(timed["ours"], timed["loop"])
-            rows[name]["share"] = [float(np.quantile(shares, q)) for q in (0.25, 0.5, 0.75)]
+            rows[label]["share"] = [float(np.quantile(shares, q)) for q in (0.25, 0.5, 0.75)]
     return rows
 
 

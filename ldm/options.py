@@ -421,6 +421,11 @@ TABLE: tuple[Option | Fact, ...] = (
         "of tcd: how fresh its noise is, 0 to 1; of gradient_estimation: how far a slope goes beyond the last",
         section="sampling", flags=("--gamma",), infotext="Sampler gamma", part="sampler",
     ),
+    Option(
+        "brownian", None, Choice({"torchsde": "torchsde"}),
+        "of dpmpp_sde and its kin: torchsde takes the paths that A1111 has for a seed (needs torchsde installed)",
+        section="sampling", flags=("--brownian",), infotext="Brownian paths", part="sampler",
+    ),
     Fact("init_image_hash", "Init image hash"),
     Option(
         SYNTAX, "plain", Choice(dict(zip(limits.SYNTAXES, limits.SYNTAXES, strict=True))),

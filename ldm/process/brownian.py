@@ -8,9 +8,12 @@ drawn in the middle (Levy's construction), down to the interval that is asked fo
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ldm.errors import AbsentError
 
 TOP = 13  # sigmas up to 2^13; a level without signal counts as 2^12
 CELL = 14  # and in steps of 2^-14, or, where that is more, of a thousandth: ends of intervals are rounded to ten bits
@@ -77,3 +80,41 @@ class BrownianPaths:
             generator = torch.Generator().manual_seed(int.from_bytes(name, "little"))
             draws.append(torch.randn(self.shape, generator=generator))
         return torch.stack(draws)
+
+
+class TorchsdePaths:
+    """Paths W(sigma) within a range, one for each seed, as torchsde's BrownianTree makes them.
+
+    k-diffusion's BrownianTreeNoiseSampler of a list of seeds, and so the paths of A1111's and diffusers' samplers. Like
+    theirs they depend on the range, and in float32.
+
+    Args:
+        seeds: one an image, from 0 on.
+        shape: of an image, without the batch.
+        low, high: the lowest sigma above 0 and the highest of the run.
+
+    Raises:
+        AbsentError: torchsde is not installed.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int], low: float, high: float):
+        tree = need_torchsde().BrownianTree
+        zero, ends = torch.zeros(tuple(shape)), {"t0": torch.tensor(low), "t1": torch.tensor(high)}
+        self.trees = [tree(w0=zero, entropy=int(seed), **ends) for seed in seeds]
+
+    def between(self, sigma: float, sigma_to: float) -> Tensor:
+        """Give W(sigma_to) - W(sigma) over the root of the interval's length: unit normal, (b, ...) float32."""
+        low, high = (torch.tensor(one) for one in sorted((sigma, sigma_to)))
+        rise = torch.stack([tree(low, high) for tree in self.trees]) / (high - low).sqrt()
+        return rise if sigma_to > sigma else -rise
+
+
+def need_torchsde() -> Any:
+    """Import torchsde, or raise AbsentError."""
+    try:
+        import torchsde
+    except ImportError:
+        raise AbsentError(
+            "brownian='torchsde' needs torchsde: pip install 'faithful-ldm[torchsde]', or leave brownian out for ldm's own"
+        ) from None
+    return torchsde

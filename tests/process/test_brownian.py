@@ -1,11 +1,19 @@
 """The laws of Brownian motion, and that a path belongs to its seed alone."""
 
 import math
+import sys
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from ldm.errors import AbsentError
+from ldm.models.diffusion.levels import make_plan
+from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.noise import ImageNoise
 from ldm.process.brownian import BrownianPaths
+from ldm.process.sigmas import alpha_bar_of_sigma
 
 SEEDS = [5, -3, 2**63]
 PAIRS = [(14.6, 9.1), (9.1, 5.5), (5.5, 1.3), (1.3, 0.2), (0.2, 0.029), (0.029, 0.0), (4096.0, 150.0)]
@@ -55,3 +63,27 @@ def test_intervals_shorter_than_the_grid_are_still_unit_noise(paths):
         noise = paths.between(1.0 + 1e-9, low)
         assert noise.var() == pytest.approx(1, abs=0.05)
     assert torch.equal(paths.at(0.0), torch.zeros_like(paths.at(0.0)))
+
+
+def test_torchsdes_paths_are_those_of_k_diffusions_noise_sampler(request):
+    """Each image's from its own seed, over the run's sigmas above 0; bit for bit as recorded."""
+    pytest.importorskip("torchsde")
+    recorded = load_file(request.path.parents[1] / "golden" / "samplers_kdiffusion.safetensors")
+    names = sorted(name for name in recorded if name.startswith("brownian.0."))
+    assert len(names) == 5
+    bars = alpha_bar_of_sigma(np.array([0.0, 0.0291671582, 14.6146317]))
+    sampler = SAMPLERS["dpmpp_sde"](None, ImageNoise([12345, 0]), brownian="torchsde")
+    sampler.levels = make_plan(np.zeros(2), bars[1:], bars[0])
+    for name in names:
+        sigma, sigma_to = map(float, name.removeprefix("brownian.0.").split("-"))
+        got = sampler.draw_between(torch.zeros(2, 2, 3), sigma, sigma_to)
+        want = torch.cat([recorded[name.replace(".0.", ".12345.", 1)], recorded[name]])
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_torchsde_is_asked_for_before_anything_is_painted(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchsde", None)
+    with pytest.raises(
+        AbsentError, match=r"needs torchsde: pip install 'faithful-ldm\[torchsde\]', or leave"
+    ):
+        SAMPLERS["dpmpp_2m_sde"](None, brownian="torchsde")

@@ -230,7 +230,8 @@ def check_kinds(sampler: Sampler) -> None:
         if not option.init or option.name in ("denoise", "noise"):
             continue
         value, default = getattr(sampler, option.name), option.default
-        if value is None and may_be_none(option):
+        also = option.metadata.get("also", ())  # texts beside the values of the default's kind
+        if (value is None and may_be_none(option)) or (isinstance(value, str) and value in also):
             continue
         if isinstance(default, bool):
             fits, wanted = isinstance(value, bool | np.bool_ | int) and value in (0, 1), "True or False"
@@ -245,4 +246,5 @@ def check_kinds(sampler: Sampler) -> None:
         else:
             continue
         if not fits:
-            raise UsageError(f"{option.name} of {sampler.name} must be {wanted}, got {shown(value)}")
+            hint = f"; or {', '.join(also)}" if also else ""
+            raise UsageError(f"{option.name} of {sampler.name} must be {wanted}, got {shown(value)}{hint}")

@@ -9,7 +9,7 @@ from ldm.errors import UsageError, shown
 from ldm.helpers import upload
 from ldm.models.diffusion.levels import Level
 from ldm.models.diffusion.samplers.base import SigmaSampler, VariableEta
-from ldm.process.brownian import BrownianPaths
+from ldm.process.brownian import BrownianPaths, TorchsdePaths, need_torchsde
 from ldm.process.steps import ancestral_split, euler_step, sde_dpm_solver_pp_step, sde_std
 
 
@@ -19,25 +19,43 @@ class SDESampler(VariableEta, SigmaSampler):
 
     Options:
         s_noise: factor on the noise.
-        brownian: False draws the noise of each step afresh.
+        brownian: False draws the noise of each step afresh; "torchsde" takes k-diffusion's paths, from the images'
+            seeds where `noise` has `seeds`, and else from its first draw, as ours are.
     """
 
     own_eta = 1.0
 
     _: KW_ONLY
     s_noise: float = 1.0
-    brownian: bool = True
-    paths: BrownianPaths | None = field(default=None, init=False, repr=False)
+    brownian: bool | str = field(default=True, metadata={"also": ("torchsde",)})
+    paths: BrownianPaths | TorchsdePaths | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.brownian == "torchsde":
+            need_torchsde()
 
     def draw_between(self, x: Tensor, sigma: float, sigma_to: float) -> Tensor:
         """Draw unit normal noise shaped like x for the interval between two sigmas."""
         if not self.brownian:
             return self.noise(x)
         if self.paths is None:
+            self.paths = self.begin_paths(x)
+        return upload(self.paths.between(sigma, sigma_to).to(x.dtype), x.device)
+
+    def begin_paths(self, x: Tensor) -> BrownianPaths | TorchsdePaths:
+        """Begin the paths of a batch."""
+        is_ours, seeds = self.brownian != "torchsde", getattr(self.noise, "seeds", None)
+        if is_ours or seeds is None:
             # An image's seed is its own first draw, on the CPU, where reading it waits for no device.
             firsts = self.noise(torch.empty(len(x), 4)).flatten(1)[:, :4].contiguous().view(torch.int32)
-            self.paths = BrownianPaths([hash(tuple(row)) for row in firsts.tolist()], x.shape[1:])
-        return upload(self.paths.between(sigma, sigma_to).to(x.dtype), x.device)
+            seeds = [hash(tuple(row)) for row in firsts.tolist()]
+        if is_ours:
+            return BrownianPaths(seeds, x.shape[1:])
+        sigmas = [
+            float(level.sigma) for level in self.levels if level.sigma > 0
+        ] or self.denoise.levels.sigmas
+        return TorchsdePaths([seed % 2**64 for seed in seeds], x.shape[1:], min(sigmas), max(sigmas))
 
 
 @dataclass
