@@ -115,6 +115,6 @@ def need_torchsde() -> Any:
         import torchsde
     except ImportError:
         raise AbsentError(
-            "brownian='torchsde' needs torchsde: pip install 'faithful-ldm[torchsde]', or leave brownian out for ldm's own"
+            "brownian='torchsde' needs torchsde: pip install 'faithful-ldm[torchsde]', or leave brownian out"
         ) from None
     return torchsde
