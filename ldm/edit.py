@@ -24,7 +24,7 @@ from torch import Tensor
 import ldm
 from ldm import images as pictures
 from ldm.adapters.deepcache import DeepCache
-from ldm.adapters.use import check_adapters, text_scope, unet_attachments, vae_scope
+from ldm.adapters.use import check_adapters, text_scope, told_of, unet_attachments, vae_scope
 from ldm.containers import MAX_BYTES
 from ldm.errors import FormatError, MismatchError, UsageError, shown
 from ldm.generate import WithAttachments, decode, encode_image, encode_prompt
@@ -456,6 +456,9 @@ def edit_picture(
     negative_prompt: str = "",
     spacing: str | Sequence[float] | None = None,
     adapters: Sequence[Any] = (),
+    editor: Any = "swap",
+    mask: Any = None,
+    feather: float = 0.0,
     **options: Any,
 ) -> Edited:
     """Change a picture by its prompt: `StableDiffusion.edit`.
@@ -464,26 +467,55 @@ def edit_picture(
         image_prompt: what the picture shows.
         edit_prompt: what it is to show; several give several pictures.
         start_step: steps that are left out: the more, the less is changed. None = three in ten.
+        editor: what else happens on the way down, a name of ldm.editing.EDITORS, as "prompt_to_prompt", or a control of
+            attention of ldm.adapters.
+        mask: as of inpaint: white is changed, black stays as it is, pixel by pixel.
+        feather: pixels over which the mask fades to each side, 0 to 256.
         the rest: as of `invert_picture`.
 
     Raises:
         As invert_picture; also a start_step outside the run.
     """
+    from ldm import editing
+
     whole("steps", steps, 1, sd.model.num_timesteps)
     start_step = int(KEPT_STEPS * steps) if start_step is None else start_step
     whole("start_step", start_step, 0, steps - 1)
     scale = sd.defaults.guidance_scale if guidance_scale is None else guidance_scale
-    context = context_of(sd, edit_prompt, scale, negative_prompt, adapters=adapters)
+    way = editing.resolve_editor(editor)
+    edits = list_texts("edit_prompt", edit_prompt)
+    controls = [way.control] if isinstance(way, editing.Controlled) else []
+    told_of(sd.model, [*sd.adapters, *adapters, *controls], [image_prompt, *edits], [0] * (1 + len(edits)))
+    _, unit, marks, _ = read_pictures(
+        load_image(image) if isinstance(image, bytes | bytearray) else image,
+        mask,
+        (None, None),
+        downsampling(sd.model),
+    )
+    if feather and marks is None:
+        raise UsageError(f"feather is of a mask, and none is given; got feather={shown(feather)}")
+    marks = None if marks is None else editing.feathered(marks, feather)
     how = {"negative_prompt": negative_prompt, "spacing": spacing, "adapters": adapters}
     inversion = invert_picture(
         sd, image, image_prompt, method=method, steps=steps, guidance_scale=scale, **how, **options
     )
     inversion.measure()
-    _, unit = encode_picture(sd, image)
-    x = inversion.sample(context, start_step, network=network_of(sd, adapters))
+    scene = editing.Scene(
+        sd,
+        inversion,
+        image_prompt,
+        edits,
+        start_step,
+        scale,
+        negative_prompt,
+        adapters,
+        None if marks is None else editing.region_of(marks, downsampling(sd.model)),
+    )
+    x = way(scene)
     with torch.no_grad(), vae_scope(sd.model, [*sd.adapters, *adapters]):
-        images = pictures.to_pil(decode(sd.model, x))
+        painted = pictures.to_unit(decode(sd.model, x)).cpu()
         again, best = pictures.to_pil(decode(sd.model, torch.cat([inversion.reconstruction, inversion.x0])))
+    images = pictures.unit_to_pil(painted if marks is None else unit + marks * (painted - unit))
     source = pictures.unit_to_pil(unit)[0]
     return Edited(images, source, again, psnr(again, source), psnr(best, source), inversion)
 

@@ -14,6 +14,7 @@ from ldm.adapters.preprocessors import preprocess
 from ldm.adapters.prompt_to_prompt import LocalBlend, PromptToPrompt
 from ldm.adapters.seamless import SeamlessTiling
 from ldm.adapters.slicing import AttentionSlicing
+from ldm.adapters.source_attention import MutualSelfAttention, PlugAndPlay
 from ldm.adapters.style_adapter import StyleAdapter
 from ldm.adapters.t2i_adapter import T2IAdapter
 from ldm.adapters.tome import TokenMerging
@@ -27,7 +28,9 @@ __all__ = [
     "IPAdapter",
     "LoRA",
     "LocalBlend",
+    "MutualSelfAttention",
     "PAG",
+    "PlugAndPlay",
     "PromptToPrompt",
     "SAG",
     "SeamlessTiling",

@@ -8,6 +8,7 @@ an attention. Maps are only held where one asks, and an attention that none look
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -30,14 +31,15 @@ class Place:
         attention: itself.
         is_cross: it looks at the text.
         halvings: how often the latents' sides were halved there.
-        order: its number among the UNet's attentions in the order of computation.
+        number, count: which it is, from 0 in the order of computation, of how many that look at the text, or do not.
     """
 
     name: str
     attention: CrossAttention
     is_cross: bool
     halvings: int
-    order: int
+    number: int
+    count: int
 
     @property
     def part(self) -> str:
@@ -64,14 +66,14 @@ def places_of(unet: nn.Module) -> list[Place]:
         UsageError: it has no spatial transformers.
     """
     names = {id(one): name for name, one in named_attentions(unet).items()}
-    found: list[Place] = []
+    found: list[tuple[str, CrossAttention, bool, int]] = []
     halvings = 0
     for block in [*unet.input_blocks, unet.middle_block, *unet.output_blocks]:
         for layer in block:
             if isinstance(layer, SpatialTransformer):
                 for part in layer.transformer_blocks:
                     for one, is_cross in ((part.attn1, part.disable_self_attn), (part.attn2, True)):
-                        found.append(Place(names[id(one)], one, is_cross, halvings, len(found)))
+                        found.append((names[id(one)], one, is_cross, halvings))
             elif isinstance(layer, Downsample | Upsample) or (isinstance(layer, ResBlock) and layer.updown):
                 rises = isinstance(layer, Upsample) or getattr(layer, "up", False)
                 halvings += -1 if rises else 1
@@ -79,7 +81,8 @@ def places_of(unet: nn.Module) -> list[Place]:
         raise UsageError(
             "control of attention is for a UNet with spatial transformers, and this one has none"
         )
-    return found
+    kinds = [is_cross for _, _, is_cross, _ in found]
+    return [Place(*one, kinds[:i].count(one[2]), kinds.count(one[2])) for i, one in enumerate(found)]
 
 
 class AttentionControl:
@@ -126,6 +129,10 @@ class AttentionControl:
         """Give the queries, keys and values (b, heads, n, d) to go on with."""
         return q, k, v
 
+    def bias(self, place: Place, q: Tensor, k: Tensor) -> Tensor | None:
+        """Give what is added to the scores of queries and keys, (b, 1, n, m); None = nothing."""
+        return None
+
     def maps(self, place: Place, maps: Tensor) -> Tensor:
         """Give the maps (b, heads, n, m) to go on with; each row of one adds up to 1 as it comes."""
         return maps
@@ -147,8 +154,11 @@ class AttentionControl:
     def state(self) -> None:
         """Say that no captured graph serves: what is done differs from step to step."""
 
-    def groups(self, rows: int) -> list[slice]:
+    def groups(self, rows: int, *, unconditional: bool = False) -> list[slice]:
         """List the rows of a call with the condition: one slice of all images, or several (of guidance terms).
+
+        Args:
+            unconditional: those without it, too.
 
         Raises:
             UsageError: the control is attached to a UNet alone, without a sampler.
@@ -159,7 +169,8 @@ class AttentionControl:
                 "inpaint or stream"
             )
         images = self._step.images or rows
-        return [slice(i, i + images) for i in range(self._step.unconditional, rows, images)]
+        first = 0 if unconditional else self._step.unconditional
+        return [slice(i, i + images) for i in range(first, rows, images)]
 
     def expect_whole(self, place: Place, tokens: int) -> None:
         """Raise UsageError if the tokens of an attention are not its map's, cell by cell."""
@@ -169,6 +180,20 @@ class AttentionControl:
                 f"{type(self).__name__} needs tokens one by one, and got {tokens} of a map of {rows} x {columns} "
                 "cells; merge no tokens there"
             )
+
+
+def check_batch(what: str, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    """Raise UsageError unless a batch holds a source and its edits, which begin with the same noise."""
+    if len(prompts) < 2:
+        raise UsageError(
+            f"{what} wants a source and its edits in one batch, got {len(prompts)} picture; give [source, edit] as "
+            "prompts, and a batch_size of both"
+        )
+    if len(set(seeds)) > 1:
+        raise UsageError(
+            f"{what}'s pictures must begin with the same noise, got the seeds {shown(list(seeds))}; give "
+            f"seed={shown([seeds[0]] * len(seeds))}"
+        )
 
 
 class Opened:
@@ -202,6 +227,9 @@ class Opened:
         """Attend as `ldm.modules.attention.attend` does, each control in its turn."""
         for one in self.controls:
             q, k, v = one.tokens(self.place, q, k, v)
+            bias = one.bias(self.place, q, k)
+            if bias is not None:
+                mask = bias if mask is None else mask + bias
         wanting = [one for one in self.controls if one.wants_maps(self.place)]
         if not wanting:
             return attend(q, k, v, mask, scale)

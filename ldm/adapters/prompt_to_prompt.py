@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.adapters.attention_control import AttentionControl, Place, halved, places_of
+from ldm.adapters.attention_control import AttentionControl, Place, check_batch, halved, places_of
 from ldm.errors import UsageError, shown
 from ldm.limits import BATCH_SIZE
 from ldm.modules.seams import StepInfo, Undo
@@ -210,16 +210,7 @@ class PromptToPrompt(AttentionControl):
         Raises:
             UsageError: see the class.
         """
-        if len(prompts) < 2:
-            raise UsageError(
-                f"prompt-to-prompt wants a source and its edits in one batch, got {len(prompts)} picture; give "
-                "[source, edit] as prompts, and a batch_size of both"
-            )
-        if len(set(seeds)) > 1:
-            raise UsageError(
-                f"prompt-to-prompt's pictures must begin with the same noise, got the seeds {shown(list(seeds))}; give "
-                f"seed={shown([seeds[0]] * len(seeds))}"
-            )
+        check_batch("prompt-to-prompt", prompts, seeds)
         mine = copy.copy(self)
         mine._of_batch = _Tables.of(self, encoder, prompts)
         return mine

@@ -122,8 +122,18 @@ def for_batch(model: nn.Module, request: Any, batch: Sequence[Any]) -> list[Any]
             f"{type(looking[0]).__name__} looks at the words of plain prompts; leave prompt_embeds and prompt_syntax "
             "out"
         )
+    return told_of(model, adapters, [spec.prompt for spec in batch], [spec.seed for spec in batch])
+
+
+def told_of(
+    model: nn.Module, adapters: Sequence[Any], prompts: Sequence[str], seeds: Sequence[int]
+) -> list[Any]:
+    """Tell adapters that look at the prompts of a batch (`for_batch`) what they are, and which seeds pictures have.
+
+    Raises:
+        UsageError: prompts that one of them does not take.
+    """
     encoder, words = _encoder_of(model), PromptWords.of(model, adapters)
-    prompts, seeds = [spec.prompt for spec in batch], [spec.seed for spec in batch]
     with attached(encoder, *([] if words is None else [_Names(words.tokens)])):
         return [
             one.for_batch(encoder, prompts, seeds) if hasattr(one, "for_batch") else one for one in adapters

@@ -1,0 +1,211 @@
+"""Ways to edit an inverted picture: what happens on the way down from its noise, beside another prompt.
+
+    sd.edit("cat.png", "a cat", "a dog")                                                # another prompt, no more
+    sd.edit("cat.png", "a cat", "a dog", editor="prompt_to_prompt")                     # where the cat was looked for
+    sd.edit("cat.png", "a cat", "a dog", editor=PromptToPrompt(self_replace_steps=0.8))
+    sd.edit("cat.png", "a cat", "a dog", editor="diffedit")                             # within a mask found by itself
+    sd.edit("cat.png", "a cat", "a dog", mask="mask.png", feather=8)                    # within a mask of yours
+
+To add a way: a function of a Scene that gives latents, and a word in the table EDITORS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ldm
+from ldm.adapters import MutualSelfAttention, PlugAndPlay, PromptToPrompt
+from ldm.adapters.attention_control import AttentionControl
+from ldm.adapters.guidance import gaussian_blur
+from ldm.adapters.use import told_of
+from ldm.edit import context_of, network_of
+from ldm.errors import UsageError, nearest, shown
+from ldm.limits import real, whole
+from ldm.models.diffusion.inversion import Context, Inversion, Network
+from ldm.models.diffusion.levels import Level
+from ldm.process.gaussian import q_sample
+
+MOST_FEATHER = 256  # pixels
+OUTLIERS = (
+    3.0  # times its mean: what a difference of DiffEdit's is cut at before it is measured by its largest
+)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An inverted picture, and what is to become of it.
+
+    Attributes:
+        inversion: of one picture.
+        source: the prompt of what it shows; edits: those of what it is to show.
+        start_step: steps that are left out, 0 .. steps - 1.
+        guidance_scale, negative_prompt, adapters: as of `StableDiffusion.edit`.
+        region: (1, 1, h, w) of latents, from 0, where the source's path is kept, to 1; None = everywhere 1.
+    """
+
+    sd: ldm.StableDiffusion
+    inversion: Inversion
+    source: str
+    edits: Sequence[str]
+    start_step: int
+    guidance_scale: float
+    negative_prompt: str = ""
+    adapters: Sequence[Any] = ()
+    region: Tensor | None = None
+
+    def context(self, prompts: Sequence[str]) -> Context:
+        """Encode prompts, a row for each."""
+        return context_of(
+            self.sd, list(prompts), self.guidance_scale, self.negative_prompt, adapters=self.adapters
+        )
+
+    def network(self, *further: Any) -> Network:
+        """Make the network of one way down, with adapters besides the scene's own."""
+        return network_of(self.sd, [*self.adapters, *further])
+
+    def source_at(self, level: Level) -> Tensor | None:
+        """Give the source's latents (1, c, h, w) at a level; None where the inversion's states are more than those."""
+        state = self.inversion.states[level.left]
+        return state if isinstance(state, Tensor) else None
+
+    def keep(self, x: Tensor, level: Level) -> Tensor:
+        """Give samples (b, c, h, w) at a level, with the source's outside the region."""
+        source = self.inversion.x0 if level.left == 0 else self.source_at(level)
+        if self.region is None or source is None:
+            return x
+        return source + self.region.to(x) * (x - source)
+
+
+# --- ways -------------------------------------------------------------------------------------------
+
+
+def swap(scene: Scene) -> Tensor:
+    """Sample under the edits' prompts, and nothing else: (edits, c, h, w)."""
+    return scene.inversion.sample(
+        scene.context(scene.edits), scene.start_step, network=scene.network(), after=scene.keep
+    )
+
+
+@dataclass(frozen=True)
+class Controlled:
+    """Sample beside the source, which a control of attention looks at.
+
+    The source's row goes the way that the inversion came (arXiv:2310.01506, direct inversion), so that what the control
+    takes from it is of the picture itself, at any guidance.
+    """
+
+    control: AttentionControl
+
+    def __call__(self, scene: Scene) -> Tensor:
+        prompts = [scene.source, *scene.edits]
+        adapters = told_of(scene.sd.model, [*scene.adapters, self.control], prompts, [0] * len(prompts))
+        network = network_of(scene.sd, adapters)
+
+        def after(x: Tensor, level: Level) -> Tensor:
+            x = network.model.change(x)
+            source = scene.source_at(level)
+            return scene.keep(x if source is None else torch.cat([source, x[1:]]), level)
+
+        context = scene.context(prompts)
+        return scene.inversion.sample(context, scene.start_step, network=network, after=after)[1:]
+
+
+@dataclass(frozen=True)
+class DiffEdit:
+    """Sample within a mask that is found where the two prompts disagree (arXiv:2210.11427).
+
+    Args:
+        strength: how far the picture is noised to ask both, a share of the steps.
+        draws: of noise, whose differences are averaged.
+        threshold: from where on a cell is to be changed, as a share of the largest difference.
+
+    Raises:
+        UsageError: a number out of range.
+    """
+
+    strength: float = 0.5
+    draws: int = 10
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        real("strength", self.strength, 0.01, 1)
+        whole("draws", self.draws, 1, 1000)
+        real("threshold", self.threshold, 0, 1)
+
+    @torch.no_grad()
+    def region(self, scene: Scene, edit: str) -> Tensor:
+        """Find where a picture is to be changed for an edit: (1, 1, h, w) of 0 and 1."""
+        inversion = scene.inversion
+        steps = len(inversion)
+        level = inversion.levels[steps - max(1, round(self.strength * steps))]
+        noise = torch.randn(self.draws, *inversion.x0.shape[1:], generator=torch.Generator().manual_seed(0))
+        x = q_sample(inversion.x0, noise.to(inversion.x0), alpha_bar=level.alpha_bar)
+        network = scene.network()
+        answers = [network(x, level, scene.context([prompt] * self.draws)) for prompt in (edit, scene.source)]
+        difference = (answers[0] - answers[1]).abs().mean(dim=(0, 1))  # (h, w)
+        difference = difference.clamp(max=OUTLIERS * difference.mean())
+        return (difference > self.threshold * difference.max()).float()[None, None]
+
+    def __call__(self, scene: Scene) -> Tensor:
+        rows = []
+        for edit in scene.edits:
+            found = self.region(scene, edit).to(scene.inversion.x0)
+            region = found if scene.region is None else found * scene.region.to(found)
+            rows.append(swap(replace(scene, edits=[edit], region=region)))
+        return torch.cat(rows)
+
+
+Editor = Callable[[Scene], Tensor]
+EDITORS: dict[str, Callable[[], Editor]] = {
+    "swap": lambda: swap,
+    "prompt_to_prompt": lambda: Controlled(PromptToPrompt()),
+    "mutual_self_attention": lambda: Controlled(MutualSelfAttention()),
+    "plug_and_play": lambda: Controlled(PlugAndPlay()),
+    "diffedit": DiffEdit,
+}
+OTHER_NAMES = {"p2p": "prompt_to_prompt", "masactrl": "mutual_self_attention", "pnp": "plug_and_play"}
+
+
+def resolve_editor(given: str | AttentionControl | Editor) -> Editor:
+    """Make a way to edit from its name, a control of attention, or what is one.
+
+    Raises:
+        UsageError: an unknown name, or nothing of the kind.
+    """
+    if isinstance(given, AttentionControl):
+        return Controlled(given)
+    if callable(given):
+        return given
+    name = "_".join(given.lower().replace("-", " ").split()) if isinstance(given, str) else None
+    name = OTHER_NAMES.get(name, name)
+    if name not in EDITORS:
+        near = nearest(name, [*EDITORS, *OTHER_NAMES])
+        hint = f" (did you mean {near}?)" if near else ""
+        raise UsageError(
+            f"editor must be one of {', '.join(EDITORS)}, or such as PromptToPrompt(...); got {shown(given)}{hint}"
+        )
+    return EDITORS[name]()
+
+
+# --- a mask in pixels -------------------------------------------------------------------------------
+
+
+def feathered(mask: Tensor, feather: float) -> Tensor:
+    """Soften the edge of a mask (1, 1, height, width) of 0 and 1 over so many pixels to each side.
+
+    Raises:
+        UsageError: feather is no number from 0 to 256.
+    """
+    feather = real("feather", feather, 0, MOST_FEATHER)
+    return mask if feather == 0 else gaussian_blur(mask, feather / 2)
+
+
+def region_of(mask: Tensor, f: int) -> Tensor:
+    """Bring a mask (1, 1, height, width) to latent cells, f pixels a side: the share of each that is marked."""
+    return F.avg_pool2d(mask, f)
