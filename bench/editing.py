@@ -147,7 +147,7 @@ def edit_all(sd: Any, source: str, edit: str, picture: "Image.Image") -> dict[st
     from ldm import editing
     from ldm import images as pictures
     from ldm.adapters import PromptToPrompt
-    from ldm.edit import encode_picture
+    from ldm.edit import encode_picture, scene_of
     from ldm.generate import decode
 
     editors = {"prompt_to_prompt, gentle": PromptToPrompt(**GENTLE)}
@@ -156,7 +156,7 @@ def edit_all(sd: Any, source: str, edit: str, picture: "Image.Image") -> dict[st
     for row in ROWS:
         if row.name == ADD_NOISE:
             continue
-        scene = editing.Scene(sd, inversion, source, [edit], row.start_step, GUIDANCE)
+        scene = scene_of(sd, inversion, source, edit, row.start_step, GUIDANCE)
         found[row.key] = editing.resolve_editor(editors.get(row.name, row.name))(scene)
     with torch.no_grad():
         decoded = pictures.to_pil(decode(sd.model, torch.cat(list(found.values()))))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import ldm
+from ldm import editing
 from ldm import images as pictures
 from ldm.adapters.deepcache import DeepCache
 from ldm.adapters.use import check_adapters, text_scope, told_of, unet_attachments, vae_scope
@@ -476,8 +477,6 @@ def edit_picture(
     Raises:
         As invert_picture; also a start_step outside the run.
     """
-    from ldm import editing
-
     whole("steps", steps, 1, sd.model.num_timesteps)
     start_step = int(KEPT_STEPS * steps) if start_step is None else start_step
     whole("start_step", start_step, 0, steps - 1)
@@ -500,17 +499,18 @@ def edit_picture(
         sd, image, image_prompt, method=method, steps=steps, guidance_scale=scale, **how, **options
     )
     inversion.measure()
-    scene = editing.Scene(
+    scene = scene_of(
         sd,
         inversion,
         image_prompt,
         edits,
         start_step,
         scale,
-        negative_prompt,
-        adapters,
-        None if marks is None else editing.region_of(marks, downsampling(sd.model)),
+        negative_prompt=negative_prompt,
+        adapters=adapters,
     )
+    if marks is not None:
+        scene = replace(scene, region=editing.region_of(marks, downsampling(sd.model)))
     x = way(scene)
     with torch.no_grad(), vae_scope(sd.model, [*sd.adapters, *adapters]):
         painted = pictures.to_unit(decode(sd.model, x)).cpu()
@@ -518,6 +518,31 @@ def edit_picture(
     images = pictures.unit_to_pil(painted if marks is None else unit + marks * (painted - unit))
     source = pictures.unit_to_pil(unit)[0]
     return Edited(images, source, again, psnr(again, source), psnr(best, source), inversion)
+
+
+def scene_of(
+    sd: ldm.StableDiffusion,
+    inversion: Inversion,
+    image_prompt: str,
+    edit_prompt: str | Sequence[str],
+    start_step: int = 0,
+    guidance_scale: float = 1.0,
+    *,
+    negative_prompt: str = "",
+    adapters: Sequence[Any] = (),
+) -> editing.Scene:
+    """Put together what a way to edit (ldm.editing) works on, for an inversion of one picture; see `edit_picture`."""
+
+    def context(prompts: Sequence[str]) -> Context:
+        return context_of(sd, list(prompts), guidance_scale, negative_prompt, adapters=adapters)
+
+    def network(*further: Any) -> Network:
+        return network_of(sd, [*adapters, *further])
+
+    edits = list_texts("edit_prompt", edit_prompt)
+    return editing.Scene(
+        sd.model, inversion, image_prompt, edits, start_step, context, network, [*sd.adapters, *adapters]
+    )
 
 
 def psnr(a: Any, b: Any) -> float:

@@ -13,23 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import ldm
 from ldm.adapters import MutualSelfAttention, PlugAndPlay, PromptToPrompt
 from ldm.adapters.attention_control import AttentionControl
 from ldm.adapters.guidance import gaussian_blur
 from ldm.adapters.use import told_of
-from ldm.edit import context_of, network_of
 from ldm.errors import UsageError, nearest, shown
 from ldm.limits import real, whole
 from ldm.models.diffusion.inversion import Context, Inversion, Network
 from ldm.models.diffusion.levels import Level
 from ldm.process.gaussian import q_sample
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 MOST_FEATHER = 256  # pixels
 OUTLIERS = (
@@ -42,32 +43,25 @@ class Scene:
     """An inverted picture, and what is to become of it.
 
     Attributes:
+        model: the LatentDiffusion.
         inversion: of one picture.
         source: the prompt of what it shows; edits: those of what it is to show.
         start_step: steps that are left out, 0 .. steps - 1.
-        guidance_scale, negative_prompt, adapters: as of `StableDiffusion.edit`.
+        context: encodes prompts, a row for each, with the edit's guidance.
+        network: makes the network of one way down, with these adapters besides `adapters`.
+        adapters: of the edit.
         region: (1, 1, h, w) of latents, from 0, where the source's path is kept, to 1; None = everywhere 1.
     """
 
-    sd: ldm.StableDiffusion
+    model: LatentDiffusion
     inversion: Inversion
     source: str
     edits: Sequence[str]
     start_step: int
-    guidance_scale: float
-    negative_prompt: str = ""
+    context: Callable[[Sequence[str]], Context]
+    network: Callable[..., Network]
     adapters: Sequence[Any] = ()
     region: Tensor | None = None
-
-    def context(self, prompts: Sequence[str]) -> Context:
-        """Encode prompts, a row for each."""
-        return context_of(
-            self.sd, list(prompts), self.guidance_scale, self.negative_prompt, adapters=self.adapters
-        )
-
-    def network(self, *further: Any) -> Network:
-        """Make the network of one way down, with adapters besides the scene's own."""
-        return network_of(self.sd, [*self.adapters, *further])
 
     def source_at(self, level: Level) -> Tensor | None:
         """Give the source's latents (1, c, h, w) at a level; None where the inversion's states are more than those."""
@@ -104,8 +98,8 @@ class Controlled:
 
     def __call__(self, scene: Scene) -> Tensor:
         prompts = [scene.source, *scene.edits]
-        adapters = told_of(scene.sd.model, [*scene.adapters, self.control], prompts, [0] * len(prompts))
-        network = network_of(scene.sd, adapters)
+        told = told_of(scene.model, [*scene.adapters, self.control], prompts, [0] * len(prompts))
+        network = scene.network(told[-1])
 
         def after(x: Tensor, level: Level) -> Tensor:
             x = network.model.change(x)
@@ -173,7 +167,7 @@ OTHER_NAMES = {"p2p": "prompt_to_prompt", "masactrl": "mutual_self_attention", "
 
 
 def resolve_editor(given: str | AttentionControl | Editor) -> Editor:
-    """Make a way to edit from its name, a control of attention, or what is one.
+    """Give a way to edit by its name, a control of attention, or what is one.
 
     Raises:
         UsageError: an unknown name, or nothing of the kind.

@@ -12,6 +12,7 @@ from tiny import tiny_model
 from ldm import editing
 from ldm.adapters import LocalBlend, PromptToPrompt
 from ldm.adapters.attention_control import AttentionControl
+from ldm.edit import scene_of
 from ldm.errors import UsageError
 from ldm.pipeline import StableDiffusion
 
@@ -32,7 +33,7 @@ def picture():
 @pytest.fixture(scope="module")
 def scene(sd, picture):
     inversion = sd.invert(picture, SOURCE, steps=3, guidance_scale=1.0, measure=False)
-    return editing.Scene(sd, inversion, SOURCE, [EDIT, OTHER], 0, 3.0)
+    return scene_of(sd, inversion, SOURCE, [EDIT, OTHER], 0, 3.0)
 
 
 def near(got, want, slack=2e-5):

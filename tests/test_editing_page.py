@@ -16,6 +16,7 @@ def test_blocks_of_the_page_run(tmp_path, monkeypatch):
     names = {}
     for code in blocks:
         exec(compile(code, "docs/editing.md", "exec"), names)
-    red, blue = (np.asarray(names[name], float) for name in ("red", "blue"))
-    inside = np.asarray(red)[..., 2] < 128  # the red circle
-    assert (np.abs(red - blue)[~inside].mean() < 8) and np.abs(red - blue)[inside].mean() > 40
+    for before, after in (("red", "blue"), ("photo", "edited")):
+        red, blue = (np.asarray(names[name], float) for name in (before, after))
+        inside = red[..., 2] < 128  # the red circle
+        assert np.abs(red - blue)[~inside].mean() < 8 and np.abs(red - blue)[inside].mean() > 40, after

@@ -54,6 +54,7 @@ STORIES = (
     "denoising",
     "diffusers_style",
     "edit",
+    "editing",
     "encoding",
     "finishing",
     "generate",
