@@ -24,7 +24,8 @@ class Kind:
 
     Methods: `parse` reads a word of the command line or of a prompt file and raises argparse.ArgumentTypeError; `check`
     holds a keyword's value against its limits and raises UsageError; `plain` gives a value as JSON has it. `read` and
-    `take` read a picture's text and its JSON, which anybody may have written: None is what no such value is.
+    `take` read a picture's text and its JSON, which anybody may have written: None is what no such value is. `schema`
+    describes values as JSON has them, in JSON Schema's words; what it cannot say only `check` knows.
     """
 
     parts = 1  # words behind a flag; where they are more, `part` is the kind of each
@@ -51,9 +52,15 @@ class Kind:
     def take(self, value: Any) -> Any:
         return value if isinstance(value, str) else None
 
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string"}
+
 
 class Prompt(Kind):
     """Any text that can be encoded, of at most limits.MAX_PROMPT characters."""
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "maxLength": limits.MAX_PROMPT}
 
     def parse(self, text: str) -> str:
         if len(text) > limits.MAX_PROMPT:
@@ -96,6 +103,9 @@ class Words(Kind):
     def read(self, text: str) -> str | None:
         return {**{word: name for name, word in self.words.items()}, **self.also}.get(text, text)
 
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "examples": list(self.words)}
+
 
 class Choice(Words):
     """One of a few names of ours, each with A1111's word, beside which other words may stand for one."""
@@ -118,6 +128,9 @@ class Choice(Words):
             return self.parse(text)
         except argparse.ArgumentTypeError:
             return text  # another program's, kept as it is said
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "enum": list(self.words)}
 
 
 class Upscaler(Choice):
@@ -165,6 +178,10 @@ class Whole(Kind):
         sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_WHOLE
         return int(value) if sound and value == int(value) else None
 
+    def schema(self) -> dict[str, Any]:
+        number = {"type": "integer", "minimum": self.low, "maximum": self.high}
+        return number if self.word is None else {"anyOf": [number, {"const": self.word}]}
+
 
 class Seed(Whole):
     """A seed from 0 to 2^64 - 1; "random", or -1 as A1111 has it, is None."""
@@ -181,6 +198,9 @@ class Seed(Whole):
             raise argparse.ArgumentTypeError(
                 f"wanted a seed from 0 to 2^64-1, or -1 or 'random' to draw one, got {shown(text)}"
             ) from None
+
+    def schema(self) -> dict[str, Any]:
+        return {"anyOf": [super().schema(), {"enum": [-1, "random", None]}]}
 
 
 class Number(Kind):
@@ -213,6 +233,9 @@ class Number(Kind):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return value if is_number and abs(value) <= MAX_WHOLE else None
 
+    def schema(self) -> dict[str, Any]:
+        return {"type": "number", "minimum": self.low, "maximum": self.high}
+
 
 class Levels(Words):
     """The name of a spacing; or, as a keyword and in a picture's JSON, sigmas."""
@@ -220,6 +243,9 @@ class Levels(Words):
     def take(self, value: Any) -> Any:
         numbers = [Number(0, math.inf).take(one) for one in value] if isinstance(value, list) else [None]
         return super().take(value) if None in numbers else numbers
+
+    def schema(self) -> dict[str, Any]:
+        return {"anyOf": [super().schema(), {"type": "array", "items": {"type": "number"}, "minItems": 2}]}
 
 
 class Interval(Kind):
@@ -261,6 +287,9 @@ class Interval(Kind):
         numbers = [self.part.take(one) for one in value] if isinstance(value, list) else []
         return numbers if len(numbers) == 2 and None not in numbers else None
 
+    def schema(self) -> dict[str, Any]:
+        return {"type": "array", "items": self.part.schema(), "minItems": 2, "maxItems": 2}
+
 
 class Size(Kind):
     """(width, height) in pixels, each from low to high; "512x384" in words."""
@@ -296,6 +325,9 @@ class Size(Kind):
     def take(self, value: Any) -> list[int] | None:
         sides = [self.side.take(side) for side in value] if isinstance(value, list) else []
         return sides if len(sides) == 2 and None not in sides else None
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "array", "items": self.side.schema(), "minItems": 2, "maxItems": 2}
 
 
 class Numbers(Kind):
@@ -333,6 +365,9 @@ class Numbers(Kind):
     def take(self, value: Any) -> list[float] | None:
         numbers = [self.part.take(one) for one in value] if isinstance(value, list) else []
         return numbers if len(numbers) == self.count and None not in numbers else None
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "array", "items": self.part.schema(), "minItems": self.count, "maxItems": self.count}
 
 
 class Region(NamedTuple):
@@ -428,6 +463,14 @@ class Regions(Kind):
         except UsageError:
             return None
 
+    def schema(self) -> dict[str, Any]:
+        share = Number(*limits.SHARE).schema()
+        box = {"type": "array", "items": share, "minItems": 4, "maxItems": 4}
+        row = [Prompt().schema(), box, Number(*limits.REGION_WEIGHT).schema()]
+        text = {"type": "string", "description": self.wanted}
+        one = {"type": "array", "prefixItems": row, "minItems": 2, "maxItems": 3}
+        return {"type": "array", "items": {"anyOf": [one, text]}, "maxItems": limits.REGIONS[1]}
+
 
 class Switch(Kind):
     """On or off."""
@@ -450,6 +493,9 @@ class Switch(Kind):
 
     def take(self, value: Any) -> bool | None:
         return value if isinstance(value, bool) else None
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "boolean"}
 
 
 class Files(Kind):

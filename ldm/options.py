@@ -2,7 +2,8 @@
 
 From `TABLE` are derived: the keywords of StableDiffusion.plan and its like (with their check, their help and the
 nearest name for a misspelt one), the flags of the painting scripts, what a line of a prompt file or of a .jsonl may
-set, what a picture's metadata say in our own words and in A1111's, and what --like repeats of it.
+set, what a picture's metadata say in our own words and in A1111's, what --like repeats of it, and the JSON Schema of a
+request (`schema`).
 
 How to add an option: write one entry into TABLE, where A1111 has its key in a picture's text (anywhere, if it has
 none), and use its value, which a request has in the entry's section: `request.draw.NAME`, or in short `request.NAME`.
@@ -779,6 +780,35 @@ def describe() -> str:
         if one.keyword
     )
     return "\n".join(textwrap.fill(entry, 110, subsequent_indent=" " * 4) for entry in entries)
+
+
+def schema() -> dict[str, Any]:
+    """Describe a request's options as a JSON Schema (2020-12) of one object: for an HTTP server, or a page's widgets.
+
+    Each property has its description and its default, `x-section` (see SECTIONS) and `x-group`, under which --help
+    lists it. What the model decides, or several options together, StableDiffusion.plan checks.
+    """
+    properties = {}
+    for one in options():
+        if not one.keyword and one.name != "prompt":
+            continue
+        ways = [one.kind.schema()]
+        if one.each:
+            ways.append({"type": "array", "items": ways[0], "minItems": 1})
+        if one.keyword and one.default is None:
+            ways.append({"type": "null"})
+        values = ways[0] if len(ways) == 1 else {"anyOf": ways}
+        about = {"description": one.words.format(scale="7.5"), "x-section": one.section, "x-group": one.group}
+        if one.keyword:
+            about["default"] = None if one.default is None else one.kind.plain(one.default)
+        properties[one.name] = {**values, **about}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "properties": properties,
+        "required": ["prompt"],
+        "additionalProperties": False,
+    }
 
 
 def defaults_of(section: str) -> dict[str, Any]:

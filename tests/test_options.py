@@ -16,7 +16,7 @@ from ldm.adapters import PAG, SAG, AttentionSlicing, FreeU, SeamlessTiling, use
 from ldm.cli import painting_parser, read_prompts
 from ldm.errors import OptionError, UsageError
 from ldm.metadata import from_infotext, to_infotext
-from ldm.option_kinds import Number
+from ldm.option_kinds import Number, Whole
 from ldm.options import Option
 from ldm.pipeline import StableDiffusion
 
@@ -335,3 +335,79 @@ def test_like_leaves_what_no_option_takes_as_it_is(tmp_path, capsys):
                 wanted = None if one.name == "prompt" else common[one.name]
                 assert found[one.name] == wanted, (one.name, value)
                 assert "is not known here; left as it is" in capsys.readouterr().out, (one.name, value)
+
+
+def fits(value, schema):
+    """Tell whether a value is what a JSON Schema says, by those of its words that ours has."""
+    kinds = {
+        "string": str, "boolean": bool, "array": list, "null": type(None), "object": dict, "integer": int,
+        "number": (int, float),
+    }  # fmt: skip
+    if "anyOf" in schema:
+        return any(fits(value, one) for one in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return any(
+            value == one and type(value) is type(one) for one in schema.get("enum", [schema.get("const")])
+        )
+    if not isinstance(value, kinds[schema["type"]]) or (
+        isinstance(value, bool) and schema["type"] != "boolean"
+    ):
+        return False
+    if isinstance(value, list):
+        items = [*schema.get("prefixItems", ()), *[schema.get("items")] * len(value)]
+        return schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)) and all(
+            fits(one, item) for one, item in zip(value, items, strict=False)
+        )
+    if isinstance(value, str):
+        return len(value) <= schema.get("maxLength", len(value))
+    if isinstance(value, dict):
+        known = schema["properties"]
+        return all(name in value for name in schema["required"]) and all(
+            name in known and fits(one, known[name]) for name, one in value.items()
+        )
+    return value is None or schema.get("minimum", value) <= value <= schema.get("maximum", value)
+
+
+VALUES = (
+    None, True, False, -1, 0, 1, 2, 0.5, 9, 17, 1.5, 1001, 2**64, 1e9, "", "x", "random", "auto", "nv", "a1111",
+    "latent", "original", "Latent", [], [0, 1], [0.2, 0.9], [64, 72], [1, 2, 3, 4], [2, 1, 0.0], ["a"],
+    ["a", [0, 0, 1, 1]], [["a", [0, 0, 1, 1], 2]], [["a", [0, 0, 2, 1]]], {"a": 1},
+)  # fmt: skip
+
+
+def test_the_schema_says_what_the_options_take(monkeypatch):
+    """Every keyword with its default; and it takes the values that the option's own check takes."""
+    schema = options.schema()
+    keywords = options.keywords()
+    assert list(schema["properties"]) == ["prompt", *keywords]
+    assert json.loads(json.dumps(schema, allow_nan=False)) == schema
+    checked_further = {"regions", "guidance_interval"}  # several numbers together
+    for name, default in keywords.items():
+        option, about = options.option(name), schema["properties"][name]
+        assert (
+            about["x-section"] == option.section and about["description"] and fits(about["default"], about)
+        ), name
+        assert about["default"] == (None if default is None else option.kind.plain(default)), name
+        for value in VALUES if not option.each and name != "spacing" else ():
+            try:
+                taken = value is None and default is None
+                taken = taken or option.kind.check(name, value) is not None
+            except UsageError:
+                taken = isinstance(option.kind, Whole) and value is not None and value == option.kind.word
+            is_by_another_name = name == "hires_upscaler" and taken and value not in option.kind.words
+            if not is_by_another_name and not (name in checked_further and fits(value, about)):
+                assert fits(value, about) == taken, (name, value)
+    for value in (3, "random", -1, None, [1, -1]):
+        assert fits(value, schema["properties"]["seed"]), value
+    for value in (-2, [], "x", [2**64]):
+        assert not fits(value, schema["properties"]["seed"]), value
+    for value, fit in (("karras", True), ([9.0, 3.0, 0.0], True), (None, True), (3, False), (["a"], False)):
+        assert fits(value, schema["properties"]["spacing"]) == fit, value
+    assert fits({"prompt": ["a", "b"], "steps": 9, "hires_size": [96, 80], "freeu": None}, schema)
+    assert not fits({"steps": 9}, schema) and not fits({"prompt": "a", "stepps": 9}, schema)
+    toy = Option("toy_share", 0.25, Number(0, 1), "a toy", section="draw")
+    monkeypatch.setattr(options, "TABLE", (*options.TABLE, toy))
+    assert options.schema()["properties"]["toy_share"] == {
+        "type": "number", "minimum": 0, "maximum": 1, "description": "a toy", "x-section": "draw", "x-group": "how",
+        "default": 0.25,
+    }  # fmt: skip
