@@ -122,6 +122,11 @@ def _words_alone(text: str) -> str:
     return text
 
 
+def _without_joints(text: str) -> str:
+    """Take the joints between a prompt's parts, and the parts' weights, out of it: they are read as such."""
+    return _BETWEEN.sub(" ", _WEIGHT_OF_PART.sub(" ", text))
+
+
 # Kind -> what there is here for it; the others are said in words.
 _HERE = {
     "a network to load": "give --lora FILE:weight, in Python adapters=[LoRA(file, weight)] of ldm.adapters",
@@ -240,7 +245,7 @@ def advice(requests: Sequence[Request], defaults: SamplingDefaults, *, on_cpu: b
                 own |= dict.fromkeys(spec.negative_prompt for spec in images)
             own = dict.fromkeys(without_names(own, request.adapters))
             is_plain = request.prompt_syntax == "plain"
-            texts |= own if is_plain else dict.fromkeys(_BETWEEN.sub(" ", text) for text in own)
+            texts |= own if is_plain else dict.fromkeys(map(_without_joints, own))
             plain |= own if is_plain else {}
         keeps_32_bits = request.rng == "image" or (request.rng == "compvis" and on_cpu)
         seeds = [spec.seed for spec in request.images] if keeps_32_bits else []

@@ -289,6 +289,8 @@ def test_a_joint_is_no_word_where_it_joins(sd):
     knows = replace(sd.defaults, known_words=frozenset(f"{RED} {BLUE}".split()))
     for prompt, syntax, kinds in (
         (f"{RED} AND {BLUE}", "a1111", set()),
+        (f"{RED}:0.6 AND {BLUE} : 0.75", "a1111", set()),
+        (f"{RED} : 0.6 AND {BLUE} 0.75", "a1111", {"words"}),
         (f"{RED} and (blue:1.2)", "a1111", {"words"}),
         (f"{RED} and (blue:1.2)", "plain", {"words", "a weight"}),
     ):
