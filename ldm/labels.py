@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 GROUND, INK, PALE = "white", "black", (153, 153, 153)
 LEAST_FONT = 10  # pixels
-MOST_LINES = 12  # of one label
+MOST_LINES = 12  # above a column
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,26 @@ def plain(texts: Sequence[str]) -> Labels:
     return [[Label(text)] if text else [] for text in texts]
 
 
-def labelled(pictures: Sequence[Image.Image | None], columns: Labels, rows: Labels) -> Image.Image:
+def labelled(
+    pictures: Sequence[Image.Image | None], columns: Labels, rows: Labels, left: int | None = None
+) -> Image.Image:
     """Lay pictures out row by row, with labels; None is left blank.
 
     A cell is as large as the largest picture, its font and the room for the rows' labels as A1111 has them.
 
     Args:
         pictures: len(rows) times len(columns), one at least that is not None.
+        left: room for the rows' labels in pixels; None is three quarters of a cell, or nothing where there are none.
     """
     given = [picture for picture in pictures if picture is not None]
     width, height = (max(sides) for sides in zip(*(one.size for one in given), strict=True))
     size = max(LEAST_FONT, (width + height) // 25)
     font = ImageFont.load_default(size)
-    left = width * 3 // 4 if any(rows) else 0
-    above, beside = [_wrap(one, font, width) for one in columns], [_wrap(one, font, left) for one in rows]
+    if left is None:
+        left = width * 3 // 4 if any(rows) else 0
     gap = size // 2
+    above = [_wrap(one, font, width, MOST_LINES) for one in columns]
+    beside = [_wrap(one, font, left, height // (size + gap)) for one in rows]
     top = max(map(len, above)) * (size + gap) + gap if any(columns) else 0
     sheet = Image.new("RGB", (left + width * len(columns), top + height * len(rows)), GROUND)
     for place, picture in enumerate(pictures):
@@ -62,27 +67,29 @@ def side_by_side(sheets: Sequence[Image.Image], titles: Sequence[str]) -> Image.
     return sheets[0] if titles == [""] else labelled(sheets, plain(titles), [[]])
 
 
-def _wrap(labels: Sequence[Label], font: ImageFont.FreeTypeFont, width: int) -> list[Label]:
-    """Break labels into lines that fit, at white space where there is some; what is too long ends with an ellipsis."""
+def _wrap(labels: Sequence[Label], font: ImageFont.FreeTypeFont, width: int, most: int) -> list[Label]:
+    """Break labels into lines that fit, at white space where there is some.
+
+    Args:
+        most: lines; the last one of a text that has more ends in dots.
+    """
     lines: list[Label] = []
     for label in labels:
-        own = [""]
-        for word in label.text.split():
-            while word and len(own) <= MOST_LINES:
-                joined = f"{own[-1]} {word}".strip()
-                if font.getlength(joined) <= width:
-                    own[-1] = joined
-                    break
-                if own[-1]:
-                    own.append("")
-                    continue
-                fits = _fitting(word, font, width)
-                own[-1], word = word[:fits], word[fits:]
-                if word:
-                    own.append("")
-        if len(own) > MOST_LINES:
-            own = [*own[: MOST_LINES - 1], own[MOST_LINES - 1][:-1] + "..."]
-        lines += [Label(line, label.active) for line in own if line]
+        line, left = "", label.text.split()
+        while left and len(lines) <= most:
+            joined = f"{line} {left[0]}".strip()
+            if font.getlength(joined) <= width:
+                line = joined
+                left.pop(0)
+                continue
+            if not line:  # a word longer than a line
+                fits = _fitting(left[0], font, width)
+                line, left[0] = left[0][:fits], left[0][fits:]
+            lines.append(Label(line, label.active))
+            line = ""
+        lines += [Label(line, label.active)] if line else []
+    if len(lines) > most > 0:
+        lines = [*lines[: most - 1], Label(lines[most - 1].text[:-2] + "...", lines[most - 1].active)]
     return lines
 
 

@@ -468,6 +468,12 @@ TABLE: tuple[Option | Fact, ...] = (
         metavar="X,Y,WIDTH,HEIGHT[,WEIGHT]:PROMPT",
     ),
     Option(
+        "old_schedule", False, Switch(),
+        "read the numbers of [a:b:0.5] as A1111 did before 1.6: below 1 a share of each pass, else a step of it",
+        section="language", flags=("--old_schedule", "--old-schedule"), also=("use_old_scheduling",),
+        infotext="Old prompt editing timelines",
+    ),
+    Option(
         "lora_dir", None, Folder(),
         "folder with the LoRAs that <lora:name:0.8> in a prompt names, with --syntax a1111",
         section="language", group=WITH, flags=("--lora_dir", "--lora-dir"), told=False, metavar="FOLDER",

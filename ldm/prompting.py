@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,7 @@ def read_all(
     Embeddings count that are attached to the text encoder at the time.
 
     Args:
-        request: has prompt_syntax and emphasis.
+        request: has prompt_syntax, emphasis and old_schedule.
         schedule: sampler and steps of the passes over which a schedule in a prompt counts its steps, this one last.
 
     Raises:
@@ -77,6 +78,7 @@ def read_all(
                 f"{shown(request.prompt_syntax)}; take 'ignore', or prompt_syntax='a1111'"
             )
         options["weighted"] = False
+    options["old_schedule"] = request.old_schedule
     wanted = dict.fromkeys([*((one, False) for one in prompts), *((one, True) for one in negatives)])
     # The web UI does not look for AND in negative prompts.
     found = {
@@ -113,18 +115,24 @@ def refuse_terms(prompts: Iterable[Prompt], emphasis: str | None, attachments: I
         )
 
 
-def warn_of_embeddings(prompts: Iterable[Prompt]) -> None:
-    """Say which embeddings ComfyUI's prompts name that are not there: they are left out, as there.
+def warn_of_prompts(encoder: FrozenCLIPEmbedder, prompts: Iterable[Prompt]) -> None:
+    """Say what prompts ask for that is not painted: embeddings of ComfyUI's that are not there, swaps of compel's.
 
-    Call it while those that are there are attached to the text encoder, as `read_all`.
+    Call it while the embeddings that are there are attached to the text encoder, as `read_all`.
     """
+    prompts = list(prompts)
+    names = [] if encoder.extra_tokens is None else encoder.extra_tokens.names
     read_ = [one for one in prompts if one.syntax == "comfyui"]
     absent = [comfyui.absent(one.parts[0].schedule[0].segments, one.vocabulary.embedding) for one in read_]
     for name in dict.fromkeys(name for names in absent for name in names):
+        near = nearest(re.split(r"[/\\]", name)[-1], names)
+        hint = "give --embedding FILE, in Python adapters=[Embedding(file)]"
+        hint = f"did you mean {near!r}?" if near else hint
+        log.warning("no embedding goes by %s, it is painted without; %s", shown(name), hint)
+    if any(one.tree is not None and compel.has_swaps(one.tree) for one in prompts):
         log.warning(
-            "no embedding goes by %s, it is painted without; give --embedding FILE, in Python "
-            "adapters=[Embedding(file)]",
-            shown(name),
+            "a .swap() exchanges attention while denoising, which is not done here: its first side is painted; "
+            "ldm.adapters.PromptToPrompt paints both prompts with one layout (docs/editing.md)"
         )
 
 

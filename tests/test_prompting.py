@@ -154,10 +154,10 @@ def test_comfyuis_embedding_is_painted(sd, tmp_path, caplog):
         assert far(latents(sd, f"embedding:{name} {RED}", "comfyui", **options), wanted) < 1e-4, name
     assert far(wanted, without) > 1e-2 and not caplog.records
     # What is not there is left out, as in ComfyUI, and said.
-    for more in (options, {"steps": 1}):
+    for more, hint in ((options, "did you mean 'birb'?"), ({"steps": 1}, "give --embedding FILE")):
         caplog.clear()
-        assert far(latents(sd, f"embedding:bird {RED}", "comfyui", **more), without) < 1e-4
-        assert "no embedding goes by 'bird', it is painted without; give --embedding FILE" in caplog.text
+        assert far(latents(sd, f"embedding:a/bird {RED}", "comfyui", **more), without) < 1e-4
+        assert f"no embedding goes by 'a/bird', it is painted without; {hint}" in caplog.text
 
 
 def test_weights_count_without_guidance_and_beside_other_prompts(sd):
@@ -224,6 +224,32 @@ def test_lines_with_other_tags_are_requests_of_their_own(syntax, tagged, wrong):
     assert [len(group.prompts) for group in lay_out(args, lines, "ddim", ({},))] == [2, 2]
 
 
+def test_a_swap_is_said_not_to_be_done(sd, caplog):
+    for prompt in (
+        "a cat.swap(dog)",
+        '("a cat.swap(dog)", "b").blend(1, 1)',
+        '("b", "a cat.swap(dog)").and()',
+    ):
+        caplog.clear()
+        sd.plan(prompt, prompt_syntax="compel")
+        assert "a .swap() exchanges attention while denoising, which is not done here" in caplog.text, prompt
+    caplog.clear()
+    sd.plan("a cat. swap(dog)", prompt_syntax="compel")
+    assert not caplog.records
+
+
+def test_the_old_rule_of_schedules_is_painted_and_told(sd):
+    """[a:b:2] of a second pass: by the old rule after its second step, by the new one at its beginning."""
+    how = {"steps": 4, "hires_scale": 1.5, "hires_strength": 0.9, "hires_steps": 4}
+    changing = f"[{RED}:{BLUE}:2]"
+    old, new = (states(sd, changing, old_schedule=on, **how) for on in (True, False))
+    blue = states(sd, changing, hires_prompt=BLUE, **how)
+    assert far(new[-1], blue[-1]) < 1e-5 < 1e-3 < far(old[-1], blue[-1])
+    assert far(old[3], new[3]) < 1e-5  # the first pass counts alike
+    out = sd.txt2img(RED, prompt_syntax="a1111", old_schedule=True, steps=1, seed=1, progress=False)
+    assert "Old prompt editing timelines: True" in out.infotexts[0]
+
+
 # Input, the words of the error, and nothing painted.
 REFUSED = [
     ({"prompt_syntax": "a111"}, "prompt_syntax must be one of plain, a1111, comfyui, compel; got 'a111'"),
@@ -274,12 +300,34 @@ def test_bad_input_is_refused_with_one_line(sd, tmp_path):
         {"prompt": "a", "negative_prompt": "b AND c", "sag_scale": 1.0},
     ):
         sd.plan(prompt_syntax="a1111", **options)
+    for syntax in ("plain", "a1111", "comfyui", "compel"):
+        with pytest.raises(
+            UsageError, match="prompt must have at most 100000 characters, got 1000000; shorten"
+        ):
+            sd.plan("x" * 10**6, prompt_syntax=syntax)
     with pytest.raises(AbsentError, match="lora_dir 'nowhere' is no folder"):
         sd.plan(f"{RED} <lora:x:1>", prompt_syntax="a1111", lora_dir="nowhere")
 
 
 @pytest.mark.parametrize(
-    "prompt", ["((((red", "red))))", "[a:b", "[a|b", "(a:b:c:1)", "AND AND", "[" * 3000, "<lora:", ""]
+    "prompt",
+    [
+        "((((red",
+        "red))))",
+        "[a:b",
+        "[a|b",
+        "(a:b:c:1)",
+        "(a:high)",
+        "AND AND",
+        "[" * 3000,
+        "[a:b:99]",
+        "[a:b:-1]",
+        "[a:b:1e400]",
+        "[a:b:99.0]",
+        "<lora:",
+        "<lora:nowhere:high>",
+        "",
+    ],
 )
 def test_what_the_web_ui_paints_is_painted(sd, prompt):
     assert latents(sd, prompt, steps=1).isfinite().all()

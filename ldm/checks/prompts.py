@@ -15,7 +15,7 @@ from ldm.limits import CELLS, MAX_PROMPT
 from ldm.models.diffusion.conditions import area_of
 from ldm.prompt.encode import Rows
 from ldm.prompt.language import Prompt
-from ldm.prompting import find_loras, is_composed, read_all, refuse_terms, terms_at_work, warn_of_embeddings
+from ldm.prompting import find_loras, is_composed, read_all, refuse_terms, terms_at_work, warn_of_prompts
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -116,7 +116,7 @@ def check_language(
             again = read_all(model, given, one["schedule"], *own)
             read_ += again.values()
             further += [prompt for (_, is_negative), prompt in again.items() if not is_negative]
-        warn_of_embeddings(read_)
+        warn_of_prompts(model.cond_stage_model, read_)
     if any(one.tags and one.tags != found[text, False].tags for one in further for text in prompts):
         raise UsageError(
             "hires_prompt has other <lora:...> tags than the prompt, and a LoRA is attached for both passes; "

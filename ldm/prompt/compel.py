@@ -251,6 +251,12 @@ def _factor(foot: str) -> float:
     return float(foot)
 
 
+def has_swaps(tree: Conjunction) -> bool:
+    """Tell whether a prompt exchanges attention anywhere."""
+    texts = [text for one in tree.texts for text in (one.texts if isinstance(one, Blend) else (one,))]
+    return any(isinstance(part, Swap) for text in texts for part in text)
+
+
 def before_swaps(text: tuple[Segment | Swap, ...]) -> tuple[Segment, ...]:
     """Give a text's segments with the original side of each swap in its place."""
     return tuple(

@@ -28,6 +28,11 @@ class ExtraTokens:
         pattern = "|".join(map(re.escape, sorted(signed, key=len, reverse=True)))
         self._signed = re.compile(f"({pattern})", re.IGNORECASE) if signed else None
 
+    @property
+    def names(self) -> list[str]:
+        """The names."""
+        return [name for name, _ in self._names.values()]
+
     def __len__(self) -> int:
         return len(self._name_of)
 
