@@ -53,7 +53,8 @@ def list_templates(
     """List the templates of each image, and let `given` say the seed of each, and that each is one image.
 
     Raises:
-        UsageError: beside prompt_embeds, or a template as the prompt of a later pass, which is one for all images.
+        UsageError: beside prompt_embeds, or a template as a prompt that is one for all images: of a later pass, or of
+            a region.
     """
     for name in ("variants", "wildcards", "num_images", "variation_strength"):
         value = getattr(given, name)
@@ -61,8 +62,10 @@ def list_templates(
             options.option(name).kind.check(name, value)
     if has_embeds:
         raise UsageError("variants and wildcards draw texts, and prompt_embeds were given; leave one out")
-    for name in ("hires_prompt", "hires_negative_prompt"):
-        text = getattr(given, name)
+    texts = {name: getattr(given, name) for name in ("hires_prompt", "hires_negative_prompt")}
+    regions = options.option("regions").kind.check("regions", given.regions)
+    texts |= {f"the prompt of regions[{i}]": region.prompt for i, region in enumerate(regions)}
+    for name, text in texts.items():
         if isinstance(text, str) and any(not isinstance(item, str) for item in parse(text)):
             raise UsageError(
                 f"{name} is one text for all pictures, and none is drawn of it; got {shown(text)}"
