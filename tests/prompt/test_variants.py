@@ -184,7 +184,7 @@ def test_each_image_draws_by_its_seed_alone(sd, folder):
         ({"wildcards": 3}, "wildcards must be a path, got 3"),
         ({"variants": True, "hires_scale": 2, "hires_prompt": "{a|b}"}, "hires_prompt is one text for all"),
         (
-            {"variants": True, "regions": [("{a|b}", (0, 0, 32, 64))]},
+            {"variants": True, "regions": [("{a|b}", (0, 0, 0.5, 1))]},
             r"the prompt of regions\[0\] is one text",
         ),
         ({"variants": True, "num_images": 0}, "num_images must be"),
