@@ -1,6 +1,7 @@
 """Side by side with diffusers' schedulers, on one network: whole chains, step by step."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from linear_gaussian import Wavy, normals
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.levels import Level, alpha_bar_table, run_levels
 from ldm.models.diffusion.samplers import SAMPLERS, sample_steps
+from ldm.noise import ImageNoise
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -197,6 +199,15 @@ SCHEDULERS = [  # (scheduler, its options, sampler, options)
         for order, corrector in ((1, 1), (2, 1), (2, 2), (3, 3), (3, 4))
     ),
     *(
+        (
+            "DPMSolverMultistep",
+            {"algorithm_type": "sde-dpmsolver++", "solver_type": kind},
+            "dpmpp_2m_sde",
+            {"solver_type": kind, "brownian": False},
+        )
+        for kind in ("midpoint", "heun")
+    ),
+    *(
         ("DPMSolverMultistep", {f"use_{table}_sigmas": True}, "dpmpp_2m", {"spacing": ours_})
         for table, ours_ in (("karras", "karras"), ("exponential", "exponential"), ("beta", "beta_sigma"))
     ),
@@ -254,7 +265,10 @@ def test_every_step_is_diffusers(monkeypatch, theirs_, settings, name, options):
     eta = {"eta": settings.pop("eta")} if "eta" in settings else {}
     scheduler = getattr(diffusers, f"{theirs_}Scheduler")(**BETAS, **settings)
     want = theirs_in_double(scheduler, model, x_T, steps, noises, monkeypatch, eta)
-    plan = SAMPLERS[name].plan(table, steps, spacing=options.pop("spacing", None))
+    planned = SAMPLERS[
+        "dpmpp_2m" if name == "dpmpp_2m_sde" else name
+    ]  # of the SDE, ours has other levels by itself
+    plan = planned.plan(table, steps, spacing=options.pop("spacing", None))
     if theirs_ in LOW or settings.get("final_sigmas_type") == "sigma_min":
         plan = [*plan[:-1], Level(0.0, torch.tensor(table[0]), 0, steps)]
     if theirs_ == "DPMSolverMultistep":  # theirs calls the network with whole levels where sigmas lie between
@@ -311,3 +325,86 @@ def test_runs_in_units_of_sigma_end_as_diffusers(monkeypatch, theirs_, settings,
     sampler.levels = plan
     *_, last = run_levels(plan, sampler.start(x_T, plan[0]), sampler.step)
     assert float((last.x_t - x).abs().max() / (1 + x.abs().max())) < 1e-4
+
+
+def test_parallel_schedulers_are_the_others(x_T):
+    model = Wavy()
+    scheduler = diffusers.DDIMParallelScheduler(**BETAS, **LEADING, clip_sample=False)
+    agree(ours("ddim", model, x_T, 20), theirs(scheduler, model, x_T, 20), atol=2e-5)
+    scheduler = diffusers.DDPMParallelScheduler(**BETAS, num_train_timesteps=20, clip_sample=False)
+    model = Wavy(num_timesteps=20)
+    chains = []
+    for chain in (theirs, lambda _, *run: ours("ddpm", *run)):
+        torch.manual_seed(2)
+        chains.append(chain(scheduler, model, x_T, 20))
+    agree(chains[1], chains[0], atol=2e-5)
+
+
+def test_inverse_schedulers_go_up_as_ours(x_T):
+    """DDIM's asks the network at the level that a step goes to, DPM-Solver's at the one that it comes from."""
+    model = Wavy()
+    scheduler = diffusers.DDIMInverseScheduler(**BETAS, **LEADING, clip_sample=False)
+    up = list(sample_steps("ddim", model, x_T, None, steps=20, spacing="uniform", invert=True))
+    agree(([step.x_t for step in up], []), (theirs(scheduler, model, x_T, 20)[0], []), atol=2e-5)
+
+    scheduler = diffusers.DPMSolverMultistepInverseScheduler(**BETAS)
+    want, times = theirs(scheduler, model, x_T, 20)
+    table = torch.tensor(alpha_bar_table(model))
+    levels = [Level(t, table[t], i, 20) for i, t in enumerate([*times, 999])]
+    sampler = SAMPLERS["dpmpp_2m"](Denoiser(model, None))
+    got = [step.x_t for step in run_levels(levels, x_T, sampler.step)]
+    agree((got, []), (want, []), atol=1e-4)
+
+
+def test_dpm_solver_sde_takes_the_same_steps():
+    """By the same draws; and by torchsde's paths of the same seeds, between sigmas that theirs round to float32.
+
+    A path moves by the root of such a difference, which is more than the formulas differ by.
+    """
+    pytest.importorskip("torchsde")
+    model, (x_T, *noises) = Wavy(), normals(2, 2, 3, 1, count=40)
+    for tolerance, brownian in ((1e-4, False), (1e-3, "torchsde")):
+        settings = {"use_karras_sigmas": True, "noise_sampler_seed": [5, 12345]}
+        scheduler = diffusers.DPMSolverSDEScheduler(**BETAS, **settings)
+        scheduler.set_timesteps(20)
+        coming, x = iter(noises), x_T * scheduler.sigmas[0]
+        if not brownian:
+            scheduler.noise_sampler = lambda sigma, sigma_to, coming=coming: next(coming)
+        for t in scheduler.timesteps:
+            x = scheduler.step(model.raw(scheduler.scale_model_input(x, t), t.expand(2)), t, x).prev_sample
+        again = iter(noises)
+        noise = ImageNoise([5, 12345]) if brownian else lambda like, again=again: next(again)
+        options = {"spacing": "karras", "brownian": brownian, "noise": noise}
+        *_, last = sample_steps("dpmpp_sde", model, x_T, None, steps=20, **options)
+        error = float((last.x_t - x).abs().max() / (1 + x.abs().max()))
+        assert error < tolerance, (brownian, error)
+
+
+def test_ipndm_over_the_schedule_it_brings():
+    """A cosine of its own, and a network that predicts v at a share of it.
+
+    It begins where there is no signal, and there theirs takes 0 for the clean sample, which is -v: ours goes on from
+    the second level, with the noise of the first in mind.
+    """
+    (x_T,), model = normals(2, 2, 3, 1), Wavy()
+
+    class Velocity:
+        def at_sigma(self, x, sigma):
+            angle = torch.atan(sigma)
+            share = (angle / math.pi * 2).expand(len(x))
+            return angle.cos() * angle.cos() * x - angle.sin() * model.raw(angle.cos() * x, share)
+
+    scheduler = diffusers.IPNDMScheduler()
+    scheduler.set_timesteps(20)
+    scheduler.betas, scheduler.alphas = scheduler.betas.double(), (1 - scheduler.betas.double() ** 2).sqrt()
+    scheduler.timesteps = (torch.atan2(scheduler.betas, scheduler.alphas) / math.pi * 2)[:-1]
+    x, want = x_T, []
+    for t in scheduler.timesteps:
+        x = scheduler.step(model.raw(x, t.expand(2)), t, x).prev_sample
+        want.append(x)
+    signal = (scheduler.alphas**2)[1:]
+    plan = [Level(0.0, alpha_bar, 19 - i, 19) for i, alpha_bar in enumerate(signal)]
+    sampler = SAMPLERS["ipndm"](Velocity())
+    sampler.past = [(x_T, math.inf)]
+    got = [step.x_t for step in run_levels(plan, want[0], sampler.step)]
+    agree((got, []), (want[1:], []), atol=1e-4)
