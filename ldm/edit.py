@@ -266,7 +266,7 @@ def invert(
     if not by_tutorial:
         levels = plan_of(chosen, sd.model, num_inference_steps, spacing)
         return walk_up(network, chosen, z, context, levels, measure=measure)
-    run = Run(network, context, ())
+    run = Run(network, context, (), z.dtype)
     levels = _tutorial_levels(sd.model, num_inference_steps)[-2:0:-1]
 
     def step(x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
@@ -336,7 +336,9 @@ def sample(
         else:
             levels = plan_of(chosen, sd.model, steps, spacing)
         x = _noise(sd.model, rows, generator) if start_latents is None else start_latents
-        x = walk_down(Run(network, context, levels), chosen, check_latents(sd.model, x, rows), start_step)
+        x = check_latents(sd.model, x, rows)
+        run = Run(network, context, levels, x.dtype)
+        x = walk_down(run, chosen, chosen.resume(run, x), start_step)
     with vae_scope(sd.model, [*sd.adapters, *adapters]):
         return pictures.to_pil(decode(sd.model, x))
 

@@ -27,9 +27,27 @@ from ldm.models.diffusion.inversion_base import (
     plan_of,
     walk_up,
 )
+from ldm.models.diffusion.inversion_exact import BDIA, BELM, EDICT
+from ldm.models.diffusion.inversion_guided import EditFriendly, NegativePrompt, NullText, Proximal
+from ldm.models.diffusion.inversion_iterated import Anderson, FixedPoint, Sampled
+from ldm.models.diffusion.samplers import SAMPLERS, split_sampler
 
-# Name -> class; any spelling with blanks or hyphens for the underscores.
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (DDIM,)}
+# Name -> class; any spelling with blanks or hyphens for the underscores. A sampler that inverts is a method by its nam
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls
+    for cls in (
+        DDIM,
+        FixedPoint,
+        Anderson,
+        EDICT,
+        BDIA,
+        BELM,
+        EditFriendly,
+        NegativePrompt,
+        Proximal,
+        NullText,
+    )
+}
 
 
 def resolve_method(method: str | Method, **options: Any) -> Method:
@@ -46,9 +64,15 @@ def resolve_method(method: str | Method, **options: Any) -> Method:
         return method
     name = "_".join(method.lower().replace("-", " ").split()) if isinstance(method, str) else None
     if name not in METHODS:
-        near = nearest(method, METHODS)
-        hint = f" (did you mean {near}?)" if near else ""
-        raise UsageError(f"the inversion must be one of {', '.join(METHODS)}; got {shown(method)}{hint}")
+        found = _sampler(method)
+        if found is None:
+            samplers = [name for name, cls in SAMPLERS.items() if cls.inverts]
+            names = list(dict.fromkeys([*METHODS, *samplers]))
+            near = nearest(method, names)
+            hint = f" (did you mean {near}?)" if near else ""
+            raise UsageError(f"the inversion must be one of {', '.join(names)}; got {shown(method)}{hint}")
+        eta = options.pop("eta", None)
+        return Sampled(sampler=method, eta=eta, options=options)
     cls = METHODS[name]
     known = [option.name for option in fields(cls) if option.init]
     if unknown := sorted(options.keys() - set(known)):
@@ -56,6 +80,14 @@ def resolve_method(method: str | Method, **options: Any) -> Method:
             f"the inversion {name} has no option {', '.join(unknown)}; it has {', '.join(known)}"
         )
     return cls(**options)
+
+
+def _sampler(name: Any) -> str | None:
+    """Find a sampler by any spelling; None where there is none."""
+    try:
+        return split_sampler(name, None)[0] if isinstance(name, str) else None
+    except UsageError:
+        return None
 
 
 def invert(

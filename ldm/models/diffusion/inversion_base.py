@@ -103,15 +103,17 @@ class Run:
 
     Attributes:
         levels: noisiest first; the last is the clean end, where left is 0.
+        dtype: what the network is asked in; states may be kept in a finer one.
     """
 
     network: Predict
     context: Context
     levels: Sequence[Level]
+    dtype: torch.dtype
 
     def eps(self, x: Tensor, level: Level, context: Context | None = None) -> Tensor:
         """Predict the noise of x (b, ...) at a level, under the run's context or another."""
-        return self.network(x, level, self.context if context is None else context)
+        return self.network(x.to(self.dtype), level, self.context if context is None else context)
 
     def level(self, left: int) -> Level:
         """Give the level from which so many steps are left."""
@@ -171,9 +173,13 @@ class Method:
     def finish(self, run: Run, inversion: Inversion) -> None:
         """Work the walk over once it has arrived, from its noisiest level down."""
 
-    def resume(self, run: Run, state: Any) -> Any:
-        """Give the state that a walk down begins with."""
+    def resume(self, run: Run, state: Any, above: Any = None) -> Any:
+        """Give the state that a walk down begins with, of those of the way up here and at the noisier level, if any."""
         return state
+
+    def changed(self, state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        """Change the sample of a state, on the way down."""
+        return on_tensors(change, state)
 
     def down(self, run: Run, state: Any, here: Level, to: Level, kept: Any) -> Any:
         """Step to the next cleaner level, by what the step up remembered."""
@@ -218,6 +224,7 @@ class Inversion:
         levels: noisiest first, the clean end last: those of the way up and of every way down.
         states: of the method, one for each level, the clean sample's first.
         memory: what each step up remembered, the first step's first.
+        dtype: of the samples.
         context: what the network was asked under.
         calls: how often the network was asked on the way up, for each picture; the measuring not counted.
         reconstruction: (b, ...) the walk down under the same context; None until `measure`.
@@ -229,6 +236,7 @@ class Inversion:
     levels: Sequence[Level] = field(repr=False)
     states: list[Any] = field(repr=False)
     memory: list[Any] = field(repr=False)
+    dtype: torch.dtype = field(repr=False)
     calls: int = 0
     reconstruction: Tensor | None = field(default=None, repr=False)
 
@@ -241,12 +249,12 @@ class Inversion:
     @property
     def x0(self) -> Tensor:
         """The clean sample (b, ...)."""
-        return sample_of(self.states[0])
+        return sample_of(self.states[0]).to(self.dtype)
 
     @property
     def latents(self) -> Tensor:
         """(steps, b, ...) of every level above the clean end, the noisiest last."""
-        return torch.stack([sample_of(state) for state in self.states[1:]])
+        return torch.stack([sample_of(state).to(self.dtype) for state in self.states[1:]])
 
     @property
     def error(self) -> Tensor | None:
@@ -285,7 +293,7 @@ class Inversion:
         steps = len(self)
         whole("start_step", start_step, 0, steps - 1)
         context = self.context if context is None else context
-        run = Run(self.network if network is None else network, context, self.levels)
+        run = Run(self.network if network is None else network, context, self.levels, self.dtype)
         rows = len(self.x0)
         given = first_tensor(context.conditioning)
         wanted = rows if given is None or given.dim() == 0 else len(given)
@@ -297,8 +305,10 @@ class Inversion:
         def spread(thing: Any) -> Any:
             return thing if rows == wanted else on_tensors(lambda t: t.expand(wanted, *t.shape[1:]), thing)
 
-        memory = [spread(one) for one in self.memory]
-        return walk_down(run, self.method, spread(self.states[steps - start_step]), start_step, memory, after)
+        left = steps - start_step
+        above = spread(self.states[left + 1]) if start_step else None
+        state = self.method.resume(run, spread(self.states[left]), above)
+        return walk_down(run, self.method, state, start_step, [spread(one) for one in self.memory], after)
 
 
 @torch.no_grad()
@@ -319,7 +329,7 @@ def walk_up(
     Raises:
         NumericError: the latents are not finite.
     """
-    run = Run(network, context, levels)
+    run = Run(network, context, levels, x0.dtype)
     before = getattr(network, "calls", 0)
     state = method.begin(run, x0)
     states, memory = [state], []
@@ -332,7 +342,7 @@ def walk_up(
     for done in run_levels(levels[::-1], state, step):
         states.append(done.x_t)
     finite(sample_of(states[-1]), f"the inversion by {method.name}")
-    inversion = Inversion(method, network, context, levels, states, memory)
+    inversion = Inversion(method, network, context, levels, states, memory, x0.dtype)
     method.finish(run, inversion)
     inversion.calls = getattr(network, "calls", 0) - before
     if measure:
@@ -352,19 +362,19 @@ def walk_down(
     """Walk a state down the levels of a run from a step on: the clean sample (b, ...); see `Inversion.sample`.
 
     Args:
+        state: of `Method.resume`.
         memory: what each step up remembered, the first step's first; None where nothing walked up.
     """
 
     def step(state: Any, here: Level, to: Level) -> tuple[Any, Tensor]:
         state = method.down(run, state, here, to, None if memory is None else memory[to.left])
         if after is not None:
-            state = on_tensors(lambda x: after(x, to), state)
+            state = method.changed(state, lambda x: after(x, to))
         return state, sample_of(state)
 
-    state = method.resume(run, state)
     for done in run_levels(run.levels[start_step:], state, step):
         state = done.x_t
-    return finite(sample_of(state), f"sampling by {method.name}")
+    return finite(sample_of(state).to(run.dtype), f"sampling by {method.name}")
 
 
 def plan_of(
@@ -385,6 +395,11 @@ def on_tensors(change: Callable[[Tensor], Tensor], thing: Any) -> Any:
     if isinstance(thing, Tensor):
         return change(thing)
     return tuple(on_tensors(change, one) for one in thing) if isinstance(thing, tuple) else thing
+
+
+def fine(x: Tensor) -> Tensor:
+    """Bring a sample into float64, where its device has that, so that steps undo each other."""
+    return x if x.device.type == "mps" else x.double()
 
 
 def finite(x: Tensor, what: str) -> Tensor:
