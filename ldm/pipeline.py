@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.edit import Edited
+    from ldm.explain import Explained
     from ldm.grids import Grid
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.models.diffusion.inversion import Inversion
@@ -386,6 +387,20 @@ class StableDiffusion:
         from ldm.edit import edit_picture
 
         return edit_picture(self, image, image_prompt, edit_prompt, **options)
+
+    def explain(self, what: Any, prompt: str | None = None, **options: Any) -> Explained:
+        """Show where a picture looks for each word of its prompt.
+
+        Args:
+            what: a prompt, which is painted; or a picture, with the prompt of what it shows.
+            options: of ldm.explain.explain: words, span, and those of txt2img or of invert.
+
+        Raises:
+            As that.
+        """
+        from ldm.explain import explain
+
+        return explain(self, what, prompt, **options)
 
     def grid(
         self,

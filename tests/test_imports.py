@@ -55,6 +55,7 @@ STORIES = (
     "diffusers_style",
     "edit",
     "editing",
+    "explain",
     "encoding",
     "finishing",
     "generate",

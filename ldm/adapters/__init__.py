@@ -18,6 +18,7 @@ from ldm.adapters.source_attention import MutualSelfAttention, PlugAndPlay
 from ldm.adapters.style_adapter import StyleAdapter
 from ldm.adapters.t2i_adapter import T2IAdapter
 from ldm.adapters.tome import TokenMerging
+from ldm.adapters.word_maps import WordMaps
 
 __all__ = [
     "AttentionSlicing",
@@ -37,5 +38,6 @@ __all__ = [
     "StyleAdapter",
     "T2IAdapter",
     "TokenMerging",
+    "WordMaps",
     "preprocess",
 ]

@@ -133,11 +133,22 @@ def told_of(
     Raises:
         UsageError: prompts that one of them does not take.
     """
-    encoder, words = _encoder_of(model), PromptWords.of(model, adapters)
-    with attached(encoder, *([] if words is None else [_Names(words.tokens)])):
+    with prompt_reader(model, adapters) as encoder:
         return [
             one.for_batch(encoder, prompts, seeds) if hasattr(one, "for_batch") else one for one in adapters
         ]
+
+
+@contextlib.contextmanager
+def prompt_reader(model: nn.Module, adapters: Sequence[Any]) -> Iterator[FrozenCLIPEmbedder]:
+    """Let a model's text encoder read the names of embeddings in prompts, until the end of the block; gives it.
+
+    Raises:
+        UsageError: the model has another encoder than CLIP's.
+    """
+    encoder, words = _encoder_of(model), PromptWords.of(model, adapters)
+    with attached(encoder, *([] if words is None else [_Names(words.tokens)])):
+        yield encoder
 
 
 def looks_at_batches(adapters: Iterable[Any]) -> bool:
