@@ -407,6 +407,10 @@ class Regions(Kind):
             raise argparse.ArgumentTypeError(f"{fault}, got {shown(text)}")
         return Region(Prompt().parse(prompt.strip()), values[:4], *values[4:])
 
+    def word(self, region: Region) -> str:
+        """Write one as the word that `parse` reads."""
+        return f"{','.join(map(str, (*region.box, region.weight)))}:{region.prompt}"
+
     @staticmethod
     def _fault(values: Sequence[float]) -> str | None:
         """Say what is wrong with x, y, width, height and a weight that may be there; None where nothing is."""

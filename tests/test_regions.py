@@ -105,9 +105,13 @@ def test_a_picture_says_its_regions_and_every_door_takes_them(split, tmp_path):
     flags = ["--region", f"0,0,0.5,1:{RING}", "--region", f"0.5,0,0.5,1,0.5:{RING}"]
     (tmp_path / "p.txt").write_text("--prompt a " + " ".join(f'"{x}"' if "," in x else x for x in flags))
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "regions": flags[1::2]}))
+    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "a", "regions": [flags[1], *wanted[1:]]}))
     for found in (
         parser.parse_args(flags).regions,
-        *(read_prompts(str(tmp_path / name))[0].options["regions"] for name in ("p.txt", "p.jsonl")),
+        *(
+            read_prompts(str(tmp_path / name))[0].options["regions"]
+            for name in ("p.txt", "p.jsonl", "q.jsonl")
+        ),
     ):
         assert [[one.prompt, list(one.box), one.weight] for one in found] == wanted
 
@@ -152,6 +156,11 @@ def test_refusals(sd, tmp_path):
         with pytest.raises(UsageError, match=words) as caught:
             sd.plan(PROMPT, width=136, height=64, **given)
         assert len(str(caught.value)) <= 400 and "\n" not in str(caught.value), given
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "regions": [["a", [0, 0, 2, 1]]]}')
+    with pytest.raises(
+        UsageError, match=r"line 1 of .*: regions\[0\]: wanted x, y, width and height from 0 to 1"
+    ):
+        read_prompts(str(tmp_path / "p.jsonl"))
     parser = painting_parser("txt2img.py", "x", outdir="o", scale=7.5)
     for text in ("0,0,1:a", "0,0,1,1", "0,0,2,1:a", "0,0,1,1,11:a"):
         with pytest.raises(UsageError, match="argument --region: wanted .* got '") as caught:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from ldm import limits
 from ldm.cli.running import say
 from ldm.errors import AbsentError, FormatError, UsageError, nearest, shown
-from ldm.option_kinds import Files, Interval, Part, Prompt
+from ldm.option_kinds import Files, Interval, Part, Prompt, Regions
 from ldm.options import line_names
 
 MAX_PROMPT_BYTES = 10 * 2**20
@@ -186,6 +186,10 @@ def _from_json(line: str) -> Line:
             continue
         if isinstance(kind, Part):
             lists[ours] = value if isinstance(value, list) else [value]
+            continue
+        if isinstance(kind, Regions):  # as texts, or as the API has them
+            listed = value if isinstance(value, list) else [value]
+            texts += [(ours, kind.word(one)) for one in kind.check(name, listed)]
             continue
         if _is(ours, "is_repeated"):
             listed = value if isinstance(value, list) else [value]
