@@ -54,6 +54,9 @@ class Sampler:
         False  # also steps from a cleaner level to a noisier one, where it draws no noise
     )
     own_eta: ClassVar[float] = 0.0  # where a request names none
+    idle: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # options of its base that mean nothing to it, and are none of it
     etas: ClassVar[str] = "must be 0: this sampler adds no noise"
 
     denoise: Denoiser

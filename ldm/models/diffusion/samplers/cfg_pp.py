@@ -27,8 +27,25 @@ class DDIMCFGPP(DDIM):
 
 
 @dataclass
-class EulerAncestralCFGPP(VariableEta, SigmaSampler):
-    """The same in k-diffusion's units, with fresh noise: ComfyUI's euler_ancestral_cfg_pp.
+class EulerCFGPP(SigmaSampler):
+    """The same in k-diffusion's units: ComfyUI's euler_cfg_pp."""
+
+    name = "euler_cfg_pp"
+    etas = "must be 0: take euler_a_cfg_pp for fresh noise"
+    needs_unconditional = True
+
+    def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
+        return self.descend(x, here, float(to.sigma))
+
+    def descend(self, x: Tensor, here: Level, down: float) -> tuple[Tensor, Tensor]:
+        """Go to a lower sigma: (x there, predicted clean sample)."""
+        denoised, unconditional = map(self.quantize, self.denoise.both_at_sigma(x, here.sigma))
+        return denoised + down * (x - unconditional) / float(here.sigma), denoised
+
+
+@dataclass
+class EulerAncestralCFGPP(VariableEta, EulerCFGPP):
+    """The same with fresh noise: ComfyUI's euler_ancestral_cfg_pp.
 
     Options:
         s_noise: factor on the noise.
@@ -36,28 +53,14 @@ class EulerAncestralCFGPP(VariableEta, SigmaSampler):
 
     name = "euler_a_cfg_pp"
     own_eta = 1.0
-    needs_unconditional = True
 
     _: KW_ONLY
     s_noise: float = 1.0
 
     def step_sigma(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
-        denoised, unconditional = map(self.quantize, self.denoise.both_at_sigma(x, here.sigma))
-        sigma, sigma_to = float(here.sigma), float(to.sigma)
-        down, up = ancestral_split(sigma, sigma_to, self.eta)
-        x_to = denoised + down * (x - unconditional) / sigma
+        sigma_to = float(to.sigma)
+        down, up = ancestral_split(float(here.sigma), sigma_to, self.eta)
+        x_to, denoised = self.descend(x, here, down)
         if self.eta == 0 or sigma_to == 0:
             return x_to, denoised
         return x_to + self.s_noise * up * self.draw(x, here, to), denoised
-
-
-class EulerCFGPP(EulerAncestralCFGPP):
-    """Without fresh noise: ComfyUI's euler_cfg_pp. Options as `EulerAncestralCFGPP`."""
-
-    name = "euler_cfg_pp"
-    own_eta = 0.0
-    etas = "must be 0: take euler_a_cfg_pp for fresh noise"
-
-    @classmethod
-    def accepts_eta(cls, eta: float) -> bool:
-        return eta == 0

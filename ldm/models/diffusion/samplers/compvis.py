@@ -68,6 +68,7 @@ class PLMS(DDIM):
     name = "plms"
     inverts = False
     etas = "must be 0: PLMS adds no noise"
+    idle = frozenset({"temperature", "noise_dropout", "repeat_noise"})  # of the noise that it does not add
 
     old_eps: list[Tensor] = field(default_factory=list, init=False)
 

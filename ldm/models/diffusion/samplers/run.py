@@ -33,7 +33,7 @@ SPACING_OPTIONS = frozenset(
 
 def sampler_options(cls: type[Sampler]) -> set[str]:
     """Name the options of a sampler that are not every run's own arguments."""
-    return {f.name for f in fields(cls) if f.init} - {"denoise", "noise", "eta"}
+    return {f.name for f in fields(cls) if f.init} - {"denoise", "noise", "eta"} - cls.idle
 
 
 def split_options(cls: type[Sampler], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
