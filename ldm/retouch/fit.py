@@ -10,12 +10,15 @@ if TYPE_CHECKING:
 JUST, CROP, FILL, LATENT = "just resize", "crop and resize", "resize and fill", "latent upscale"
 
 
-def fit(image: Image.Image, size: tuple[int, int], mode: str = JUST) -> Image.Image:
-    """Resize a picture to (width, height) with Lanczos.
+def fit(
+    image: Image.Image, size: tuple[int, int], mode: str = JUST, resample: str = "LANCZOS"
+) -> Image.Image:
+    """Resize a picture to (width, height).
 
     Args:
         mode: "just resize" changes the aspect; "crop and resize" covers the size and cuts what is over;
             "resize and fill" lies within it, and continues its edges. "latent upscale" is as "just resize" here.
+        resample: Pillow's name of the filter.
     """
     from PIL import Image
 
@@ -32,7 +35,7 @@ def fit(image: Image.Image, size: tuple[int, int], mode: str = JUST) -> Image.Im
             if by_width
             else (max(1, image.width * height // image.height), height)
         )
-    image = image.resize(inner, Image.Resampling.LANCZOS)
+    image = image.resize(inner, Image.Resampling[resample])
     if inner == size:
         return image
     left, top = width // 2 - inner[0] // 2, height // 2 - inner[1] // 2

@@ -99,56 +99,47 @@ def fill(image: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def extended(
-    image: Image.Image,
-    mask: Image.Image | None,
-    sides: tuple[int, int, int, int],
-    inwards: int,
-    multiple: int,
-) -> tuple[Image.Image, Image.Image, Image.Image]:
-    """Lay a picture on a black canvas that is larger by (left, up, right, down) pixels, and mask what is new.
+    image: Image.Image, sides: tuple[int, int, int, int], multiple: int
+) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """Lay a picture on a canvas that is larger by (left, up, right, down) pixels, which `fill` gives its colours.
 
     The canvas is rounded up to a multiple on both sides; what that adds goes to the sides that grow, by their share.
 
-    Args:
-        mask: of the picture (L, its size), repainted besides.
-        inwards: how many pixels the mask reaches into the picture at the sides that grow.
-
     Returns:
-        canvas, mask, and the mask of what is empty alone.
+        canvas, and the box (left, top, right, bottom) of the picture in it.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image
 
     left, up, right, down = sides
     left, right = _shared_out(left, right, image.width, multiple)
     up, down = _shared_out(up, down, image.height, multiple)
-    size = (image.width + left + right, image.height + up + down)
-    canvas = Image.new("RGB", size)
-    canvas.paste(image, (left, up))
+    canvas = Image.new("RGB", (image.width + left + right, image.height + up + down))
+    box = (left, up, left + image.width, up + image.height)
+    canvas.paste(image, box)
+    return fill(canvas, around(box, canvas.size)), box
 
-    def border(reach: int) -> Image.Image:
-        """White but for a rectangle in the picture; what does not grow is kept to its edge."""
-        new = Image.new("L", size, 255)
-        box = (
-            left + (reach if left else 0),
-            up + (reach if up else 0),
-            size[0] - right - (reach if right else 0) - 1,
-            size[1] - down - (reach if down else 0) - 1,
-        )
-        if box[0] <= box[2] and box[1] <= box[3]:
-            ImageDraw.Draw(new).rectangle(box, fill=0)
-        return new
 
-    marked = border(inwards)
-    if mask is not None:
-        marked.paste(255, (left, up, left + image.width, up + image.height), mask)
-    return canvas, marked, border(0)
+def around(box: tuple[int, int, int, int], size: tuple[int, int], inwards: int = 0) -> Image.Image:
+    """Make a mask of (width, height) that is white around a box; what the box shares with the edge stays black.
+
+    Args:
+        inwards: how many pixels of the box are white, too, at its other sides.
+    """
+    from PIL import Image
+
+    left, top = (side + (inwards if side else 0) for side in box[:2])
+    right, bottom = (side - (inwards if side < most else 0) for side, most in zip(box[2:], size, strict=True))
+    mask = Image.new("L", size, 255)
+    if left < right and top < bottom:
+        mask.paste(0, (left, top, right, bottom))
+    return mask
 
 
 def _shared_out(before: int, after: int, side: int, multiple: int) -> tuple[int, int]:
     """Round side + before + after up to a multiple, what that adds shared out as before and after are."""
     total = before + after
     if not total:
-        return 0, -side % multiple
+        return 0, 0
     more = total + -(side + total) % multiple
     first = before * more // total
     return first, more - first

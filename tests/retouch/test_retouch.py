@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ldm.errors import UsageError
 from ldm.retouch import colour, fit, masks
@@ -110,27 +110,24 @@ def test_fill_keeps_what_is_not_marked_and_takes_its_colours_from_there():
     [
         ((8, 0, 0, 0), (72, 48), (8, 0)),
         ((0, 16, 0, 8), (64, 72), (0, 16)),
-        ((3, 0, 9, 5), (80, 56), (4, 0)),  # 12 and 4 more on the width, 5 and 3 more below
+        ((3, 0, 9, 5), (80, 56), (4, 0)),  # 4 and 12 on the width, 8 below
         ((1, 1, 1, 1), (72, 56), (4, 4)),
+        ((0, 0, 0, 0), (64, 48), (0, 0)),
     ],
 )
-def test_a_canvas_grows_to_a_multiple_of_8_and_its_mask_is_what_is_new(sides, size, at):
+def test_a_canvas_grows_to_a_multiple_of_8_and_is_masked_where_it_is_new(sides, size, at):
     source = picture(64, 48)
-    canvas, marked, empty = masks.extended(source, None, sides, 0, 8)
-    box = (*at, at[0] + 64, at[1] + 48)
-    assert canvas.size == marked.size == size and same(canvas.crop(box), source)
-    assert same(marked, empty) and marked.crop(box).getextrema() == (0, 0)
-    assert np.asarray(marked).sum() == 255 * (size[0] * size[1] - 64 * 48)
+    canvas, box = masks.extended(source, sides, 8)
+    assert canvas.size == size and box == (*at, at[0] + 64, at[1] + 48) and same(canvas.crop(box), source)
+    new = np.asarray(masks.around(box, size))
+    assert new.sum() == 255 * (size[0] * size[1] - 64 * 48)
+    assert (np.asarray(canvas).max(axis=-1)[new > 0] > 0).all()  # filled with colours
 
 
-def test_the_mask_of_a_canvas_reaches_inwards_where_it_grows_and_holds_the_pictures_own():
-    source = picture(64, 48)
-    own = Image.new("L", (64, 48))
-    ImageDraw.Draw(own).point((50, 40), fill=255)
-    _, marked, empty = masks.extended(source, own, (8, 0, 0, 16), 6, 8)
-    kept = np.asarray(marked) == 0
-    assert kept[:42, 14:].sum() == 42 * 58 - 1 and not kept[40, 58]
-    assert not kept[42:].any() and not kept[:, :14].any() and np.asarray(empty)[:48, 8:].max() == 0
+def test_the_mask_of_a_canvas_reaches_inwards_where_it_grows():
+    kept = np.asarray(masks.around((8, 0, 72, 48), (72, 64), 6)) == 0
+    assert kept[:42, 14:].all() and kept.sum() == 42 * 58
+    assert not (np.asarray(masks.around((8, 8, 16, 16), (24, 24), 5)) == 0).any()  # nothing is left
 
 
 # --- fitting ---
