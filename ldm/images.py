@@ -201,8 +201,12 @@ def fit_size(image: Image.Image, multiple: int, size: tuple[int, int] | None = N
 
 
 def paste(painted: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """Keep the original where mask is 0, the painted picture where it is 1; all (b, c, height, width)."""
-    return torch.where(mask >= 0.5, painted, original)
+    """Keep the original where mask is 0, the painted picture where it is 1, and mix them between.
+
+    All are (b, c, height, width) or broadcast to it; what is kept, is kept to the bit.
+    """
+    mixed = torch.lerp(original, painted, mask.to(original))
+    return torch.where(mask <= 0, original, torch.where(mask >= 1, painted, mixed))
 
 
 # --- grids ----------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ STORIES = (
     "request",
     "results",
     "saving",
+    "sources",
     "training",
     "tutorials",
     "web",
