@@ -132,18 +132,44 @@ def encode_source(
         return shared[key][:b]
 
 
+def encode_each(model: LatentDiffusion, request: Request, images: Tensor, noise: Noise) -> Tensor:
+    """Encode pictures (b, 3, height, width) in [-1, 1], each as one to start from is: (b, c, h, w)."""
+    b, _, height, width = images.shape
+    f = downsampling(model)
+    draws = noise(torch.empty(b, model.channels, height // f, width // f))
+    with vae_scope(model, request.attachments):
+        return torch.cat(
+            [
+                encode_image(model, picture[None], 1, lambda like, draw=draw: draw[None])
+                for picture, draw in zip(images, draws, strict=True)
+            ]
+        )
+
+
 def masked_picture(
-    model: LatentDiffusion, request: Request, one: Pass, b: int, noise: Noise, shared: dict[str, Any]
+    model: LatentDiffusion,
+    request: Request,
+    one: Pass,
+    images: Tensor | None,
+    b: int,
+    noise: Noise,
+    shared: dict[str, Any],
 ) -> Tensor:
     """Make what a 9-channel UNet sees beside its latents, (b, 1 + c, h, w): mask, then masked picture.
 
     Without a mask everything is to be repainted and the picture is grey, as its training had it.
+
+    Args:
+        images: (1 or b, 3, height, width) that the pass begins with, where it has a mask.
     """
     f = downsampling(model)
     size = (one.height, one.width)
     mask = torch.ones(1, 1, *size) if one.start.mask is None else one.start.mask
-    image = torch.zeros(1, 3, *size) if one.start.image is None else one.start.image
-    z = encode_source(model, request, image * (mask < 0.5), b, noise, shared, "masked")
+    seen = torch.zeros(1, 3, *size) if one.start.mask is None else images * (mask < 0.5)
+    if len(seen) == 1:
+        z = encode_source(model, request, seen, b, noise, shared, "masked")
+    else:
+        z = encode_each(model, request, seen, noise)
     return torch.cat([pictures.shrink_mask(mask, f, any_pixel=False).to(z).expand(b, -1, -1, -1), z], dim=1)
 
 
@@ -205,6 +231,8 @@ def picture_of(
     with vae_scope(model, request.attachments):
         x = decode(model, latents)
     unit, pixels = pictures.to_unit(x).cpu(), pictures.to_uint8(x, request.rounding)
+    if start.frame is not None:
+        return start.frame.lay(unit, pixels)
     if start.mask is None:
         return unit, pixels
     is_painted = start.mask[0, 0, :, :, None].numpy() >= 0.5

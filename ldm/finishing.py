@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from ldm.models.introspect import dtype_of
 from ldm.options import told
 from ldm.passes import ImageSpec, Request
 from ldm.results import GenerationParameters, GenerationResult, painted, versions
+from ldm.sources import join_tiles
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -28,14 +30,21 @@ def finish_batch(
     request: Request,
     batch: Sequence[ImageSpec],
     latents: Tensor | None,
+    tiles: Sequence[np.ndarray],
     dropped: Sequence[list[str]],
     name: str | None,
     file: Path | None,
     autocast: torch.dtype | None,
 ) -> GenerationResult:
-    """Turn the latents of a batch into what was asked for; None stands for the picture itself (strength 0)."""
+    """Turn the latents of a batch into what was asked for; None stands for the picture itself (strength 0).
+
+    Args:
+        tiles: (b, height, width, 3) uint8 of each pass, where a request paints in tiles.
+    """
     b, start = len(batch), request.passes[-1].start
-    if request.output_type != "latent":
+    if request.tiles is not None:
+        unit, pixels = join_tiles(request.tiles, tiles)
+    elif request.output_type != "latent":
         unit, pixels = picture_of(model, request, start, latents, b)
     latents = latents_of(model, request, start, latents, b).float().cpu()
     is_shared = request.rng in CALL_RNGS  # the noise, by all pictures of the call

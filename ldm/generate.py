@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ldm import images as pictures
-from ldm.adapters.use import for_batch, unet_attachments, vae_scope
+from ldm.adapters.use import for_batch, unet_attachments
 from ldm.denoising import WithAttachments, denoise  # noqa: F401
 from ldm.encoding import (
     beside,
-    decode,  # noqa: F401 (this and the next two are imported from here by other people's code)
-    encode_image,
+    decode,  # noqa: F401 (this and others so marked are imported from here by other people's code)
+    encode_each,
+    encode_image,  # noqa: F401
     encode_prompt,  # noqa: F401
     encode_prompts,
     encode_source,
@@ -30,7 +32,6 @@ from ldm.encoding import (
 from ldm.finishing import finish_batch
 from ldm.helpers import living_in
 from ldm.hires import LATENT, enlarge_latents, enlarge_pictures, middle
-from ldm.models.diffusion.samplers import Noise
 from ldm.models.introspect import downsampling, is_inpainting
 from ldm.noise import (
     CompVisNoise,  # noqa: F401 (this and the next three are imported from here by other people's code)
@@ -44,6 +45,7 @@ from ldm.noise import (
 from ldm.passes import ImageSpec, Pass, Request
 from ldm.prompting import encode_batch, reads_languages
 from ldm.results import Progress
+from ldm.sources import FILLED_LATENTS, NOISE
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -90,6 +92,7 @@ def paint_batch(
         autocast: see denoise.
     """
     done, latents = 0, None
+    tiles: list[np.ndarray] = []
     dropped: list[list[str]] = [[] for _ in batch]
     for place, one in enumerate(request.passes):
         own = shared.setdefault(place, {})
@@ -97,17 +100,19 @@ def paint_batch(
         dropped = [[*dict.fromkeys((*old, *new))] for old, new in zip(dropped, words, strict=True)]
         if one.gives_its_picture:
             latents = None
-            continue
-        to_come = sum(later.count for later in request.passes[place + 1 :])
-        before = done
-        for step in denoise(model, **keywords, autocast=autocast):
-            latents = step.x_t
-            done = before + step.index + 1
-            yield progress(done, before + step.total + to_come, x_t=latents, pred_x0=step.pred_x0)
-        # The samplers' last step does not blend again.
-        if "mask" in keywords:
-            latents = pictures.paste(keywords["x0"], latents, keywords["mask"])
-    result = finish_batch(model, request, batch, latents, dropped, name, file, autocast)
+        else:
+            to_come = sum(later.count for later in request.passes[place + 1 :])
+            before = done
+            for step in denoise(model, **keywords, autocast=autocast):
+                latents = step.x_t
+                done = before + step.index + 1
+                yield progress(done, before + step.total + to_come, x_t=latents, pred_x0=step.pred_x0)
+            # The samplers' last step does not blend again.
+            if "mask" in keywords:
+                latents = pictures.paste(keywords["x0"], latents, keywords["mask"])
+        if request.tiles is not None:
+            tiles.append(picture_of(model, request, one.start, latents, len(batch))[1])
+    result = finish_batch(model, request, batch, latents, tiles, dropped, name, file, autocast)
     yield progress(done, done, x_t=result.latents, pred_x0=result.latents, result=result)
 
 
@@ -154,34 +159,44 @@ def begin_pass(
     keywords: dict[str, Any] = {"noise": noise, **vars(one.sampling), **vars(one.guidance)}
 
     # Where to start: pure noise, or a picture noised to the level of its strength.
-    start, z = one.start, None
+    start, z, images = one.start, None, one.start.image
     if start.kind == "picture":
-        z = encode_source(model, request, start.image, b, encoder_noise, shared, "picture")
+        z = encode_source(model, request, images, b, encoder_noise, shared, "picture")
+        z = in_cells(z, one, f)
+    elif start.kind == "before" and start.upscaler in LATENT:
+        z = enlarge(model, request, place, before, b)
     elif start.kind == "before":
-        z = enlarge(model, request, place, before, b, encoder_noise)
+        images = pictures_before(model, request, place, before, b)
+        z = encode_each(model, request, images, encoder_noise)
+    if is_inpainting(model):
+        concat = masked_picture(model, request, one, images, b, encoder_noise, shared)
+        context, unconditional = (beside(concat, condition) for condition in (context, unconditional))
+    x_T = starting_noise(model, request, one, b, noise, shared)
+    if start.mask is not None:
+        cells = pictures.shrink_mask(start.mask, f, any_pixel=True).to(z)
+        if start.inpaint_fill in FILLED_LATENTS:
+            z = pictures.paste(x_T if start.inpaint_fill == NOISE else torch.zeros_like(z), z, cells)
+        if not is_inpainting(model):
+            # CompVis's samplers mean the opposite of a user's mask: 1 keeps x0.
+            keywords |= {"mask": (1.0 - cells).expand(b, -1, -1, -1), "x0": z}
     if z is not None:
         keywords |= {"run_last": start.run_last, "start_from": z}  # (b, c, h, w)
-    if is_inpainting(model):
-        concat = masked_picture(model, request, one, b, encoder_noise, shared)
-        context, unconditional = (beside(concat, condition) for condition in (context, unconditional))
-    elif start.mask is not None:
-        keep = 1.0 - pictures.shrink_mask(start.mask, f, any_pixel=True)
-        # CompVis's samplers mean the opposite of a user's mask: 1 keeps x0.
-        keywords |= {"mask": keep.to(z).expand(b, -1, -1, -1), "x0": z}
     return keywords | {
-        "x_T": starting_noise(model, request, one, b, noise, shared),
+        "x_T": x_T,
         "conditioning": context,
         "unconditional_conditioning": unconditional,
         "adapters": unet_attachments(for_batch(model, request, batch)),
     }, dropped
 
 
-def enlarge(
-    model: LatentDiffusion, request: Request, place: int, before: Tensor | None, b: int, noise: Noise
-) -> Tensor:
-    """Enlarge what the pass before gave, (b, c, h, w), to the latents that a pass begins with.
+def in_cells(z: Tensor, one: Pass, f: int) -> Tensor:
+    """Bring the latents (b, c, h, w) of a picture that kept its own size to that of the pass."""
+    cells = one.height // f, one.width // f
+    return z if z.shape[2:] == cells else enlarge_latents(z, cells, "latent")
 
-    Where pictures are enlarged, each is encoded as one to start from is, noise drawn before x_T.
+
+def enlarge(model: LatentDiffusion, request: Request, place: int, before: Tensor | None, b: int) -> Tensor:
+    """Enlarge what the pass before gave, (b, c, h, w), as latents; those of the middle are what a pass begins with.
 
     Args:
         place, before: as in begin_pass.
@@ -189,22 +204,25 @@ def enlarge(
     f = downsampling(model)
     one, gave = request.passes[place], request.passes[place - 1].start
     width, height = one.start.enlarged
-    if one.start.upscaler in LATENT:
-        cells = enlarge_latents(
-            latents_of(model, request, gave, before, b), (height // f, width // f), one.start.upscaler
-        )
-        return middle(cells, (one.height // f, one.width // f))
-    unit, _ = picture_of(model, request, gave, before, b)
+    latents = latents_of(model, request, gave, before, b)
+    cells = enlarge_latents(latents, (height // f, width // f), one.start.upscaler)
+    return middle(cells, (one.height // f, one.width // f))
+
+
+def pictures_before(
+    model: LatentDiffusion, request: Request, place: int, before: Tensor | None, b: int
+) -> Tensor:
+    """Give the pictures (b, 3, height, width) in [-1, 1] of the pass before that one begins with: enlarged, or cut out.
+
+    Args:
+        place, before: as in begin_pass.
+    """
+    one, gave = request.passes[place], request.passes[place - 1].start
+    unit, pixels = picture_of(model, request, gave, before, b)
+    if one.start.frame is not None:
+        return one.start.frame.cut(pixels)
     larger = enlarge_pictures(unit, one.start.enlarged, one.start.upscaler)
-    larger = middle(larger, (one.height, one.width))
-    draws = noise(torch.empty(b, model.channels, one.height // f, one.width // f))
-    with vae_scope(model, request.attachments):
-        return torch.cat(
-            [
-                encode_image(model, picture[None], 1, lambda like, draw=draw: draw[None])
-                for picture, draw in zip(larger, draws, strict=True)
-            ]
-        )
+    return middle(larger, (one.height, one.width))
 
 
 # Where these are defined is above this module.

@@ -1,12 +1,20 @@
-"""How hires fix enlarges what its first pass gave: latents by interpolation, pictures by Pillow."""
+"""How hires fix enlarges what its first pass gave: latents by interpolation, pictures by Pillow or a network."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ldm import images as pictures
+from ldm.retouch.upscalers import FileUpscaler, find_upscaler
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # How latents are interpolated, A1111's table: name -> (mode, with a low-pass filter). Other names are of pictures.
 LATENT = {
@@ -29,17 +37,39 @@ def enlarge_latents(latents: Tensor, cells: tuple[int, int], upscaler: str) -> T
     return F.interpolate(latents, size=cells, mode=mode, antialias=antialias)
 
 
-def enlarge_pictures(unit: Tensor, size: tuple[int, int], upscaler: str) -> Tensor:
-    """Resize pictures (b, 3, height, width) in [0, 1], rounded to bytes, to (width, height), and into [-1, 1].
+def enlarge_pictures(unit: Tensor, size: tuple[int, int], upscaler: str | FileUpscaler) -> Tensor:
+    """Resize pictures (b, 3, height, width) in [0, 1], rounded to bytes, to (width, height), and into [-1, 1]."""
+    resized = [enlarge_picture(image, size, upscaler) for image in pictures.unit_to_pil(unit)]
+    return torch.cat([pictures.to_tensor(image) for image in resized])
+
+
+def enlarge_picture(image: Image.Image, size: tuple[int, int], upscaler: str | FileUpscaler) -> Image.Image:
+    """Resize a picture to (width, height).
 
     Args:
-        upscaler: "lanczos" or "nearest".
+        upscaler: "lanczos", "nearest", or a network from a file.
     """
     from PIL import Image
 
-    how = Image.Resampling[upscaler.upper()]
-    resized = [image.resize(size, how) for image in pictures.unit_to_pil(unit)]
-    return torch.cat([pictures.to_tensor(image) for image in resized])
+    if isinstance(upscaler, FileUpscaler):
+        return upscaler.enlarge(image, size)
+    return image.resize(size, Image.Resampling[upscaler.upper()])
+
+
+def load_upscaler(
+    name: str, value: str, folder: str | os.PathLike | None, words: Sequence[str], device: torch.device
+) -> str | FileUpscaler:
+    """Give an upscaler that an option names: a way without a file by its name, or the network of a file.
+
+    Args:
+        name: of the option, which errors name.
+        folder: with files that are called by their names, or None.
+        words: names of ways without a file.
+
+    Raises:
+        As FileUpscaler and find_upscaler.
+    """
+    return value if value in words else FileUpscaler(find_upscaler(name, value, folder, words), device)
 
 
 def middle(x: Tensor, sides: tuple[int, int]) -> Tensor:

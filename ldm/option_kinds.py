@@ -134,16 +134,36 @@ class Choice(Words):
 
 
 class Upscaler(Choice):
-    """An upscaler, in our spelling or A1111's."""
+    """An upscaler, in our spelling or A1111's; anything else is a weight file's, which only a request looks for.
+
+    Pictures say a file's name without folder and suffix.
+    """
+
+    suffixes = (".pth", ".pt", ".safetensors", ".ckpt", ".bin")
 
     def __init__(self, words: Mapping[str, str]):
         super().__init__(words, {word.lower(): name for name, word in words.items()})
 
+    def parse(self, text: str) -> str:
+        found = self.also.get(text.lower(), text.lower())
+        return found if found in self.words else text
+
     def check(self, name: str, value: Any) -> str:
-        try:
-            return self.parse(value if isinstance(value, str) else shown(value))
-        except argparse.ArgumentTypeError as error:
-            raise UsageError(f"{name}: {error}") from None
+        if not isinstance(value, str | os.PathLike):
+            raise UsageError(
+                f"{name} must be one of {', '.join(self.words)} or a weight file, got {shown(value)}"
+            )
+        return self.parse(os.fspath(value))
+
+    def plain(self, value: Any) -> Any:
+        if not isinstance(value, str) or value in self.words:
+            return value
+        name = os.path.basename(value)
+        stem, suffix = os.path.splitext(name)
+        return stem if suffix.lower() in self.suffixes else name
+
+    def write(self, value: Any) -> str | None:
+        return super().write(self.plain(value))
 
 
 class Whole(Kind):
@@ -360,7 +380,7 @@ class Numbers(Kind):
         return ", ".join(map(str, value))
 
     def read(self, text: str) -> list[float] | None:
-        return self.take([self.part.read(part) for part in text[:200].split(",")])
+        return self.take([self.part.read(part.strip()) for part in text[:200].split(",")])
 
     def take(self, value: Any) -> list[float] | None:
         numbers = [self.part.take(one) for one in value] if isinstance(value, list) else []
@@ -476,10 +496,33 @@ class Regions(Kind):
         return {"type": "array", "items": {"anyOf": [one, text]}, "maxItems": limits.REGIONS[1]}
 
 
+class Wholes(Numbers):
+    """So many whole numbers from low to high each, both included, in one word: "64,0,64,0"."""
+
+    def __init__(self, count: int, low: int, high: int):
+        super().__init__(count, low, high)
+        self.part = Whole(low, high)
+
+    def check(self, name: str, value: Any) -> tuple[int, ...]:
+        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == self.count:
+            return tuple(self.part.check(name, one) for one in value)
+        low, high = self.part.low, self.part.high
+        raise UsageError(
+            f"{name} must be {self.count} whole numbers from {low} to {high} each, got {shown(value)}"
+        )
+
+
 class Switch(Kind):
-    """On or off."""
+    """On or off.
+
+    Args:
+        word: what A1111 has for on, where that is not True.
+    """
 
     is_switch = True
+
+    def __init__(self, word: str = "True"):
+        self.word = word
 
     def parse(self, text: str) -> bool:
         if text.lower() not in ("", "true", "false"):
@@ -492,8 +535,11 @@ class Switch(Kind):
             raise UsageError(f"{name} must be True or False, got {shown(value)}")
         return value
 
+    def write(self, value: Any) -> str | None:
+        return self.word if value else "False"
+
     def read(self, text: str) -> bool | None:
-        return {"True": True, "False": False}.get(text)
+        return {self.word: True, "False": False}.get(text)
 
     def take(self, value: Any) -> bool | None:
         return value if isinstance(value, bool) else None

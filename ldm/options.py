@@ -44,6 +44,7 @@ from ldm.option_kinds import (
     Switch,
     Upscaler,
     Whole,
+    Wholes,
     Words,
 )
 from ldm.presets import PRESETS
@@ -84,6 +85,7 @@ UPSCALERS = {
     "lanczos": "Lanczos",
     "nearest": "Nearest",
 }
+PICTURE_UPSCALERS = {name: UPSCALERS[name] for name in ("lanczos", "nearest")}
 
 SAME = object()  # as the keyword
 
@@ -191,13 +193,14 @@ def _said_of_adapter(
     )  # fmt: skip
 
 
-WHAT, HOW, FASTER, BESIDE, WITH, START, HIRES = (
+WHAT, HOW, FASTER, BESIDE, WITH, START, MASK, HIRES = (
     "what to paint",
     "how",
     "faster, for a little fidelity (docs/knobs.md)",
     "what guides besides, and the edges (docs/guidance.md)",
     "with what besides (docs/adapters.md)",
-    "the picture to begin with",
+    "the picture to begin with (docs/pictures.md)",
+    "the part of it that is repainted (docs/pictures.md)",
     "hires fix: painted once more, larger (docs/hires.md)",
 )
 SEED_WORDS = "picture i has seed + i; -1 or 'random' draws one; 32 bits count: 2^32 + 5 paints what 5 paints"
@@ -221,6 +224,22 @@ RNG_WORDS = {
 }
 ROUNDINGS = dict(zip(limits.ROUNDINGS, limits.ROUNDINGS, strict=True))
 SYNTAX, PRESET = "prompt_syntax", "preset"
+
+# How a picture comes to the size that is painted, what is under a mask, and how strength moves over loops.
+RESIZE_MODES = {
+    "just resize": "Just resize",
+    "crop and resize": "Crop and resize",
+    "resize and fill": "Resize and fill",
+    "latent upscale": "Just resize (latent upscale)",
+}
+FILLS = {name: name for name in ("original", "fill", "latent noise", "latent nothing")}
+CURVES = {"linear": "Linear", "aggressive": "Aggressive", "lazy": "Lazy"}
+
+
+def _by_a1111(words: Mapping[str, str]) -> dict[str, str]:
+    """Give A1111's words in small letters, for our names."""
+    return {word.lower(): name for name, word in words.items()}
+
 
 # In the order of A1111's text.
 TABLE: tuple[Option | Fact, ...] = (
@@ -688,6 +707,110 @@ TABLE: tuple[Option | Fact, ...] = (
         "which levels it visits (default: as the first; with hires_sampler, that sampler's own)",
         section="further", group=HIRES, flags=("--hires_spacing", "--hires-spacing"), also=("hr_scheduler",),
         infotext="Hires schedule type",
+    ),
+    Option(
+        "hires_guidance_scale", None, Number(*limits.GUIDANCE_SCALE),
+        "its guidance (default: the first's)",
+        section="further", group=HIRES,
+        flags=("--hires_guidance_scale", "--hires-guidance-scale", "--hires_cfg"), also=("hr_cfg",),
+        infotext="Hires CFG Scale",
+    ),
+    Option(
+        "upscaler_dir", None, Folder(),
+        "folder with upscalers' weight files (ESRGAN and its kin), which are then called by their names",
+        section="output", group=WITH, flags=("--upscaler_dir", "--upscaler-dir"), told=False, metavar="FOLDER",
+    ),
+    Option(
+        "resize_mode", "just resize", Choice(RESIZE_MODES, _by_a1111(RESIZE_MODES)),
+        "how a picture of another aspect comes to --W x --H: " + ", ".join(RESIZE_MODES),
+        section="start", group=START, flags=("--resize_mode", "--resize-mode"), infotext="Resize mode", metavar="MODE",
+    ),
+    Option(
+        "color_match", False, Switch(),
+        "give what is painted the colours of the picture that it begins with (A1111's colour correction)",
+        section="start", group=START, flags=("--color_match", "--color-match"),
+        also=("color_correction", "img2img_color_correction"), infotext="Color correction",
+    ),
+    Option(
+        "outpaint", None, Wholes(4, 0, limits.SIDE[1]),
+        "LEFT,UP,RIGHT,DOWN: let the picture grow by so many pixels, and paint what is new",
+        more="(left, up, right, down).",
+        section="start", group=START, flags=("--outpaint",), infotext="Outpaint", metavar="L,U,R,D",
+    ),
+    Option(
+        "loops", 1, Whole(1, 64),
+        "repaint what came of it, so many times in all, each with the next seed",
+        section="further", group=START, flags=("--loops",), infotext="Loops",
+    ),
+    Option(
+        "loop_strength", None, Number(*limits.SHARE),
+        "strength of the last of these loops (default: of all)",
+        section="further", group=START, flags=("--loop_strength", "--loop-strength"),
+        also=("final_denoising_strength",), infotext="Final denoising strength", beside=("loops",),
+    ),
+    Option(
+        "loop_curve", "linear", Choice(CURVES, _by_a1111(CURVES)),
+        "how strength goes there: linear, aggressive (most of it soon), lazy",
+        section="further", group=START, flags=("--loop_curve", "--loop-curve"),
+        also=("denoising_curve", "denoising_strength_curve"), infotext="Denoising curve", beside=("loops",),
+        metavar="CURVE",
+    ),
+    Option(
+        "upscale_by", None, Number(1, 8),
+        "enlarge the picture so many times, and repaint it in tiles of --W x --H (A1111's SD upscale); 2 is usual",
+        section="further", group=START, flags=("--upscale_by", "--upscale-by"), also=("scale_factor",),
+        infotext="SD upscale factor",
+    ),
+    Option(
+        "upscale_overlap", 64, Whole(0, limits.SIDE[1]),
+        "pixels over which neighbouring tiles are mixed",
+        section="further", group=START, flags=("--upscale_overlap", "--upscale-overlap"), also=("tile_overlap",),
+        infotext="SD upscale overlap", beside=("upscale_by",),
+    ),
+    Option(
+        "upscaler", "lanczos", Upscaler(PICTURE_UPSCALERS),
+        "how it is enlarged before: lanczos, nearest, a weight file, or its name in --upscaler_dir",
+        section="further", group=START, flags=("--upscaler",), infotext="SD upscale upscaler",
+        beside=("upscale_by",), metavar="NAME",
+    ),
+    Option(
+        "mask_blur", 0, Whole(0, 256),
+        "soften the mask's edge: standard deviation in pixels; web UIs have 4",
+        section="start", group=MASK, flags=("--mask_blur", "--mask-blur"), infotext="Mask blur",
+    ),
+    Option(
+        "mask_blur_x", None, Whole(0, 256),
+        "sideways, where that is another",
+        section="start", group=MASK, flags=("--mask_blur_x", "--mask-blur-x"), infotext="Mask blur x",
+    ),
+    Option(
+        "mask_blur_y", None, Whole(0, 256),
+        "up and down, where that is another",
+        section="start", group=MASK, flags=("--mask_blur_y", "--mask-blur-y"), infotext="Mask blur y",
+    ),
+    Option(
+        "mask_invert", False, Switch("Inpaint not masked"),
+        "repaint what is black, and keep what is white",
+        section="start", group=MASK, flags=("--mask_invert", "--mask-invert"), also=("inpainting_mask_invert",),
+        infotext="Mask mode",
+    ),
+    Option(
+        "inpaint_fill", "original", Choice(FILLS),
+        "what the model sees under the mask: " + ", ".join(FILLS),
+        section="start", group=MASK, flags=("--inpaint_fill", "--inpaint-fill"),
+        also=("inpainting_fill", "masked_content"), infotext="Masked content", metavar="FILL",
+    ),
+    Option(
+        "inpaint_full_res", False, Switch("Only masked"),
+        "paint the masked region alone, at the whole size, and lay it back",
+        section="start", group=MASK, flags=("--inpaint_full_res", "--inpaint-full-res"), also=("only_masked",),
+        infotext="Inpaint area",
+    ),
+    Option(
+        "inpaint_full_res_padding", 32, Whole(0, 1024),
+        "pixels around the mask that belong to that region",
+        section="start", group=MASK, flags=("--inpaint_full_res_padding", "--inpaint-full-res-padding"),
+        also=("only_masked_padding",), infotext="Masked area padding", beside=("inpaint_full_res",),
     ),
     Fact("lora_hashes", "Lora hashes"),
     Fact("ti_hashes", "TI hashes"),

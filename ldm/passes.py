@@ -9,9 +9,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ldm.adapters.use import adapters_of
+from ldm.limits import MAX_SEED
 from ldm.models.diffusion.conditions import Area, area_of
 from ldm.option_kinds import Region
 from ldm.options import Values, defaults_of
+from ldm.retouch.tiles import Grid
+from ldm.sources import Frame
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Start(Values):
     original: Tensor | None  # the same in [0, 1], as it comes back where nothing is painted
     image_hash: str | None
     mask: Tensor | None  # (1, 1, height, width), 1 = repaint
-    upscaler: str | None  # with "before": by which that is enlarged, of ldm.options.UPSCALERS
+    frame: Frame | None  # what is around that which is painted, and how it is laid back
+    upscaler: Any  # with "before": by which that is enlarged, of ldm.options.UPSCALERS or a FileUpscaler
     enlarged: tuple[int, int] | None  # to which width and height, of which the middle is painted
 
 
@@ -83,6 +87,7 @@ class Pass(_InSections):
         own_prompt, own_negative_prompt: of all images in this pass; None is each image's.
         schedule: sampler and steps of the passes over which schedules in prompts count their steps, this one last;
             nothing is this pass alone.
+        seed_offset: is added to each image's seed.
     """
 
     width: int
@@ -93,6 +98,7 @@ class Pass(_InSections):
     own_prompt: str | None = None
     own_negative_prompt: str | None = None
     schedule: tuple[tuple[str, int], ...] = ()
+    seed_offset: int = 0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -122,7 +128,7 @@ class Pass(_InSections):
         """Give the images of a batch as this pass paints them."""
         texts = {"prompt": self.own_prompt, "negative_prompt": self.own_negative_prompt}
         own = {name: text for name, text in texts.items() if text is not None}
-        return [replace(spec, **own) for spec in batch]
+        return [replace(spec, seed=(spec.seed + self.seed_offset) % (MAX_SEED + 1), **own) for spec in batch]
 
     def __repr__(self) -> str:
         how = f"{self.sampler}, {self.steps} steps, guidance_scale {self.guidance_scale:g}"
@@ -142,6 +148,7 @@ class Request(_InSections):
         language, draw, network, further, output: the options of these sections, see ldm.options.SECTIONS.
         adapters: those that were given.
         embeds, negative_embeds: (n, tokens, d) features in the place of prompts.
+        tiles: where the tiles lie that the passes paint, one each; None is one picture, the last pass's.
     """
 
     images: list[ImageSpec]
@@ -154,6 +161,7 @@ class Request(_InSections):
     adapters: tuple[Any, ...] = ()
     embeds: Tensor | None = None
     negative_embeds: Tensor | None = None
+    tiles: Grid | None = None
 
     @property
     def mode(self) -> Literal["txt2img", "img2img", "inpaint"]:
@@ -169,7 +177,7 @@ class Request(_InSections):
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of what comes out."""
-        return self.passes[-1].size
+        return self.passes[-1].size if self.tiles is None else self.tiles.size
 
     def __getattr__(self, name: str) -> Any:
         first = vars(self).get("passes", ())[:1]
@@ -196,7 +204,7 @@ class Request(_InSections):
 
 def first_pass(checked: Mapping[str, Any]) -> Pass:
     """Make the first pass out of checked values by name."""
-    names = ("image", "original", "image_hash", "mask", "run_last")
+    names = ("image", "original", "image_hash", "mask", "frame", "run_last")
     start = Start.of(
         "start",
         checked,
@@ -210,12 +218,12 @@ def first_pass(checked: Mapping[str, Any]) -> Pass:
 
 
 def start_from_before(
-    strength: float, run_last: int, upscaler: str, enlarged: tuple[int, int], **options: Any
+    strength: float, run_last: int, upscaler: Any, enlarged: tuple[int, int], **options: Any
 ) -> Start:
     """Let a pass begin with what the one before gave: see Start.
 
     Args:
-        options: of the section "start"; the others are at their defaults.
+        options: of the section "start", which are at their defaults otherwise, and what else a Start has.
     """
     others = {
         "kind": "before",
@@ -224,5 +232,5 @@ def start_from_before(
         "upscaler": upscaler,
         "enlarged": enlarged,
     }
-    none = dict.fromkeys(("image", "original", "image_hash", "mask"))
+    none = dict.fromkeys(("image", "original", "image_hash", "mask", "frame"))
     return Start(**{**defaults_of("start"), **none, **options, **others})

@@ -457,6 +457,33 @@ class StableDiffusion:
         grid = plan_matrix(self, prompt, **form, different_seeds=different_seeds, **options)
         return paint_grid(self, grid, callback, progress)
 
+    def upscale(
+        self,
+        image: Any,
+        prompt: str | Sequence[str] | None = "",
+        scale: float = 2.0,
+        *,
+        strength: float = 0.3,
+        tile: int | tuple[int, int] | None = None,
+        overlap: int = 64,
+        callback: Callable[[Progress], Any] | None = None,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> GenerationResult:
+        """Enlarge a picture, and repaint it in tiles whose seams are mixed (A1111's SD upscale).
+
+        Args:
+            scale: how many times as large; sides are rounded down to multiples of the model's f (8).
+            strength: of the repainting; much of it paints the prompt's subject into every tile.
+            tile: of its sides, or (width, height), in pixels; None is the model's size.
+            overlap: pixels over which neighbouring tiles are mixed.
+            callback, progress: as in txt2img.
+        """
+        width, height = tile if isinstance(tile, tuple | list) and len(tile) == 2 else (tile, tile)
+        own = {"image": image, "strength": strength, "upscale_by": scale, "upscale_overlap": overlap}
+        own |= {} if tile is None else {"width": width, "height": height}
+        return self._collect(prompt, {**options, **own}, "upscale", callback, progress)
+
     def _collect(
         self, prompt: Any, options: dict[str, Any], mode: str, callback: Any, show: Any
     ) -> GenerationResult:
@@ -541,6 +568,6 @@ class StableDiffusion:
 
 
 # These methods take check_request's options: they are written down once, and help() and completion show them at each.
-for _name in ("stream", "txt2img", "img2img", "inpaint", "grid", "prompt_matrix"):
+for _name in ("stream", "txt2img", "img2img", "inpaint", "upscale", "grid", "prompt_matrix"):
     setattr(StableDiffusion, _name, taking_options_of(check_request)(getattr(StableDiffusion, _name)))
 StableDiffusion.__call__ = StableDiffusion.txt2img

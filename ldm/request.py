@@ -14,7 +14,7 @@ from ldm import options, presets
 from ldm.adapters.use import adapters_of, check_adapters, check_batches, for_batch
 
 # Some of these are for those who import them from here, or from ldm.wish as this module was called.
-from ldm.checks.further import check_second, check_second_size
+from ldm.checks.further import check_loops, check_second, check_second_size, tile_passes
 from ldm.checks.picture import check_picture, check_size, read_pictures  # noqa: F401
 from ldm.checks.prompts import check_embeds, check_language, check_regions, list_prompts, list_texts  # noqa: F401
 from ldm.checks.sampling import auto_batch_size, check_adapting, check_sampling
@@ -102,7 +102,7 @@ def check_request(
     # What needs the model, or several options together; the others are checked by their kinds.
     is_inpainting(model)  # refuses UNets of other kinds
     f = downsampling(model)
-    checked = check_picture(image, mask, given.strength, given.width, given.height, f, defaults)
+    checked = check_picture(image, mask, given, f, defaults, model.device)
     sizes = check_second_size(given, checked, f)
     if isinstance(given.batch_size, str) and given.batch_size == AUTO:
         width, height = (checked["width"], checked["height"]) if sizes is None else sizes[1]
@@ -124,8 +124,9 @@ def check_request(
     )
     words = [*prompts, *negatives] if prompt_embeds is None else []
     checked |= check_kinds(given, checked)
-    # Of hires fix: what is otherwise in each pass after the first.
+    # Of hires fix and loops: what is otherwise in each pass after the first.
     others = [] if sizes is None else [check_second(model, defaults, checked, sizes, prompt_embeds)]
+    others += check_loops(model, checked)
     check_regions(checked, [checked, *others], adapters, prompt_embeds, f)
     words += [region.prompt for region in checked["regions"]]
     if words and reads_languages(SimpleNamespace(**checked)):
@@ -144,9 +145,11 @@ def check_request(
         specs = with_templates(specs, templates)
     check_batches(checked["adapters"], len(specs), checked["batch_size"])
     first = first_pass(checked)
+    grid, tiles = checked["tiles"]
     request = Request(
         images=specs,
-        passes=(first, *(first.replace(**one) for one in others)),
+        passes=tile_passes(first, tiles) or (first, *(first.replace(**one) for one in others)),
+        tiles=grid,
         **{name: Values.of(name, checked) for name in ("language", "draw", "network", "further", "output")},
         adapters=checked["adapters"],
         embeds=prompt_embeds,

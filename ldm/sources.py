@@ -2,11 +2,12 @@
 
 `frame_picture` makes of a picture, a mask and options what is painted (a Source); its Frame lays what was painted into
 the picture that comes back. What is neither fitted, softened, cut out nor recoloured needs neither: see
-ldm.request.read_pictures.
+ldm.checks.picture.read_pictures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,13 @@ from ldm.errors import UsageError
 from ldm.retouch import masks
 from ldm.retouch.colour import match_colours
 from ldm.retouch.fit import CROP, FILL, JUST, LATENT, fit
+from ldm.retouch.tiles import Grid
 
 if TYPE_CHECKING:
     from PIL import Image
 
 ORIGINAL, FILLED, NOISE, NOTHING = "original", "fill", "latent noise", "latent nothing"
+FILLED_LATENTS = (NOISE, NOTHING)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,23 +47,37 @@ class Frame:
     box: tuple[int, int, int, int] | None = None
     colours: np.ndarray | None = None
 
-    def lay(self, unit: Tensor) -> Tensor:
-        """Lay painted pictures (b, 3, height, width) in [0, 1] into the original: (b, 3, H, W)."""
-        if self.colours is not None:
-            unit = torch.cat(
-                [_unit(match_colours(one, self.colours)) for one in pictures.unit_to_uint8(unit)]
-            )
-        if self.box is not None:
-            left, top, right, bottom = self.box
-            whole = self.original.repeat(len(unit), 1, 1, 1)
-            fitted = [fit(one, (right - left, bottom - top), CROP) for one in pictures.unit_to_pil(unit)]
-            whole[:, :, top:bottom, left:right] = torch.cat([_unit(np.asarray(one)) for one in fitted])
-            unit = whole
-        return unit if self.weights is None else pictures.paste(unit, self.original, self.weights)
+    def lay(self, unit: Tensor, pixels: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Lay painted pictures into the original.
 
-    def cut(self, unit: Tensor) -> Tensor:
-        """Cut out of pictures (b, 3, H, W) in [0, 1] what is painted of them: (b, 3, height, width) in [-1, 1]."""
-        whole = pictures.unit_to_pil(unit)
+        Args:
+            unit, pixels: (b, 3, height, width) in [0, 1], and their bytes (b, height, width, 3).
+
+        Returns:
+            the same of the whole, (b, 3, H, W) and (b, H, W, 3).
+        """
+        if self.colours is not None:
+            pixels = np.stack([match_colours(one, self.colours) for one in pixels])
+        if self.box is not None:
+            pixels = np.stack([self._placed(one) for one in pixels])
+        if self.colours is not None or self.box is not None:
+            unit = _unit(pixels)
+        if self.weights is None:
+            return unit, pixels
+        share = self.weights[0, 0, :, :, None].numpy()
+        mixed = np.rint(share * pixels + (1.0 - share) * pictures.unit_to_uint8(self.original))
+        return pictures.paste(unit, self.original, self.weights), mixed.astype(np.uint8)
+
+    def _placed(self, pixels: np.ndarray) -> np.ndarray:
+        left, top, right, bottom = self.box
+        (whole,) = pictures.unit_to_uint8(self.original)
+        (painted,) = pictures.uint8_to_pil(pixels[None])
+        whole[top:bottom, left:right] = np.asarray(fit(painted, (right - left, bottom - top), CROP))
+        return whole
+
+    def cut(self, pixels: np.ndarray) -> Tensor:
+        """Cut out of pictures (b, H, W, 3) uint8 what is painted of them: (b, 3, height, width) in [-1, 1]."""
+        whole = pictures.uint8_to_pil(pixels)
         parts = whole if self.box is None else [one.crop(self.box) for one in whole]
         return torch.cat([pictures.to_tensor(fit(one, self.size, FILL)) for one in parts])
 
@@ -137,7 +154,7 @@ def frame_picture(
             weights = soft.point(lambda grey: min(2 * grey, 255))  # A1111's: whole where half is marked
         elif resize_mode == LATENT:
             image = pictures.fit_size(own_size, f)
-    if soft is not None and inpaint_fill != ORIGINAL:
+    if soft is not None and inpaint_fill != ORIGINAL:  # also under latents that are replaced, as A1111 does
         image = masks.fill(image, painted)
     original = pictures.given_unit(pictures.to_tensor(whole))
     frame = Frame(
@@ -171,10 +188,17 @@ def _on_canvas(
 
 
 def _unit(pixels: np.ndarray) -> Tensor:
-    """Turn (height, width, 3) uint8 into (1, 3, height, width) in [0, 1]."""
-    return torch.from_numpy(np.array(pixels, dtype=np.float32) / 255.0).permute(2, 0, 1)[None]
+    """Turn (b, height, width, 3) uint8 into (b, 3, height, width) in [0, 1]."""
+    return torch.from_numpy(pixels.astype(np.float32) / 255.0).permute(0, 3, 1, 2)
 
 
 def _grey(mask: Image.Image) -> Tensor:
     """Turn a grey picture into (1, 1, height, width) in [0, 1]."""
     return torch.from_numpy(np.array(mask, dtype=np.float32) / 255.0)[None, None]
+
+
+def join_tiles(grid: Grid, tiles: Sequence[np.ndarray]) -> tuple[Tensor, np.ndarray]:
+    """Put the tiles of b pictures, each (b, height, width, 3) uint8, together: in [0, 1] and as bytes, as Frame.lay."""
+    by_picture = zip(*map(pictures.uint8_to_pil, tiles), strict=True)
+    pixels = np.stack([np.asarray(grid.join(one)) for one in by_picture])
+    return _unit(pixels), pixels

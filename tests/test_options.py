@@ -114,11 +114,20 @@ ELSEWHERE = {
         "batch_size cache_interval cache_depth merge_ratio merge_seed height width strength regions",
     ),
     "ldm/checks/further.py": (
-        "what becomes of hires fix",
+        "what becomes of hires fix and loops",
         "hires_scale hires_size hires_steps hires_strength hires_prompt hires_negative_prompt hires_sampler "
-        "hires_spacing hires_upscaler sampler steps spacing eta height width",
+        "hires_spacing hires_upscaler hires_guidance_scale upscaler_dir loops loop_strength loop_curve sampler "
+        "steps spacing eta height width guidance_scale strength",
     ),
-    "ldm/checks/picture.py": ("sizes", "height width strength"),
+    "ldm/checks/picture.py": (
+        "sizes, and what needs a frame",
+        "height width strength outpaint upscale_by loops",
+    ),
+    "ldm/checks/around.py": (
+        "what goes together, and into frames and tiles",
+        "color_match inpaint_fill inpaint_full_res inpaint_full_res_padding mask_blur mask_blur_x mask_blur_y "
+        "mask_invert outpaint resize_mode strength upscale_by upscale_overlap upscaler regions",
+    ),
     "ldm/checks/prompts.py": (
         "one for each prompt; what goes with regions",
         "negative_prompt regions width height",
@@ -131,11 +140,14 @@ ELSEWHERE = {
         "what goes together",
         "variation_seed variation_strength seed_resize_from eta_noise_seed_delta rng fixed_code batch_size num_images",
     ),
-    "ldm/passes.py": ("the fields of a pass", "guidance height width strength negative_prompt"),
+    "ldm/passes.py": ("the fields of a pass", "guidance height width strength negative_prompt upscaler"),
     "ldm/generate.py": ("", ""),
     "ldm/finishing.py": ("how many there were in the batch", "batch_size"),
     "ldm/results.py": ("of the class Progress", "steps"),
-    "ldm/pipeline.py": ("img2img's default; what no picture is given as", "strength output_type"),
+    "ldm/pipeline.py": (
+        "img2img's default, what no picture is given as, what upscale calls them",
+        "strength output_type height width upscale_by upscale_overlap",
+    ),
     "ldm/metadata.py": (
         "A1111's size, prompts and eta; kinds and strengths of adapters; what ComfyUI's graph has",
         "negative_prompt sampler width height strength eta control scale hires_scale hires_size hires_strength loras",

@@ -32,6 +32,13 @@ def other(size, b=2):
     return bytes_.float() / 255
 
 
+def laid(frame, unit):
+    """What frame.lay gives: bytes, which are those of its other answer where nothing is mixed."""
+    got, pixels = frame.lay(unit, pictures.unit_to_uint8(unit))
+    assert np.abs(pictures.unit_to_uint8(got).astype(int) - pixels).max() <= 1 and got.dtype == torch.float32
+    return pixels
+
+
 def framed(image, marks, size=(None, None), **options):
     return frame_picture(image, marks, size, F, **options)
 
@@ -41,8 +48,9 @@ def test_without_options_it_is_the_picture_and_its_mask():
     assert torch.equal(source.pixels, pictures.to_tensor(picture()))
     assert torch.equal(source.mask, pictures.to_mask(mask()))
     painted = other((72, 64))
-    assert torch.equal(source.frame.lay(painted), pictures.paste(painted, source.frame.original, source.mask))
-    assert torch.equal(framed(picture(), None).frame.lay(painted), painted)
+    wanted = pictures.paste(painted, source.frame.original, source.mask)
+    assert (laid(source.frame, painted) == pictures.unit_to_uint8(wanted)).all()
+    assert (laid(framed(picture(), None).frame, painted) == pictures.unit_to_uint8(painted)).all()
     small = framed(picture(75, 70), mask((30, 35), (3, 4, 20, 21)))
     assert small.frame.size == (72, 64) and torch.equal(
         small.mask, pictures.to_mask(mask((30, 35), (3, 4, 20, 21)), (72, 64))
@@ -56,15 +64,15 @@ def test_blur_softens_what_is_mixed_and_leaves_what_is_painted():
     weights = source.frame.weights[0, 0].numpy()
     assert np.abs(weights - np.minimum(2 * soft / 255, 1)).max() < 0.005
     painted = other((72, 64))
-    laid = pictures.unit_to_uint8(source.frame.lay(painted))
+    got = laid(source.frame, painted)
     kept = weights == 0
-    assert kept.any() and (laid[:, kept] == np.asarray(picture())[kept]).all()  # to the byte
-    assert (laid[:, weights == 1] == pictures.unit_to_uint8(painted)[:, weights == 1]).all()
+    assert kept.any() and (got[:, kept] == np.asarray(picture())[kept]).all()  # to the byte
+    assert (got[:, weights == 1] == pictures.unit_to_uint8(painted)[:, weights == 1]).all()
     between = (weights > 0) & (weights < 1)
     wanted = weights[..., None] * painted.permute(0, 2, 3, 1).numpy() + (1 - weights[..., None]) * (
         np.asarray(picture()) / 255
     )
-    assert between.any() and np.abs(laid - 255 * wanted)[:, between].max() <= 1
+    assert between.any() and np.abs(got - 255 * wanted)[:, between].max() <= 1
 
 
 def test_an_inverted_mask_is_the_mask_of_the_rest():
@@ -87,14 +95,14 @@ def test_only_masked_paints_the_region_at_the_whole_size_and_lays_it_back():
     inner = marks.crop(box).resize((64, 64), Image.Resampling.NEAREST)
     assert torch.equal(source.mask, pictures.to_mask(inner))
     painted = other((64, 64))
-    laid = pictures.unit_to_uint8(source.frame.lay(painted))
-    assert laid.shape == (2, 131, 150, 3)
-    changed = (laid != np.asarray(image)).any(axis=(0, 3))
+    got = laid(source.frame, painted)
+    assert got.shape == (2, 131, 150, 3)
+    changed = (got != np.asarray(image)).any(axis=(0, 3))
     assert changed[50:58, 40:60].all() and changed.sum() == 8 * 20
     small = pictures.unit_to_pil(painted)[1].resize((32, 32), Image.Resampling.LANCZOS)
-    assert (laid[1, 50:58, 40:60] == np.asarray(small)[12:20, 6:26]).all()
+    assert (got[1, 50:58, 40:60] == np.asarray(small)[12:20, 6:26]).all()
     # What is laid is what is cut again, up to two resizings.
-    again = source.frame.cut(source.frame.lay(painted))
+    again = source.frame.cut(got)
     assert again.shape == (2, 3, 64, 64)
 
 
@@ -103,8 +111,9 @@ def test_only_masked_of_everything_is_the_plain_way():
     plain, only = framed(picture(), whole), framed(picture(), whole, inpaint_full_res=True)
     painted = other((72, 64))
     assert torch.equal(plain.pixels, only.pixels) and torch.equal(plain.mask, only.mask)
-    assert torch.equal(plain.frame.lay(painted), only.frame.lay(painted))
-    assert torch.equal(only.frame.cut(painted), 2 * painted - 1)
+    assert (laid(plain.frame, painted) == laid(only.frame, painted)).all()
+    pixels = pictures.unit_to_uint8(painted)
+    assert torch.equal(only.frame.cut(pixels), 2 * painted - 1)
 
 
 @pytest.mark.parametrize("mode", [fit.JUST, fit.CROP, fit.FILL])
@@ -139,11 +148,12 @@ def test_colours_are_those_of_what_is_painted_before_it_is_laid():
     painted = other((72, 64), 1)
     (bytes_,) = pictures.unit_to_uint8(painted)
     wanted = match_colours(bytes_, np.asarray(picture()))
-    laid = pictures.unit_to_uint8(source.frame.lay(painted))[0]
+    got = laid(source.frame, painted)[0]
     inside = np.asarray(mask()) > 0
-    assert (laid[inside] == wanted[inside]).all() and (laid[~inside] == np.asarray(picture())[~inside]).all()
+    assert (got[inside] == wanted[inside]).all() and (got[~inside] == np.asarray(picture())[~inside]).all()
     itself = pictures.given_unit(source.pixels)
-    assert torch.equal(framed(picture(), None, color_match=True).frame.lay(itself), itself)
+    again = laid(framed(picture(), None, color_match=True).frame, itself)
+    assert (again == np.asarray(picture())).all()
 
 
 def test_a_canvas_is_masked_where_it_is_new_and_keeps_the_picture():
@@ -151,8 +161,8 @@ def test_a_canvas_is_masked_where_it_is_new_and_keeps_the_picture():
     source = framed(image, None, outpaint=(16, 0, 0, 8))
     assert source.frame.size == (88, 72)
     assert source.mask.sum() == 88 * 72 - 72 * 64 and not source.mask[:, :, :64, 16:].any()
-    laid = pictures.unit_to_uint8(source.frame.lay(other((88, 72))))
-    assert (laid[:, :64, 16:] == np.asarray(image)).all()
+    got = laid(source.frame, other((88, 72)))
+    assert (got[:, :64, 16:] == np.asarray(image)).all()
     # With blur it is mixed further inwards, by A1111's numbers: twice the blur, beginning twice as far inside.
     soft = framed(image, None, outpaint=(16, 0, 0, 8), mask_blur=(3, 3))
     border = masks.blur(masks.around((16, 0, 88, 64), (88, 72), 6), 6, 6)

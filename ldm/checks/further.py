@@ -1,9 +1,9 @@
-"""The passes of a request after the first, checked: hires fix."""
+"""The passes of a request after the first, checked: hires fix, loops, tiles."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,18 @@ from ldm.checks.picture import check_size
 from ldm.checks.prompts import list_texts
 from ldm.checks.sampling import check_sampling
 from ldm.errors import UsageError
+from ldm.hires import load_upscaler
 from ldm.limits import CELLS, about_whole
-from ldm.passes import start_from_before
+from ldm.models.diffusion.samplers import start_level
+from ldm.passes import Pass, start_from_before
+from ldm.sources import Source
+
+# How much of the way from the first strength to the last is gone after a share of the loops (A1111 1.6).
+LOOP_CURVES: dict[str, Callable[[float], float]] = {
+    "linear": lambda share: share,
+    "aggressive": lambda share: math.sin(share * math.pi / 2),
+    "lazy": lambda share: 1 - math.cos(share * math.pi / 2),
+}
 
 if TYPE_CHECKING:
     from ldm.checkpoints.sampling import SamplingDefaults
@@ -85,8 +95,11 @@ def check_second(
 
     Raises:
         UsageError: a sampler or spacing that is none, or a strength so small that the model has not the levels.
+        As ldm.hires.load_upscaler.
     """
     enlarged, (width, height) = sizes
+    words = (checked["hires_upscaler"], checked["upscaler_dir"], tuple(options.UPSCALERS), model.device)
+    upscaler = load_upscaler("hires_upscaler", *words)
     strength, is_own = checked["hires_strength"], checked["hires_sampler"] is not None
     count, most = checked["hires_steps"] or checked["steps"], model.num_timesteps
     if strength * most < count:
@@ -118,8 +131,13 @@ def check_second(
         "height": height,
         **of_sampler,
         **found,
+        **(
+            {}
+            if checked["hires_guidance_scale"] is None
+            else {"guidance_scale": checked["hires_guidance_scale"]}
+        ),
         **second_texts(checked, embeds),
-        "start": start_from_before(strength, run_last, checked["hires_upscaler"], enlarged),
+        "start": start_from_before(strength, run_last, upscaler, enlarged),
         "schedule": ((checked["sampler"], checked["steps"]), (found["sampler"], count)),
     }
 
@@ -135,3 +153,36 @@ def second_texts(checked: Mapping[str, Any], embeds: Tensor | None) -> dict[str,
         "own_prompt": checked["hires_prompt"],
         "own_negative_prompt": checked["hires_negative_prompt"],
     }
+
+
+def check_loops(model: LatentDiffusion, checked: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Give what is otherwise than in the first pass in those that repaint what the pass before gave, A1111's loopback.
+
+    Strength goes from the first's to that of the last along a curve; each has the next seed; what was filled under a
+    mask is now painted. One so weak that no step is left is not run.
+    """
+    count, first = checked["loops"], checked["strength"]
+    last = first if checked["loop_strength"] is None else checked["loop_strength"]
+    found = []
+    for i in range(1, count):
+        share = LOOP_CURVES[checked["loop_curve"]](i / (count - 1))
+        strength = round(first + (last - first) * share, 12)  # so that the last is what was asked for
+        how = {name: checked[name] for name in options.of_samplers()}
+        run_last, _ = start_level(
+            checked["sampler"], model, checked["steps"], strength, spacing=checked["spacing"], **how
+        )
+        if run_last > 0:
+            around = {name: checked[name] for name in ("original", "image_hash", "mask", "frame")}
+            size = checked["width"], checked["height"]
+            start = start_from_before(strength, run_last, "lanczos", size, **around)
+            same = {"width": size[0], "height": size[1], "own_prompt": None, "own_negative_prompt": None}
+            found.append({**same, "start": start, "schedule": (), "seed_offset": i})
+    return found
+
+
+def tile_passes(first: Pass, tiles: Sequence[Source]) -> tuple[Pass, ...]:
+    """Give a pass for each tile of a picture, each with the next seed; see ldm.passes.Request.tiles."""
+    return tuple(
+        first.replace(image=one.pixels, original=one.frame.original, frame=one.frame, seed_offset=i)
+        for i, one in enumerate(tiles)
+    )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ldm import images as pictures
+from ldm.checks.around import check_around, framed, in_tiles, needs_frame
 from ldm.devices import dtype_name
 from ldm.errors import UsageError, shown
 from ldm.limits import CELLS, SHARE, is_whole, real
@@ -24,24 +26,49 @@ log = logging.getLogger(__name__)
 
 
 def check_picture(
-    image: Any, mask: Any, strength: Any, width: Any, height: Any, f: int, defaults: SamplingDefaults
+    image: Any, mask: Any, given: SimpleNamespace, f: int, defaults: SamplingDefaults, device: torch.device
 ) -> dict[str, Any]:
-    """Check the size of what is painted, and the picture, mask and strength that it starts from."""
+    """Check the size of what is painted, and the picture, mask and strength that it starts from.
+
+    Args:
+        given: all options by name.
+        device: where a network that enlarges the picture computes.
+    """
+    found = check_around(given, image is not None, mask is not None)
+    strength = given.strength
     size = (
-        None if width is None else check_size("width", width, f),
-        None if height is None else check_size("height", height, f),
+        None if given.width is None else check_size("width", given.width, f),
+        None if given.height is None else check_size("height", given.height, f),
     )
-    pixels, original, marks, image_hash = read_pictures(image, mask, size, f)
+    own = (
+        size[1] or check_size("height", defaults.size[0], f),
+        size[0] or check_size("width", defaults.size[1], f),
+    )
+    frame, grid, tiles = None, None, []
+    if "upscale_by" in found:
+        whole, _ = _as_pictures(image, None, f)
+        grid, tiles = in_tiles(whole, found, own[::-1], f, given.upscaler_dir, device)
+        pixels, marks, original = tiles[0].pixels, None, tiles[0].frame.original
+    elif image is not None and needs_frame(found, "loops" in found):
+        whole, marked = _as_pictures(image, mask, f)
+        if "outpaint" not in found:
+            for name, side, pixels in zip(("width", "height"), size, whole.size, strict=True):
+                check_size(f"{name} of the picture", side or pixels - pixels % f, f)
+        source = framed(whole, marked, found, size, f)
+        pixels, marks, frame, original = source.pixels, source.mask, source.frame, source.frame.original
+    else:
+        pixels, original, marks = read_pictures(image, mask, size, f)
     if pixels is None:
         if strength is not None:
             raise UsageError(
                 f"strength is for a picture to start from, got strength={strength} and image=None"
             )
-        height = size[1] or check_size("height", defaults.size[0], f)
-        width = size[0] or check_size("width", defaults.size[1], f)
+        height, width = own
         mode = "txt2img"
     else:
-        height, width = pixels.shape[2:]
+        width, height = (pixels.shape[3], pixels.shape[2]) if frame is None else frame.size
+        for name, side in (("width of the picture", width), ("height of the picture", height)):
+            check_size(name, side, f)
         mode = "img2img" if marks is None else "inpaint"
         if strength is None:
             strength = 0.75 if marks is None else 1.0
@@ -52,8 +79,10 @@ def check_picture(
         "width": width,
         "image": pixels,
         "original": original,
-        "image_hash": image_hash,
+        "image_hash": None if pixels is None else hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:10],
         "mask": marks,
+        "frame": frame,
+        "tiles": (grid, tiles),
         "strength": strength,
     }
 
@@ -77,12 +106,12 @@ def check_size(name: str, value: int, f: int) -> int:
 
 def read_pictures(
     image: Any, mask: Any, size: tuple[int | None, int | None], f: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, str | None]:
-    """Read a picture, in [-1, 1] and as it is given back in [0, 1], and a mask, of one size; and the picture's hash."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Read a picture, in [-1, 1] and as it is given back in [0, 1], and a mask, of one size."""
     if image is None:
         if mask is not None:
             raise UsageError("a mask needs a picture to repaint, got mask and image=None")
-        return None, None, None, None
+        return None, None, None
     if isinstance(image, Tensor):
         pixels = _as_picture("image", image, 3)
         for name, side in zip(("width", "height"), (pixels.shape[3], pixels.shape[2]), strict=True):
@@ -122,7 +151,20 @@ def read_pictures(
             marks = pictures.to_mask(mask, at)
         if not marks.any():
             raise UsageError("the mask marks nothing; paint white what is to be repainted")
-    return pixels, original, marks, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:10]
+    return pixels, original, marks
+
+
+def _as_pictures(image: Any, mask: Any, f: int) -> tuple[Image.Image, Image.Image | None]:
+    """Read a picture and a mask as Pillow's; tensors are checked, and rounded to bytes."""
+    if isinstance(image, Tensor):
+        _, original, _ = read_pictures(image, None, (None, None), f)
+        (image,) = pictures.unit_to_pil(original)
+    if isinstance(mask, Tensor):
+        marks = (_as_picture("mask", mask, 1).float().cpu() >= 0.5).float()
+        if (marks.shape[3], marks.shape[2]) != _open("image", image).size:
+            raise UsageError(f"mask must have the picture's size, got {tuple(marks.shape)}")
+        (mask,) = pictures.unit_to_pil(marks.expand(-1, 3, -1, -1))
+    return _open("image", image), None if mask is None else _open("mask", mask)
 
 
 def _as_picture(name: str, value: Tensor, channels: int) -> Tensor:

@@ -71,9 +71,9 @@ def painting_parser(
     groups: dict[str, argparse._ArgumentGroup] = {}
     also = dict(OTHER_FLAGS)
     for option in options.options():
-        # One group is for scripts that begin with a picture, one for those that do not.
-        not_here = options.START if strength is None else options.HIRES
-        if not option.flags or option.group == not_here:
+        # Some groups are for scripts that begin with a picture, one for those that do not.
+        not_here = (options.START, options.MASK) if strength is None else (options.HIRES,)
+        if not option.flags or option.group in not_here:
             continue
         if option.group not in groups:
             groups[option.group] = p.add_argument_group(option.group)
@@ -231,9 +231,12 @@ class _PaintingParser(Parser):
             taken = option.kind.take(value)  # anybody may have written it
             if taken is not None and isinstance(option.kind, Choice):
                 with contextlib.suppress(argparse.ArgumentTypeError):  # another program's word
-                    setattr(found, option.name, option.kind.parse(taken))
-                    found.given.add(option.name)
-                    continue
+                    parsed = option.kind.parse(taken)
+                    # An upscaler of a file is looked for in a folder, if there is one.
+                    if parsed in option.kind.words or found.upscaler_dir is not None:
+                        setattr(found, option.name, parsed)
+                        found.given.add(option.name)
+                        continue
                 taken = None
             if taken is None:
                 name = option.infotext or option.name

@@ -7,7 +7,7 @@ tensors which network they are of.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,22 +17,25 @@ from torch import Tensor
 
 from ldm.checkpoints.files import read_tensors
 from ldm.errors import AbsentError, MismatchError, NumericError, UsageError, escaped, nearest, shown
+from ldm.option_kinds import Upscaler
 from ldm.retouch.tiles import Grid
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = (".pth", ".pt", ".safetensors", ".ckpt", ".bin")
 # Where a trainer keeps the network among other things; the first that is there is taken: averages first.
 PARTS = ("params_ema.", "params-ema.", "params.", "model_state_dict.", "state_dict.")
 TILE, OVERLAP = 192, 8  # pixels; larger pictures are enlarged in tiles, as A1111 does
 AT_MOST = 3  # how often a picture goes through the network to reach its size
 
 
-def find_upscaler(name: str | os.PathLike, folder: str | os.PathLike | None, others: tuple[str, ...]) -> Path:
+def find_upscaler(
+    option: str, name: str | os.PathLike, folder: str | os.PathLike | None, others: Sequence[str]
+) -> Path:
     """Find the weight file that a name means: a path, or a file's name in the folder, with or without its suffix.
 
     Args:
+        option: that gave the name, which errors name.
         others: names of ways that need no file, of which the nearest is told.
 
     Raises:
@@ -47,18 +50,18 @@ def find_upscaler(name: str | os.PathLike, folder: str | os.PathLike | None, oth
             raise AbsentError(
                 f"upscaler_dir {shown(os.fspath(folder))} is no folder; give one with upscalers"
             )
-        files = sorted(one for one in Path(folder).iterdir() if one.suffix.lower() in SUFFIXES)
+        files = sorted(one for one in Path(folder).iterdir() if one.suffix.lower() in Upscaler.suffixes)
         there = {one.stem: one for one in files} | {one.name: one for one in files}
         if path.name in there:
             return there[path.name]
     near = nearest(path.name, [*others, *there])
     advice = f"; did you mean {near!r}?" if near else ""
-    if path.suffix.lower() in SUFFIXES:
+    if path.suffix.lower() in Upscaler.suffixes:
         raise AbsentError(
             f"upscaler {shown(os.fspath(name))} is not there{advice or '; give the path of its file'}"
         )
     raise UsageError(
-        f"an upscaler is one of {', '.join(others)}, a weight file or a name in upscaler_dir; "
+        f"{option}: wanted one of {', '.join(others)}, a weight file or a name in upscaler_dir; "
         f"got {shown(os.fspath(name))}{advice}"
     )
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from keyed import weight
+from esrgan import esrgan
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -11,24 +11,6 @@ from ldm.errors import AbsentError, FormatError, LdmError, MismatchError, UsageE
 from ldm.retouch.upscalers import FileUpscaler, find_upscaler
 
 NAMES = ("latent", "lanczos", "nearest")
-
-
-def esrgan(scale=2, features=3, growth=32):
-    """The state of an RRDBNet of one block, in the names that BasicSR gives."""
-    shapes = {"conv_first": (features, 3)}
-    for i in range(1, 4):
-        for j in range(1, 6):
-            out = features if j == 5 else growth
-            shapes[f"body.0.rdb{i}.conv{j}"] = (out, features + (j - 1) * growth)
-    shapes["conv_body"] = (features, features)
-    for i in range(1, scale.bit_length()):
-        shapes[f"conv_up{i}"] = (features, features)
-    shapes |= {"conv_hr": (features, features), "conv_last": (3, features)}
-    return {
-        f"{name}.{kind}": weight(f"up.{name}.{kind}", (*shape, 3, 3) if kind == "weight" else shape[:1])
-        for name, shape in shapes.items()
-        for kind in ("weight", "bias")
-    }
 
 
 def picture(width=23, height=17):
@@ -46,9 +28,9 @@ def folder(tmp_path_factory):
 
 
 def test_a_name_is_a_path_or_a_file_of_the_folder(folder):
-    assert find_upscaler(folder / "4x-Sharp.pth", None, NAMES) == folder / "4x-Sharp.pth"
+    assert find_upscaler("upscaler", folder / "4x-Sharp.pth", None, NAMES) == folder / "4x-Sharp.pth"
     for name in ("4x-Sharp", "4x-Sharp.pth", "somewhere/else/4x-Sharp.pth"):
-        assert find_upscaler(name, folder, NAMES) == folder / "4x-Sharp.pth", name
+        assert find_upscaler("upscaler", name, folder, NAMES) == folder / "4x-Sharp.pth", name
 
 
 @pytest.mark.parametrize(
@@ -64,13 +46,13 @@ def test_a_name_is_a_path_or_a_file_of_the_folder(folder):
 )
 def test_a_name_of_nothing_is_refused_with_the_nearest(folder, name, has_folder, kind, says):
     with pytest.raises(kind, match=says) as caught:
-        find_upscaler(name, folder if has_folder else None, NAMES)
+        find_upscaler("upscaler", name, folder if has_folder else None, NAMES)
     assert "\n" not in str(caught.value) and len(str(caught.value)) <= 400
 
 
 def test_a_folder_that_is_none_is_refused(folder):
     with pytest.raises(AbsentError, match="is no folder"):
-        find_upscaler("4x-Sharp", folder / "plain.safetensors", NAMES)
+        find_upscaler("upscaler", "4x-Sharp", folder / "plain.safetensors", NAMES)
 
 
 def test_without_spandrel_the_extra_is_named(folder, monkeypatch):
