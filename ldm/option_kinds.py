@@ -165,6 +165,9 @@ class Upscaler(Choice):
     def write(self, value: Any) -> str | None:
         return super().write(self.plain(value))
 
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "examples": list(self.words)}
+
 
 class Whole(Kind):
     """A whole number from low to high, both included.

@@ -205,18 +205,19 @@ def test_strength_goes_along_a_curve(sd, curve, shares):
 
 
 def test_loops_repaint_what_is_under_the_mask_alone(sd, nine):
-    around = {"mask_blur": 2, "color_match": True}
+    around = {"mask_blur": 2, "color_match": True, "inpaint_fill": "fill", "strength": 0.5}
     for one in (sd, nine):
-        got = one.inpaint(PROMPT, picture(), mask(), **HOW, **around, loops=2, inpaint_fill="fill")
-        once = one.inpaint(PROMPT, picture(), mask(), **HOW, **around, inpaint_fill="fill")
+        got = one.inpaint(PROMPT, picture(), mask(), **HOW, **around, loops=2)
+        once = one.inpaint(PROMPT, picture(), mask(), **HOW, **around)
         kept = bytes_of(masks.blur(mask(), 2, 2)) == 0
         assert (bytes_of(got[0])[kept] == bytes_of(picture())[kept]).all()
         assert got[0].tobytes() != once[0].tobytes()
     # Without colours and blur the second is inpainting of the first.
-    got = sd.inpaint(PROMPT, picture(), mask(), **HOW, loops=2, batch_size=2, num_images=2)
+    how = {"strength": 0.5, "steps": 2, "progress": False}
+    got = sd.inpaint(PROMPT, picture(), mask(), seed=3, **how, loops=2, batch_size=2, num_images=2)
     for i in range(2):
-        once = sd.inpaint(PROMPT, picture(), mask(), steps=2, seed=3 + i, progress=False)
-        twice = sd.inpaint(PROMPT, once[0], mask(), steps=2, seed=4 + i, progress=False)
+        once = sd.inpaint(PROMPT, picture(), mask(), seed=3 + i, **how)
+        twice = sd.inpaint(PROMPT, once[0], mask(), seed=4 + i, **how)
         assert np.abs(bytes_of(got[i]).astype(int) - bytes_of(twice[0])).max() <= 1  # batched
 
 
