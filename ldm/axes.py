@@ -164,11 +164,14 @@ def read_axis(where: str, given: Any) -> Axis:
     if name == "prompt_order":
         return _orders(where, given_values)
     values = tuple(_value(where, name, value) for value in given_values)
-    said = tuple(map(str, given_values)) if name == "lora" else tuple(_written(name, one) for one in values)
+    said = given_values if name == "lora" else values
     if labels is None:
         word = _word(name)
-        labels = [f"{word}: {one}" if word else one for one in said]
-    return Axis(name, values, tuple(labels), _joined(said))
+        written = map(str, said) if name == "lora" else (_written(name, one) for one in said)
+        labels = [f"{word}: {one}" if word else one for one in written]
+    # A1111's word may be another program's, too: what reads as the same again is our own.
+    own = [one if isinstance(one, str) else _written(name, one) for one in said]
+    return Axis(name, values, tuple(labels), _joined(own))
 
 
 def find_name(where: str, name: str) -> str:

@@ -64,6 +64,7 @@ READ = [
     ("prompt_order=a,b", (("a", "b"), ("b", "a")), ("a, b", "b, a")),
     ('guidance_interval="0.2,0.9",0 1', ((0.2, 0.9), (0.0, 1.0)), None),
     ("tiling=true,false", (True, False), ("Tiling: True", "Tiling: False")),
+    ("spacing=kl_optimal_open,beta_sigma", ("kl_optimal_open", "beta_sigma"), None),  # A1111 has other words
     ("seed=3,5-6", (3, 5, 6), ("Seed: 3", "Seed: 5", "Seed: 6")),
     ("Denoising=0.5", (0.5,), ("Denoising strength: 0.5",)),
     ("Var. strength=0.5", (0.5,), None),
@@ -79,7 +80,7 @@ def test_axes_are_read_as_the_web_ui_reads_them():
         assert axis.values == values, given
         assert labels is None or axis.labels == labels, given
         if not isinstance(given, tuple):  # what the metadata say reads as the same again
-            assert read_axis("x", (axis.name, axis.given)).labels == axis.labels, given
+            assert read_axis("x", (axis.name, axis.given)).values == values, given
 
 
 def test_every_option_is_an_axis(monkeypatch):
