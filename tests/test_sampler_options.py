@@ -68,6 +68,13 @@ REFUSED = [
     ({"sampler": "dpm_adaptiv"}, "did you mean dpm_adaptive"),
     ({"sampler": "euler", "spacing": "karas"}, "did you mean karras|got 'karas'"),
     ({"sampler": "dpm_fast", "steps": 0}, "steps must be a whole number from 1"),
+    ({"sampler": "euler", "spacing": "turbo", "steps": 11}, "at most 10 steps, got 11"),
+    ({"sampler": "heun", "spacing": [5.0, 1.0, 2.0, 0.0]}, "sigmas must hold two at least, each below"),
+    ({"sampler": "lms", "spacing": [5.0, 1.0, -1.0, -2.0]}, "sigmas must hold two at least, each below"),
+    ({"sampler": "lms", "spacing": [5.0, 1.0, 0.0]}, "3 steps need 4 sigmas, the end included; got 3"),
+    ({"sampler": "euler_cfg_pp", "s_noise": 0.5}, "euler_cfg_pp has no option s_noise"),
+    ({"sampler": "euler", "brownian": "torchsde"}, "euler has no option brownian"),
+    ({"sampler": "dpmpp_sde", "brownian": "own"}, "brownian must be torchsde, got 'own'|must be one of torchsde"),
 ]  # fmt: skip
 
 

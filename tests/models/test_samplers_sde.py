@@ -8,7 +8,7 @@ import torch
 from linear_gaussian import Line, LinearGaussian, Wavy, mix, normals
 
 from ldm.errors import UsageError
-from ldm.models.diffusion.samplers import SAMPLERS, Denoiser, alpha_bar_table, sample_steps
+from ldm.models.diffusion.samplers import SAMPLERS, Denoiser, alpha_bar_table, sample_steps, sampler_options
 from ldm.process.steps import dpm_solver_singlestep
 
 SHAPE = (2, 4, 5, 3)
@@ -33,17 +33,29 @@ def images(seeds):
     return noise
 
 
-def test_an_image_does_not_depend_on_its_batch_nor_on_its_place_in_it():
-    for name in ("dpmpp_sde", "dpmpp_3m_sde"):
-        options = {"steps": 3, "spacing": "karras"}
-        noise = images([7, 8])
-        x_T = noise(torch.empty(2, 4, 5, 3, dtype=torch.float64))
-        together = last(name, Wavy(), x_T, None, noise=noise, **options)
-        for row, seed in enumerate((7, 8)):
-            noise = images([seed])
-            x = noise(torch.empty(1, 4, 5, 3, dtype=torch.float64))
-            alone = last(name, Wavy(), x, None, noise=noise, **options)
-            torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-12)
+def noisy(name):
+    """Options by which a sampler draws noise, if it can at all."""
+    cls, options = SAMPLERS[name], sampler_options(SAMPLERS[name])
+    if "s_churn" in options:
+        return {"s_churn": 5.0}
+    return {"eta": 0.7} if cls.own_eta == 0 and cls.accepts_eta(0.7) else {}
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "dpm_adaptive"])
+@pytest.mark.thinned(5)
+def test_an_image_does_not_depend_on_its_batch_nor_on_its_place_in_it(name):
+    """Of all that draw noise and of all that do not, but for dpm_adaptive, whose steps are those of the batch."""
+
+    def run(*seeds):
+        noise = images(seeds)
+        x_T = noise(torch.empty(len(seeds), 2, 3, 1, dtype=torch.float64))
+        options = {"steps": 20 if name == "restart" else 4, "spacing": "karras", **noisy(name)}
+        return last(name, Wavy(), x_T, None, noise=noise, **options)
+
+    three = run(7, 8, 9)
+    assert (three[0] - three[1]).abs().max() > 1e-3
+    torch.testing.assert_close(run(8), three[1:2], rtol=0, atol=1e-12)
+    torch.testing.assert_close(run(9, 7), three[[2, 0]], rtol=0, atol=1e-12)
 
 
 def test_longer_runs_meet_the_same_noise_and_come_near():
@@ -210,6 +222,16 @@ def test_without_fresh_noise_all_are_deterministic():
         steps = 20 if name == "restart" else 4
         ends = [last(name, steps=steps, noise=images(seeds), **silent) for seeds in ([1, 2], [3, 4])]
         assert torch.equal(*ends), name
+
+
+@pytest.mark.parametrize("name", [n for n, cls in SAMPLERS.items() if "s_noise" in sampler_options(cls)])
+@pytest.mark.thinned(5)
+def test_with_noise_of_no_weight_they_are_deterministic(name):
+    """At s_noise 0, with churn where there is some; and not at 1."""
+    options = {"steps": 20 if name == "restart" else 4, **noisy(name)}
+    for s_noise in (0.0, 1.0):
+        ends = [last(name, noise=images(seeds), s_noise=s_noise, **options) for seeds in ([1, 2], [3, 4])]
+        assert torch.equal(*ends) == (s_noise == 0)
 
 
 def test_a_mask_keeps_what_is_kept_at_the_last_level_that_is_blended():
