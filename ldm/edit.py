@@ -29,6 +29,7 @@ from ldm.adapters.use import check_adapters, text_scope, told_of, unet_attachmen
 from ldm.containers import MAX_BYTES
 from ldm.errors import FormatError, MismatchError, UsageError, shown
 from ldm.generate import WithAttachments, decode, encode_image, encode_prompt
+from ldm.labels import labelled, plain
 from ldm.limits import GUIDANCE_SCALE, real, whole
 from ldm.models.diffusion.inversion import (
     Context,
@@ -406,6 +407,18 @@ class Edited:
     psnr: float
     ceiling: float
     inversion: Inversion = field(repr=False)
+
+    def sheet(self) -> Image.Image:
+        """Lay source, reconstruction, edit and the difference of these two out in a row for each edit, with labels."""
+        from PIL import ImageChops
+
+        names = ["source", f"comes back at {self.psnr:.1f} of {self.ceiling:.1f} dB", "edit", "difference"]
+        source = self.source.convert("RGB")
+        rows = [
+            [source, self.reconstruction, one, ImageChops.difference(source, one.convert("RGB"))]
+            for one in self.images
+        ]
+        return labelled([one for row in rows for one in row], plain(names), plain([""] * len(rows)))
 
     def _repr_png_(self) -> bytes | None:
         return self.images[0]._repr_png_()

@@ -24,8 +24,9 @@ from ldm.adapters.attention_control import AttentionControl
 from ldm.adapters.guidance import gaussian_blur
 from ldm.adapters.use import told_of
 from ldm.errors import UsageError, nearest, shown
-from ldm.limits import real, whole
-from ldm.models.diffusion.inversion import Context, Inversion, Network
+from ldm.limits import SEED, real, whole
+from ldm.models.diffusion.inversion import Context, Inversion, Network, Run
+from ldm.models.diffusion.inversion_base import DDIM, walk_down
 from ldm.models.diffusion.levels import Level
 from ldm.process.gaussian import q_sample
 
@@ -73,6 +74,7 @@ class Scene:
         source = self.inversion.x0 if level.left == 0 else self.source_at(level)
         if self.region is None or source is None:
             return x
+        source = source.to(x.dtype)
         return source + self.region.to(x) * (x - source)
 
 
@@ -104,7 +106,7 @@ class Controlled:
         def after(x: Tensor, level: Level) -> Tensor:
             x = network.model.change(x)
             source = scene.source_at(level)
-            return scene.keep(x if source is None else torch.cat([source, x[1:]]), level)
+            return scene.keep(x if source is None else torch.cat([source.to(x.dtype), x[1:]]), level)
 
         context = scene.context(prompts)
         return scene.inversion.sample(context, scene.start_step, network=network, after=after)[1:]
@@ -138,8 +140,10 @@ class DiffEdit:
         inversion = scene.inversion
         steps = len(inversion)
         level = inversion.levels[steps - max(1, round(self.strength * steps))]
-        noise = torch.randn(self.draws, *inversion.x0.shape[1:], generator=torch.Generator().manual_seed(0))
-        x = q_sample(inversion.x0, noise.to(inversion.x0), alpha_bar=level.alpha_bar)
+        noise = torch.randn(
+            self.draws, *scene.inversion.x0.shape[1:], generator=torch.Generator().manual_seed(0)
+        )
+        x = q_sample(scene.inversion.x0, noise.to(scene.inversion.x0), alpha_bar=level.alpha_bar)
         network = scene.network()
         answers = [network(x, level, scene.context([prompt] * self.draws)) for prompt in (edit, scene.source)]
         difference = (answers[0] - answers[1]).abs().mean(dim=(0, 1))  # (h, w)
@@ -155,6 +159,75 @@ class DiffEdit:
         return torch.cat(rows)
 
 
+@dataclass(frozen=True)
+class AddNoise:
+    """Add fresh noise to the picture and sample: img2img, or SDEdit (arXiv:2108.01073) where it is a sketch of strokes.
+
+    Nothing of the inversion is used; it stands here to be compared.
+
+    Args:
+        seed: of the noise, drawn on the CPU.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole("seed", self.seed, *SEED)
+
+    @torch.no_grad()
+    def __call__(self, scene: Scene) -> Tensor:
+        inversion = scene.inversion
+        noise = torch.randn(scene.inversion.x0.shape, generator=torch.Generator().manual_seed(self.seed))
+        x = q_sample(
+            scene.inversion.x0,
+            noise.to(scene.inversion.x0),
+            alpha_bar=inversion.levels[scene.start_step].alpha_bar,
+        )
+        x = x.expand(len(scene.edits), *x.shape[1:])
+        run = Run(scene.network(), scene.context(scene.edits), inversion.levels, x.dtype)
+        return walk_down(run, DDIM(), x, scene.start_step, after=scene.keep)
+
+
+@dataclass(frozen=True)
+class DDS:
+    """Delta denoising score (arXiv:2304.07090): move the latents by what the two prompts' predictions differ in.
+
+    No noise is inverted; start_step has no say.
+
+    Args:
+        iterations: how many moves, each at a level drawn at random.
+        rate: of a move; the authors' program has 0.1 * 2000 / (64 * 64) for latents of 64 x 64.
+        seed: of levels and noise, drawn on the CPU.
+    """
+
+    iterations: int = 200
+    rate: float = 0.1 * 2000 / (64 * 64)
+    seed: int = 0
+
+    LEVELS = (0.05, 0.95)  # of a model's, between which they are drawn
+
+    def __post_init__(self) -> None:
+        whole("iterations", self.iterations, 1, 100_000)
+        real("rate", self.rate, 0, 10)
+        whole("seed", self.seed, *SEED)
+
+    @torch.no_grad()
+    def __call__(self, scene: Scene) -> Tensor:
+        x0 = scene.inversion.x0.expand(len(scene.edits), *scene.inversion.x0.shape[1:])
+        wanted, shown_now = scene.context(scene.edits), scene.context([scene.source] * len(scene.edits))
+        network, drawing = scene.network(), torch.Generator().manual_seed(self.seed)
+        table = scene.model.alphas_cumprod.double().cpu()
+        low, high = (int(share * len(table)) for share in self.LEVELS)
+        z = x0
+        for i in range(self.iterations):
+            t = int(torch.randint(low, high, (), generator=drawing))
+            level = Level(t, table[t], self.iterations - i, self.iterations)
+            noise = torch.randn(x0.shape, generator=drawing).to(x0)
+            noised = [q_sample(one, noise, alpha_bar=level.alpha_bar) for one in (z, x0)]
+            z = z - self.rate * (network(noised[0], level, wanted) - network(noised[1], level, shown_now))
+        return scene.keep(z, scene.inversion.levels[-1])
+
+
 Editor = Callable[[Scene], Tensor]
 EDITORS: dict[str, Callable[[], Editor]] = {
     "swap": lambda: swap,
@@ -162,8 +235,17 @@ EDITORS: dict[str, Callable[[], Editor]] = {
     "mutual_self_attention": lambda: Controlled(MutualSelfAttention()),
     "plug_and_play": lambda: Controlled(PlugAndPlay()),
     "diffedit": DiffEdit,
+    "dds": DDS,
+    "add_noise": AddNoise,
 }
-OTHER_NAMES = {"p2p": "prompt_to_prompt", "masactrl": "mutual_self_attention", "pnp": "plug_and_play"}
+OTHER_NAMES = {
+    "p2p": "prompt_to_prompt",
+    "masactrl": "mutual_self_attention",
+    "pnp": "plug_and_play",
+    "delta_denoising_score": "dds",
+    "img2img": "add_noise",
+    "sdedit": "add_noise",
+}
 
 
 def resolve_editor(given: str | AttentionControl | Editor) -> Editor:

@@ -1,6 +1,7 @@
 """Ways to edit an inverted picture (ldm.editing): what each keeps and changes, masks in pixels, and refusals."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from ldm.adapters import LocalBlend, PromptToPrompt
 from ldm.adapters.attention_control import AttentionControl
 from ldm.edit import scene_of
 from ldm.errors import UsageError
+from ldm.models.diffusion.levels import Level
+from ldm.models.diffusion.samplers import sample_steps
 from ldm.pipeline import StableDiffusion
 
 SOURCE, EDIT, OTHER = "a red circle", "a blue circle", "a blue square"
@@ -52,7 +55,7 @@ def test_what_is_controlled_differs_from_a_swap_and_edits_do_not_depend_on_each_
     got = editor(scene)
     assert got.shape == (2, *scene.inversion.x0.shape[1:])
     assert not near(got, editing.swap(scene), 1e-3)
-    one = editor(editing.replace(scene, edits=[OTHER]))
+    one = editor(replace(scene, edits=[OTHER]))
     assert near(one[0], got[1], 1e-4)
 
 
@@ -83,10 +86,10 @@ def test_outside_a_region_nothing_is_changed_and_in_all_of_it_everything(scene):
     shape = scene.inversion.x0.shape
     nowhere, everywhere = (torch.full((1, 1, *shape[2:]), value) for value in (0.0, 1.0))
     for name in editing.EDITORS:
-        editor = editing.resolve_editor(name)
-        got = editor(editing.replace(scene, region=nowhere))
+        editor = editing.DDS(2) if name == "dds" else editing.resolve_editor(name)
+        got = editor(replace(scene, region=nowhere))
         assert torch.equal(got, scene.inversion.x0.expand_as(got)), name
-    assert near(editing.swap(editing.replace(scene, region=everywhere)), editing.swap(scene), 1e-4)
+    assert near(editing.swap(replace(scene, region=everywhere)), editing.swap(scene), 1e-4)
 
 
 def test_diffedit_finds_the_cells_where_two_prompts_disagree(scene):
@@ -94,13 +97,58 @@ def test_diffedit_finds_the_cells_where_two_prompts_disagree(scene):
     assert not diffedit.region(scene, SOURCE).any()  # of equal prompts none
     region = diffedit.region(scene, OTHER)
     assert 0 < region.mean() < 1 and region.shape[2:] == scene.inversion.x0.shape[2:]
-    assert diffedit.region(editing.replace(scene), OTHER).equal(region)  # drawn the same each time
+    assert diffedit.region(replace(scene), OTHER).equal(region)  # drawn the same each time
     wider = editing.DiffEdit(draws=3, threshold=0.2).region(scene, OTHER)
     assert (wider >= region).all() and wider.sum() > region.sum()
     got = diffedit(scene)
     for row, edit in enumerate(scene.edits):
         kept = (diffedit.region(scene, edit) == 0).expand_as(got[row : row + 1])
         assert torch.equal(got[row : row + 1][kept], scene.inversion.x0[kept])
+
+
+def test_delta_denoising_moves_by_what_two_prompts_differ_in(scene):
+    dds = editing.DDS(iterations=3, rate=0.1)
+    same = dds(replace(scene, edits=[SOURCE]))
+    assert torch.equal(same, scene.inversion.x0)  # of its own prompt the picture is not moved
+    got = dds(scene)
+    assert got.shape == (2, *same.shape[1:]) and not near(got[0], got[1], 1e-3)
+    # One move by hand, at the level and with the noise that the seed draws.
+    drawing = torch.Generator().manual_seed(0)
+    t = int(torch.randint(50, 950, (), generator=drawing))
+    noise = torch.randn((1, *same.shape[1:]), generator=drawing)
+    level = Level(t, scene.model.alphas_cumprod.double()[t], 1, 1)
+    x = level.alpha_bar.sqrt() * scene.inversion.x0 + (1 - level.alpha_bar).sqrt() * noise
+    network, x = scene.network(), x.float()
+    eps = [network(x, level, scene.context([prompt])) for prompt in (OTHER, SOURCE)]
+    want = scene.inversion.x0 - 0.1 * (eps[0] - eps[1])
+    assert near(editing.DDS(iterations=1, rate=0.1)(replace(scene, edits=[OTHER])), want)
+
+
+@torch.no_grad()
+def test_added_noise_is_img2img_over_the_same_levels(scene):
+    got = editing.AddNoise(seed=4)(replace(scene, start_step=1))
+    level, x0 = scene.inversion.levels[1], scene.inversion.x0
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(4))
+    *_, last = sample_steps(
+        "ddim",
+        scene.model,
+        (level.alpha_bar.sqrt() * x0 + (1 - level.alpha_bar).sqrt() * noise).float(),
+        scene.context([EDIT]).conditioning,
+        steps=3,
+        run_last=2,
+        guidance_scale=3.0,
+        unconditional_conditioning=scene.context([EDIT]).unconditional,
+    )
+    assert near(got[:1], last.x_t, 1e-4)
+
+
+def test_a_contact_sheet_says_how_well_the_picture_comes_back(sd, picture):
+    done = sd.edit(picture, SOURCE, [EDIT, OTHER], **HOW)
+    sheet = done.sheet()
+    assert sheet.size[0] == 4 * 72 and sheet.size[1] > 2 * 64
+    last = np.asarray(sheet)[-64:, -72:]
+    want = np.abs(np.asarray(done.images[1], int) - np.asarray(done.source, int))
+    assert np.array_equal(last, want)
 
 
 def test_a_mask_in_pixels_keeps_every_pixel_outside_and_fades_over_its_feather(sd, picture):
@@ -121,7 +169,8 @@ def test_a_mask_in_pixels_keeps_every_pixel_outside_and_fades_over_its_feather(s
     ("given", "kind"),
     [
         ("swap", "swap"), ("Prompt to Prompt", "Controlled"), ("p2p", "Controlled"), ("masactrl", "Controlled"),
-        ("plug-and-play", "Controlled"), ("pnp", "Controlled"), ("DiffEdit", "DiffEdit"),
+        ("plug-and-play", "Controlled"), ("pnp", "Controlled"), ("DiffEdit", "DiffEdit"), ("SDEdit", "AddNoise"),
+        ("img2img", "AddNoise"), ("delta denoising score", "DDS"),
         (PromptToPrompt(), "Controlled"), (editing.DiffEdit(draws=2), "DiffEdit"),
     ],
 )  # fmt: skip
@@ -163,10 +212,17 @@ def test_what_is_refused_before_the_network_is_asked(sd, picture, options, messa
     assert len(str(caught.value)) <= 400 and caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("options", [{"strength": 0}, {"strength": 2}, {"draws": 0}, {"threshold": -0.1}])
-def test_what_diffedit_does_not_take(options):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (editing.DiffEdit, {"strength": 0}), (editing.DiffEdit, {"strength": 2}), (editing.DiffEdit, {"draws": 0}),
+        (editing.DiffEdit, {"threshold": -0.1}), (editing.DDS, {"iterations": 0}), (editing.DDS, {"rate": "fast"}),
+        (editing.DDS, {"seed": -1}), (editing.AddNoise, {"seed": 1.5}),
+    ],
+)  # fmt: skip
+def test_what_ways_do_not_take(kind, options):
     with pytest.raises(UsageError, match=next(iter(options))):
-        editing.DiffEdit(**options)
+        kind(**options)
 
 
 def test_pictures_of_every_kind_are_read(sd, tmp_path):
@@ -178,3 +234,16 @@ def test_pictures_of_every_kind_are_read(sd, tmp_path):
     image.save(path, exif=exif)
     done = sd.edit(path, SOURCE, EDIT, **HOW | {"steps": 1})
     assert done.images[0].size == (64, 72) and done.source.mode == "RGB"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["belm", "edict", "edit_friendly", "negative_prompt"])
+def test_every_kind_of_inversion_is_edited(sd, picture, method):
+    """Those whose states are more than one sample, in a finer dtype, with noise of their own, or without guidance."""
+    for editor in ("swap", "p2p", "diffedit", "add_noise"):
+        done = sd.edit(picture, SOURCE, EDIT, method=method, editor=editor, **HOW | {"steps": 2})
+        assert np.asarray(done.images[0]).std() > 1, editor
+    mask = torch.zeros(1, 1, 64, 72)
+    mask[..., 24:] = 1
+    done = sd.edit(picture, SOURCE, EDIT, method=method, mask=mask, editor="p2p", **HOW | {"steps": 2})
+    assert np.array_equal(np.asarray(done.images[0])[:, :24], np.asarray(done.source)[:, :24])
