@@ -184,7 +184,7 @@ def encode_picture(
     """
     if isinstance(image, bytes | bytearray):
         image = load_image(image)
-    pixels, unit, _, _ = read_pictures(image, None, (None, None), downsampling(sd.model))
+    pixels, unit, _ = read_pictures(image, None, (None, None), downsampling(sd.model))
     if pixels is None:
         raise UsageError("image must be a picture to invert, got None")
     with vae_scope(sd.model, adapters):
@@ -500,7 +500,7 @@ def edit_picture(
     edits = list_texts("edit_prompt", edit_prompt)
     controls = [way.control] if isinstance(way, editing.Controlled) else []
     told_of(sd.model, [*sd.adapters, *adapters, *controls], [image_prompt, *edits], [0] * (1 + len(edits)))
-    _, unit, marks, _ = read_pictures(
+    _, unit, marks = read_pictures(
         load_image(image) if isinstance(image, bytes | bytearray) else image,
         mask,
         (None, None),
