@@ -84,8 +84,8 @@ def ipndm_v_weights(sigmas: Sequence[float], sigma_to: float) -> np.ndarray:
     """Weigh one to four slopes for a step over uneven sigmas: "ipndm_v" of zju-pi/diff-sampler and ComfyUI.
 
     Orders 1 and 2 are Adams-Bashforth's, and so is 3 over even steps. The weights of order 4 do not add up to the step
-    over uneven ones (a gap stands where an older one belongs), so that a run converges with first order. Kept, for it
-    is what the name means elsewhere; the exact weights are `multistep_weights`, which is k-diffusion's LMS.
+    over uneven ones (a gap stands where an older one belongs), so that a run converges with second order at best. Kept,
+    for it is what the name means elsewhere; the exact weights are `multistep_weights`, which is k-diffusion's LMS.
     """
     h, *gaps = -np.diff([sigma_to, *sigmas])
     differences = np.zeros((4, 4))  # of the slopes, times powers of the last gap, as weights of them
