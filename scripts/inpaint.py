@@ -41,13 +41,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mask", help="its mask: white is repainted, black is kept")
     parser.add_argument("--indir", help="a folder with x.png and x_mask.png; results keep the names")
     args = parser.parse_args(argv)
-    if (args.indir is None) == (args.init_img is None) or (args.init_img is None) != (args.mask is None):
-        raise UsageError("give --init-img and --mask, or --indir; see inpaint.py --help")
+    is_pair = (
+        args.mask is not None or args.outpaint is not None
+    )  # a canvas that grows is masked where it is new
+    if (args.indir is None) == (args.init_img is None) or (args.init_img is not None) != is_pair:
+        raise UsageError(
+            "give --init-img and --mask, or --indir; --outpaint needs no mask; see inpaint.py --help"
+        )
     if args.prompt is None and args.from_file is None:
         args.prompt = ""  # as CompVis's, which knows no prompts: fill in what fits
 
     pairs = pairs_in(args.indir) if args.indir is not None else [(args.init_img, args.mask)]
-    sources = [{"image": image, "mask": mask} for image, mask in pairs]
+    sources = [{"image": image} | ({} if mask is None else {"mask": mask}) for image, mask in pairs]
     if args.indir is None:
         paint(args, *sources)
         return

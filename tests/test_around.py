@@ -2,6 +2,7 @@
 
 import math
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from esrgan import esrgan
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tiny import tiny_model
 
 import ldm
@@ -274,8 +276,8 @@ def test_pictures_say_it_in_a1111s_words_and_repeat_it(sd, tmp_path):
     assert {name: read[name] for name in given} == given and "extra" not in read
     path = out.save(tmp_path)[0]
     parser = painting_parser("inpaint.py", "x", outdir="o", scale=7.5, strength=1.0)
-    args = parser.parse_args(["--like", str(path), "--loops", "1"])
-    assert {name: getattr(args, name) for name in given} == {**given, "loops": 1}
+    args = parser.parse_args(["--like", str(path), "--mask_blur", "1"])
+    assert {name: getattr(args, name) for name in given} == {**given, "mask_blur": 1}
     assert ldm.read_metadata(path)["outpaint"] is None
     tiled = sd.upscale(picture(64, 72), PROMPT, 1, overlap=8, tile=64, **HOW)
     assert "SD upscale factor: 1.0, SD upscale overlap: 8, SD upscale upscaler: Lanczos" in tiled.infotexts[0]
@@ -365,6 +367,52 @@ def test_like_wants_a_folder_for_a_files_name(sd, tmp_path, capsys):
     assert "its SD upscale upscaler '2x-Sharp' is not known here; left as it is" in capsys.readouterr().out
     args = parser.parse_args(["--like", str(tmp_path / "a.png"), "--upscaler_dir", str(tmp_path)])
     assert args.upscaler == "2x-Sharp"
+
+
+def test_like_leaves_out_what_is_said_of_nothing(tmp_path, capsys):
+    """A1111's loopback writes a final strength and no number of loops, its SD upscale an overlap and no factor."""
+    text = (
+        "a\nSteps: 2, Seed: 3, Denoising curve: Lazy, Final denoising strength: 0.5, SD upscale overlap: 32"
+    )
+    info = PngInfo()
+    info.add_text("parameters", f"{text}, Mask blur: 4, Inpaint area: Only masked, Masked area padding: 16")
+    picture().save(tmp_path / "a.png", pnginfo=info)
+    parser = painting_parser("inpaint.py", "x", outdir="o", scale=7.5, strength=1.0)
+    args = parser.parse_args(["--like", str(tmp_path / "a.png")])
+    assert (args.loop_strength, args.loop_curve, args.upscale_overlap) == (None, "linear", 64)
+    assert (args.mask_blur, args.inpaint_full_res, args.inpaint_full_res_padding) == (4, True, 16)
+    said = capsys.readouterr().out
+    assert said.count("which is not asked for; left out") == 3
+    assert "its Denoising curve is of loops, which is not asked for" in said
+    args = parser.parse_args(["--like", str(tmp_path / "a.png"), "--loops", "3"])
+    assert (args.loop_strength, args.loop_curve) == (0.5, "lazy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "words", "size"),
+    [
+        ("img2img", ("--outpaint", "8,0,0,8"), (72 + 8, 64 + 8)),
+        ("inpaint", ("--outpaint", "8,0,0,8", "--mask_blur", "2"), (72 + 8, 64 + 8)),
+        ("img2img", ("--upscale_by", "1.5", "--upscale_overlap", "8", "--W", "64", "--H", "64"), (104, 96)),
+    ],
+)
+def test_scripts_paint_it(tmp_path, script, words, size):
+    picture().save(tmp_path / "a.png")
+    main = runpy.run_path(f"scripts/{script}.py")["main"]
+    common = (
+        "--prompt",
+        "a",
+        "--strength",
+        "0",
+        "--steps",
+        "2",
+        "--skip_grid",
+        "--outdir",
+        str(tmp_path / "o"),
+    )
+    main(["--init-img", str(tmp_path / "a.png"), *words, *common])
+    assert Image.open(tmp_path / "o" / "samples" / "00000.png").size == size
 
 
 @pytest.mark.slow

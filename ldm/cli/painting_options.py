@@ -244,6 +244,7 @@ class _PaintingParser(Parser):
                 continue
             setattr(found, option.name, taken)
             found.given.add(option.name)
+        self._leave_alone(found, given)
         found.like_adapters = told_adapters(parameters)
         place = parameters.get("batch_index")
         if parameters.get("rng") in SHARED_RNGS and isinstance(place, int) and place > 0:
@@ -251,3 +252,20 @@ class _PaintingParser(Parser):
                 f"{found.like}: was number {place + 1} of its batch, and depends on that place; "
                 "what is painted here is the first"
             )
+
+    def _leave_alone(self, found: argparse.Namespace, given: set[str]) -> None:
+        """Leave out what a picture says of loops or tiles that are not asked for: A1111 writes no number of loops.
+
+        Args:
+            given: by the command line, which is refused where that is so.
+        """
+        for option in options.options():
+            if option.group not in (options.START, options.MASK) or not option.beside or option.name in given:
+                continue
+            is_said = option.name in found.given and getattr(found, option.name) != option.default
+            if is_said and all(
+                getattr(found, name) == options.option(name).default for name in option.beside
+            ):
+                setattr(found, option.name, option.default)
+                of = f"its {option.infotext} is of {option.beside[0]}, which is not asked for"
+                say(printable(f"{found.like}: {of}; left out"))
