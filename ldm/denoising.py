@@ -15,7 +15,7 @@ from ldm.adapters.use import begun
 from ldm.devices import dtype_name
 from ldm.errors import NumericError
 from ldm.models.diffusion.conditions import context_of
-from ldm.models.diffusion.samplers import Step, sample_steps
+from ldm.models.diffusion.samplers import Step, sample_steps, steps_as_diffusers
 from ldm.models.introspect import dtype_of
 from ldm.modules.seams import GuidanceTerm, Scope, StepInfo
 
@@ -36,6 +36,7 @@ def denoise(
     cache_depth: int = 1,
     merge_ratio: float = 0.0,
     merge_seed: int | None = None,
+    arithmetic: str = "own",
     **options: Any,
 ) -> Iterator[Step]:
     """Step from noise to clean latents, one Step at a time; latents stay float32 whatever the UNet computes in.
@@ -45,6 +46,7 @@ def denoise(
         adapters: what is attached to the UNet at each of its calls (ldm.modules.seams.Attachment), of ldm.adapters.
         cache_interval, cache_depth: see ldm.adapters.deepcache.DeepCache; 1 = everything at every level.
         merge_ratio, merge_seed: see ldm.adapters.tome.TokenMerging; 0 = every token.
+        arithmetic: "own", or "diffusers" for steps_as_diffusers of ldm.models.diffusion.samplers.
         options: those of ldm.models.diffusion.samplers.sample_steps.
 
     Raises:
@@ -54,7 +56,8 @@ def denoise(
     total = steps if options.get("run_last") is None else options["run_last"]
     unconditional = options.get("unconditional_conditioning")
     seen = WithAttachments(model, autocast, attachments, total, len(x_T), unconditional)
-    for step in sample_steps(sampler, seen, x_T, conditioning, steps=steps, behind=seen.change, **options):
+    run = steps_as_diffusers if arithmetic == "diffusers" else sample_steps
+    for step in run(sampler, seen, x_T, conditioning, steps=steps, behind=seen.change, **options):
         seen.step = StepInfo(step.index + 1, step.total)
         # On a GPU a check waits for the work that is queued, so only the first and last step are looked at.
         on_show = step.index in (0, step.total - 1) or step.x_t.device.type == "cpu"

@@ -123,6 +123,8 @@ def encode_source(
     Args:
         shared, key: where its latents are kept from one batch to the next, and under which name.
     """
+    if request.arithmetic == "diffusers":  # which has pictures so in memory, and convolutions run by that
+        image = image.clone(memory_format=torch.channels_last)
     with vae_scope(model, request.attachments):
         if request.rng != "compvis":
             return encode_image(model, image, b, noise)
@@ -170,7 +172,7 @@ def masked_picture(
         z = encode_source(model, request, seen, b, noise, shared, "masked")
     else:
         z = encode_each(model, request, seen, noise)
-    return torch.cat([pictures.shrink_mask(mask, f, any_pixel=False).to(z).expand(b, -1, -1, -1), z], dim=1)
+    return torch.cat([pictures.shrink_mask(mask, f, "nearest").to(z).expand(b, -1, -1, -1), z], dim=1)
 
 
 def beside(concat: Tensor, context: Any) -> Any:
@@ -180,11 +182,15 @@ def beside(concat: Tensor, context: Any) -> Any:
     return None if context is None else {"c_concat": [concat], "c_crossattn": [context]}
 
 
-def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
+def decode(model: LatentDiffusion, latents: Tensor, at_once: bool = False) -> Tensor:
     """Turn latents (b, c, h, w), scaled units, on any device, into pictures (b, 3, f h, f w), float32, about [-1, 1].
 
     One picture at a time: memory stays that of one, and a picture does not depend on its neighbours. A
     decoder in half precision that overflows is put into float32 and stays there.
+
+    Args:
+        at_once: the whole batch in one, its latents divided by the scale and not multiplied by its reciprocal: digit
+            by digit as diffusers does.
 
     Raises:
         NumericError: pictures that are not finite in float32 either.
@@ -193,7 +199,11 @@ def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
     def one_by_one() -> Tensor:
         return torch.cat([model.decode_first_stage(z[None].float().to(model.device)) for z in latents])
 
-    return _in_finite_precision(model, "the VAE's decoder", one_by_one)
+    def whole() -> Tensor:
+        z = latents.float().to(model.device) / model.scale_factor
+        return model.first_stage_model.decode(z.to(dtype_of(model.first_stage_model))).float()
+
+    return _in_finite_precision(model, "the VAE's decoder", whole if at_once else one_by_one)
 
 
 def _in_finite_precision(model: LatentDiffusion, stage: str, work: Callable[[], Tensor]) -> Tensor:
@@ -229,11 +239,11 @@ def picture_of(
         unit = start.original.repeat(b, 1, 1, 1)
         return unit, pictures.unit_to_uint8(unit)
     with vae_scope(model, request.attachments):
-        x = decode(model, latents)
+        x = decode(model, latents, at_once=request.arithmetic == "diffusers")
     unit, pixels = pictures.to_unit(x).cpu(), pictures.to_uint8(x, request.rounding)
     if start.frame is not None:
         return start.frame.lay(unit, pixels)
-    if start.mask is None:
+    if start.mask is None or start.kept == "latents":
         return unit, pixels
     is_painted = start.mask[0, 0, :, :, None].numpy() >= 0.5
     kept = pictures.unit_to_uint8(start.original)  # whose bytes are exact

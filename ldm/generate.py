@@ -32,6 +32,7 @@ from ldm.encoding import (
 from ldm.finishing import finish_batch
 from ldm.helpers import living_in
 from ldm.hires import LATENT, enlarge_latents, enlarge_pictures, middle
+from ldm.models.diffusion.samplers.masks import kept_at_last
 from ldm.models.introspect import downsampling, is_inpainting
 from ldm.noise import (
     CompVisNoise,  # noqa: F401 (this and the next three are imported from here by other people's code)
@@ -107,9 +108,8 @@ def paint_batch(
                 latents = step.x_t
                 done = before + step.index + 1
                 yield progress(done, before + step.total + to_come, x_t=latents, pred_x0=step.pred_x0)
-            # The samplers' last step does not blend again.
             if "mask" in keywords:
-                latents = pictures.paste(keywords["x0"], latents, keywords["mask"])
+                latents = kept_at_last(one.start.mask_rule, keywords["mask"], keywords["x0"], latents)
         if request.tiles is not None:
             tiles.append(picture_of(model, request, one.start, latents, len(batch))[1])
     result = finish_batch(model, request, batch, latents, tiles, dropped, name, file, autocast)
@@ -160,7 +160,9 @@ def begin_pass(
 
     # Where to start: pure noise, or a picture noised to the level of its strength.
     start, z, images = one.start, None, one.start.image
-    if start.kind == "picture":
+    is_whole = start.mask is not None and start.strength == 1
+    is_early = request.rng == "diffusers"  # x_T is drawn before the masked picture's noise
+    if start.kind == "picture" and not (is_early and is_whole and is_inpainting(model)):
         z = encode_source(model, request, images, b, encoder_noise, shared, "picture")
         z = in_cells(z, one, f)
     elif start.kind == "before" and start.upscaler in LATENT:
@@ -168,19 +170,26 @@ def begin_pass(
     elif start.kind == "before":
         images = pictures_before(model, request, place, before, b)
         z = encode_each(model, request, images, encoder_noise)
+    if request.arithmetic == "diffusers" and start.mask is not None and z is not None:
+        z = z.contiguous()  # their layout in memory, by which convolutions run
+    x_T = starting_noise(model, request, one, b, noise, shared) if is_early else None
     if is_inpainting(model):
         concat = masked_picture(model, request, one, images, b, encoder_noise, shared)
         context, unconditional = (beside(concat, condition) for condition in (context, unconditional))
-    x_T = starting_noise(model, request, one, b, noise, shared)
-    if start.mask is not None:
-        cells = pictures.shrink_mask(start.mask, f, any_pixel=True).to(z)
+    x_T = starting_noise(model, request, one, b, noise, shared) if x_T is None else x_T
+    if start.mask is not None and z is not None:
+        cells = pictures.shrink_mask(start.mask, f, start.mask_cells).to(z)
         if start.inpaint_fill in FILLED_LATENTS:
             z = pictures.paste(x_T if start.inpaint_fill == NOISE else torch.zeros_like(z), z, cells)
         if not is_inpainting(model):
             # CompVis's samplers mean the opposite of a user's mask: 1 keeps x0.
-            keywords |= {"mask": (1.0 - cells).expand(b, -1, -1, -1), "x0": z}
+            mask = (1.0 - cells).expand(b, -1, -1, -1)
+            keywords |= {"mask": mask, "x0": z, "mask_rule": start.mask_rule}
+            if is_early:  # diffusers encodes a masked picture that a 4-channel model does not see
+                encoder_noise(torch.empty(1, *z.shape[1:]))
     if z is not None:
-        keywords |= {"run_last": start.run_last, "start_from": z}  # (b, c, h, w)
+        is_forgotten = request.arithmetic == "diffusers" and is_whole  # theirs begins with noise alone
+        keywords |= {"run_last": start.run_last, "start_from": None if is_forgotten else z}  # (b, c, h, w)
     return keywords | {
         "x_T": x_T,
         "conditioning": context,

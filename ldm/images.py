@@ -176,16 +176,24 @@ def to_mask(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
     return (mask >= 0.5).float()[None, None]  # (1, 1, height, width)
 
 
-def shrink_mask(mask: Tensor, f: int, *, any_pixel: bool) -> Tensor:
-    """Bring a (b, 1, height, width) mask to latent cells, f pixels a side.
+def shrink_mask(mask: Tensor, f: int, how: str) -> Tensor:
+    """Bring a (b, 1, height, width) mask of 0 and 1 to latent cells, f pixels a side.
 
     Args:
-        any_pixel: True marks a cell if any of its pixels is marked, so that a thin line is not lost; False
-            takes the nearest pixel, which is what the 9-channel models were trained with.
+        how: "any" marks a cell if any of its pixels is marked, so that a thin line is not lost. "nearest" takes the
+            nearest pixel, which is what the 9-channel models were trained with, and diffusers. "bilinear" gives
+            shares, as ComfyUI; "bicubic" means over the cell, rounded, as A1111 by Pillow.
     """
-    if any_pixel:
+    size = (mask.shape[2] // f, mask.shape[3] // f)
+    if how == "any":
         return F.max_pool2d(mask, f)
-    return F.interpolate(mask, size=(mask.shape[2] // f, mask.shape[3] // f))
+    if how == "bicubic":
+        from PIL import Image
+
+        levels = (255 * mask[:, 0]).round().to(torch.uint8).numpy()
+        cells = [Image.fromarray(one).resize(size[::-1], Image.Resampling.BICUBIC) for one in levels]
+        return torch.from_numpy(np.stack(cells).astype(np.float32) / 255)[:, None].round()
+    return F.interpolate(mask, size=size, mode=how)
 
 
 def fit_size(image: Image.Image, multiple: int, size: tuple[int, int] | None = None) -> Image.Image:

@@ -40,6 +40,10 @@ SHARED_RNGS = (
     "compvis",
     *CALL_RNGS,
 )  # with these a picture depends on its place among others, and all have one seed
+ARITHMETICS = ("own", "diffusers")  # of steps, see samplers.as_diffusers
+MASK_RULES = ("compvis", "diffusers", "a1111", "comfyui")  # see samplers.masks
+MASK_CELLS = ("any", "nearest", "bilinear", "bicubic")  # see images.shrink_mask
+KEPT = ("pixels", "latents")  # what comes back of the part that a mask keeps
 ROUNDINGS = ("truncate", "truncate_127.5", "round")  # of pictures to bytes, see images.unit_to_uint8
 
 

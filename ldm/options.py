@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,6 +214,12 @@ _EMPHASES = {
     "comfyui": "ComfyUI",
 }
 
+
+def _one_of(names: Sequence[str]) -> Choice:
+    """Make the kind of an option with words of ours alone."""
+    return Choice(dict(zip(names, names, strict=True)))
+
+
 # Ours -> A1111's, and others' in the same place.
 RNG_WORDS = {
     "image": "CPU",
@@ -222,7 +228,6 @@ RNG_WORDS = {
     "diffusers": "Diffusers",
     "comfyui": "ComfyUI",
 }
-ROUNDINGS = dict(zip(limits.ROUNDINGS, limits.ROUNDINGS, strict=True))
 SYNTAX, PRESET = "prompt_syntax", "preset"
 
 # How a picture comes to the size that is painted, what is under a mask, and how strength moves over loops.
@@ -256,7 +261,7 @@ TABLE: tuple[Option | Fact, ...] = (
         flags=("--negative_prompt", "--negative-prompt"), also=("negative", "n_prompt"),
     ),
     Option(
-        PRESET, None, Choice(dict(zip(PRESETS, PRESETS, strict=True))),
+        PRESET, None, _one_of(tuple(PRESETS)),
         "paint as this program does, in all that is left open: noise, levels, steps, guidance, masks, rounding "
         "(docs/presets.md)",
         more="what is given goes before it.",
@@ -827,10 +832,36 @@ TABLE: tuple[Option | Fact, ...] = (
         section="draw", flags=("--rng",), infotext="RNG", always=True, metavar="{" + ",".join(RNG_WORDS) + "}",
     ),
     Option(
-        "rounding", "truncate", Choice(ROUNDINGS),
+        "rounding", "truncate", _one_of(limits.ROUNDINGS),
         "how a picture becomes bytes: truncate 255 x (CompVis, web UIs), truncate_127.5 (ControlNet's 127.5 x + "
         "127.5), round (diffusers)",
-        section="output", flags=("--rounding",), infotext="Rounding", metavar="{" + ",".join(ROUNDINGS) + "}",
+        section="output", flags=("--rounding",), infotext="Rounding", metavar="{" + ",".join(limits.ROUNDINGS) + "}",
+    ),
+    Option(
+        "arithmetic", "own", _one_of(limits.ARITHMETICS),
+        "in whose tables and order of operations steps are computed: our own float64 factors, or digit by digit as "
+        "diffusers does (ddim, plms, euler, euler_a, dpmpp_2m)",
+        section="sampling", flags=("--arithmetic",), infotext="Arithmetic",
+        metavar="{" + ",".join(limits.ARITHMETICS) + "}",
+    ),
+    Option(
+        "mask_rule", "compvis", _one_of(limits.MASK_RULES),
+        "how each step keeps what the mask keeps: noised afresh (compvis), by the starting noise (diffusers), in the "
+        "predicted clean sample (a1111), in both (comfyui)",
+        section="start", flags=("--mask_rule", "--mask-rule"), infotext="Mask rule",
+        metavar="{" + ",".join(limits.MASK_RULES) + "}",
+    ),
+    Option(
+        "mask_cells", "any", _one_of(limits.MASK_CELLS),
+        "which latent cells a mask repaints: those with any marked pixel, the nearest pixel's, or bilinear and bicubic "
+        "means, the second rounded",
+        section="start", flags=("--mask_cells", "--mask-cells"), infotext="Mask cells",
+        metavar="{" + ",".join(limits.MASK_CELLS) + "}",
+    ),
+    Option(
+        "kept", "pixels", _one_of(limits.KEPT),
+        "what comes back unchanged where the mask keeps: the picture's pixels, byte for byte, or only its latents",
+        section="start", flags=("--kept",), infotext="Kept", metavar="{" + ",".join(limits.KEPT) + "}",
     ),
     Option(
         "output_type", "pil", Choice(dict.fromkeys(("pil", "np", "pt", "latent"), "")),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ldm.adapters.as_diffusers import AsDiffusers
 from ldm.adapters.use import adapters_of
 from ldm.limits import MAX_SEED
 from ldm.models.diffusion.conditions import Area, area_of
@@ -172,7 +173,8 @@ class Request(_InSections):
     @property
     def attachments(self) -> list[Any]:
         """The adapters, and those that options stand for."""
-        return [*self.adapters, *adapters_of(vars(self.network))]
+        own = [AsDiffusers()] if self.arithmetic == "diffusers" else []
+        return [*self.adapters, *adapters_of(vars(self.network)), *own]
 
     @property
     def size(self) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 PRESETS = {
@@ -31,7 +32,7 @@ class ByMode:
     img2img: Any = None
     inpaint: Any = None
 
-    def of(self, mode: str, sampler: str) -> Any:
+    def of(self, mode: str, sampler: str, said: Mapping[str, Any]) -> Any:
         return getattr(self, mode)
 
     def __str__(self) -> str:
@@ -46,7 +47,7 @@ class BySampler:
     values: Mapping[str, Any]
     others: Any = None
 
-    def of(self, mode: str, sampler: str) -> Any:
+    def of(self, mode: str, sampler: str, said: Mapping[str, Any]) -> Any:
         return self.values.get(sampler, self.others)
 
     def __str__(self) -> str:
@@ -55,6 +56,29 @@ class BySampler:
             names.setdefault(value, []).append(sampler)
         said = [f"{value} ({', '.join(samplers)})" for value, samplers in names.items()]
         return "; ".join(said if self.others is None else [*said, f"{self.others} (others)"])
+
+
+@dataclass(frozen=True)
+class Where:
+    """A value with some samplers, as far as nothing was given that it does not go with.
+
+    Attributes:
+        allowed: option -> values of it that may be given beside; of those in `without` none may.
+    """
+
+    value: Any
+    samplers: tuple[str, ...]
+    allowed: Mapping[str, tuple[Any, ...]]
+    without: tuple[str, ...] = ()
+
+    def of(self, mode: str, sampler: str, said: Mapping[str, Any]) -> Any:
+        fits = all(said[name] in values for name, values in self.allowed.items() if name in said)
+        return (
+            self.value if sampler in self.samplers and fits and not said.keys() & set(self.without) else None
+        )
+
+    def __str__(self) -> str:
+        return f"{self.value} ({', '.join(self.samplers)})"
 
 
 @dataclass(frozen=True)
@@ -144,6 +168,21 @@ TABLE: tuple[Row, ...] = (
         },
     ),
     Row(
+        "arithmetic",
+        {
+            "diffusers": Where(
+                "diffusers",
+                ("ddim", "plms", "euler", "euler_a", "dpmpp_2m"),
+                {"spacing": ("leading", "trailing", "linspace"), "mask_rule": ("compvis", "diffusers")},
+                (
+                    "rho", "sigma_min", "sigma_max", "discard_next_to_last", "s_churn", "s_tmin", "s_tmax", "s_noise",
+                    "order", "solver_type", "gamma",
+                ),
+            )
+        },
+        {"diffusers": "schedulers/scheduling_*.py step, add_noise, init_noise_sigma; models/attention_processor.py"},
+    ),
+    Row(
         "steps",
         {
             "compvis": 50, "bubbliiiing": 20, "cldm": 20, "diffusers": 50, "a1111": 20, "comfyui": 20,
@@ -181,6 +220,35 @@ TABLE: tuple[Row, ...] = (
         is_start=True,
     ),
     Row(
+        "mask_rule",
+        {
+            "compvis": "compvis", "bubbliiiing": "compvis", "diffusers": "diffusers", "a1111": "a1111",
+            "comfyui": "comfyui",
+        },
+        {
+            "compvis": f"{_DDIM} ddim_sampling", "bubbliiiing": f"{_DDIM} decode",
+            "diffusers": f"{_PIPE.format('_inpaint')} __call__", "a1111": "modules/sd_samplers_cfg_denoiser.py forward",
+            "comfyui": f"{_COMFY} KSamplerX0Inpaint",
+        },
+    ),
+    Row(
+        "mask_cells",
+        {"compvis": "nearest", "diffusers": "nearest", "a1111": "bicubic", "comfyui": "bilinear"},
+        {
+            "compvis": "scripts/inpaint.py make_batch", "diffusers": f"{_PIPE.format('_inpaint')} prepare_mask_latents",
+            "a1111": f"{_WEB} StableDiffusionProcessingImg2Img.init",
+            "comfyui": "comfy/sampler_helpers.py prepare_mask",
+        },
+    ),
+    Row(
+        "kept",
+        {"compvis": "pixels", "diffusers": "latents", "a1111": "pixels", "comfyui": "latents"},
+        {
+            "compvis": "scripts/inpaint.py main", "diffusers": f"{_PIPE.format('_inpaint')} __call__",
+            "a1111": f"{_WEB} apply_overlay", "comfyui": f"{_NODES} VAEDecode",
+        },
+    ),
+    Row(
         "separate_passes",
         {"cldm": True},
         {"cldm": f"{_HACKED} p_sample_ddim"},
@@ -212,17 +280,20 @@ TABLE: tuple[Row, ...] = (
 )  # fmt: skip
 
 
-def values(preset: str, mode: str, sampler: str) -> dict[str, Any]:
+def values(
+    preset: str, mode: str, sampler: str, said: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     """Give the options that a preset sets: name -> value.
 
     Args:
         mode: "txt2img", "img2img" or "inpaint".
         sampler: the one that paints, by our name.
+        said: what was given beside the preset.
     """
     found = {}
     for row in TABLE:
         value = row.values.get(preset)
-        value = value.of(mode, sampler) if isinstance(value, ByMode | BySampler) else value
+        value = value.of(mode, sampler, said) if isinstance(value, ByMode | BySampler | Where) else value
         if value is not None:
             found[row.option] = value
     return found
@@ -246,7 +317,7 @@ def filled(
     sampler, spacing = split(said.get("sampler", own), said.get("spacing"))
     if spacing is not None:  # of "DPM++ 2M Karras", too
         said["spacing"] = spacing
-    return {**values(preset, mode, sampler), **said, "sampler": sampler}
+    return {**values(preset, mode, sampler, said), **said, "sampler": sampler}
 
 
 def page() -> str:

@@ -119,9 +119,8 @@ def check_request(
         value = getattr(given, name)
         checked[name] = None if value is None else options.option(name).kind.check(name, value)
     of_sampler = {name: checked[name] for name in options.of_samplers()}
-    checked |= check_sampling(
-        model, defaults, given.sampler, given.steps, given.spacing, given.eta, checked["strength"], of_sampler
-    )
+    asked = (given.sampler, given.steps, given.spacing, given.eta)
+    checked |= check_sampling(model, defaults, *asked, checked["strength"], of_sampler, given.arithmetic)
     words = [*prompts, *negatives] if prompt_embeds is None else []
     checked |= check_kinds(given, checked)
     # Of hires fix and loops: what is otherwise in each pass after the first.

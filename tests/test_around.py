@@ -109,7 +109,7 @@ def test_soft_edges_leave_the_latents_and_the_kept_bytes(sd, plain):
 def test_what_is_under_the_mask_is_where_it_starts(sd, nine, fill):
     """In the 4-channel model also what is blended; the 9-channel one sees the masked picture as ever."""
     noise = ImageNoise([3])  # of the encoder, then x_T, then each step
-    cells = pictures.shrink_mask(pictures.to_mask(mask()), 8, any_pixel=True)
+    cells = pictures.shrink_mask(pictures.to_mask(mask()), 8, "any")
     with torch.no_grad():
         z = generate.encode_image(sd.model, to_tensor(masks.fill(picture(), mask())), 1, noise)
         x_T = generate.initial_latents(sd.model, 1, 64, 72, noise)

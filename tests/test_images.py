@@ -87,8 +87,8 @@ def test_masks_split_at_half_and_resize_to_the_nearest_pixel():
 def test_a_single_marked_pixel_marks_its_cell_only_when_asked():
     mask = torch.zeros(1, 1, 16, 24)
     mask[0, 0, 5, 19] = 1
-    assert images.shrink_mask(mask, 8, any_pixel=True)[0, 0].tolist() == [[0, 0, 1], [0, 0, 0]]
-    assert images.shrink_mask(mask, 8, any_pixel=False).sum() == 0
+    assert images.shrink_mask(mask, 8, "any")[0, 0].tolist() == [[0, 0, 1], [0, 0, 0]]
+    assert images.shrink_mask(mask, 8, "nearest").sum() == 0
 
 
 def test_fit_size_goes_down_to_the_multiple_and_refuses_nothing_left():

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import tiny_model
 
 import ldm
-from ldm import images, options, presets
+from ldm import images, limits, options, presets
 from ldm.cli import painting, painting_parser, read_prompts
 from ldm.errors import UsageError
 from ldm.models.diffusion.samplers import SAMPLERS, split_sampler
@@ -238,7 +238,7 @@ def test_a_picture_depends_on_its_call_and_not_on_its_batch(sd, rng):
 def test_three_ways_to_bytes():
     x = torch.linspace(-1.2, 1.2, 97).reshape(1, 1, 1, 97).expand(1, 3, 1, 97)
     unit = ((x + 1) / 2).clamp(0, 1)
-    got = {how: images.to_uint8(x, how)[0, 0, :, 0].astype(int) for how in options.ROUNDINGS}
+    got = {how: images.to_uint8(x, how)[0, 0, :, 0].astype(int) for how in limits.ROUNDINGS}
     assert np.array_equal(got["truncate"], (unit * 255)[0, 0, 0].numpy().astype(np.uint8))
     assert np.array_equal(got["round"], (unit * 255).numpy().round()[0, 0, 0].astype(np.uint8))
     wanted = (x * 127.5 + 127.5).numpy().clip(0, 255)[0, 0, 0].astype(np.uint8)
@@ -263,3 +263,25 @@ def test_pictures_are_rounded_as_asked_and_kept_pixels_are_kept(sd):
         kept = np.asarray(sd.inpaint(PROMPT, source, mask, rounding=how, **options)[0])
         assert np.array_equal(kept[:, 32:], np.asarray(source)[:, 32:])
         assert np.array_equal(sd.img2img(PROMPT, source, 0, rounding=how, **options)[0], source)
+
+
+def test_a_mask_comes_to_cells_by_four_rules():
+    mask = torch.zeros(1, 1, 24, 40)
+    mask[0, 0, 4:20, 5:28] = 1
+    image = Image.fromarray((255 * mask[0, 0]).numpy().astype(np.uint8))
+    got = {how: images.shrink_mask(mask, 8, how)[0, 0] for how in limits.MASK_CELLS}
+    wanted = np.asarray(image.convert("RGB").resize((5, 3)), dtype=np.float32)[:, :, 0] / 255  # A1111's lines
+    assert np.array_equal(got["bicubic"], np.around(wanted))
+    assert np.array_equal(got["nearest"], mask[0, 0, ::8, ::8])
+    assert got["any"].sum() == 3 * 4 and got["nearest"].sum() == 2 * 3
+    assert got["bilinear"].unique().tolist() == [0, 0.25, 0.5, 1]
+
+
+@pytest.mark.parametrize("preset", ["a1111", "comfyui", "diffusers", "compvis"])
+def test_a_preset_keeps_pixels_or_latents(sd, preset):
+    source, mask = picture(), Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    out = sd.inpaint(PROMPT, source, mask, preset=preset, steps=2, seed=4)
+    is_same = np.array_equal(np.asarray(out[0])[:, 40:], np.asarray(source)[:, 40:])
+    assert is_same == (preset in ("a1111", "compvis")) == (out.parameters[0].kept == "pixels")
+    assert out.parameters[0].mask_rule == preset

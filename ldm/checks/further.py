@@ -123,6 +123,7 @@ def check_second(
         None if is_own else checked["eta"],
         1.0,
         of_sampler,
+        checked["arithmetic"],
     )
     # Of all levels that the sampler visits, which may be more than its steps.
     run_last = max(1, found.pop("run_last") * count // steps)

@@ -13,7 +13,14 @@ from ldm.adapters.tome import TokenMerging, check_merging
 from ldm.adapters.use import PromptWords, check_adapters
 from ldm.errors import UsageError, shown
 from ldm.limits import AUTO_AT_MOST, AUTO_CELLS, SHARE, real, whole
-from ldm.models.diffusion.samplers import SAMPLERS, split_options, split_sampler, start_level
+from ldm.models.diffusion.samplers import (
+    SAMPLERS,
+    check_schedule,
+    last_calls,
+    split_options,
+    split_sampler,
+    start_level,
+)
 from ldm.process.sigmas import check_sigmas
 
 if TYPE_CHECKING:
@@ -32,11 +39,13 @@ def check_sampling(
     eta: Any,
     strength: float | None,
     of_sampler: dict[str, Any],
+    arithmetic: str = "own",
 ) -> dict[str, Any]:
     """Check the sampler and its steps, and how many of them a picture's strength leaves to be run.
 
     Args:
         of_sampler: options that only some samplers or spacings have; None is not set.
+        arithmetic: whose steps are taken, see ldm.options.
     """
     sampler, spacing = split_sampler(sampler, spacing)
     if isinstance(spacing, Sequence | np.ndarray) and not isinstance(spacing, str):
@@ -48,8 +57,11 @@ def check_sampling(
         fewest = defaults.least_steps.get(sampler, 1)
         steps = min(max(defaults.steps, fewest), model.num_timesteps)
     steps = whole("steps", steps, 1, model.num_timesteps)
-    # Refuses what no spacing has the name of.
-    run_last, _ = start_level(sampler, model, steps, strength or 0.0, spacing=spacing, **of_sampler)
+    if arithmetic == "diffusers":
+        check_schedule(sampler, spacing, steps, model.num_timesteps, of_sampler)
+        run_last = last_calls(sampler, steps, strength or 0.0)
+    else:  # refuses what no spacing has the name of
+        run_last, _ = start_level(sampler, model, steps, strength or 0.0, spacing=spacing, **of_sampler)
     eta = SAMPLERS[sampler].own_eta if eta is None else real("eta", eta, *SHARE)
     own, _ = split_options(SAMPLERS[sampler], of_sampler)
     SAMPLERS[sampler](None, eta=eta, **own)  # refuses values that it does not take

@@ -31,7 +31,7 @@ from ldm.models.diffusion.levels import LevelTable, alpha_bar_table
 from ldm.modules.seams import GuidanceTerm
 from ldm.option_kinds import Interval
 from ldm.process.guidance import guide, join, rescale
-from ldm.process.prediction import to_eps, to_x0
+from ldm.process.prediction import to_eps, to_v, to_x0
 from ldm.process.scalars import Scalar, scalar, tensor
 
 WHOLE_INTERVAL = (0.0, 1.0)
@@ -98,6 +98,7 @@ class Denoiser:
         separate_passes: run both passes one after the other, the conditional first, as ControlNet's
             sampler does: needed where the two conditions do not join into one batch, and half the memory.
         score_corrector: object with modify_score(model, eps, x, t, conditioning, **corrector_kwargs).
+        known: (mask, x0): where the mask is 1 the predicted clean sample is x0.
 
     Raises:
         UsageError: a guidance_scale, guidance_rescale or guidance_interval out of range, or a score_corrector
@@ -116,6 +117,7 @@ class Denoiser:
         separate_passes: bool = False,
         score_corrector: Any = None,
         corrector_kwargs: dict[str, Any] | None = None,
+        known: tuple[Tensor, Tensor] | None = None,
     ):
         if not math.isfinite(guidance_scale):
             raise UsageError(f"guidance_scale must be a finite number, got {guidance_scale}")
@@ -133,6 +135,7 @@ class Denoiser:
         self.separate_passes = separate_passes
         self.score_corrector = score_corrector
         self.corrector_kwargs = corrector_kwargs or {}
+        self.known = known
         self.calls = 0  # of scheduled conditions
 
     def __call__(self, x: Tensor, t: float | Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +175,14 @@ class Denoiser:
             output = self.score_corrector.modify_score(
                 self.model, output, x, t, self.conditioning, **self.corrector_kwargs
             )
-        return output, uncond
+        return output if self.known is None else self._with_known(output, x, scalar(alpha_bar)), uncond
+
+    def _with_known(self, output: Tensor, x: Tensor, alpha_bar: Scalar) -> Tensor:
+        """Give the output by which the predicted clean sample is x0 where the mask keeps that."""
+        mask, x0 = self.known
+        pred_x0 = mask * x0 + (1 - mask) * to_x0(self.kind, output, x, alpha_bar)
+        back = {"eps": to_eps, "x0": to_x0, "v": to_v}[self.kind]
+        return back("x0", pred_x0, x, alpha_bar)
 
     def at_sigma(self, x: Tensor, sigma: Scalar) -> Tensor:
         """Predict the clean sample from x = x0 + sigma * noise, at any sigma: k-diffusion's CompVisDenoiser.

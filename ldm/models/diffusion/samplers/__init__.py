@@ -21,6 +21,7 @@ from ldm.models.diffusion.levels import (
     unit_noise,
     visited_levels,
 )
+from ldm.models.diffusion.samplers.as_diffusers import check_schedule, last_calls, steps_as_diffusers
 from ldm.models.diffusion.samplers.base import NoisySampler, Sampler, SigmaSampler, check_eta
 from ldm.models.diffusion.samplers.cfg_pp import DDIMCFGPP, EulerAncestralCFGPP, EulerCFGPP
 from ldm.models.diffusion.samplers.compvis import DDIM, DDPM, PLMS
@@ -125,7 +126,9 @@ __all__ = [
     "check_interval",
     "check_levels",
     "check_mask",
+    "check_schedule",
     "choose_levels",
+    "last_calls",
     "make_plan",
     "predict_both",
     "resolve_sampler",
@@ -136,6 +139,7 @@ __all__ = [
     "split_options",
     "split_sampler",
     "start_level",
+    "steps_as_diffusers",
     "unit_noise",
     "visited_levels",
     "warn_of_batch",

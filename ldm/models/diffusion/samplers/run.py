@@ -4,6 +4,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -14,6 +15,7 @@ from ldm.errors import UsageError, shown
 from ldm.models.diffusion.denoiser import WHOLE_INTERVAL, Denoiser
 from ldm.models.diffusion.levels import Level, Noise, Step, alpha_bar_table, run_levels, unit_noise
 from ldm.models.diffusion.samplers.base import Sampler, check_eta, may_be_none
+from ldm.models.diffusion.samplers.masks import OF_PREDICTIONS, keeping
 from ldm.models.diffusion.samplers.names import SAMPLERS, split_sampler
 from ldm.process.gaussian import q_sample
 from ldm.process.guidance import first_tensor
@@ -75,6 +77,7 @@ def sample_steps(
     corrector_kwargs: dict[str, Any] | None = None,
     spacing: str | Sequence[float] | None = None,
     behind: Callable[[Tensor], Tensor] | None = None,
+    mask_rule: str = "compvis",
     **options: Any,
 ) -> Iterator[Step]:
     """Sample, one step at a time. Arguments are checked at once; the work is done as steps are taken.
@@ -95,9 +98,11 @@ def sample_steps(
         start_from: (b, ...) clean sample that x_T noises, to the level where a run of the last steps starts.
         invert: walk the other way, up the last so many steps or all, along the deterministic path: x_T is then the
             clean sample, and the last step's x_t the noise that leads back to it, nearer with more steps.
-        mask: broadcastable to x_T; where 1 the image x0 is kept, where 0 it is repainted. x0, noised
-            afresh, is blended in before every step.
+        mask: broadcastable to x_T; where 1 the image x0 is kept, where 0 it is repainted, as mask_rule says.
         x0: (b, ...) clean sample for the mask.
+        mask_rule: "compvis": x0, noised afresh, is blended in before every step. "diffusers": noised by x_T, before
+            every step but the first. "a1111": the predicted clean sample is blended with x0. "comfyui": that, and x0
+            noised by x_T before every step.
         spacing: which levels are visited, see `visited_levels`; None = the sampler's own.
         behind: changes the sample (b, ...) behind each step, the last one, too.
         options: of the sampler's class, see SAMPLERS; and of the spacing, see `sigma_table`.
@@ -128,12 +133,14 @@ def sample_steps(
         separate_passes=separate_passes,
         score_corrector=score_corrector,
         corrector_kwargs=corrector_kwargs,
+        known=(mask, x0) if mask is not None and mask_rule in OF_PREDICTIONS else None,
     )
+    keep = None if mask is None else keeping(mask_rule, mask, x0, draw, x_T)
 
     def keep_known(x: Tensor, level: Level) -> Tensor:
-        return q_sample(x0, draw(x0), alpha_bar=level.alpha_bar) * mask + (1 - mask) * x
+        return keep(x, partial(q_sample, alpha_bar=level.alpha_bar), level.left == count)
 
-    before = None if mask is None else keep_known
+    before = None if keep is None else keep_known
     sampler = cls(denoise, draw, eta=eta, **own)
     if invert:
         check_inverts(sampler, mask, start_from)
