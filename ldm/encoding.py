@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MOST_TEXTS = 256  # whose features are kept from one batch or pass to the next
+
 
 def encode_prompt(
     model: LatentDiffusion, prompts: Sequence[str], known: dict[str, Tensor] | None = None
@@ -50,7 +52,8 @@ def encode_prompts(
 
     Args:
         one, batch: a pass, and the images that are painted at once, as it paints them.
-        shared: what the batches of a request use again: features of their prompts, and the text encoder's adapters.
+        shared: what the batches and passes of a request use again: features of their prompts, and the text encoder's
+            adapters.
 
     Returns:
         context and unconditional context, (b, n, d) each (None where nothing is guided), with regions as
@@ -64,9 +67,8 @@ def encode_prompts(
         return context, unconditional, [[] for _ in batch]
     known: dict[str, Tensor] = shared.setdefault("features", {})
     regional = [region.prompt for region in request.regions]
-    wanted = {text for spec in batch for text in (spec.prompt, spec.negative_prompt)} | {*regional}
-    for text in known.keys() - wanted:  # a list of many prompts must not fill the memory
-        del known[text]
+    if len(known) > MOST_TEXTS:
+        known.clear()
     negatives = [spec.negative_prompt for spec in batch]
     if "text_scope" not in shared:
         shared["text_scope"] = text_scope(model, request.adapters)

@@ -87,7 +87,7 @@ def paint_batch(
 
     Args:
         batch: those of request.images that are painted at once.
-        shared: what the batches of a request use again; empty at first.
+        shared: what the batches and passes of a request use again; empty at first.
         progress: makes the Progress of a step.
         name, file: of the model, for the pictures' metadata.
         autocast: see denoise.
@@ -96,8 +96,7 @@ def paint_batch(
     tiles: list[np.ndarray] = []
     dropped: list[list[str]] = [[] for _ in batch]
     for place, one in enumerate(request.passes):
-        own = shared.setdefault(place, {})
-        keywords, words = begin_pass(model, request, place, batch, own, latents)
+        keywords, words = begin_pass(model, request, place, batch, shared, latents)
         dropped = [[*dict.fromkeys((*old, *new))] for old, new in zip(dropped, words, strict=True)]
         if one.gives_its_picture:
             latents = None
@@ -128,12 +127,13 @@ def begin_pass(
 
     Args:
         place: of the pass, counted from 0.
-        shared: as in paint_batch, of this pass alone.
+        shared: as in paint_batch.
         before: (b, c, h, w) latents that the pass before gave; None is the picture that it started from.
 
     Returns:
         keywords of denoise, nothing where the picture to start from is the answer; and each prompt's dropped words.
     """
+    texts, shared = shared.setdefault("texts", {}), shared.setdefault(place, {})
     one = request.passes[place]
     batch = one.images(batch)
     b = len(batch)
@@ -150,10 +150,10 @@ def begin_pass(
         request.rng, [spec.seed for spec in batch], extra, len(request.images), places
     )
     if request.embeds is None and reads_languages(request):
-        context, unconditional = encode_batch(model, request, one, batch, shared)
+        context, unconditional = encode_batch(model, request, one, batch, texts)
         dropped = [[] for _ in batch]
     else:
-        context, unconditional, dropped = encode_prompts(model, request, one, batch, shared)
+        context, unconditional, dropped = encode_prompts(model, request, one, batch, texts)
     if one.gives_its_picture:
         return {}, dropped
     keywords: dict[str, Any] = {"noise": noise, **vars(one.sampling), **vars(one.guidance)}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
-MOST_ROWS = 1024  # chunks whose features are kept from one batch to the next
+MOST_ROWS = 1024  # chunks whose features are kept from one batch or pass to the next
 
 
 def reads_languages(request: Any) -> bool:
@@ -197,7 +197,7 @@ def encode_batch(
 
     Args:
         request, one, batch: a Request of ldm.request, one of its passes, and its images that are painted together.
-        shared: keeps the text encoder's adapters, and the features of chunks, from one batch to the next.
+        shared: keeps the text encoder's adapters, and the features of chunks, from one batch or pass to the next.
     """
     encoder = model.cond_stage_model
     if "text_scope" not in shared:

@@ -22,7 +22,7 @@ from ldm.prompt import read
 from ldm.prompt.encode import at_step, encode
 from ldm.prompting import explanations
 
-RED, BLUE = "a large red circle", "a small blue square"
+RED, BLUE, GREEN = "a large red circle", "a small blue square", "a green cross"
 LONG = ", ".join(["a red circle above a blue square on a white background"] * 18)  # 200 tokens
 
 
@@ -183,18 +183,22 @@ def test_clip_skip_reads_an_earlier_layer_of_both_prompts(sd):
     assert far(latents(sd, RED, negative_prompt=BLUE), wanted) > 1e-3
 
 
-def test_every_distinct_chunk_is_encoded_once(sd, monkeypatch):
+@pytest.mark.parametrize("syntax", ["plain", "a1111"])
+def test_every_distinct_chunk_is_encoded_once(sd, syntax):
+    """Also where a prompt is in several batches, and in both passes of hires fix."""
     rows = []
     transformer = sd.model.cond_stage_model.transformer
     hook = transformer.register_forward_hook(
         lambda module, args, kwargs, out: rows.extend(map(tuple, kwargs["input_ids"].tolist())),
         with_kwargs=True,
     )
+    joined = [f"({RED}:1.2)", f"{RED} AND {BLUE}"] if syntax == "a1111" else []
+    twice = {"hires_scale": 1.25, "hires_steps": 1, "hires_prompt": GREEN}
     try:
-        latents(sd, [RED, f"({RED}:1.2)", f"{RED} AND {BLUE}", BLUE] * 2, batch_size=3, steps=1)
+        latents(sd, [RED, *joined, BLUE] * 2, syntax, batch_size=3, steps=1, **twice)
     finally:
         hook.remove()
-    assert len(rows) == len(set(rows)) == 3  # red, blue, and the empty negative prompt
+    assert len(rows) == len(set(rows)) == 4  # red, blue, green, and the empty negative prompt
 
 
 def test_tags_name_files_of_a_folder(sd, tmp_path, caplog):
