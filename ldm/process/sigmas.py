@@ -20,6 +20,32 @@ from ldm.process.spacing import CONTINUOUS_METHODS, check_steps, continuous_leve
 # last level of A1111, which has no 11th in the published list.
 ALIGN_YOUR_STEPS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
 
+# GITS for Stable Diffusion v1 (arXiv:2405.14326) at its coefficient 1.20, ComfyUI's default: of runs of 2 to 20 steps
+# the levels between the top and the lowest, in hundredths of the range of t. Published are their sigmas.
+# fmt: off
+GITS: tuple[tuple[int, ...], ...] = (
+    (29,),
+    (49, 18),
+    (61, 33, 11),
+    (66, 42, 21, 6),
+    (83, 57, 34, 15, 3),
+    (83, 62, 42, 23, 8, 1),
+    (83, 62, 45, 29, 15, 6, 1),
+    (83, 66, 50, 34, 21, 11, 4, 1),
+    (83, 66, 51, 38, 27, 17, 9, 4, 1),
+    (83, 67, 54, 42, 30, 21, 13, 7, 3, 1),
+    (83, 68, 56, 45, 34, 25, 17, 11, 6, 3, 1),
+    (86, 71, 61, 49, 38, 29, 21, 15, 10, 6, 3, 1),
+    (86, 71, 62, 50, 40, 31, 23, 17, 12, 8, 5, 3, 1),
+    (88, 78, 68, 58, 48, 38, 30, 23, 17, 12, 8, 5, 3, 1),
+    (88, 78, 68, 58, 48, 38, 30, 23, 17, 13, 9, 6, 4, 2, 1),
+    (88, 78, 68, 58, 48, 38, 30, 23, 17, 13, 10, 7, 5, 3, 2, 1),
+    (88, 78, 68, 59, 50, 41, 33, 26, 20, 15, 11, 8, 6, 4, 3, 2, 1),
+    (88, 78, 68, 59, 50, 42, 34, 27, 21, 16, 12, 9, 7, 5, 4, 3, 2, 1),
+    (88, 78, 68, 59, 50, 42, 34, 27, 21, 17, 13, 10, 8, 6, 5, 4, 3, 2, 1),
+)
+# fmt: on
+
 
 # --- between sigma and the other ways to name a level ----------------------------------------------
 
@@ -161,6 +187,22 @@ def _align_your_steps(n: int, sigmas: np.ndarray, low: float, high: float) -> np
     return _to_zero(np.exp(np.interp(at, np.linspace(0, 1, len(log_sigmas)), log_sigmas))[::-1])
 
 
+def _gits(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
+    """GITS for Stable Diffusion v1; of more than 20 steps the list of 20 interpolated in log sigma, as in ComfyUI.
+
+    One step, of which there is no list, is from the top.
+    """
+    inner = GITS[min(n - 2, len(GITS) - 1)] if n > 1 else ()
+    t, logs = np.array([100, *inner, 0]) * (len(sigmas) - 1) / 100, np.log(alpha_bar_of_sigma(sigmas))
+    levels = sigma_of_alpha_bar(
+        np.exp(np.interp(t, np.arange(len(sigmas)), logs))
+    )  # between two as DPM-Solver
+    if n >= len(levels):
+        at = np.linspace(0, 1, n + 1)
+        levels = np.exp(np.interp(at, np.linspace(0, 1, len(levels)), np.log(levels)))
+    return _to_zero(levels[:-1])
+
+
 def _turbo(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
     """The first n of ten whole levels T / 10 apart from the top, for distilled models: ComfyUI's SDTurboScheduler."""
     if n > 10:
@@ -243,6 +285,7 @@ SIGMA_TABLES: dict[str, Callable[..., np.ndarray]] = {
     "kl_optimal": _kl_optimal,
     "kl_optimal_open": _kl_optimal_open,
     "align_your_steps": _align_your_steps,
+    "gits": _gits,
     "turbo": _turbo,
     "lcm": _lcm,
     "linear_quadratic": _linear_quadratic,

@@ -171,6 +171,24 @@ def test_tables_of_whole_levels(name, steps, levels):
     np.testing.assert_array_equal(sigma_table(name, steps, SIGMAS), [*SIGMAS[levels], 0])
 
 
+# (steps, published sigmas): of ComfyUI's GITSScheduler at the coefficient 1.20
+PUBLISHED_GITS = [
+    (2, [14.61464119, 0.803307, 0]),
+    (6, [14.61464119, 5.85520077, 2.05039096, 0.95350921, 0.45573691, 0.17026083, 0]),
+    (10, [14.61464119, 5.85520077, 2.84484982, 1.67050016, 1.08895338, 0.74807048, 0.50118381]
+     + [0.32104823, 0.19894916, 0.09824532, 0]),
+]  # fmt: skip
+
+
+def test_gits_has_the_published_sigmas_and_goes_between_them():
+    for steps, published in PUBLISHED_GITS:
+        np.testing.assert_allclose(sigma_table("gits", steps, SIGMAS), published, rtol=1e-5)
+    twenty, forty = sigma_table("gits", 20, SIGMAS), sigma_table("gits", 40, SIGMAS)
+    np.testing.assert_allclose(forty[:-1:2], twenty[:-1], rtol=1e-12)
+    np.testing.assert_allclose(forty[1:-3:2], np.sqrt(twenty[:-2] * twenty[1:-1]), rtol=1e-12)
+    assert sigma_table("gits", 1, SIGMAS).tolist() == [pytest.approx(SIGMAS[-1]), 0]
+
+
 def test_bong_tangent_is_two_arcs_that_meet_halfway():
     """Its middle is midway in sigma, and each arc is flat where the tangent saturates: steep about 0.6 of the way."""
     sigmas = sigma_table("bong_tangent", 20, SIGMAS)
@@ -229,6 +247,7 @@ SPELLINGS = [
     ("KL Optimal", "kl_optimal"),
     ("Align Your Steps", "align_your_steps"),
     ("AYS", "align_your_steps"),
+    ("GITS", "gits"),
     ("DDIM", "ddim_uniform"),
     ("logsnr", "logSNR"),
     ("poly-exponential", "polyexponential"),
