@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lora_files import write_lora_for
+from PIL import Image
 from tiny import tiny_model, write_tiny
 
 import ldm
@@ -310,6 +311,20 @@ def test_the_script_saves_each_cell_and_the_grid(end, tmp_path):
 def test_the_script_explains_a_matrix_and_paints_nothing(end, tmp_path):
     code, said = end("--matrix", "prompt", "--matrix-seeds", "--matrix-join", "space", "--explain")
     assert code == 0 and f"plain: '{RED} {BLUE}'" in said.out and not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.slow
+def test_the_script_begins_with_a_picture_where_one_is_given(end, tmp_path):
+    Image.linear_gradient("L").resize((72, 64)).save(tmp_path / "a.png")
+    code, said = end("--init-img", str(tmp_path / "a.png"), "--x", "strength=0,1", "--y", "seed=3")
+    assert code == 0, said.err
+    first, last = (Image.open(tmp_path / "samples" / f"0000{i}.png") for i in (0, 1))
+    given = Image.open(tmp_path / "a.png").convert("RGB")
+    assert np.array_equal(pixels(first), pixels(given)) and not np.array_equal(pixels(last), pixels(given))
+    code, said = end("--mask", str(tmp_path / "a.png"), "--x", "strength=0,1")
+    assert code == 2 and "--mask is of a picture; give it as --init-img" in said.err
+    code, said = end("--x", "strength=0,1")
+    assert code == 2 and "strength is for a picture to start from" in said.err
 
 
 PAGE = (Path(__file__).parents[1] / "docs" / "grids.md").read_text(encoding="utf-8")

@@ -22,12 +22,15 @@ def grid_parser() -> Parser:
         "Paint a grid of pictures that differ in a few options, with labels.",
         outdir="outputs/grids",
         scale=7.5,
+        any_start=True,
     )
     group = parser.add_argument_group("the grid (docs/grids.md)")
     for axis, where in (("x", "along a row"), ("y", "down the rows"), ("z", "in grids side by side")):
         group.add_argument(
             f"--{axis}", metavar="OPTION=VALUES", help=f"an option and its values {where}, as steps=10,20"
         )
+    group.add_argument("--init-img", "--init_img", help="a picture that each cell begins with")
+    group.add_argument("--mask", help="its mask: white is repainted, black is kept")
     group.add_argument(
         "--matrix",
         choices=TEXTS,
@@ -44,7 +47,10 @@ def grid_parser() -> Parser:
 def paint_grid(args: argparse.Namespace) -> None:
     """Paint the grid that the options ask for, saving each picture as soon as it is finished."""
     axes = read_axes(args)
-    groups = check(args)
+    if args.mask is not None and args.init_img is None:
+        raise UsageError("--mask is of a picture; give it as --init-img")
+    source = {"image": args.init_img, "mask": args.mask}
+    groups = check(args, {name: path for name, path in source.items() if path is not None})
     if len(groups) != 1 or len(groups[0].prompts) != 1:
         raise UsageError(
             f"a grid is of one prompt, each cell one picture; got {sum(len(group.prompts) for group in groups)} "

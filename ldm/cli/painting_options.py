@@ -54,13 +54,20 @@ def add_optimize(group: argparse._ArgumentGroup) -> None:
 
 
 def painting_parser(
-    name: str, about: str, *, outdir: str, scale: float, strength: float | None = None
+    name: str,
+    about: str,
+    *,
+    outdir: str,
+    scale: float,
+    strength: float | None = None,
+    any_start: bool = False,
 ) -> Parser:
     """Make the parser of a painting script: CompVis's options by their names, others' names beside them.
 
     Args:
         scale: the guidance that CompVis's script has for Stable Diffusion v1: where neither options nor model say one.
         strength: of a script that begins with a picture, its default.
+        any_start: the script begins with a picture or without.
     """
     beside = EXAMPLES.get(name, "")
     usage = (
@@ -73,7 +80,7 @@ def painting_parser(
     for option in options.options():
         # Some groups are for scripts that begin with a picture, one for those that do not.
         not_here = (options.START, options.MASK) if strength is None else (options.HIRES,)
-        if not option.flags or option.group in not_here:
+        if not option.flags or (option.group in not_here and not any_start):
             continue
         if option.group not in groups:
             groups[option.group] = p.add_argument_group(option.group)
