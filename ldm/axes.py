@@ -164,10 +164,15 @@ def read_axis(where: str, given: Any) -> Axis:
     if name == "prompt_order":
         return _orders(where, given_values)
     values = tuple(_value(where, name, value) for value in given_values)
-    said = given_values if name == "lora" else values
-    if labels is None:
+    kind = _kind(name)
+    said = (
+        given_values if kind is not None and kind.is_repeated else values
+    )  # as text they are told as they came
+    if name in OBJECTS:
+        said = labels = labels or [f"{name} {i + 1}" for i in range(len(values))]
+    elif labels is None:
         word = _word(name)
-        written = map(str, said) if name == "lora" else (_written(name, one) for one in said)
+        written = map(str, said) if said is given_values else (_written(name, one) for one in said)
         labels = [f"{word}: {one}" if word else one for one in written]
     # A1111's word may be another program's, too: what reads as the same again is our own.
     own = [one if isinstance(one, str) else _written(name, one) for one in said]
@@ -184,7 +189,7 @@ def find_name(where: str, name: str) -> str:
     known = {**A1111, **known}
     bare = _bare(name)
     if bare not in known:
-        near = nearest(bare, known)
+        near = nearest(bare, known, 0.7)
         hint = f"did you mean {near}?" if near else "see docs/grids.md"
         raise UsageError(f"{where}: a grid has no axis {shown(name.strip())}; {hint}")
     if known[bare] in NO_AXIS:
@@ -270,7 +275,8 @@ def _value(where: str, name: str, value: Any) -> Any:
     if isinstance(kind, Whole | Number) and isinstance(value, int | float) and not isinstance(value, bool):
         return kind.check(f"{where}: {name}", value)
     try:
-        return kind.parse(value) if isinstance(value, str) else value
+        found = kind.parse(value) if isinstance(value, str) else value
+        return (found,) if kind.is_repeated and isinstance(value, str) and name != "lora" else found
     except argparse.ArgumentTypeError as error:
         raise UsageError(f"{where}: {name}: {error}") from None
 

@@ -66,6 +66,8 @@ READ = [
     ('guidance_interval="0.2,0.9",0 1', ((0.2, 0.9), (0.0, 1.0)), None),
     ("tiling=true,false", (True, False), ("Tiling: True", "Tiling: False")),
     ("spacing=kl_optimal_open,beta_sigma", ("kl_optimal_open", "beta_sigma"), None),  # A1111 has other words
+    (("adapters", [[], [3]]), ([], [3]), ("adapters 1", "adapters 2")),
+    ('regions="0,0,0.5,1:a cat"', (((("a cat", (0.0, 0.0, 0.5, 1.0), 1.0),)),), None),
     ("seed=3,5-6", (3, 5, 6), ("Seed: 3", "Seed: 5", "Seed: 6")),
     ("Denoising=0.5", (0.5,), ("Denoising strength: 0.5",)),
     ("Var. strength=0.5", (0.5,), None),
@@ -228,6 +230,7 @@ def test_a_prompt_matrix_is_the_web_uis(sd):
 REFUSED = [
     ({}, "a grid needs an axis, got none"),
     ({"x": "stepz=1"}, "x: a grid has no axis 'stepz'; did you mean steps?"),
+    ({"x": "hint=a.png"}, "x: a grid has no axis 'hint'; see docs/grids.md"),
     ({"x": "steps"}, "wants an option and its values, as steps=10,20; got 'steps'"),
     ({"x": 3}, 'x must be an option and its values, as ("steps", [10, 20]), got 3'),
     ({"x": ("steps", 3)}, "x: the values of steps must be a list, got 3"),
