@@ -70,7 +70,9 @@ def read_file(path: str | os.PathLike, *, others: bool = False) -> Container:
     if isinstance(name, bytes):
         name = os.fsdecode(name)
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
-        raise UsageError(f"pictures are read from files, got the URL {name!r:.100}; download it first")
+        raise UsageError(
+            f"pictures are read from files and nothing is downloaded here, got the URL {name!r:.100}; download it first"
+        )
     try:
         status = os.stat(name)
         if not stat.S_ISREG(status.st_mode):

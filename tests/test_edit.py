@@ -1,6 +1,8 @@
 """Pictures inverted, sampled back and edited: the tutorial's functions, the aligned ones, and what is refused."""
 
 import io
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from ldm.adapters import DeepCache
 from ldm.edit import Edited, context_of, encode_picture, load_image, network_of
 from ldm.errors import FormatError, MismatchError, UsageError
 from ldm.images import to_pil
-from ldm.models.diffusion.inversion import Inversion
+from ldm.models.diffusion.inversion import METHODS, Inversion
+from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.modules.seams import Rank
 from ldm.pipeline import StableDiffusion
 
@@ -227,7 +230,7 @@ def test_what_is_attached_knows_the_step_on_the_way_up_and_down(sd, z):
         ("edit", ("p", PROMPT, OTHER, 10, 10), {}, "start_step must be a whole number from 0 to 9, got 10"),
         ("edit", (None, PROMPT, OTHER, 10, 2), {}, "image must be a picture to invert, got None"),
         ("edit", (5, PROMPT, OTHER, 10, 2), {}, "image must be a PIL picture, a path or a tensor, got int"),
-        ("edit", ("https://a.b/c.png", PROMPT, OTHER), {}, "download it first"),
+        ("edit", ("https://a.b/c.png", PROMPT, OTHER), {}, "nothing is downloaded here.*download it first"),
         ("edit", (picture(40, 64), PROMPT, OTHER), {}, "width of the picture must be .* from 64 to 2048, got 40"),
         ("edit", (picture(4000, 64), PROMPT, OTHER), {}, "width of the picture must be .* to 2048, got 4000"),
     ],
@@ -269,3 +272,15 @@ def test_pictures_are_read_upright_without_transparency_and_not_too_large(sd):
     assert unit.shape == (1, 3, 64, 64)  # down to whole cells
     with pytest.raises(FormatError, match="too many pixels, 6001 x 6001"):
         load_image(as_bytes(Image.new("1", (6001, 6001))))
+
+
+@pytest.mark.slow
+def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "inversion.md").read_text(encoding="utf-8")
+    names, methods = {}, re.findall(r"^\| (`.+?`) \|", page, re.MULTILINE)
+    listed = set(re.findall(r"`(\w+)`", " ".join(methods)))
+    assert listed == {*METHODS, *(name for name, cls in SAMPLERS.items() if cls.inverts)}
+    monkeypatch.chdir(tmp_path)
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(compile(code, "docs/inversion.md", "exec"), names)
+    assert len(names["edited"].images) == 1 and names["edited"].psnr > 20
