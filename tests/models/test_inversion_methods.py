@@ -377,6 +377,8 @@ def test_a_sampler_is_run_the_other_way(name):
         ("edit_friendly", {"seed": -1}, "seed of edit_friendly must be a whole number"),
         ("edict", {"mix_weight": 0.2}, "mix_weight of edict must be a number from 0.5 to 1, got 0.2"),
         ("edict", {"gamma": 1.0}, "the inversion edict has no option gamma; it has eta, mix_weight"),
+        ("edict", {"num_inference_steps": 5}, r"no option num_inference_steps \(here it is steps\); it has eta"),
+        ("edict", {"mixweight": 0.9}, r"no option mixweight \(did you mean mix_weight\?\)"),
         ("bdia", {"gamma": 0}, "gamma of bdia must be a number from 0.01 to 1, got 0"),
         ("belm", {"steps": 1000}, "belm needs levels that all differ, but 1000 steps"),
         ("anderson", {"history": 1.5}, "history of anderson must be a whole number from 0 to 10, got 1.5"),

@@ -31,6 +31,7 @@ from ldm.models.diffusion.inversion_exact import BDIA, BELM, EDICT
 from ldm.models.diffusion.inversion_guided import EditFriendly, NegativePrompt, NullText, Proximal
 from ldm.models.diffusion.inversion_iterated import Anderson, FixedPoint, Sampled
 from ldm.models.diffusion.samplers import SAMPLERS, split_sampler
+from ldm.other_words import instead_of
 
 # Name -> class; any spelling with blanks or hyphens for the underscores. A sampler that inverts is a method by its nam
 METHODS: dict[str, type[Method]] = {
@@ -48,6 +49,18 @@ METHODS: dict[str, type[Method]] = {
         NullText,
     )
 }
+
+# What a call is told beside a method's options: for the hint to whoever misspells it.
+OF_CALLS = (
+    "prompt",
+    "steps",
+    "guidance_scale",
+    "negative_prompt",
+    "spacing",
+    "adapters",
+    "measure",
+    "start_step",
+)
 
 
 def resolve_method(method: str | Method, **options: Any) -> Method:
@@ -76,8 +89,10 @@ def resolve_method(method: str | Method, **options: Any) -> Method:
     cls = METHODS[name]
     known = [option.name for option in fields(cls) if option.init]
     if unknown := sorted(options.keys() - set(known)):
+        advice = instead_of(unknown[0], [*known, *OF_CALLS])
+        hint = f" ({advice})" if advice else ""
         raise UsageError(
-            f"the inversion {name} has no option {', '.join(unknown)}; it has {', '.join(known)}"
+            f"the inversion {name} has no option {', '.join(unknown)[:100]}{hint}; it has {', '.join(known)}"
         )
     return cls(**options)
 
