@@ -121,7 +121,7 @@ def frame_picture(
         mask_blur: standard deviations (x, y) in pixels of the picture.
 
     Raises:
-        UsageError: a mask that marks nothing.
+        UsageError: a mask that marks nothing, or nothing when it is softened.
     """
     if mask is not None and (mask_invert or inpaint_full_res or outpaint or resize_mode != JUST):
         mask = fit(mask, image.size, JUST, "NEAREST")  # its place in the picture matters
@@ -138,6 +138,10 @@ def frame_picture(
         if not marked.getbbox():
             raise UsageError("the mask marks nothing; paint white what is to be repainted")
         soft = masks.blur(mask, *mask_blur)
+        if not soft.getbbox():
+            raise UsageError(
+                f"mask_blur {max(mask_blur)} leaves nothing of so small a mask; give less, or a larger mask"
+            )
     if soft is not None and inpaint_full_res:
         box = masks.widened(masks.region_of(soft, inpaint_full_res_padding), size, image.size)
         image, painted, marked = (one.crop(box) for one in (image, soft, marked))

@@ -105,7 +105,8 @@ def test_soft_edges_leave_the_latents_and_the_kept_bytes(sd, plain):
     assert not (bytes_of(soft[0])[~kept] == bytes_of(plain[0])[~kept]).all()
 
 
-@pytest.mark.parametrize("fill", ["fill", "latent noise", "latent nothing"])
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("fill", ["latent noise", "fill", "latent nothing"])
 def test_what_is_under_the_mask_is_where_it_starts(sd, nine, fill):
     """In the 4-channel model also what is blended; the 9-channel one sees the masked picture as ever."""
     noise = ImageNoise([3])  # of the encoder, then x_T, then each step
@@ -152,6 +153,7 @@ def test_colours_are_the_pictures(sd):
     assert (bytes_of(got[0]) == match_colours(bytes_of(own[0]), bytes_of(picture()))).all()
 
 
+@pytest.mark.slow
 def test_for_latents_the_picture_is_enlarged_as_latents(sd, nine):
     for one in (sd, nine):
         got = one.img2img(
@@ -206,6 +208,7 @@ def test_strength_goes_along_a_curve(sd, curve, shares):
     assert len(sd.plan(PROMPT, **how, strength=0.9, loop_strength=0).passes) == 3  # the last has no step left
 
 
+@pytest.mark.slow
 def test_loops_repaint_what_is_under_the_mask_alone(sd, nine):
     around = {"mask_blur": 2, "color_match": True, "inpaint_fill": "fill", "strength": 0.5}
     for one in (sd, nine):
@@ -214,12 +217,13 @@ def test_loops_repaint_what_is_under_the_mask_alone(sd, nine):
         kept = bytes_of(masks.blur(mask(), 2, 2)) == 0
         assert (bytes_of(got[0])[kept] == bytes_of(picture())[kept]).all()
         assert got[0].tobytes() != once[0].tobytes()
-    # Without colours and blur the second is inpainting of the first.
-    how = {"strength": 0.5, "steps": 2, "progress": False}
-    got = sd.inpaint(PROMPT, picture(), mask(), seed=3, **how, loops=2, batch_size=2, num_images=2)
+    # Without colours and blur the second is inpainting of the first; each begins with its prompt anew.
+    how = {"prompt_syntax": "a1111", "strength": 0.5, "steps": 2, "progress": False}
+    changes = "a [red:blue:0.6] (circle:1.2)"
+    got = sd.inpaint(changes, picture(), mask(), seed=3, **how, loops=2, batch_size=2, num_images=2)
     for i in range(2):
-        once = sd.inpaint(PROMPT, picture(), mask(), seed=3 + i, **how)
-        twice = sd.inpaint(PROMPT, once[0], mask(), seed=4 + i, **how)
+        once = sd.inpaint(changes, picture(), mask(), seed=3 + i, **how)
+        twice = sd.inpaint(changes, once[0], mask(), seed=4 + i, **how)
         assert np.abs(bytes_of(got[i]).astype(int) - bytes_of(twice[0])).max() <= 1  # batched
 
 
@@ -321,6 +325,7 @@ REFUSED = [
     ({"outpaint": (8, 0.5, 0, 0)}, "outpaint must be a whole number"),
     ({"outpaint": (0, 0, 16384, 0)}, "outpaint gives 16456 x 64 pixels; wanted sides of at most"),
     ({"mask": mask(), "mask_blur": -1}, "mask_blur must be a whole number from 0 to 256, got -1"),
+    ({"mask": mask(box=(70, 63, 71, 64)), "mask_blur": 200}, "mask_blur 200 leaves nothing of so small a mask"),
     ({"mask": mask(), "inpaint_fill": "noise"}, "inpaint_fill must be one of|inpaint_fill must be 'original'"),
     ({"mask": Image.new("L", SIZE, 255), "mask_invert": True}, "the mask marks nothing"),
     ({"mask": mask(box=(0, 0, 0, 0)), "inpaint_full_res": True}, "the mask marks nothing"),

@@ -58,7 +58,7 @@ def find_upscaler(
     advice = f"; did you mean {near!r}?" if near else ""
     if path.suffix.lower() in Upscaler.suffixes:
         raise AbsentError(
-            f"upscaler {shown(os.fspath(name))} is not there{advice or '; give the path of its file'}"
+            f"{option} {shown(os.fspath(name))} is not there{advice or '; give the path of its file'}"
         )
     raise UsageError(
         f"{option}: wanted one of {', '.join(others)}, a weight file or a name in upscaler_dir; "

@@ -45,8 +45,8 @@ def test_a_name_is_a_path_or_a_file_of_the_folder(folder):
     ],
 )
 def test_a_name_of_nothing_is_refused_with_the_nearest(folder, name, has_folder, kind, says):
-    with pytest.raises(kind, match=says) as caught:
-        find_upscaler("upscaler", name, folder if has_folder else None, NAMES)
+    with pytest.raises(kind, match=f"^hires_upscaler.*{says}") as caught:
+        find_upscaler("hires_upscaler", name, folder if has_folder else None, NAMES)
     assert "\n" not in str(caught.value) and len(str(caught.value)) <= 400
 
 
