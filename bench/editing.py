@@ -7,7 +7,7 @@ objects' centres are (not for a change of place), and how far pixels are off whe
 picture is saved at once; a second run does what is missing.
 
     python bench/editing.py                              # everything, into bench/results/editing.{json,md,png}
-    python bench/editing.py --edits 20 --results /tmp/e.json
+    python bench/editing.py --edits 20 --rows 'swap/*' --results /tmp/e.json
 """
 
 import argparse
@@ -15,7 +15,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,7 @@ EDITS = 200
 STEPS = 10
 SEED = 3  # of the scenes
 GUIDANCE = 3.0  # the box's own
+STRONG = 7.0
 SHEET = 8  # edits of each kind on the contact sheet
 ADD_NOISE = "add noise (img2img)"
 GENTLE = {"cross_replace_steps": 0.4, "self_replace_steps": 0.2}  # of prompt-to-prompt
@@ -42,19 +45,27 @@ GENTLE = {"cross_replace_steps": 0.4, "self_replace_steps": 0.2}  # of prompt-to
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a way to edit, and how many steps are left out."""
+    """A line of the table: a way to edit, how many steps are left out, by which inversion, at which guidance."""
 
     name: str
     start_step: int
+    inversion: str = "ddim"
+    guidance: float = GUIDANCE
 
     @property
     def key(self) -> str:
-        return f"{self.name}/{self.start_step}"
+        further = ", ".join(
+            [self.inversion] * (self.inversion != "ddim")
+            + [f"g{self.guidance:g}"] * (self.guidance != GUIDANCE)
+        )
+        return f"{self.name}/{self.start_step}" + (f"/{further}" if further else "")
 
 
 ROWS = [
     *(Row(ADD_NOISE, start) for start in (2, 4)),
     *(Row("swap", start) for start in (0, 1, 2, 4)),
+    Row("swap", 0, guidance=STRONG),
+    *(Row("swap", start, "edit_friendly") for start in (0, 2)),
     Row("prompt_to_prompt", 0),
     Row("prompt_to_prompt, gentle", 0),
     Row("mutual_self_attention", 0),
@@ -140,75 +151,62 @@ def off(picture: np.ndarray, source: np.ndarray, before: "Scene") -> float:
 # --- editing ----------------------------------------------------------------------------------------
 
 
-def edit_all(sd: Any, source: str, edit: str, picture: "Image.Image") -> dict[str, "Image.Image"]:
-    """Edit a picture by every row; the inversion is shared."""
+def edit_all(
+    sd: Any, source: str, edit: str, picture: "Image.Image", rows: Sequence[Row]
+) -> dict[str, "Image.Image"]:
+    """Edit a picture by several rows, which share their inversions."""
     import torch
 
     from ldm import editing
     from ldm import images as pictures
     from ldm.adapters import PromptToPrompt
-    from ldm.edit import encode_picture, scene_of
+    from ldm.edit import scene_of
     from ldm.generate import decode
 
-    editors = {"prompt_to_prompt, gentle": PromptToPrompt(**GENTLE)}
-    inversion = sd.invert(picture, source, steps=STEPS, guidance_scale=1.0, measure=False)
-    found = {}
-    for row in ROWS:
-        if row.name == ADD_NOISE:
-            continue
-        scene = scene_of(sd, inversion, source, edit, row.start_step, GUIDANCE)
-        found[row.key] = editing.resolve_editor(editors.get(row.name, row.name))(scene)
+    editors = {"prompt_to_prompt, gentle": PromptToPrompt(**GENTLE), ADD_NOISE: "add_noise"}
+    inversions: dict[str, Any] = {}
+    found = []
+    for row in rows:
+        if row.inversion not in inversions:
+            how = {"steps": STEPS, "guidance_scale": 1.0, "measure": False}
+            inversions[row.inversion] = sd.invert(picture, source, method=row.inversion, **how)
+        scene = scene_of(sd, inversions[row.inversion], source, edit, row.start_step, row.guidance)
+        found.append(editing.resolve_editor(editors.get(row.name, row.name))(scene))
     with torch.no_grad():
-        decoded = pictures.to_pil(decode(sd.model, torch.cat(list(found.values()))))
-    images = dict(zip(found, decoded, strict=True))
-    for row in ROWS:
-        if row.name == ADD_NOISE:
-            strength = 1 - row.start_step / STEPS
-            how = {"steps": STEPS, "guidance_scale": GUIDANCE, "sampler": "ddim", "progress": False}
-            images[row.key] = sd.img2img(edit, picture, strength, seed=0, **how)[0]
-    z, _ = encode_picture(sd, picture)
-    with torch.no_grad():
-        images["first stage"] = pictures.to_pil(decode(sd.model, z))[0]
-    return images
+        decoded = pictures.to_pil(decode(sd.model, torch.cat(found)))
+    return {row.key: image for row, image in zip(rows, decoded, strict=True)}
 
 
-def run(count: int, path: Path) -> dict[str, Any]:
-    """Edit what is missing in a results file, and give all of it."""
-    from PIL import Image
-
+def run(count: int, path: Path, patterns: Sequence[str]) -> dict[str, Any]:
+    """Edit what is missing in a results file by the rows whose keys match a pattern, and give all of it."""
     import ldm
     from ldm.shapes.scenes import render
 
     done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    chosen = [row for row in ROWS if any(fnmatchcase(row.key, one) for one in patterns)]
     sd = ldm.StableDiffusion.default().optimize()
-    sheet_folder = path.with_suffix("")
-    sheet_folder.mkdir(parents=True, exist_ok=True)
-    taken = {kind: 0 for kind in KINDS}
+    strips = path.with_suffix("")
+    strips.mkdir(parents=True, exist_ok=True)
     for number, (kind, before, after) in enumerate(plan(count)):
-        taken[kind] += 1
-        if str(number) in done:
+        one = done.setdefault(
+            str(number), {"kind": kind, "source": before.caption, "edit": after.caption, "rows": {}}
+        )
+        rows = [row for row in chosen if row.key not in one["rows"]]
+        if not rows:
             continue
         began = time.perf_counter()
         picture = render(before, 128)
         source = np.asarray(picture, float)
-        images = edit_all(sd, before.caption, after.caption, picture)
-        done[str(number)] = {
-            "kind": kind,
-            "source": before.caption,
-            "edit": after.caption,
-            "rows": {key: judged(image, kind, before, after, source) for key, image in images.items()},
-            "seconds": round(time.perf_counter() - began, 2),
-        }
-        if taken[kind] <= SHEET:
-            strip = [picture, *images.values()]
-            sheet = Image.new("RGB", (128 * len(strip), 128))
-            for i, one in enumerate(strip):
-                sheet.paste(one, (128 * i, 0))
-            sheet.save(sheet_folder / f"{number:03d}.png")
+        images = edit_all(sd, before.caption, after.caption, picture, rows)
+        one["rows"] |= {key: judged(image, kind, before, after, source) for key, image in images.items()}
+        if number < SHEET * len(KINDS):
+            picture.save(strips / f"{number:03d}.png")
+            for row in rows:
+                images[row.key].save(strips / f"{number:03d}-{ROWS.index(row):02d}.png")
         half = path.with_suffix(".half")
         half.write_text(json.dumps(done, indent=1))
         os.replace(half, path)
-        print(f"{number + 1}/{count} {kind}: {done[str(number)]['seconds']} s", flush=True)
+        print(f"{number + 1}/{count} {kind}: {time.perf_counter() - began:.1f} s", flush=True)
     return done
 
 
@@ -218,53 +216,60 @@ def run(count: int, path: Path) -> dict[str, Any]:
 def table(done: dict[str, Any]) -> str:
     """Write the results as Markdown."""
     lines = [
-        f"# Edits of {len(done)} pictures",
+        "# Edits of pictures of shapes",
         "",
-        f"Renders of unseen scenes, {STEPS} steps of DDIM, inverted at guidance 1 and edited at guidance {GUIDANCE:g}.",
-        "Per cent of edits that hold: the new attribute is there, and every other one as it was. `moved`: how far the",
-        "objects' centres are from where they were, median, per cent of a side, not for a change of place. `off`: of",
-        "pixels away from the object whose colour or shape was changed, mean of 0 to 255.",
+        f"Renders of unseen scenes, {STEPS} steps, inverted at guidance 1. Per cent of edits that hold: the new",
+        "attribute is there, and every other one as it was. `moved`: how far the objects' centres are from where they",
+        "were, median, per cent of a side, not for a change of place. `off`: of pixels away from the object whose",
+        "colour or shape was changed, mean of 0 to 255; the first stage alone leaves about 0.5.",
         "",
-        "| way | steps left out | all | " + " | ".join(KINDS) + " | moved | off |",
-        "|---|---|---|" + "---|" * (len(KINDS) + 2),
+        "| way | inversion | guidance | steps left out | edits | all | "
+        + " | ".join(KINDS)
+        + " | moved | off |",
+        "|" + "---|" * (len(KINDS) + 8),
     ]
     for row in ROWS:
-        of_row = [(one["kind"], one["rows"][row.key]) for one in done.values()]
-        shares = [100 * np.mean([one["holds"] for _, one in of_row])]
+        of_row = [(one["kind"], one["rows"][row.key]) for one in done.values() if row.key in one["rows"]]
+        if not of_row:
+            continue
+        shares = [np.mean([one["holds"] for _, one in of_row])]
         for kind in KINDS:
             held = [one["holds"] for what, one in of_row if what == kind]
-            shares.append(100 * np.mean(held) if held else float("nan"))
+            shares.append(np.mean(held) if held else float("nan"))
         moves = [one["moved"] for _, one in of_row if one["moved"] is not None]
         offs = [one["off"] for _, one in of_row if one["off"] is not None]
-        numbers = " | ".join(f"{share:.0f}" for share in shares)
+        inversion = "none" if row.name == ADD_NOISE else row.inversion
+        numbers = " | ".join(f"{100 * share:.0f}" for share in shares)
         lines.append(
-            f"| {row.name} | {row.start_step} of {STEPS} | {numbers} | {np.median(moves):.1f} | {np.mean(offs):.1f} |"
+            f"| {row.name} | {inversion} | {row.guidance:g} | {row.start_step} of {STEPS} | {len(of_row)} | {numbers} "
+            f"| {np.median(moves):.1f} | {np.mean(offs):.1f} |"
         )
-    first = [one["rows"]["first stage"] for one in done.values()]
-    rest = [one["off"] for one in first if one["off"] is not None]
-    lines += ["", f"The first stage alone, with nothing edited, is {np.mean(rest):.1f} off."]
     return "\n".join(lines) + "\n"
 
 
 def contact_sheet(path: Path) -> None:
-    """Join the strips of a run into one picture beside its results: source, then every row in the table's order."""
+    """Join the pictures of a run into one beside its results: a line an edit, the source first, then each row."""
     from PIL import Image
 
-    strips = [Image.open(one) for one in sorted(path.with_suffix("").glob("*.png"))]
-    if not strips:
-        return
-    sheet = Image.new("RGB", (strips[0].width // 2, len(strips) * 64))
-    for i, strip in enumerate(strips):
-        sheet.paste(strip.resize((strip.width // 2, 64)), (0, 64 * i))
+    strips = path.with_suffix("")
+    sources = sorted(strips.glob("???.png"))
+    sheet = Image.new("RGB", (64 * (1 + len(ROWS)), 64 * max(1, len(sources))), "white")
+    for line, source in enumerate(sources):
+        for column, one in enumerate(
+            [source, *(strips / f"{source.stem}-{i:02d}.png" for i in range(len(ROWS)))]
+        ):
+            if one.exists():
+                sheet.paste(Image.open(one).resize((64, 64)), (64 * column, 64 * line))
     sheet.save(path.with_suffix(".png"))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--edits", type=int, default=EDITS, help="how many, default %(default)s")
+    parser.add_argument("--rows", nargs="+", default=["*"], help="shell patterns of keys, as 'swap/*'")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
-    done = run(options.edits, options.results)
+    done = run(options.edits, options.results, options.rows)
     options.results.with_suffix(".md").write_text(table(done))
     contact_sheet(options.results)
     print(table(done))

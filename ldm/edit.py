@@ -526,7 +526,8 @@ def edit_picture(
     )
     if marks is not None:
         scene = replace(scene, region=editing.region_of(marks, downsampling(sd.model)))
-    x = way(scene)
+    # One by one: an edit is the same, bit for bit, whichever others are asked for.
+    x = torch.cat([way(replace(scene, edits=[one])) for one in edits])
     with torch.no_grad(), vae_scope(sd.model, [*sd.adapters, *adapters]):
         painted = pictures.to_unit(decode(sd.model, x)).cpu()
         again, best = pictures.to_pil(decode(sd.model, torch.cat([inversion.reconstruction, inversion.x0])))

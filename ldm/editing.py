@@ -120,6 +120,7 @@ class DiffEdit:
         strength: how far the picture is noised to ask both, a share of the steps.
         draws: of noise, whose differences are averaged.
         threshold: from where on a cell is to be changed, as a share of the largest difference.
+        seed: of the noise, drawn on the CPU.
 
     Raises:
         UsageError: a number out of range.
@@ -128,11 +129,13 @@ class DiffEdit:
     strength: float = 0.5
     draws: int = 10
     threshold: float = 0.5
+    seed: int = 0
 
     def __post_init__(self) -> None:
         real("strength", self.strength, 0.01, 1)
         whole("draws", self.draws, 1, 1000)
         real("threshold", self.threshold, 0, 1)
+        whole("seed", self.seed, *SEED)
 
     @torch.no_grad()
     def region(self, scene: Scene, edit: str) -> Tensor:

@@ -3,23 +3,240 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
-from typing import Any
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli.painting import load_model
-from ldm.cli.painting_options import _add_model
-from ldm.cli.parser import Parser, integer, number
+from ldm.cli.painting_options import add_model
+from ldm.cli.parser import Parser, integer, number, seed
 from ldm.cli.running import printable, say
 from ldm.errors import FormatError, MismatchError, UsageError, shown
+from ldm.limits import GUIDANCE_SCALE
 
-KEY = "ldm edit"  # of the text in a PNG that says how it was made
-TOLD = (
-    "prompt", "edit_prompt", "method", "inversion", "steps", "start_step", "scale", "negative_prompt", "seed",
-    "cross_replace", "self_replace", "weight", "keep_but", "feather",
-)  # fmt: skip
-DEFAULTS = {
-    "prompt": None, "edit_prompt": [], "method": "prompt_to_prompt", "inversion": "ddim", "steps": 50,
-    "start_step": None, "scale": None, "negative_prompt": "", "seed": 0, "cross_replace": None, "self_replace": None,
-    "weight": [], "keep_but": None, "feather": 0.0,
-}  # fmt: skip
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ldm.edit import Edited
+    from ldm.editing import Editor
+
+# What a picture says of its edit, and --like takes from it: destination -> default.
+TOLD: dict[str, Any] = {
+    "prompt": None,
+    "edit_prompt": [],
+    "method": "prompt_to_prompt",
+    "inversion": "ddim",
+    "steps": 50,
+    "start_step": None,
+    "scale": None,
+    "negative_prompt": "",
+    "seed": 0,
+    "cross_replace": None,
+    "self_replace": None,
+    "weight": [],
+    "blend": None,
+    "feather": 0.0,
+}
+OF_PROMPT_TO_PROMPT = ("cross_replace", "self_replace", "weight", "blend")
+
+
+def edit_parser() -> Parser:
+    """Make the parser; what --like may fill in has no default in it."""
+    p = Parser(
+        prog="edit.py",
+        description="Change a picture by its prompt: invert it, and sample it under another (docs/editing.md).",
+        usage="edit.py --image FILE --prompt 'what it shows' --edit-prompt 'what it is to show' [options]",
+    )
+    p.also = {"init_img": "image", "guidance_scale": "scale", "editor": "method", "n_steps": "steps"}
+    p.set_defaults(**dict.fromkeys(TOLD))
+    what = p.add_argument_group("what to change")
+    what.add_argument("--image", required=True, help="the picture")
+    what.add_argument("--prompt", help="what it shows")
+    what.add_argument("--edit-prompt", action="append", help="what it is to show; repeated, a picture each")
+    what.add_argument("--negative-prompt", help="what guidance leads away from")
+    what.add_argument("--mask", help="a picture: white is changed, black stays as it is")
+    what.add_argument("--feather", type=number(0, 256), help="pixels over which the mask fades to each side")
+    what.add_argument(
+        "--like",
+        metavar="PICTURE",
+        help="take what is not given here from an edited picture's metadata, prompts included",
+    )
+    how = p.add_argument_group("how")
+    how.add_argument(
+        "--method",
+        help="swap, prompt_to_prompt (default), mutual_self_attention, plug_and_play, diffedit, dds, add_noise",
+    )
+    how.add_argument(
+        "--inversion", help="ddim (default), or another of ldm.models.diffusion.inversion.METHODS"
+    )
+    how.add_argument("--steps", type=integer(1, 1000), help="of the way up, and down again (default: 50)")
+    how.add_argument("--start-step", type=integer(0, 999), help="steps that are left out (default: 3 in 10)")
+    how.add_argument("--scale", type=number(*GUIDANCE_SCALE), help="of guidance (default: the model's own)")
+    how.add_argument("--seed", type=seed, help="of noise that dds, diffedit and add_noise draw (default: 0)")
+    p2p = p.add_argument_group("of prompt_to_prompt")
+    p2p.add_argument(
+        "--cross-replace", type=number(0, 1), help="share of steps with the source's looks at words"
+    )
+    p2p.add_argument("--self-replace", type=number(0, 1), help="share of steps with the source's layout")
+    p2p.add_argument(
+        "--weight",
+        action="append",
+        metavar="WORD=FACTOR",
+        help="a word that counts more, or less; may be repeated",
+    )
+    p2p.add_argument(
+        "--blend", metavar="WORD", help="stay as the source is where no prompt is about this word"
+    )
+    add_model(p.add_argument_group("with what"))
+    out = p.add_argument_group("where to")
+    out.add_argument("--outdir", default="outputs/edits", help="folder for the pictures")
+    out.add_argument("--no-sheet", action="store_true", help="save no contact sheet")
+    return p
+
+
+def edit(args: argparse.Namespace) -> None:
+    """Edit the picture that the options name.
+
+    Raises:
+        UsageError: what is missing, or does not go together. MismatchError: another picture than --like's.
+    """
+    told = {} if args.like is None else told_by(args.like)
+    for name, default in TOLD.items():
+        if getattr(args, name) is None:
+            setattr(args, name, told.get(name, default))
+    if args.prompt is None or not args.edit_prompt:
+        missing = (
+            "--prompt, what the picture shows,"
+            if args.prompt is None
+            else "--edit-prompt, what it is to show,"
+        )
+        raise UsageError(f"an edit needs {missing} and got none; give it, or a picture with both as --like")
+    editor = editor_of(args)
+
+    from ldm.devices import pick_device
+    from ldm.images import open_image, prepare_folder, save_numbered
+    from ldm.metadata import Painted, png_info
+
+    image = open_image(args.image)
+    mask = None if args.mask is None else open_image(args.mask)
+    marks = {"image_hash": hash_of(image), "mask_hash": None if mask is None else hash_of(mask)}
+    for name, given in marks.items():
+        if told and told.get(name) != given:
+            what = name.removesuffix("_hash")
+            raise MismatchError(
+                f"--like '{args.like}' was made of another {what} (hash {shown(told.get(name))}) than --{what} "
+                f"{shown(getattr(args, what))} (hash {shown(given)}); give that one, or leave --like out"
+            )
+    outdir = prepare_folder(args.outdir)
+    sd = load_model(args, pick_device(args.device))
+    done = sd.edit(
+        image,
+        args.prompt,
+        args.edit_prompt,
+        method=args.inversion,
+        editor=editor,
+        steps=args.steps,
+        start_step=args.start_step,
+        guidance_scale=args.scale,
+        negative_prompt=args.negative_prompt,
+        mask=mask,
+        feather=args.feather,
+    )
+    say(f"the picture comes back at {done.psnr:.1f} dB, the first stage alone at {done.ceiling:.1f}")
+    for prompt, one in zip(args.edit_prompt, done.images, strict=True):
+        parameters = parameters_of(args, prompt, marks, sd, done)
+        path = save_numbered(Painted.of(one, lambda said=parameters: said), outdir, info=png_info(parameters))
+        say(f"{path} ({printable(prompt)})")
+    if not args.no_sheet:
+        say(f"{save_numbered(done.sheet(), outdir, 'sheet-{:04}.png')}")
+
+
+def editor_of(args: argparse.Namespace) -> Editor:
+    """Make the way to edit that the options name.
+
+    Raises:
+        UsageError: an unknown one, or options of another one.
+    """
+    from ldm.adapters import LocalBlend, PromptToPrompt
+    from ldm.editing import DDS, AddNoise, Controlled, DiffEdit, resolve_editor
+
+    editor = resolve_editor(args.method)
+    of_p2p = {
+        name: getattr(args, name) for name in OF_PROMPT_TO_PROMPT if getattr(args, name) not in (None, [])
+    }
+    if isinstance(editor, Controlled) and isinstance(editor.control, PromptToPrompt):
+        words = {"cross_replace": "cross_replace_steps", "self_replace": "self_replace_steps"}
+        options = {words[name]: value for name, value in of_p2p.items() if name in words}
+        if args.weight:
+            options["equalizer"] = dict(map(weight_of, args.weight))
+        if args.blend is not None:
+            options["local_blend"] = LocalBlend(args.blend)
+        return Controlled(PromptToPrompt(**options))
+    if of_p2p:
+        flag = f"--{next(iter(of_p2p)).replace('_', '-')}"
+        raise UsageError(
+            f"{flag} is of prompt_to_prompt, and the method is {shown(args.method)}; leave it out"
+        )
+    for kind in (DDS, AddNoise, DiffEdit):
+        if isinstance(editor, kind):
+            return kind(seed=args.seed)
+    return editor
+
+
+def weight_of(text: str) -> tuple[str, float]:
+    """Read "word=2.5".
+
+    Raises:
+        UsageError: it is not of this form.
+    """
+    word, equals, factor = text.rpartition("=")
+    try:
+        return word, float(factor if equals and word else "none")
+    except ValueError:
+        raise UsageError(f"--weight should be such as snowy=2.5, got {shown(text)}") from None
+
+
+def told_by(path: str) -> Mapping[str, Any]:
+    """Read what an edited picture says of its edit.
+
+    Raises:
+        FormatError: it says nothing, or not what it should be.
+    """
+    from ldm.metadata import read_parameters
+
+    told = read_parameters(path).get("edit")
+    if not isinstance(told, dict) or not isinstance(told.get("prompt"), str):
+        raise FormatError(f"--like '{path}' does not say how it was edited; give a picture of edit.py")
+    for name, default in TOLD.items():
+        value = told.get(name, default)
+        fits = isinstance(value, (str, int, float, type(None))) or (
+            isinstance(value, list) and all(isinstance(one, str) for one in value)
+        )
+        if not fits or (isinstance(default, list) and not isinstance(value, list)):
+            raise FormatError(f"--like '{path}' says the {name} {shown(value)}; give it on the command line")
+    return told
+
+
+def hash_of(image: Image.Image) -> str:
+    """Hash the pixels of a picture."""
+    return hashlib.sha256(image.convert("RGBA").tobytes()).hexdigest()[:10]
+
+
+def parameters_of(
+    args: argparse.Namespace, prompt: str, marks: Mapping[str, Any], sd: Any, done: Edited
+) -> dict[str, Any]:
+    """Collect what an edited picture says: all that --like needs, and how well its source came back."""
+    from ldm.results import versions
+
+    told = {name: getattr(args, name) for name in TOLD} | {"edit_prompt": [prompt], **marks}
+    return {
+        "mode": "edit",
+        "prompt": prompt,
+        "negative_prompt": args.negative_prompt,
+        "seed": args.seed,
+        "steps": args.steps,
+        "model": sd.name,
+        "init_image_hash": marks["image_hash"],
+        "edit": told | {"psnr": round(done.psnr, 2)},
+        **versions(),
+    }

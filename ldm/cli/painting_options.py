@@ -90,7 +90,7 @@ def painting_parser(
     if strength is not None:
         p.set_defaults(strength=strength)
     _add_run(groups[options.WHAT])
-    _add_model(p.add_argument_group("with what"))
+    add_model(p.add_argument_group("with what"))
     _add_output(p.add_argument_group("where to"), outdir)
     return p
 
@@ -140,7 +140,8 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--explain", action="store_true", help="show how prompts are read, and paint nothing")
 
 
-def _add_model(group: argparse._ArgumentGroup) -> None:
+def add_model(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of the model, where it is and what it computes in."""
     group.add_argument("--ckpt", help="model file or diffusers folder (default: the model in the box)")
     group.add_argument("--config", help="its YAML file (default: the one beside it, or read off the weights)")
     group.add_argument(

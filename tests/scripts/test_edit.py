@@ -1,0 +1,149 @@
+"""edit.py as a user runs it: pictures, sheets, metadata that replays, exit codes, and nothing left where it fails."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import write_tiny
+
+import ldm
+from ldm.cli import run
+
+ROOT = Path(__file__).parents[2]
+SOURCE, EDIT, OTHER = "a red circle", "a blue circle", "a blue square"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    checkpoint, config = write_tiny(tmp_path_factory.mktemp("model"))
+    return ["--ckpt", str(checkpoint), "--config", str(config), "--device", "cpu"]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(4)
+    for name in ("photo", "other"):
+        Image.fromarray(rng.integers(0, 255, (64, 72, 3), np.uint8)).save(f"{name}.png")
+    Image.fromarray(np.uint8([[0] * 24 + [255] * 48] * 64)).save("mask.png")
+    return tmp_path
+
+
+@pytest.fixture
+def end(capsys):
+    """Run the script to its exit: (code, stdout, stderr)."""
+    spec = importlib.util.spec_from_file_location("edit_script", ROOT / "scripts" / "edit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def ending(*argv):
+        with pytest.raises(SystemExit) as stop:
+            run(module.main, [str(word) for word in argv])
+        return (stop.value.code, *capsys.readouterr())
+
+    return ending
+
+
+def test_edits_are_saved_with_what_makes_them_again(home, end, model):
+    photo = ["--image", "photo.png", "--mask", "mask.png", "--outdir", "out", *model]
+    prompts = ["--prompt", SOURCE, "--edit-prompt", EDIT, "--edit-prompt", OTHER]
+    how = [
+        "--steps",
+        2,
+        "--start-step",
+        0,
+        "--scale",
+        3,
+        "--feather",
+        4,
+        "--weight",
+        "blue=2",
+        "--self-replace",
+        0.6,
+    ]
+    code, said, complaints = end(*photo, *prompts, *how)
+    assert code == 0 and not complaints and "the picture comes back at" in said
+    assert sorted(path.name for path in Path("out").iterdir()) == ["00000.png", "00001.png", "sheet-0000.png"]
+    assert Image.open("out/sheet-0000.png").width == 4 * 72
+    told = ldm.read_metadata("out/00001.png")
+    assert (told["mode"], told["prompt"]) == ("edit", OTHER) and told["edit"]["weight"] == ["blue=2"]
+    assert told["edit"]["self_replace"] == 0.6 and told["edit"]["method"] == "prompt_to_prompt"
+    first, source = (np.asarray(Image.open(path)) for path in ("out/00000.png", "photo.png"))
+    assert np.array_equal(first[:, :16], source[:, :16]) and not np.array_equal(first[:, 40:], source[:, 40:])
+
+    code, *_ = end(*photo[:4], "--outdir", "again", *model, "--like", "out/00000.png", "--no-sheet")
+    assert code == 0 and [path.name for path in Path("again").iterdir()] == ["00000.png"]
+    assert np.array_equal(np.asarray(Image.open("again/00000.png")), first)
+    # What is given on the command line goes before what the picture says.
+    code, *_ = end(
+        *photo, "--like", "out/00000.png", "--edit-prompt", OTHER, "--no-sheet", "--weight", "blue=-1"
+    )
+    assert code == 0 and ldm.read_metadata("out/00002.png")["edit"]["weight"] == ["blue=-1"]
+
+
+@pytest.mark.parametrize("method", ["swap", "plug-and-play", "masactrl", "diffedit", "add_noise"])
+@pytest.mark.slow
+def test_every_method(home, end, model, method):
+    how = ["--steps", 2, "--start-step", 1, "--method", method, "--seed", 7]
+    code, _, complaints = end("--image", "photo.png", "--prompt", SOURCE, "--edit-prompt", EDIT, *how, *model)
+    assert code == 0 and not complaints
+    assert ldm.read_metadata("outputs/edits/00000.png")["edit"]["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["--edit-prompt", EDIT], 2, "an edit needs --prompt, what the picture shows, and got none"),
+        (["--prompt", SOURCE], 2, "an edit needs --edit-prompt, what it is to show, and got none"),
+        (["--method", "prompt2prompt"], 2, "editor must be one of swap, prompt_to_prompt"),
+        (
+            ["--method", "swap", "--weight", "blue=2"],
+            2,
+            "--weight is of prompt_to_prompt, and the method is 'swap'",
+        ),
+        (["--weight", "blue"], 2, "--weight should be such as snowy=2.5, got 'blue'"),
+        (["--weight", "=2"], 2, "--weight should be such as snowy=2.5, got '=2'"),
+        (["--weight", "green=2"], 2, "equalizer names 'green'"),
+        (["--blend", "ball"], 2, "words of a LocalBlend names 'ball', which is not in 'a red circle'"),
+        (["--steps", "4", "--start-step", "4"], 2, "start_step must be a whole number from 0 to 3, got 4"),
+        (["--steps", "0"], 2, "--steps"),
+        (["--inversion", "dim"], 2, "(did you mean ddim?)"),
+        (["--feather", "4"], 2, "feather is of a mask"),
+        (["--image", "none.png"], 9, "picture 'none.png' does not exist"),
+        (
+            ["--image", "mask.png", "--like", "photo.png"],
+            3,
+            "--like 'photo.png' does not say how it was edited",
+        ),
+        (["--nothing"], 2, "unknown option '--nothing'"),
+    ],
+)
+def test_what_is_refused_in_one_line_and_nothing_written(home, end, model, argv, code, message):
+    given = [] if argv[0] in ("--prompt", "--edit-prompt") else ["--prompt", SOURCE, "--edit-prompt", EDIT]
+    given += [] if "--image" in argv else ["--image", "photo.png"]
+    got, said, complaints = end(*given, *argv, *model)
+    (line,) = complaints.splitlines()
+    assert got == code and message in line and len(line) <= 415
+    assert not [path for path in Path(".").rglob("*.png") if path.parent.name]
+
+
+def test_another_picture_than_the_one_that_was_edited_is_refused(home, end, model):
+    said = {
+        "mode": "edit",
+        "edit": {"prompt": SOURCE, "edit_prompt": [EDIT], "image_hash": "0" * 10, "steps": 2},
+    }
+    from ldm.metadata import png_info
+
+    Image.open("photo.png").save("edited.png", pnginfo=png_info({"prompt": EDIT, **said}))
+    code, _, complaints = end("--image", "photo.png", "--like", "edited.png", *model)
+    assert code == 5 and re.search(
+        r"made of another image \(hash '0+'\) than --image 'photo.png'", complaints
+    )
+    assert len(complaints.splitlines()) == 1
+    broken = {"mode": "edit", "edit": {**said["edit"], "steps": {"a": 1}}}
+    Image.open("photo.png").save("broken.png", pnginfo=png_info({"prompt": EDIT, **broken}))
+    code, _, complaints = end("--image", "photo.png", "--like", "broken.png", *model)
+    assert code == 3 and "says the steps" in complaints
