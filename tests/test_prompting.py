@@ -243,14 +243,12 @@ def test_a_swap_is_said_not_to_be_done(sd, caplog):
 
 
 def test_the_old_rule_of_schedules_is_painted_and_told(sd):
-    """[a:b:2] of a second pass: by the old rule after its second step, by the new one at its beginning."""
-    how = {"steps": 4, "hires_scale": 1.5, "hires_strength": 0.9, "hires_steps": 4}
-    changing = f"[{RED}:{BLUE}:2]"
-    old, new = (states(sd, changing, old_schedule=on, **how) for on in (True, False))
-    blue = states(sd, changing, hires_prompt=BLUE, **how)
-    assert far(new[-1], blue[-1]) < 1e-5 < 1e-3 < far(old[-1], blue[-1])
-    assert far(old[3], new[3]) < 1e-5  # the first pass counts alike
-    out = sd.txt2img(RED, prompt_syntax="a1111", old_schedule=True, steps=1, seed=1, progress=False)
+    """[a:b:1] in a second pass: by the old rule after its first step, by the new one before it."""
+    how = {"steps": 2, "hires_scale": 1.25, "hires_strength": 0.9, "seed": 3, "progress": False}
+    changing = f"[{RED}:{BLUE}:1]"
+    out = sd.txt2img(changing, prompt_syntax="a1111", old_schedule=True, **how)
+    new, blue = (latents(sd, changing, hires_prompt=text, **how) for text in (None, BLUE))
+    assert far(new, blue) < 1e-5 < 1e-3 < far(out.latents, blue)
     assert "Old prompt editing timelines: True" in out.infotexts[0]
 
 

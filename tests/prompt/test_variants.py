@@ -7,6 +7,7 @@ import pytest
 from tiny import tiny_model
 
 import ldm
+from ldm.advice import about_syntax
 from ldm.checks.templates import draw_texts
 from ldm.cli import painting_parser, read_prompts
 from ldm.cli.painting import lay_out
@@ -178,7 +179,11 @@ def test_each_image_draws_by_its_seed_alone(sd, folder):
     assert len({(one.prompt, one.negative_prompt) for one in both.images}) == 4
     variations = sd.plan("{1|2|3|4|5|6}", variants=True, num_images=4, seed=5, variation_strength=0.1)
     assert len({(one.prompt, one.seed) for one in variations.images}) == 1
-    assert sd.plan("{a|b} __x__").images[0].prompt == "{a|b} __x__"  # off: text, as in CompVis
+    assert sd.plan("{a|b} __x__").images[0].prompt == "{a|b} __x__"  # off: text, as in CompVis, and said
+    assert [line.split(": ")[-1].split(" (")[0] for line in about_syntax(["{a|b} __x__"]).values()] == [
+        "give variants=True",
+        "give wildcards=FOLDER",
+    ]
     for given, words in (
         ({"variants": "yes"}, "variants must be True or False"),
         ({"wildcards": 3}, "wildcards must be a path, got 3"),
