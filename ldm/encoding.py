@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -244,7 +245,8 @@ def picture_of(
         x = decode(model, latents, at_once=request.arithmetic == "diffusers")
     unit, pixels = pictures.to_unit(x).cpu(), pictures.to_uint8(x, request.rounding)
     if start.frame is not None:
-        return start.frame.lay(unit, pixels)
+        frame = start.frame if start.kept == "pixels" else replace(start.frame, weights=None)
+        return frame.lay(unit, pixels)
     if start.mask is None or start.kept == "latents":
         return unit, pixels
     is_painted = start.mask[0, 0, :, :, None].numpy() >= 0.5

@@ -72,10 +72,14 @@ class Where:
     without: tuple[str, ...] = ()
 
     def of(self, mode: str, sampler: str, said: Mapping[str, Any]) -> Any:
-        fits = all(said[name] in values for name, values in self.allowed.items() if name in said)
-        return (
-            self.value if sampler in self.samplers and fits and not said.keys() & set(self.without) else None
+        is_of_them = {sampler, said.get("hires_sampler", sampler)} <= set(self.samplers)
+        # A list of sigmas, which numpy may have, is none of the values.
+        fits = all(
+            isinstance(said[name], str) and said[name] in values
+            for name, values in self.allowed.items()
+            if name in said
         )
+        return self.value if is_of_them and fits and not said.keys() & set(self.without) else None
 
     def __str__(self) -> str:
         return f"{self.value} ({', '.join(self.samplers)})"
@@ -173,7 +177,10 @@ TABLE: tuple[Row, ...] = (
             "diffusers": Where(
                 "diffusers",
                 ("ddim", "plms", "euler", "euler_a", "dpmpp_2m"),
-                {"spacing": ("leading", "trailing", "linspace"), "mask_rule": ("compvis", "diffusers")},
+                {
+                    **dict.fromkeys(("spacing", "hires_spacing"), ("leading", "trailing", "linspace")),
+                    "mask_rule": ("compvis", "diffusers"),
+                },
                 (
                     "rho", "sigma_min", "sigma_max", "discard_next_to_last", "s_churn", "s_tmin", "s_tmax", "s_noise",
                     "order", "solver_type", "gamma",
@@ -317,6 +324,10 @@ def filled(
     sampler, spacing = split(said.get("sampler", own), said.get("spacing"))
     if spacing is not None:  # of "DPM++ 2M Karras", too
         said["spacing"] = spacing
+    if "hires_sampler" in said:  # has levels of its own
+        said["hires_sampler"], second = split(said["hires_sampler"], said.get("hires_spacing"))
+        second = second or values(preset, mode, said["hires_sampler"]).get("spacing")
+        said |= {} if second is None else {"hires_spacing": second}
     return {**values(preset, mode, sampler, said), **said, "sampler": sampler}
 
 

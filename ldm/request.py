@@ -22,7 +22,7 @@ from ldm.checks.seeds import check_extra_seeds, draw_seed, list_images, list_see
 from ldm.checks.templates import draw_texts, draws_texts, list_templates, with_templates
 from ldm.devices import check_low_vram, dtype_name, pick_device, pick_dtype  # noqa: F401
 from ldm.limits import AUTO, MAX_SEED, is_whole, real, whole  # noqa: F401
-from ldm.models.diffusion.samplers import split_sampler
+from ldm.models.diffusion.samplers import check_mask_rule, split_sampler
 from ldm.models.introspect import context_width, downsampling, dtype_of, is_inpainting, native_size  # noqa: F401
 from ldm.options import PRESET, Values
 from ldm.other_words import check_keywords
@@ -97,7 +97,8 @@ def check_request(
     """
     keywords = options.keywords()
     check_keywords("check_request", given, keywords)
-    given = with_preset(given, "txt2img" if image is None else "img2img" if mask is None else "inpaint")
+    is_masked = mask is not None or given.get("outpaint") is not None
+    given = with_preset(given, "txt2img" if image is None else "inpaint" if is_masked else "img2img")
     given = SimpleNamespace(**{**keywords, **given})
     # What needs the model, or several options together; the others are checked by their kinds.
     is_inpainting(model)  # refuses UNets of other kinds
@@ -123,9 +124,11 @@ def check_request(
     checked |= check_sampling(model, defaults, *asked, checked["strength"], of_sampler, given.arithmetic)
     words = [*prompts, *negatives] if prompt_embeds is None else []
     checked |= check_kinds(given, checked)
+    if checked["arithmetic"] == "diffusers" and checked["mask"] is not None and not is_inpainting(model):
+        check_mask_rule(checked["mask_rule"])
     # Of hires fix and loops: what is otherwise in each pass after the first.
     others = [] if sizes is None else [check_second(model, defaults, checked, sizes, prompt_embeds)]
-    others += check_loops(model, checked)
+    others += check_loops(model, defaults, checked)
     check_regions(checked, [checked, *others], adapters, prompt_embeds, f)
     words += [region.prompt for region in checked["regions"]]
     if words and reads_languages(SimpleNamespace(**checked)):

@@ -111,13 +111,14 @@ def test_a_kind_reads_what_it_writes(name, text, value):
 ELSEWHERE = {
     "ldm/request.py": (
         "what needs the model or several options together",
-        "batch_size cache_interval cache_depth merge_ratio merge_seed height width strength regions",
+        "batch_size cache_interval cache_depth merge_ratio merge_seed height width strength regions "
+        "arithmetic mask_rule outpaint",
     ),
     "ldm/checks/further.py": (
         "what becomes of hires fix and loops",
         "hires_scale hires_size hires_steps hires_strength hires_prompt hires_negative_prompt hires_sampler "
         "hires_spacing hires_upscaler hires_guidance_scale upscaler_dir loops loop_strength loop_curve sampler "
-        "steps spacing eta arithmetic height width guidance_scale strength",
+        "steps spacing eta arithmetic mask_rule mask_cells kept height width guidance_scale strength",
     ),
     "ldm/checks/picture.py": (
         "sizes, and what needs a frame",

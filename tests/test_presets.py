@@ -21,6 +21,7 @@ from ldm.pipeline import StableDiffusion
 PROMPT = "a red circle"
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("txt2img", "img2img", "inpaint")
+SIGMAS = np.array([14.6, 3.0, 0.5, 0.0])
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,26 @@ def test_the_blocks_of_the_page_run():
         ({"preset": "a1111", "rng": "image"}, "txt2img", {"rng": "image"}),
         ({"preset": "diffusers", "rounding": "truncate"}, "txt2img", {"rounding": "truncate"}),
         ({"preset": "cldm", "separate_passes": False}, "txt2img", {"separate_passes": False}),
+        # the second pass of hires fix has its own sampler's levels, and one arithmetic with the first
+        (
+            {"preset": "a1111", "hires_sampler": "DPM++ 2M SDE"},
+            "txt2img",
+            {"spacing": "karras", "hires_sampler": "dpmpp_2m_sde", "hires_spacing": "exponential"},
+        ),
+        (
+            {"preset": "a1111", "hires_sampler": "Euler a", "hires_spacing": "simple"},
+            "txt2img",
+            {"hires_spacing": "simple"},
+        ),
+        ({"preset": "a1111", "hires_sampler": "DPM++ 2M Karras"}, "txt2img", {"hires_spacing": "karras"}),
+        ({"preset": "a1111"}, "txt2img", {"hires_spacing": None}),
+        ({"preset": "diffusers", "hires_sampler": "euler"}, "txt2img", {"arithmetic": "diffusers"}),
+        (
+            {"preset": "diffusers", "hires_sampler": "heun"},
+            "txt2img",
+            {"arithmetic": None, "hires_spacing": None},
+        ),
+        ({"preset": "diffusers", "sampler": "euler", "spacing": SIGMAS}, "txt2img", {"arithmetic": None}),
         # None is not given
         ({"preset": "comfyui", "steps": None, "guidance_scale": None}, "txt2img", {"steps": 20}),
     ],
@@ -107,6 +128,28 @@ def test_a_request_takes_a_preset_in_every_mode(sd):
     told = (request.guidance_scale, request.steps, request.sampler, request.rng, request.preset)
     assert told == (5.0, 7, "plms", "compvis", "compvis")
     assert sd.plan(PROMPT).preset is None
+
+
+def test_loops_and_frames_have_the_rules_of_their_first_pass(sd):
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    given = {"image": picture(), "strength": 0.5, "steps": 4, "loops": 2, "seed": 3}
+    rules = [
+        (one.start.mask_rule, one.start.mask_cells, one.start.kept)
+        for one in sd.plan("a (red:1.2) [a|b]", mask=mask, preset="comfyui", **given).passes
+    ]
+    assert rules == [("comfyui", "bilinear", "latents")] * 2
+    # diffusers' PNDM calls the network once more, in every loop.
+    counts = [one.start.run_last for one in sd.plan(PROMPT, preset="diffusers", **given).passes]
+    assert counts == [3, 3]
+    with pytest.raises(UsageError, match="has the mask rules compvis and diffusers, got 'a1111'"):
+        sd.plan(PROMPT, mask=mask, arithmetic="diffusers", mask_rule="a1111", **given)
+    assert sd.plan(PROMPT, image=picture(), outpaint=(8, 8, 8, 8), preset="diffusers").strength == 1.0
+    soft = {"mask": mask, "mask_blur": 2, "strength": 0.5, "steps": 2, "seed": 3}
+    for kept in ("pixels", "latents"):
+        out = sd.img2img(PROMPT, picture(), kept=kept, **soft)[0]
+        is_same = np.array_equal(np.asarray(out)[:, 48:], np.asarray(picture())[:, 48:])
+        assert is_same == (kept == "pixels")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from ldm.checks.sampling import check_sampling
 from ldm.errors import UsageError
 from ldm.hires import load_upscaler
 from ldm.limits import CELLS, about_whole
-from ldm.models.diffusion.samplers import start_level
 from ldm.passes import Pass, start_from_before
 from ldm.sources import Source
 
@@ -156,7 +155,9 @@ def second_texts(checked: Mapping[str, Any], embeds: Tensor | None) -> dict[str,
     }
 
 
-def check_loops(model: LatentDiffusion, checked: Mapping[str, Any]) -> list[dict[str, Any]]:
+def check_loops(
+    model: LatentDiffusion, defaults: SamplingDefaults, checked: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Give what is otherwise than in the first pass in those that repaint what the pass before gave, A1111's loopback.
 
     Strength goes from the first's to that of the last along a curve; each has the next seed; what was filled under a
@@ -169,12 +170,12 @@ def check_loops(model: LatentDiffusion, checked: Mapping[str, Any]) -> list[dict
     for i in range(1, count):
         share = LOOP_CURVES[checked["loop_curve"]](i / (count - 1))
         strength = round(first + (last - first) * share, 12)  # so that the last is what was asked for
+        asked = (checked[name] for name in ("sampler", "steps", "spacing", "eta"))
         how = {name: checked[name] for name in options.of_samplers()}
-        run_last, _ = start_level(
-            checked["sampler"], model, checked["steps"], strength, spacing=checked["spacing"], **how
-        )
+        run_last = check_sampling(model, defaults, *asked, strength, how, checked["arithmetic"])["run_last"]
         if run_last > 0:
-            around = {name: checked[name] for name in ("original", "image_hash", "mask", "frame")}
+            same = ("original", "image_hash", "mask", "frame", "mask_rule", "mask_cells", "kept")
+            around = {name: checked[name] for name in same}
             size = checked["width"], checked["height"]
             start = start_from_before(strength, run_last, "lanczos", size, **around)
             same = {"width": size[0], "height": size[1], "own_prompt": None, "own_negative_prompt": None}

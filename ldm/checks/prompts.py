@@ -103,17 +103,16 @@ def check_language(
     """
     attached = adapters if isinstance(adapters, list | tuple) else ()  # another kind is refused later
     with text_scope(model, check_adapters(model, attached)):
-        found = read_all(model, given, [(given.sampler, given.steps)], prompts, negatives)
+        first = [(given.sampler, given.steps)]
+        found = read_all(model, given, first, prompts, negatives)
         read_ = list(found.values())
-        regional = read_all(
-            model, given, [(given.sampler, given.steps)], [one.prompt for one in given.regions], ()
-        )
+        regional = read_all(model, given, first, [one.prompt for one in given.regions], ())
         refuse_in_regions(regional.values(), given.emphasis)
         read_ += regional.values()
         further = []
         for one in others:
             own = [[] if text is None else [text] for text in (one["own_prompt"], one["own_negative_prompt"])]
-            again = read_all(model, given, one["schedule"], *own)
+            again = read_all(model, given, one["schedule"] or first, *own)
             read_ += again.values()
             further += [prompt for (_, is_negative), prompt in again.items() if not is_negative]
         warn_of_prompts(model.cond_stage_model, read_)

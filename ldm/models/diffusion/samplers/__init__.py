@@ -21,7 +21,12 @@ from ldm.models.diffusion.levels import (
     unit_noise,
     visited_levels,
 )
-from ldm.models.diffusion.samplers.as_diffusers import check_schedule, last_calls, steps_as_diffusers
+from ldm.models.diffusion.samplers.as_diffusers import (
+    check_mask_rule,
+    check_schedule,
+    last_calls,
+    steps_as_diffusers,
+)
 from ldm.models.diffusion.samplers.base import NoisySampler, Sampler, SigmaSampler, check_eta
 from ldm.models.diffusion.samplers.cfg_pp import DDIMCFGPP, EulerAncestralCFGPP, EulerCFGPP
 from ldm.models.diffusion.samplers.compvis import DDIM, DDPM, PLMS
@@ -126,6 +131,7 @@ __all__ = [
     "check_interval",
     "check_levels",
     "check_mask",
+    "check_mask_rule",
     "check_schedule",
     "choose_levels",
     "last_calls",

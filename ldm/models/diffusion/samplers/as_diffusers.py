@@ -299,6 +299,14 @@ def check_schedule(
     return cls, spacing
 
 
+def check_mask_rule(rule: str) -> None:
+    """Raise UsageError for a rule that blends predictions, which no pipeline of diffusers does."""
+    if rule in OF_PREDICTIONS:
+        raise UsageError(
+            f"arithmetic 'diffusers' has the mask rules compvis and diffusers, got {shown(rule)}; take arithmetic 'own'"
+        )
+
+
 def last_calls(sampler: str, steps: int, strength: float) -> int:
     """Tell how many calls of the network are left of a picture's strength, as diffusers' pipelines count."""
     count = int(steps * strength)
@@ -338,14 +346,11 @@ def steps_as_diffusers(
         start_from: where given, it is noised also before a whole run.
 
     Raises:
-        UsageError: what `check_schedule` refuses, a value out of range, or a mask_rule that blends predictions.
+        UsageError: what `check_schedule` and `check_mask_rule` refuse, or a value out of range.
     """
     cls, spacing = check_schedule(name, spacing, steps, model.num_timesteps, options)
-    if mask is not None and mask_rule in OF_PREDICTIONS:
-        raise UsageError(
-            f"arithmetic 'diffusers' has the mask rules compvis and diffusers, got {shown(mask_rule)}; take "
-            "arithmetic 'own'"
-        )
+    if mask is not None:
+        check_mask_rule(mask_rule)
     eta = eta if eta is not None and cls.takes_eta else 0.0
     schedule = cls(alphas_in_float32(model), steps, spacing, eta)
     denoise = Denoiser(
