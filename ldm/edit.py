@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 TUTORIAL = "tutorial"
+_DEFAULT_STEPS = 30  # of sample, in the tutorial
 KEPT_STEPS = 0.3  # of an edit's: the tutorial leaves 30 of 100 out
 
 
@@ -283,7 +284,7 @@ def sample(
     start_step: int = 0,
     start_latents: Tensor | Inversion | None = None,
     guidance_scale: float = 3.5,
-    num_inference_steps: int = 30,
+    num_inference_steps: int = _DEFAULT_STEPS,
     num_images_per_prompt: int = 1,
     do_classifier_free_guidance: bool = True,
     negative_prompt: str | Sequence[str] = "",
@@ -310,13 +311,17 @@ def sample(
         As invert; also a start_step outside the run.
     """
     sd = _model(sd, device)
+    if generator is not None and (start_latents is not None or generator.device.type != "cpu"):
+        raise UsageError(
+            "generator draws the noise of start_latents=None, on the CPU; got one "
+            f"on {generator.device} and start_latents {'absent' if start_latents is None else 'given'}"
+        )
     scale = guidance_scale if do_classifier_free_guidance else 1.0
     network = network_of(sd, adapters)
     context = context_of(sd, prompt, scale, negative_prompt, copies=num_images_per_prompt, adapters=adapters)
     rows = len(context.conditioning)
     if isinstance(start_latents, Inversion):
-        if spacing is not None or options:
-            raise UsageError("an Inversion knows its levels and options; leave spacing and options out")
+        _check_left_out(start_latents, num_inference_steps, method, spacing, options)
         x = start_latents.sample(context, start_step, network=network)
     else:
         by_tutorial = isinstance(method, str) and method == TUTORIAL
@@ -368,6 +373,8 @@ def edit(
         As invert and sample.
     """
     sd = _model(sd, None)
+    if "steps" in options:
+        raise UsageError(f"edit takes the number of steps as num_steps, got steps={shown(options['steps'])}")
     if not (isinstance(method, str) and method == TUTORIAL):
         how = {
             "steps": num_steps,
@@ -580,6 +587,22 @@ def _model(sd: ldm.StableDiffusion | None, device: str | torch.device | None) ->
     if elsewhere:
         raise UsageError(f"the model is on {sd.device}, got device={shown(device)}; move it by sd.to(...)")
     return sd
+
+
+def _check_left_out(
+    inversion: Inversion, steps: Any, method: Any, spacing: Any, options: dict[str, Any]
+) -> None:
+    """Raise UsageError where something is asked for that an Inversion has its own of."""
+    if steps not in (_DEFAULT_STEPS, len(inversion)):
+        raise UsageError(
+            f"the Inversion has {len(inversion)} steps, got num_inference_steps={shown(steps)}; leave it out"
+        )
+    if method != "ddim" and (
+        method == TUTORIAL or resolve_method(method, **options).name != inversion.method.name
+    ):
+        raise UsageError(f"the Inversion is of {inversion.method.name}, got {shown(method)}; leave it out")
+    if spacing is not None or options:
+        raise UsageError("an Inversion knows its levels and options; leave spacing and options out")
 
 
 def _tutorial_levels(model: LatentDiffusion, steps: int) -> list[Level]:

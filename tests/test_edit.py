@@ -242,6 +242,26 @@ def test_what_cannot_be_is_said_in_a_line(sd, z, name, arguments, options, words
     assert len(str(caught.value)) <= 400 and "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
+def test_what_an_inversion_has_of_its_own_is_not_asked_for_twice(sd, z):
+    inversion = editing.invert(z, PROMPT, 1.0, 2, sd=sd, method="belm", measure=False)
+    how = {"start_latents": inversion, "sd": sd, "guidance_scale": 1.0}
+    want = editing.sample(PROMPT, **how)[0]
+    assert same(editing.sample(PROMPT, num_inference_steps=2, method="BELM", **how)[0], want, 0)
+    for given, words in (
+        ({"num_inference_steps": 5}, "the Inversion has 2 steps, got num_inference_steps=5; leave it out"),
+        ({"method": "tutorial"}, "the Inversion is of belm, got 'tutorial'; leave it out"),
+        ({"method": "edict"}, "the Inversion is of belm, got 'edict'"),
+        ({"spacing": "trailing"}, "leave spacing and options out"),
+        ({"generator": torch.Generator()}, "generator draws the noise of start_latents=None"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            editing.sample(PROMPT, **how, **given)
+    with pytest.raises(UsageError, match="belm needs what its way up remembered: give start_latents the Inv"):
+        editing.sample(PROMPT, 0, inversion[-1], method="belm", sd=sd)
+    with pytest.raises(UsageError, match="edit takes the number of steps as num_steps, got steps=5"):
+        editing.edit(picture(), PROMPT, OTHER, steps=5, sd=sd)
+
+
 def test_models_and_adapters_that_do_not_invert_are_refused(sd):
     with pytest.raises(MismatchError, match="got an inpainting model of 9 channels; take a plain one"):
         network_of(StableDiffusion(tiny_model(9)))

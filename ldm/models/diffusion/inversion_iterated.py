@@ -136,13 +136,13 @@ class Sampled(Method):
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.name, self.spacing = split_sampler(self.sampler, None)
+        self.name, _ = split_sampler(self.sampler, None)
         super().__post_init__()
         self.own, self.of_spacing = split_options(SAMPLERS[self.name], dict(self.options))
         check_inverts(self._make(None), None, None)
 
     def plan(self, alpha_bar: np.ndarray, steps: int, spacing: str | Sequence[float] | None) -> list[Level]:
-        spacing = self.spacing if spacing is None else spacing
+        _, spacing = split_sampler(self.sampler, spacing)
         return SAMPLERS[self.name].plan(alpha_bar, steps, spacing=spacing, **self.of_spacing)
 
     def begin(self, run: Run, x0: Tensor) -> tuple[Tensor, Sampler]:
