@@ -456,14 +456,18 @@ def invert_picture(
     Raises:
         As invert and encode_picture.
     """
-    z, _ = encode_picture(sd, image, adapters=[*sd.adapters, *adapters])
-    scale = sd.defaults.guidance_scale if guidance_scale is None else guidance_scale
     if isinstance(method, str) and method == TUTORIAL:
         raise UsageError(
             f"'{TUTORIAL}' is a method of the functions in ldm.edit; here 'ddim' is the aligned form"
         )
+    chosen = resolve_method(method, **options)
+    whole("steps", steps, 1, sd.model.num_timesteps)
+    if len(list_texts("prompt", prompt)) != 1:
+        raise UsageError(f"prompt must be one text, of the one picture, got {len(prompt)}")
+    scale = sd.defaults.guidance_scale if guidance_scale is None else guidance_scale
+    z, _ = encode_picture(sd, image, adapters=[*sd.adapters, *adapters])
     how = {"negative_prompt": negative_prompt, "spacing": spacing, "adapters": adapters, "measure": measure}
-    return invert(z, prompt, scale, steps, sd=sd, method=method, **how, **options)
+    return invert(z, prompt, scale, steps, sd=sd, method=chosen, **how)
 
 
 def edit_picture(

@@ -262,13 +262,24 @@ def test_what_an_inversion_has_of_its_own_is_not_asked_for_twice(sd, z):
         editing.edit(picture(), PROMPT, OTHER, steps=5, sd=sd)
 
 
+def test_what_a_picture_is_inverted_by_is_checked_before_any_work(sd):
+    for given, words in (
+        ({"num_inference_steps": 5}, r"no option num_inference_steps \(here it is steps\); it has eta"),
+        ({"device": "cpu"}, "no option device"),
+        ({"steps": 2.0}, "steps must be a whole number from 1 to 1000, got 2.0"),
+        ({"prompt": [PROMPT, OTHER]}, "prompt must be one text, of the one picture, got 2"),
+        ({"method": "null_text", "iterations": 0}, "iterations of null_text must be"),
+        ({"method": "tutorial"}, "'tutorial' is a method of the functions in ldm.edit"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            sd.invert("no such picture", **{"prompt": PROMPT, **given})
+
+
 def test_models_and_adapters_that_do_not_invert_are_refused(sd):
     with pytest.raises(MismatchError, match="got an inpainting model of 9 channels; take a plain one"):
         network_of(StableDiffusion(tiny_model(9)))
     with pytest.raises(UsageError, match="DeepCache keeps features from one step to the next"):
         network_of(sd, [DeepCache(2, 1)])
-    with pytest.raises(UsageError, match="'tutorial' is a method of the functions in ldm.edit"):
-        sd.invert(picture(), PROMPT, method="tutorial")
     assert context_of(sd, PROMPT).unconditional is None
 
 
