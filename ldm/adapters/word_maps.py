@@ -32,7 +32,11 @@ class _Sum:
         self.count = 0
 
     def add(self, maps: Tensor) -> None:
-        self.maps = maps if self.maps is None else self.maps.add_(maps)
+        if self.maps is not None and self.maps.shape[1] != maps.shape[1]:
+            # Somebody's processor in one attention takes the last tokens for a picture's: it has no maps of them.
+            most = max(self.maps.shape[1], maps.shape[1])
+            self.maps, maps = (F.pad(one, (0, 0, 0, 0, 0, most - one.shape[1])) for one in (self.maps, maps))
+        self.maps = maps if self.maps is None else self.maps + maps
         self.count += 1
 
 

@@ -25,9 +25,13 @@ from ldm.adapters import (
     FreeU,
     IPAdapter,
     LoRA,
+    MutualSelfAttention,
+    PlugAndPlay,
+    PromptToPrompt,
     SeamlessTiling,
     T2IAdapter,
     TokenMerging,
+    WordMaps,
 )
 from ldm.adapters.controlnet import ControlNetFile
 from ldm.adapters.freeu import scale_low_frequencies
@@ -462,6 +466,19 @@ class Blurred(Kind):
         return [SAG(0.75 * strength)]
 
 
+class Watched(Kind):
+    """Maps of words, which are looked at and change nothing."""
+
+    slack = NEAR
+    is_same = True
+
+    def make(self, strength):
+        return [WordMaps()] if strength else []
+
+    def by_hand(self, model):
+        """The same."""
+
+
 class Look(Kind):
     """An IP-Adapter. It comes last: by hand it would be what ImagePrompt is."""
 
@@ -510,13 +527,15 @@ KINDS = [
     Sliced,
     Seamless,
     Blurred,
+    Watched,
     Look,
 ]
 ADDING = (Control, Sketch, Look)
-FURTHER = (Free, Perturbed, Sliced, Seamless, Blurred)
-NOT_BY_HAND = ((Perturbed, Blurred), (Blurred, Look))  # the first by hand changes what the second begins with
-# ImagePrompt and Look both set processors, which is refused by name.
-PAIRS = [pair for pair in itertools.combinations(KINDS, 2) if pair != (ImagePrompt, Look)]
+FURTHER = (Free, Perturbed, Sliced, Seamless, Blurred, Watched)
+NOT_BY_HAND = ((Perturbed, Blurred), (Blurred, Watched), (Blurred, Look))  # the first by hand changes what the second begins with
+# Two that set processors, and one that looks into what another answers by itself: refused by name.
+REFUSED = ((ImagePrompt, Look), (OwnProcessor, Watched))
+PAIRS = [pair for pair in itertools.combinations(KINDS, 2) if pair not in REFUSED]
 NAMES = [f"{a.__name__}-{b.__name__}" for a, b in PAIRS]
 
 
@@ -680,6 +699,36 @@ def test_a_lora_a_controlnet_and_an_ip_adapter_together(model, optimized, traces
     assert torch.equal(paint(optimized, steps=1), alone(optimized)) and torch.equal(paint(model), alone(None))
     for kind in (Lora, Control, Look):  # each has a part in it
         assert not near(alone(kind), want, 1e-3)
+
+
+PAIR = {"prompt": ["a birb", "a red birb"], "seed": [5, 5]}  # a source and its edit
+CONTROLS = [PromptToPrompt(self_replace_steps=1.0), MutualSelfAttention(0.0), PlugAndPlay(1.0, 1.0)]
+BESIDE = [Lora, Word, Free, Perturbed, Sliced, Control, Look]
+
+
+@pytest.mark.thinned(7)
+@pytest.mark.parametrize("control", CONTROLS, ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("kind", BESIDE)
+def test_control_of_attention_beside_another_kind_is_that_one_by_hand_and_it_attached(
+    control, kind, model, optimized, traces, files, by_hand
+):
+    """In both orders, plain and optimized; the source's picture is what the other kind alone paints."""
+    one = kind(files)
+    options = PAIR | ({"prompt": ["a birb", "a large birb"]} if kind is Word else {})
+    with on(model, one) as adapters:
+        without = paint(model, adapters, **options)
+        got = paint(model, [control, *adapters], **options)
+    assert near(got[0], without[0], NEAR) and not near(got[1], without[1], 1e-3)
+    with on(optimized, one) as adapters:
+        assert near(paint(optimized, [*adapters, control], **options), got, NEAR)
+    assert trace_of(model) == traces[model] and trace_of(optimized) == traces[optimized]
+    if kind not in (Look, Perturbed):  # whose hooks are for one picture
+        hand, further = by_hand(kind)
+        prompts = (
+            [text.replace("birb", WORDS) for text in options["prompt"]] if kind is Word else options["prompt"]
+        )
+        how = {name: value for name, value in further.items() if name != "prompt"}
+        assert near(paint(hand, [control], **options | how | {"prompt": prompts}), got, NEAR)
 
 
 def test_an_image_prompt_of_scale_0_is_the_text_alone(model):
