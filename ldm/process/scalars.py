@@ -15,11 +15,11 @@ Scalar = float | Tensor
 def scalar(value: Scalar) -> Scalar:
     """Give a 0-d float64 tensor on the CPU as a number, and everything else as it is.
 
-    Left alone are levels (b,), one per image; those of less precision, whose factors are worked out in theirs; and
-    those on another device, which would be waited for.
+    Left alone are levels (b,), one per image; those of less precision, whose factors are worked out in theirs; those on
+    another device, which would be waited for; and 0, by which a number cannot be divided.
     """
     if isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float64 and value.is_cpu:
-        return value.item()
+        return value.item() or value
     return value
 
 

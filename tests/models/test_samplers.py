@@ -15,6 +15,7 @@ from ldm.models.diffusion.samplers import (
     DDIM,
     NAMES,
     SAMPLERS,
+    Level,
     LevelTable,
     Step,
     alpha_bar_table,
@@ -772,6 +773,8 @@ def test_a_model_s_table_turns_sigma_into_a_level_and_back():
     assert table.at_sigma(40.0).t == 999 and float(table.at_sigma(40.0).sigma) == pytest.approx(40)
     clean = table.at_sigma(0.0)
     assert clean.t == 0 and clean.alpha_bar == 1 and clean.sigma == 0 and clean.log_snr == math.inf
+    empty = Level(999, torch.tensor(0.0, dtype=torch.float64))
+    assert empty.sigma == math.inf and empty.log_snr == -math.inf
 
 
 def test_an_image_is_noised_to_the_level_where_its_steps_start():

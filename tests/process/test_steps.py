@@ -128,6 +128,12 @@ def test_a_number_a_0d_level_and_a_level_per_image_step_alike():
         )
         close(number, all_, atol=0)
         close(number, each, atol=1e-14)
+    for step in (
+        "ddim",
+        "back",
+        "ddpm",
+    ):  # between two levels without signal there is no number, and no exception
+        assert steps[step](scalar(0.0), scalar(0.0)).shape == x.shape
     assert isinstance(std, float) and ddim_std(scalar(0.2), scalar(0.6), 0.5) == std
 
 

@@ -75,7 +75,7 @@ class Level:
         alpha_bar = scalar(self.alpha_bar)
         if isinstance(alpha_bar, Tensor):
             return ((1 - alpha_bar) / alpha_bar).sqrt()
-        return tensor(math.sqrt((1 - alpha_bar) / alpha_bar) if alpha_bar > 0 else math.inf)
+        return tensor(math.sqrt((1 - alpha_bar) / alpha_bar))
 
     @cached_property
     def log_snr(self) -> Tensor:
