@@ -3,6 +3,7 @@
 import math
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +70,10 @@ def test_what_asks_for_nothing_changes_nothing(sd, plain):
     got = sd.inpaint(PROMPT, picture(), mask(), strength=0.5, **HOW, **nothing, inpaint_fill="original")
     assert got[0].tobytes() == plain[0].tobytes() and got.infotexts == plain.infotexts
     everything = Image.new("L", SIZE, 255)
-    whole = sd.inpaint(PROMPT, picture(), everything, strength=0.5, **HOW)
-    only = sd.inpaint(PROMPT, picture(), everything, strength=0.5, **HOW, inpaint_full_res=True)
-    assert whole[0].tobytes() == only[0].tobytes() and torch.equal(whole.latents, only.latents)
+    for how in ({}, {"rounding": "round"}):
+        whole = sd.inpaint(PROMPT, picture(), everything, strength=0.5, **HOW, **how)
+        only = sd.inpaint(PROMPT, picture(), everything, strength=0.5, **HOW, **how, inpaint_full_res=True)
+        assert whole[0].tobytes() == only[0].tobytes() and torch.equal(whole.latents, only.latents)
     black = Image.eval(mask(), lambda grey: 255 - grey)
     turned = sd.inpaint(PROMPT, picture(), black, strength=0.5, **HOW, mask_invert=True)
     assert turned[0].tobytes() == plain[0].tobytes()
@@ -432,3 +434,9 @@ def test_the_block_of_the_page_runs():
     }
     groups = {one.name for one in options.options() if one.group in (options.START, options.MASK)}
     assert groups - shown == {"strength", "upscale_by", "upscale_overlap", "upscaler"}
+    for line in re.findall(r"^python scripts/(.*)", page, re.MULTILINE):
+        script, *words = shlex.split(line)
+        strength = None if script == "txt2img.py" else 0.75
+        parser = painting_parser(script, "x", outdir="o", scale=7.5, strength=strength)
+        parser.add_argument("--init-img")
+        parser.parse_args(words)
