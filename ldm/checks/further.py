@@ -165,7 +165,6 @@ def check_loops(
     """
     count, first = checked["loops"], checked["strength"]
     last = first if checked["loop_strength"] is None else checked["loop_strength"]
-    own = ((checked["sampler"], checked["steps"]),)  # of prompts: each pass begins anew
     found = []
     for i in range(1, count):
         share = LOOP_CURVES[checked["loop_curve"]](i / (count - 1))
@@ -179,7 +178,7 @@ def check_loops(
             size = checked["width"], checked["height"]
             start = start_from_before(strength, run_last, "lanczos", size, **around)
             same = {"width": size[0], "height": size[1], "own_prompt": None, "own_negative_prompt": None}
-            found.append({**same, "start": start, "schedule": own, "seed_offset": i})
+            found.append({**same, "start": start, "schedule": (), "seed_offset": i})
     return found
 
 
