@@ -18,7 +18,7 @@ from ldm.limits import CALL_RNGS
 from ldm.models.introspect import dtype_of
 from ldm.options import told
 from ldm.passes import ImageSpec, Request
-from ldm.results import GenerationParameters, GenerationResult, painted, versions
+from ldm.results import GenerationParameters, GenerationResult, painted, tensor_hash, versions
 from ldm.sources import join_tiles
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def finish_batch(
         **{one.name: one.kind.plain(getattr(request, one.name)) for one in told() if not one.each},
         "mode": request.mode,
         "init_image_hash": request.image_hash,
+        "mask_hash": None if request.mask is None else tensor_hash(request.mask),
         "adapters": described(request.adapters),
         "batch_size": len(request.images) if is_shared else b,
         "model": name,

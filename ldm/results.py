@@ -41,6 +41,7 @@ class GenerationParameters(Values):
     dropped_words: list[str]  # of the prompt and the negative prompt, beyond what the text encoder reads
     model: str | None
     init_image_hash: str | None
+    mask_hash: str | None
     device: str
     dtype: str
     vae_dtype: str
@@ -210,6 +211,11 @@ class Progress:
     def preview(self) -> list[Image.Image]:
         """Paint what is to come, small and at once, by a linear approximation of the decoder."""
         return self.preview_of(self.pred_x0)
+
+
+def tensor_hash(x: Tensor) -> str:
+    """Give the first 10 hex digits of the sha256 of a tensor's bytes, as pictures name what they began with."""
+    return hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest()[:10]
 
 
 _HASHES: dict[tuple, str] = {}

@@ -37,8 +37,13 @@ LINES = {
         "Denoising strength: 0.55, Clip skip: 2, Hires CFG Scale: 5, Hires upscale: 2, Hires steps: 12, "
         'Hires upscaler: Latent (bicubic), Hires prompt: "a red cat, sharp", Version: v1.10.1',
         {"hires_scale": 2.0, "hires_steps": 12, "hires_upscaler": "latent bicubic", "hires_strength": 0.55}
-        | {"hires_prompt": "a red cat, sharp", "clip_skip": 2, "version": "v1.10.1"},
-        {"Hires CFG Scale"},
+        | {
+            "hires_guidance_scale": 5.0,
+            "hires_prompt": "a red cat, sharp",
+            "clip_skip": 2,
+            "version": "v1.10.1",
+        },
+        set(),
     ),
     "LoRAs, embeddings, styles, ADetailer": (
         'Lora hashes: "ink: 0123456789ab", TI hashes: "easynegative: c74b4e810b03", Style Selector: cinematic, '

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from ldm.checks.around import check_around, framed, in_tiles, needs_frame
 from ldm.devices import dtype_name
 from ldm.errors import UsageError, shown
 from ldm.limits import CELLS, SHARE, is_whole, real
+from ldm.results import tensor_hash
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -79,7 +79,7 @@ def check_picture(
         "width": width,
         "image": pixels,
         "original": original,
-        "image_hash": None if pixels is None else hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:10],
+        "image_hash": None if pixels is None else tensor_hash(pixels),
         "mask": marks,
         "frame": frame,
         "tiles": (grid, tiles),

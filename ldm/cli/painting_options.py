@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Sequence
 
 from ldm import options
 from ldm.cli.adapters import told_adapters
 from ldm.cli.parser import Parser, integer
 from ldm.cli.running import printable, say
-from ldm.errors import FormatError, UsageError, shown
+from ldm.cli.told import asked_for
+from ldm.errors import FormatError, UsageError
 from ldm.limits import SHARED_RNGS
-from ldm.option_kinds import Choice
 from ldm.options import Option
 from ldm.presets import rules
 
@@ -229,29 +228,13 @@ class _PaintingParser(Parser):
             given = given | sizes
         if options.PRESET in given:  # as a program does it, in place of how the picture's did
             given = given | rules(found.preset)
-        by_others = not str(parameters.get("version", "")).startswith("ldm ")
-        if parameters["source"] in ("a1111", "comfyui") and by_others:  # their brackets are meant
-            parameters.setdefault(options.SYNTAX, parameters["source"])
-        for option in options.told():
-            value = parameters.get(option.name)
-            if option.name in given or value is None or not hasattr(found, option.name):
-                continue
-            taken = option.kind.take(value)  # anybody may have written it
-            if taken is not None and isinstance(option.kind, Choice):
-                with contextlib.suppress(argparse.ArgumentTypeError):  # another program's word
-                    parsed = option.kind.parse(taken)
-                    # An upscaler of a file is looked for in a folder, if there is one.
-                    if parsed in option.kind.words or found.upscaler_dir is not None:
-                        setattr(found, option.name, parsed)
-                        found.given.add(option.name)
-                        continue
-                taken = None
-            if taken is None:
-                name = option.infotext or option.name
-                say(printable(f"{found.like}: its {name} {shown(value)} is not known here; left as it is"))
-                continue
-            setattr(found, option.name, taken)
-            found.given.add(option.name)
+        values, lines = asked_for(parameters, found.upscaler_dir is not None)
+        here = {option.name for option in options.told() if hasattr(found, option.name)} - given
+        for name in here & values.keys():
+            setattr(found, name, values[name])
+            found.given.add(name)
+        for name in sorted(here & lines.keys()):
+            say(printable(f"{found.like}: {lines[name]}; left as it is"))
         self._leave_alone(found, given)
         found.like_adapters = told_adapters(parameters)
         place = parameters.get("batch_index")

@@ -17,7 +17,7 @@ OURS = {
     "sampler": "ddim",
     "adapters": [{"kind": "LoRA", "name": "ink", "weight": 0.5}],
 }
-THEIRS = "a dog\nSteps: 20, Sampler: Euler a, Seed: 5, Hires CFG Scale: 5, Version: v1.10.1"
+THEIRS = "a dog\nSteps: 20, Sampler: Euler a, Seed: 5, Refiner: 5, Version: v1.10.1"
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_line_for_each_thing(pictures, capsys):
     assert (code, err) == (0, "")
     assert lines[:3] == ["ours.png: ldm", "  prompt: a cat", "  seed: 7"]
     assert "  LoRA ink: weight 0.5" in lines and "theirs.png: a1111" in lines
-    assert {"  sampler: euler_a", "  not an option here: Hires CFG Scale: 5"} <= set(lines)
+    assert {"  sampler: euler_a", "  not an option here: Refiner: 5"} <= set(lines)
     assert lines[-1] == "  not read: its text 'ldm' cannot be read, it says '{cut'"
 
 
@@ -52,7 +52,7 @@ def test_json_is_what_read_parameters_gives(pictures, capsys):
     code, lines, _ = ending(capsys, "ours.png", "theirs.png", "--json")
     ours, theirs = map(json.loads, lines)
     assert code == 0 and ours == {"file": "ours.png", "source": "ldm", **OURS}
-    assert (theirs["steps"], theirs["extra"], len(theirs["unread"])) == (20, {"Hires CFG Scale": "5"}, 1)
+    assert (theirs["steps"], theirs["extra"], len(theirs["unread"])) == (20, {"Refiner": "5"}, 1)
 
 
 @pytest.mark.parametrize(
