@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ldm import options
 from ldm.checkpoints.sampling import SamplingDefaults
 from ldm.errors import MismatchError, UsageError
 from ldm.models.diffusion.samplers import resolve_sampler
@@ -216,6 +217,20 @@ def about_seeds(seeds: Iterable[int]) -> str | None:
     return f"seed {wide} paints what seed {wide % 2**SEED_BITS} paints: the generator on the CPU keeps {SEED_BITS} bits"
 
 
+def about_unread(requests: Sequence[Request]) -> dict[str, str]:
+    """Say which options do nothing because they are of other prompt languages than those of these requests."""
+    lines = {}
+    for one in options.options():
+        asked = [request for request in requests if getattr(request, one.name, one.default) != one.default]
+        read = dict.fromkeys(request.prompt_syntax for request in asked)
+        if one.syntaxes and asked and not read.keys() & set(one.syntaxes):
+            lines[one.name] = (
+                f"{one.name} is of prompts in {' or '.join(one.syntaxes)}, and does nothing to {', '.join(read)} ones: "
+                f"give prompt_syntax='{one.syntaxes[0]}' (--syntax {one.syntaxes[0]}), or leave it out"
+            )
+    return lines
+
+
 def by_sampler(least_steps: Mapping[str, int]) -> dict[str, int]:
     """Give a configuration's fewest steps by the samplers' own names.
 
@@ -257,4 +272,5 @@ def advice(requests: Sequence[Request], defaults: SamplingDefaults, *, on_cpu: b
         ):
             lines[kind] = lines.get(kind) or line
     lines = {"words": about_words(defaults.known_words, texts), **lines, **about_syntax(plain)}
+    lines |= about_unread(requests)
     return {kind: line for kind, line in lines.items() if line is not None}

@@ -80,9 +80,12 @@ class Folder(Kind):
     """The path of a folder."""
 
     def check(self, name: str, value: Any) -> Any:
-        if not isinstance(value, str | os.PathLike):
+        if not isinstance(value, str | os.PathLike) or not str(value):  # nothing would be the working folder
             raise UsageError(f"{name} must be a path, got {shown(value)}")
         return value
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "minLength": 1}
 
 
 class Words(Kind):
@@ -192,6 +195,9 @@ class Whole(Kind):
         return value
 
     def check(self, name: str, value: Any) -> int:
+        if self.word is not None and not limits.is_whole(value, self.low, self.high):
+            about = limits.about_whole(self.low, self.high)
+            raise UsageError(f"{name} must be {about}, or {self.word!r}; got {shown(value)}")
         return limits.whole(name, value, self.low, self.high)
 
     def read(self, text: str) -> int | None:

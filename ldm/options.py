@@ -126,6 +126,7 @@ class Option:
         keyword: False for what only the scripts have.
         told: the picture's metadata say it; what they say is repeated by --like.
         part: "sampler" for an option that only some samplers or spacings have, which is handed on where it is set.
+        syntaxes: of prompts that it acts on; nothing is all.
         into: of a Part: the name of the list that its values join.
         metavar: of the flag in --help.
     """
@@ -146,6 +147,7 @@ class Option:
     always: bool = False
     beside: tuple[str, ...] = ()
     part: str | None = None
+    syntaxes: tuple[str, ...] = ()
     into: str | None = None
     metavar: Any = None
     section: str = field(kw_only=True)
@@ -481,7 +483,7 @@ TABLE: tuple[Option | Fact, ...] = (
         "emphasis", None, Choice(_EMPHASES, {"no_norm": "no norm"}),
         "how weights of a prompt act: original, 'no norm', ignore, none (a1111's brackets are text), comfyui "
         "(default: the syntax's own)",
-        section="language", flags=("--emphasis",), infotext="Emphasis",
+        section="language", flags=("--emphasis",), infotext="Emphasis", syntaxes=("a1111", "comfyui", "compel"),
     ),
     Option(
         "regions", (), Regions(),
@@ -495,12 +497,13 @@ TABLE: tuple[Option | Fact, ...] = (
         "old_schedule", False, Switch(),
         "read the numbers of [a:b:0.5] as A1111 did before 1.6: below 1 a share of each pass, else a step of it",
         section="language", flags=("--old_schedule", "--old-schedule"), also=("use_old_scheduling",),
-        infotext="Old prompt editing timelines",
+        infotext="Old prompt editing timelines", syntaxes=("a1111",),
     ),
     Option(
         "lora_dir", None, Folder(),
         "folder with the LoRAs that <lora:name:0.8> in a prompt names, with --syntax a1111",
-        section="language", group=WITH, flags=("--lora_dir", "--lora-dir"), told=False, metavar="FOLDER",
+        section="language", group=WITH, flags=("--lora_dir", "--lora-dir"), told=False, syntaxes=("a1111", "compel"),
+        metavar="FOLDER",
     ),
     Option(
         "guidance_interval", (0.0, 1.0), Interval(*limits.SHARE),

@@ -633,7 +633,7 @@ def both(embeds):
         ({"spacing": [1.0, 3.0]}, "a list of sigmas must hold two at least, each below the last, got"),
         ({"sampler": "DPM++ 2M Karras", "spacing": "simple"}, "name two spacings; give one"),
         ({"num_images": 2.0}, "num_images must be a whole number from 1 to 100000, got 2.0"),
-        ({"batch_size": "4"}, "batch_size must be a whole number from 1 to 1024, got '4'"),
+        ({"batch_size": "4"}, "batch_size must be a whole number from 1 to 1024, or 'auto'; got '4'"),
         ({"rng": ["image"]}, "rng must be one of image, nv, compvis, diffusers, comfyui; got ['image']"),
         ({"output_type": None}, "output_type must be one of pil, np, pt, latent; got None"),
         (

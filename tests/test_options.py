@@ -372,7 +372,7 @@ def fits(value, schema):
             fits(one, item) for one, item in zip(value, items, strict=False)
         )
     if isinstance(value, str):
-        return len(value) <= schema.get("maxLength", len(value))
+        return schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value))
     if isinstance(value, dict):
         known = schema["properties"]
         return all(name in value for name in schema["required"]) and all(

@@ -335,6 +335,27 @@ def test_what_the_web_ui_paints_is_painted(sd, prompt):
     assert latents(sd, prompt, steps=1).isfinite().all()
 
 
+def test_options_of_other_languages_are_said_to_do_nothing(sd, tmp_path):
+    def said(*given):
+        requests = [sd.plan(RED, **one) for one in given]
+        return {kind: line for kind, line in advice(requests, sd.defaults).items() if "does nothing" in line}
+
+    for syntaxes, given in (
+        (("a1111", "comfyui", "compel"), {"emphasis": "ignore"}),
+        (("a1111",), {"old_schedule": True}),
+        (("a1111", "compel"), {"lora_dir": tmp_path}),
+    ):
+        (name,) = given
+        for syntax in ("plain", "a1111", "comfyui", "compel"):
+            lines = said({**given, "prompt_syntax": syntax})
+            assert list(lines) == ([] if syntax in syntaxes else [name]), (name, syntax)
+            assert all(
+                f"does nothing to {syntax} ones: give prompt_syntax='a1111'" in one for one in lines.values()
+            )
+        # Lines of a file share what is given once for all.
+        assert not said(given, {**given, "prompt_syntax": "a1111"}, {}) and not said({})
+
+
 def test_a_joint_is_no_word_where_it_joins(sd):
     knows = replace(sd.defaults, known_words=frozenset(f"{RED} {BLUE}".split()))
     for prompt, syntax, kinds in (

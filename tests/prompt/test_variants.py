@@ -187,6 +187,7 @@ def test_each_image_draws_by_its_seed_alone(sd, folder):
     for given, words in (
         ({"variants": "yes"}, "variants must be True or False"),
         ({"wildcards": 3}, "wildcards must be a path, got 3"),
+        ({"wildcards": ""}, "wildcards must be a path, got ''"),
         ({"variants": True, "hires_scale": 2, "hires_prompt": "{a|b}"}, "hires_prompt is one text for all"),
         (
             {"variants": True, "regions": [("{a|b}", (0, 0, 0.5, 1))]},
