@@ -13,6 +13,7 @@ from ldm import options
 from ldm.checkpoints.sampling import SamplingDefaults
 from ldm.errors import MismatchError, UsageError
 from ldm.models.diffusion.samplers import resolve_sampler
+from ldm.prompt.a1111 import without_comments
 
 if TYPE_CHECKING:
     from ldm.request import Request
@@ -260,6 +261,8 @@ def advice(requests: Sequence[Request], defaults: SamplingDefaults, *, on_cpu: b
                 own |= dict.fromkeys(spec.negative_prompt for spec in images)
             own = dict.fromkeys(without_names(own, request.adapters))
             is_plain = request.prompt_syntax == "plain"
+            if request.prompt_syntax == "a1111":
+                own = dict.fromkeys(map(without_comments, own))
             texts |= own if is_plain else dict.fromkeys(map(_without_joints, own))
             plain |= own if is_plain else {}
         keeps_32_bits = request.rng == "image" or (request.rng == "compvis" and on_cpu)

@@ -141,7 +141,7 @@ def tags_of(text: str, syntax: str) -> tuple[Any, ...]:
     if syntax == "compel":
         with contextlib.suppress(UsageError):  # which `read_all` raises, too
             return tuple(compel.parse(text).loras)
-    return tuple(a1111.split_tags(text)[1]) if syntax == "a1111" else ()
+    return tuple(a1111.split_tags(a1111.without_comments(text))[1]) if syntax == "a1111" else ()
 
 
 def find_loras(prompts: Sequence[Prompt], folder: str | os.PathLike | None) -> list[LoRA]:

@@ -362,6 +362,8 @@ def test_a_joint_is_no_word_where_it_joins(sd):
         (f"{RED} AND {BLUE}", "a1111", set()),
         (f"{RED}:0.6 AND {BLUE} : 0.75", "a1111", set()),
         (f"{RED} : 0.6 AND {BLUE} 0.75", "a1111", {"words"}),
+        (f"{RED} # of whatever kind", "a1111", set()),
+        (f"{RED} # of whatever kind", "plain", {"words"}),
         (f"{RED} and (blue:1.2)", "a1111", {"words"}),
         (f"{RED} and (blue:1.2)", "plain", {"words", "a weight"}),
     ):

@@ -1,7 +1,8 @@
 """AUTOMATIC1111's prompt language (stable-diffusion-webui 1.10.1): emphasis, schedules, AND, BREAK, extra networks.
 
-Its prompts pass through in this order: `split_tags` takes `<lora:name:0.8>` out, `split_and` splits at AND, `schedule`
-gives each part's text at every step, `parse_emphasis` the weights in that text, and `chunk` its token numbers.
+Its prompts pass through in this order: `without_comments` takes comments out, `split_tags` `<lora:name:0.8>`,
+`split_and` splits at AND, `schedule` gives each part's text at every step, `parse_emphasis` the weights in that text,
+and `chunk` its token numbers.
 Nothing here recurses, and all takes time in proportion to the text.
 """
 
@@ -369,6 +370,14 @@ class Tag:
             raise UsageError(
                 f"the strength in <{self.kind}:{':'.join(self.positional):.80}> should be a number such as 0.8"
             ) from None
+
+
+_COMMENT = re.compile(r"#[^\n]*")
+
+
+def without_comments(text: str) -> str:
+    """Take out what stands between a # and the end of its line, as the web UI does before all else."""
+    return _COMMENT.sub("", text)
 
 
 def split_tags(text: str) -> tuple[str, list[Tag]]:

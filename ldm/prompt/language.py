@@ -160,7 +160,7 @@ def read(
     options = {"tokenize": words.ids, "length": words.length, "start": words.start, "end": words.end}
     whole = functools.partial(a1111.chunk, vectors=words.name_of, **options)
     if syntax == "a1111":
-        left, tags = a1111.split_tags(text)
+        left, tags = a1111.split_tags(a1111.without_comments(text))
         commas = words.ids(",")
         options = {"comma": commas[0] if len(commas) == 1 else None, "backtrack": comma_backtrack}
         parts, known = [], {}  # of alternations most steps' texts were read before

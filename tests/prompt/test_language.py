@@ -7,6 +7,7 @@ import pytest
 from ldm.errors import UsageError
 from ldm.prompt import SYNTAXES, explain, read
 from ldm.prompt.a1111 import Tag
+from ldm.prompting import tags_of
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,23 @@ def test_parts_and_schedules(text, syntax, parts):
         ]
         found.append((part.weight, weights))
     assert found == parts and prompt.syntax == syntax and prompt.text == text
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("a cat # with (a hat:1.4)", "a cat "),
+        ("# first\na cat#2\n a dog", "a cat\na dog"),
+        ("a #<lora:x:1> [b:c:0.5]\n AND d", "a AND d"),
+        ("#", ""),
+    ],
+)
+def test_comments_are_no_part_of_a1111s_prompts(text, same):
+    one, other = (read(prompt, "a1111") for prompt in (text, same))
+    chunks = [[scheduled.chunks for scheduled in part.schedule] for part in one.parts]
+    assert chunks == [[scheduled.chunks for scheduled in part.schedule] for part in other.parts]
+    assert one.tags == () == tags_of(text, "a1111")
+    assert read(text, "comfyui").parts[0].schedule[0].chunks != other.parts[0].schedule[0].chunks
 
 
 def test_plain_prompts_are_cut_as_the_encoder_cuts_them():
