@@ -241,9 +241,9 @@ def test_a_canvas_is_inpainting_of_it(sd, nine):
 
 def test_tiles_are_img2img_of_each_mixed_at_the_seams(sd):
     image = picture(64, 48)
-    one = sd.upscale(image, PROMPT, 1.5, tile=(96, 72), **HOW)
+    one = sd.upscale(image, PROMPT, 1.5, tile=(96, 72), strength=0.5, **HOW)
     larger = image.resize((96, 72), Image.Resampling.LANCZOS)
-    assert one[0].tobytes() == sd.img2img(PROMPT, larger, 0.3, **HOW)[0].tobytes()
+    assert one[0].tobytes() == sd.img2img(PROMPT, larger, 0.5, **HOW)[0].tobytes()
     more = sd.upscale(image, PROMPT, 1.5, tile=64, overlap=16, strength=0.5, **HOW)
     grid = Grid.over((96, 72), (64, 64), 16)
     parts = [
@@ -252,6 +252,10 @@ def test_tiles_are_img2img_of_each_mixed_at_the_seams(sd):
     ]
     assert len(parts) == 4 and more[0].tobytes() == grid.join(parts).tobytes()
     assert more.seeds == [3] and more[0].size == (96, 72)
+    wide = sd.plan(
+        PROMPT, image=picture(640, 64), upscale_by=4, width=512, height=128, strength=0.5
+    )  # beyond 2048
+    assert wide.size == (2560, 256) and {one.size for one in wide.passes} == {(512, 128)}
 
 
 def test_guidance_of_the_second_pass_is_its_own(sd):
@@ -317,6 +321,7 @@ REFUSED = [
     ({"upscale_by": 2, "regions": [("a cat", (0, 0, 0.5, 1))]}, "leave regions out"),
     ({"upscale_by": 2, "output_type": "latent"}, "has no latents"),
     ({"upscale_by": 2, "width": 64, "height": 64, "upscale_overlap": 64}, "less than a tile of 64 x 64, got 64"),
+    ({"upscale_by": 8, "image": Image.new("RGB", (900, 800))}, "gives 7200 x 6400 pixels; wanted .* 36 million"),
     ({"upscale_by": 9}, "upscale_by must be a number from 1 to 8, got 9"),
     ({"upscale_by": 2, "upscale_overlap": 8, "upscaler": "lanczoz"}, "one of lanczos, .* did you mean 'lanczos'"),
     ({"upscale_by": 2, "upscale_overlap": 8, "upscaler": "up.pth"}, "upscaler 'up.pth' is not there; give the path"),

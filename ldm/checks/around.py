@@ -135,10 +135,11 @@ def in_tiles(
         As ldm.hires.load_upscaler.
     """
     sides = tuple(int(side * found["upscale_by"]) // f * f for side in image.size)
-    low, high = (cells * f for cells in CELLS)
-    if min(sides) < low or max(sides) > high:
+    low = CELLS[0] * f
+    if min(sides) < low or sides[0] * sides[1] > pictures.MAX_PIXELS:
         raise UsageError(
-            f"upscale_by gives {sides[0]} x {sides[1]} pixels; wanted sides from {low} to {high}"
+            f"upscale_by gives {sides[0]} x {sides[1]} pixels; wanted sides of at least {low} and at most "
+            f"{pictures.MAX_PIXELS / 1e6:g} million pixels"
         )
     overlap = found.get("upscale_overlap", options.option("upscale_overlap").default)
     for side, whole in zip(tile, sides, strict=True):
