@@ -32,6 +32,7 @@ from ldm.encoding import (
 from ldm.finishing import finish_batch
 from ldm.helpers import living_in
 from ldm.hires import LATENT, enlarge_latents, enlarge_pictures, middle
+from ldm.limits import STRETCHED_RULES
 from ldm.models.diffusion.samplers.masks import kept_at_last
 from ldm.models.introspect import downsampling, is_inpainting
 from ldm.noise import (
@@ -190,6 +191,8 @@ def begin_pass(
     if z is not None:
         is_forgotten = request.arithmetic == "diffusers" and is_whole  # theirs begins with noise alone
         keywords |= {"run_last": start.run_last, "start_from": None if is_forgotten else z}  # (b, c, h, w)
+        if start.strength_rule in STRETCHED_RULES:
+            keywords |= {"steps": one.planned, "keep_start": True}
     return keywords | {
         "x_T": x_T,
         "conditioning": context,

@@ -44,6 +44,10 @@ ARITHMETICS = ("own", "diffusers")  # of steps, see samplers.as_diffusers
 MASK_RULES = ("compvis", "diffusers", "a1111", "comfyui")  # see samplers.masks
 MASK_CELLS = ("any", "nearest", "bilinear", "bicubic")  # see images.shrink_mask
 KEPT = ("pixels", "latents")  # what comes back of the part that a mask keeps
+STRENGTH_RULES = ("compvis", "bubbliiiing", "a1111", "comfyui")  # see checks.sampling
+STRETCHED_RULES = ("a1111", "comfyui")  # by which a picture counts at strength 1, too
+FIRST_NOISES = ("sigma", "unit")  # see samplers.sample_steps
+FINAL_ALPHAS = ("lowest", "one")
 ROUNDINGS = ("truncate", "truncate_127.5", "round")  # of pictures to bytes, see images.unit_to_uint8
 
 

@@ -848,6 +848,28 @@ TABLE: tuple[Option | Fact, ...] = (
         metavar="{" + ",".join(limits.ARITHMETICS) + "}",
     ),
     Option(
+        "first_noise", None, _one_of(limits.FIRST_NOISES),
+        "how much noise samplers of k-diffusion begin with: sigma, or unit, as if there were no signal (ComfyUI's, "
+        "A1111's SGM noise multiplier)",
+        more="None is the sampler's own.",
+        section="sampling", flags=("--first_noise", "--first-noise"), infotext="First noise",
+        metavar="{" + ",".join(limits.FIRST_NOISES) + "}",
+    ),
+    Option(
+        "final_alpha", None, _one_of(limits.FINAL_ALPHAS),
+        "where the last step goes: one, the clean end, or lowest, the model's level 0 (DDIM's and PLMS's)",
+        more="None is what sampler and spacing say.",
+        section="sampling", flags=("--final_alpha", "--final-alpha"), infotext="Final alpha",
+        metavar="{" + ",".join(limits.FINAL_ALPHAS) + "}",
+    ),
+    Option(
+        "strength_rule", "compvis", _one_of(limits.STRENGTH_RULES),
+        "how many steps strength leaves: its share (compvis), never all (bubbliiiing), one more (a1111), or all, as "
+        "the last of a longer run (comfyui)",
+        section="start", flags=("--strength_rule", "--strength-rule"), infotext="Strength rule",
+        metavar="{" + ",".join(limits.STRENGTH_RULES) + "}",
+    ),
+    Option(
         "mask_rule", "compvis", _one_of(limits.MASK_RULES),
         "how each step keeps what the mask keeps: noised afresh (compvis), by the starting noise (diffusers), in the "
         "predicted clean sample (a1111), in both (comfyui)",

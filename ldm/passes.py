@@ -18,6 +18,11 @@ from ldm.retouch.tiles import Grid
 from ldm.sources import Frame
 
 
+def planned_steps(rule: str, steps: int, strength: float) -> int:
+    """Tell how many steps the whole run has of which strength leaves the last: more than `steps` by ComfyUI's rule."""
+    return int(steps / strength) if rule == "comfyui" and 0 < strength <= 0.9999 else steps
+
+
 @dataclass(frozen=True)
 class ImageSpec:
     """What one image is made of beside the options that the whole request shares."""
@@ -109,6 +114,12 @@ class Pass(_InSections):
     def area_of(self, region: Region, f: int) -> Area:
         """Give the latent cells, of f pixels a side, of a region of the picture."""
         return area_of(region.box, self.width // f, self.height // f)
+
+    @property
+    def planned(self) -> int:
+        """How many steps the whole run has of which the last are run."""
+        strength = 1.0 if self.start.strength is None else self.start.strength
+        return planned_steps(self.start.strength_rule, self.sampling.steps, strength)
 
     @property
     def count(self) -> int:

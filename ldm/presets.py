@@ -67,22 +67,23 @@ class Where:
     """
 
     value: Any
-    samplers: tuple[str, ...]
+    samplers: tuple[str, ...] | None  # None is all
     allowed: Mapping[str, tuple[Any, ...]]
     without: tuple[str, ...] = ()
 
     def of(self, mode: str, sampler: str, said: Mapping[str, Any]) -> Any:
-        is_of_them = {sampler, said.get("hires_sampler", sampler)} <= set(self.samplers)
+        used = {sampler, said.get("hires_sampler", sampler)}
         # A list of sigmas, which numpy may have, is none of the values.
         fits = all(
             isinstance(said[name], str) and said[name] in values
             for name, values in self.allowed.items()
             if name in said
         )
-        return self.value if is_of_them and fits and not said.keys() & set(self.without) else None
+        fits = fits and not said.keys() & set(self.without)
+        return self.value if fits and (self.samplers is None or used <= set(self.samplers)) else None
 
     def __str__(self) -> str:
-        return f"{self.value} ({', '.join(self.samplers)})"
+        return f"{self.value} ({', '.join(self.samplers)})" if self.samplers else str(self.value)
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,32 @@ TABLE: tuple[Row, ...] = (
         {"diffusers": "schedulers/scheduling_*.py step, add_noise, init_noise_sigma; models/attention_processor.py"},
     ),
     Row(
+        "first_noise",
+        {
+            "a1111": "sigma",
+            "comfyui": Where(
+                "unit", None,
+                {"spacing": ("normal", "karras", "exponential", "sgm_uniform", "simple", "beta", "kl_optimal")},
+            ),
+        },
+        {
+            "a1111": "modules/sd_samplers_kdiffusion.py sample, sgm_noise_multiplier off",
+            "comfyui": "comfy/model_sampling.py noise_scaling, where the run begins at sigma_max",
+        },
+    ),
+    Row(
+        "final_alpha",
+        {
+            **dict.fromkeys(("compvis", "bubbliiiing", "cldm"), BySampler({"ddim": "lowest", "plms": "lowest"})),
+            "a1111": BySampler({"ddim": "lowest", "plms": "lowest"}),
+            "comfyui": "one",
+        },
+        {
+            "compvis": "ldm/modules/diffusionmodules/util.py make_ddim_sampling_parameters", "bubbliiiing": "the same",
+            "cldm": "the same", "a1111": "modules/sd_samplers_timesteps_impl.py", "comfyui": f"{_COMFY} *_scheduler",
+        },
+    ),
+    Row(
         "steps",
         {
             "compvis": 50, "bubbliiiing": 20, "cldm": 20, "diffusers": 50, "a1111": 20, "comfyui": 20,
@@ -225,6 +252,19 @@ TABLE: tuple[Row, ...] = (
             f"{_PIPE.format('_inpaint')} __call__", "a1111": "modules/ui.py create_ui", "comfyui": f"{_NODES} KSampler",
         },
         is_start=True,
+    ),
+    Row(
+        "strength_rule",
+        {
+            "compvis": "compvis", "bubbliiiing": "bubbliiiing", "diffusers": "compvis",
+            "a1111": BySampler({"ddim": "bubbliiiing", "plms": "bubbliiiing", "unipc": "bubbliiiing"}, "a1111"),
+            "comfyui": "comfyui",
+        },
+        {
+            "compvis": _IMG2IMG, "bubbliiiing": _PREDICT, "diffusers": f"{_PIPE.format('_img2img')} get_timesteps",
+            "a1111": "modules/sd_samplers_common.py setup_img2img_steps, and sample_img2img of each kind",
+            "comfyui": f"{_COMFY} KSampler.set_steps",
+        },
     ),
     Row(
         "mask_rule",

@@ -121,7 +121,9 @@ def check_request(
         checked[name] = None if value is None else options.option(name).kind.check(name, value)
     of_sampler = {name: checked[name] for name in options.of_samplers()}
     asked = (given.sampler, given.steps, given.spacing, given.eta)
-    checked |= check_sampling(model, defaults, *asked, checked["strength"], of_sampler, given.arithmetic)
+    checked |= check_sampling(
+        model, defaults, *asked, checked["strength"], of_sampler, given.arithmetic, given.strength_rule
+    )
     words = [*prompts, *negatives] if prompt_embeds is None else []
     checked |= check_kinds(given, checked)
     if checked["arithmetic"] == "diffusers" and checked["mask"] is not None and not is_inpainting(model):

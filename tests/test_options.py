@@ -118,7 +118,7 @@ ELSEWHERE = {
         "what becomes of hires fix and loops",
         "hires_scale hires_size hires_steps hires_strength hires_prompt hires_negative_prompt hires_sampler "
         "hires_spacing hires_upscaler hires_guidance_scale upscaler_dir loops loop_strength loop_curve sampler "
-        "steps spacing eta arithmetic mask_rule mask_cells kept height width guidance_scale strength",
+        "steps spacing eta arithmetic mask_rule mask_cells kept strength_rule height width guidance_scale strength",
     ),
     "ldm/checks/picture.py": (
         "sizes, and what needs a frame",
@@ -142,7 +142,7 @@ ELSEWHERE = {
         "variation_seed variation_strength seed_resize_from eta_noise_seed_delta rng fixed_code batch_size num_images",
     ),
     "ldm/passes.py": ("the fields of a pass", "guidance height width strength negative_prompt upscaler"),
-    "ldm/generate.py": ("a keyword of denoise", "mask_rule"),
+    "ldm/generate.py": ("keywords of denoise", "mask_rule steps"),
     "ldm/finishing.py": ("how many there were in the batch", "batch_size"),
     "ldm/results.py": ("of the class Progress", "steps"),
     "ldm/pipeline.py": (

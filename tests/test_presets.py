@@ -14,8 +14,9 @@ import ldm
 from ldm import images, limits, options, presets
 from ldm.cli import painting, painting_parser, read_prompts
 from ldm.errors import UsageError
-from ldm.models.diffusion.samplers import SAMPLERS, split_sampler
-from ldm.noise import CallNoise, ComfyUINoise, NvNoise
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.samplers import SAMPLERS, alpha_bar_table, sample_steps, split_sampler
+from ldm.noise import CallNoise, ComfyUINoise, NvNoise, seed_everything
 from ldm.pipeline import StableDiffusion
 
 PROMPT = "a red circle"
@@ -328,3 +329,165 @@ def test_a_preset_keeps_pixels_or_latents(sd, preset):
     is_same = np.array_equal(np.asarray(out[0])[:, 40:], np.asarray(source)[:, 40:])
     assert is_same == (preset in ("a1111", "compvis")) == (out.parameters[0].kept == "pixels")
     assert out.parameters[0].mask_rule == preset
+
+
+# --- how a picture is begun with, and against what the originals recorded ---
+
+
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def recorded(name):
+    return json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_a1111_runs_as_many_steps_of_a_picture_as_its_program_recorded(sd):
+    """Every row of its setup_img2img_steps without "fix steps": the last t_enc + 1 steps of the schedule."""
+    image, wrong = picture(), []
+    for fixed, steps, strength, of_sampler, t_enc in recorded("sigma_schedules")["a1111.img2img"]["rows"]:
+        if fixed:
+            continue
+        request = sd.plan(
+            PROMPT, image=image, preset="a1111", sampler="euler", steps=steps, strength=strength
+        )
+        if (request.start.run_last, request.planned) != (t_enc + 1, of_sampler):
+            wrong.append((steps, strength, request.start.run_last, t_enc + 1))
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("rule", "steps", "strength", "planned", "last"),
+    [
+        ("compvis", 20, 0.75, 20, 15),
+        ("compvis", 20, 1.0, 20, 20),
+        ("bubbliiiing", 20, 1.0, 20, 19),  # its min(..., steps - 1)
+        ("bubbliiiing", 20, 0.5, 20, 10),
+        ("comfyui", 20, 0.75, 26, 20),  # all are run, as the last of int(20 / 0.75)
+        ("comfyui", 20, 1.0, 20, 20),
+        ("comfyui", 20, 0.0, 20, 0),
+        ("a1111", 20, 1.0, 20, 20),
+    ],
+)
+def test_strength_leaves_steps_by_rules(sd, rule, steps, strength, planned, last):
+    image = picture()
+    request = sd.plan(
+        PROMPT, image=image, strength_rule=rule, steps=steps, strength=strength, spacing="normal"
+    )
+    assert (request.planned, request.start.run_last, request.steps) == (planned, last, steps)
+    with pytest.raises(UsageError, match="100 steps at strength 0.05 are the last of 2000"):
+        sd.plan(PROMPT, image=image, strength_rule="comfyui", steps=100, strength=0.05)
+
+
+@pytest.mark.parametrize("preset", ["a1111", "compvis", "comfyui"])
+def test_every_sampler_visits_the_levels_that_the_program_recorded(sd, preset):
+    """A1111's choice of a schedule by sampler, CompVis's list of levels, ComfyUI's normal schedule."""
+    alpha_bar = alpha_bar_table(sd.model)
+    if preset == "a1111":
+        options_of = {
+            name: one["options"] for name, one in recorded("sigma_schedules")["a1111.samplers"].items()
+        }
+        for name, wanted in options_of.items():
+            ours = presets.filled(preset, {"sampler": name}, "txt2img", split_sampler)
+            assert ours["spacing"] == wanted.get("scheduler", "normal"), name
+            cls = SAMPLERS[ours["sampler"]]
+            assert cls.discard_next_to_last == wanted.get("discard_next_to_last_sigma", False), name
+        levels = recorded("samplers_a1111")
+        for steps in (1, 4, 10, 15):
+            ours = presets.filled(preset, {"sampler": "ddim"}, "txt2img", split_sampler)
+            plan = SAMPLERS["ddim"].plan(alpha_bar, steps, spacing=ours["spacing"])
+            assert [one.t for one in plan[-2::-1]] == levels[f"timesteps.{steps}"]
+    else:
+        spacing = presets.filled(preset, {}, "txt2img", split_sampler)["spacing"]
+        assert spacing == {"compvis": "compvis", "comfyui": "normal"}[preset]
+    if preset == "compvis":
+        assert len(SAMPLERS["ddim"].plan(alpha_bar, 30, spacing="compvis")) == 32  # 31 steps, for 30
+
+
+def test_first_noise_and_final_alpha(sd):
+    """Noise of sigma's size and of size 1, before a picture at full strength, too; and where the last step goes."""
+    alphas = alpha_bar_table(sd.model)
+    x_T = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    z = torch.full_like(x_T, 3.0)
+    seen = []
+
+    class Model:
+        parameterization, num_timesteps = "eps", 1000
+        alphas_cumprod = sd.model.alphas_cumprod
+
+        def apply_model(self, x, t, cond):
+            seen.append(x)
+            return torch.zeros_like(x)
+
+    def first(**more):
+        seen.clear()
+        list(sample_steps("euler", Model(), x_T, None, steps=2, **more))
+        return seen[0]
+
+    noise, signal = (1 - alphas[-1]) ** 0.5, alphas[-1] ** 0.5
+    kept = {"start_from": z, "run_last": 2, "keep_start": True}
+    for more, wanted in (
+        ({}, noise * x_T),
+        ({"first_noise": "sigma"}, noise * x_T),
+        ({"first_noise": "unit"}, x_T),
+        (kept, signal * z + noise * x_T),
+        ({**kept, "first_noise": "unit"}, signal * z + x_T),
+        ({"start_from": z, "run_last": 2}, noise * x_T),
+    ):
+        torch.testing.assert_close(first(**more), wanted.float(), rtol=1e-5, atol=1e-5)
+    for end, alpha in (("one", 1.0), ("lowest", alphas[0])):
+        # A network that sees no noise: the clean sample stays x / signal, whose size where it ends is alpha's root.
+        (*_, last) = sample_steps("ddim", Model(), x_T, None, steps=3, final_alpha=end)
+        torch.testing.assert_close(last.x_t, (alpha**0.5 * last.pred_x0).float(), rtol=1e-5, atol=1e-5)
+
+
+# --- beside CompVis's own objects, which tests/models hold to CompVis's recorded chains ---
+
+
+def compvis_bytes(model, latents, rounding):
+    x = model.decode_first_stage(latents)
+    if rounding == "truncate":  # scripts/txt2img.py
+        x = 255.0 * ((x + 1.0) / 2.0).clamp(0.0, 1.0).permute(0, 2, 3, 1).numpy()
+    else:  # predict.py and gradio_*.py
+        x = (x.permute(0, 2, 3, 1) * 127.5 + 127.5).numpy().clip(0, 255)
+    return x.astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("preset", "scale", "rounding"),
+    [("compvis", 7.5, "truncate"), ("bubbliiiing", 9.0, "truncate_127.5"), ("cldm", 9.0, "truncate_127.5")],
+)
+def test_the_scripts_of_compvis_line_by_line(sd, preset, scale, rounding):
+    """Seeds, draws, the longer list of levels for 7 steps, guidance and bytes: txt2img, and img2img from a picture."""
+    model, options = sd.model, {"negative_prompt": "blue", "seed": 5, "steps": 7, "preset": preset}
+    with torch.no_grad():
+        c, uc = model.get_learned_conditioning([PROMPT]), model.get_learned_conditioning(["blue"])
+        guided = {"unconditional_guidance_scale": scale, "unconditional_conditioning": uc}
+        seed_everything(5)
+        sampler = DDIMSampler(model)
+        samples, _ = sampler.sample(
+            S=7,
+            batch_size=1,
+            shape=(4, 8, 8),
+            conditioning=c,
+            verbose=False,
+            ddim_discretize="compvis",
+            **guided,
+        )
+        out = sd.txt2img(PROMPT, **options)
+        atol = 1e-5 * samples.abs().max().item()
+        torch.testing.assert_close(out.latents, samples, rtol=0, atol=atol)
+        differs = np.asarray(out[0]).astype(int) - compvis_bytes(model, samples, rounding)[0]
+        assert abs(differs).max() <= 1 and (differs != 0).mean() < 1e-3
+        if preset == "cldm":
+            return
+        guided["unconditional_guidance_scale"] = 5.0 if preset == "compvis" else scale
+        source = picture()
+        init = 2.0 * torch.from_numpy(np.asarray(source, np.float32) / 255.0).permute(2, 0, 1)[None] - 1.0
+        seed_everything(5)
+        z = model.get_first_stage_encoding(model.encode_first_stage(init))
+        sampler.make_schedule(7, "compvis", ddim_eta=0.0, verbose=False)
+        t_enc = int(0.75 * 7) if preset == "compvis" else min(int(1.0 * 7), 7 - 1)
+        z_enc = sampler.stochastic_encode(z, torch.tensor([t_enc]))
+        samples = sampler.decode(z_enc, c, t_enc, **guided)
+        out = sd.img2img(PROMPT, source, **options)
+        torch.testing.assert_close(out.latents, samples, rtol=0, atol=1e-5 * samples.abs().max().item())

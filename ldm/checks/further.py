@@ -171,9 +171,19 @@ def check_loops(
         strength = round(first + (last - first) * share, 12)  # so that the last is what was asked for
         asked = (checked[name] for name in ("sampler", "steps", "spacing", "eta"))
         how = {name: checked[name] for name in options.of_samplers()}
-        run_last = check_sampling(model, defaults, *asked, strength, how, checked["arithmetic"])["run_last"]
+        rules = checked["arithmetic"], checked["strength_rule"]
+        run_last = check_sampling(model, defaults, *asked, strength, how, *rules)["run_last"]
         if run_last > 0:
-            same = ("original", "image_hash", "mask", "frame", "mask_rule", "mask_cells", "kept")
+            same = (
+                "original",
+                "image_hash",
+                "mask",
+                "frame",
+                "mask_rule",
+                "mask_cells",
+                "kept",
+                "strength_rule",
+            )
             around = {name: checked[name] for name in same}
             size = checked["width"], checked["height"]
             start = start_from_before(strength, run_last, "lanczos", size, **around)

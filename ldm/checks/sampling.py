@@ -21,6 +21,7 @@ from ldm.models.diffusion.samplers import (
     split_sampler,
     start_level,
 )
+from ldm.passes import planned_steps
 from ldm.process.sigmas import check_sigmas
 
 if TYPE_CHECKING:
@@ -40,12 +41,13 @@ def check_sampling(
     strength: float | None,
     of_sampler: dict[str, Any],
     arithmetic: str = "own",
+    strength_rule: str = "compvis",
 ) -> dict[str, Any]:
     """Check the sampler and its steps, and how many of them a picture's strength leaves to be run.
 
     Args:
         of_sampler: options that only some samplers or spacings have; None is not set.
-        arithmetic: whose steps are taken, see ldm.options.
+        arithmetic, strength_rule: whose steps are taken, and how many, see ldm.options.
     """
     sampler, spacing = split_sampler(sampler, spacing)
     if isinstance(spacing, Sequence | np.ndarray) and not isinstance(spacing, str):
@@ -61,7 +63,23 @@ def check_sampling(
         check_schedule(sampler, spacing, steps, model.num_timesteps, of_sampler)
         run_last = last_calls(sampler, steps, strength or 0.0)
     else:  # refuses what no spacing has the name of
-        run_last, _ = start_level(sampler, model, steps, strength or 0.0, spacing=spacing, **of_sampler)
+        share = 1.0 if strength is None else strength
+        planned = planned_steps(strength_rule, steps, share)
+        if planned > model.num_timesteps:
+            raise UsageError(
+                f"{steps} steps at strength {share:g} are the last of {planned} by the rule 'comfyui', more than the "
+                f"model's {model.num_timesteps} levels; give more strength, or fewer steps"
+            )
+        counted, _ = start_level(sampler, model, planned, share, spacing=spacing, **of_sampler)
+        if spacing == "compvis":  # whose share is of the steps asked for, and whose list may be longer
+            counted = int(share * steps)
+        whole_run, _ = start_level(sampler, model, planned, 1.0, spacing=spacing, **of_sampler)
+        run_last = {
+            "compvis": counted,
+            "bubbliiiing": min(counted, steps - 1),
+            "a1111": min(int(min(share, 0.999) * steps) + 1, whole_run),
+            "comfyui": min(steps, whole_run) if share > 0 else 0,
+        }[strength_rule]
     eta = SAMPLERS[sampler].own_eta if eta is None else real("eta", eta, *SHARE)
     own, _ = split_options(SAMPLERS[sampler], of_sampler)
     SAMPLERS[sampler](None, eta=eta, **own)  # refuses values that it does not take

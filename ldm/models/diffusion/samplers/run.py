@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -78,6 +79,9 @@ def sample_steps(
     spacing: str | Sequence[float] | None = None,
     behind: Callable[[Tensor], Tensor] | None = None,
     mask_rule: str = "compvis",
+    keep_start: bool = False,
+    first_noise: str | None = None,
+    final_alpha: str | None = None,
     **options: Any,
 ) -> Iterator[Step]:
     """Sample, one step at a time. Arguments are checked at once; the work is done as steps are taken.
@@ -105,6 +109,11 @@ def sample_steps(
             noised by x_T before every step.
         spacing: which levels are visited, see `visited_levels`; None = the sampler's own.
         behind: changes the sample (b, ...) behind each step, the last one, too.
+        keep_start: start_from counts before a whole run, too, which else begins with pure noise.
+        first_noise: how much noise a whole run begins with: "sigma", as k-diffusion has it, sqrt(1 - alpha_bar) in our
+            units; "unit", 1, as if there were no signal; None = the sampler's own.
+        final_alpha: where the last step goes: "one", the clean end; "lowest", the model's level 0; None = what sampler
+            and spacing say.
         options: of the sampler's class, see SAMPLERS; and of the spacing, see `sigma_table`.
 
     Raises:
@@ -117,7 +126,7 @@ def sample_steps(
     check_mask(mask, x0, x_T.shape)
     warn_of_batch(conditioning, x_T.shape[0])
 
-    plan = cls.plan(alpha_bar_table(model), _steps(model, steps), spacing=spacing, **of_spacing)
+    plan = _plan(cls, model, steps, spacing, of_spacing, final_alpha)
     total = plan[0].left
     count = total if run_last is None else run_last
     if not 0 <= count <= total:
@@ -145,11 +154,9 @@ def sample_steps(
     if invert:
         check_inverts(sampler, mask, start_from)
     elif count == total:
-        x_T = cls.start(x_T, plan[0])
-    elif start_from is not None and count > 0:
-        x_T = cls.start(x_T, noised_level(cls, plan, count), start_from)
+        x_T = _whole_start(cls, plan[0], x_T, start_from if keep_start else None, first_noise)
     elif start_from is not None:
-        x_T = start_from
+        x_T = cls.start(x_T, noised_level(cls, plan, count), start_from) if count > 0 else start_from
     levels = [level for level in plan if level.left <= count]
     if cls.chooses_levels and count > 0:
         levels = [replace(levels[0], left=1, total=1), replace(levels[-1], total=1)]
@@ -175,6 +182,34 @@ def check_inverts(sampler: Sampler, mask: Tensor | None, start_from: Tensor | No
         raise UsageError(
             "an inversion begins at the clean sample and keeps nothing: leave mask and start_from out"
         )
+
+
+def _plan(
+    cls: type[Sampler],
+    model: Any,
+    steps: int,
+    spacing: str | Sequence[float] | None,
+    of_spacing: dict[str, Any],
+    final_alpha: str | None,
+) -> list[Level]:
+    """List the levels of a run: see `sample_steps`."""
+    table = alpha_bar_table(model)
+    plan = cls.plan(table, _steps(model, steps), spacing=spacing, **of_spacing)
+    if final_alpha is None:
+        return plan
+    end = 1.0 if final_alpha == "one" else float(table[0])
+    return [*plan[:-1], replace(plan[-1], alpha_bar=torch.tensor(end, dtype=torch.float64))]
+
+
+def _whole_start(
+    cls: type[Sampler], level: Level, noise: Tensor, z: Tensor | None, first_noise: str | None
+) -> Tensor:
+    """Make what a whole run begins with: see `sample_steps`."""
+    if first_noise is None:
+        return cls.start(noise, level, z)
+    alpha_bar = float(level.alpha_bar)
+    x = noise if first_noise == "unit" else math.sqrt(1 - alpha_bar) * noise
+    return x if z is None else math.sqrt(alpha_bar) * z + x
 
 
 def noised_level(cls: type[Sampler], plan: Sequence[Level], count: int) -> Level:
