@@ -17,7 +17,7 @@ from typing import Any
 
 from ldm import limits, options
 from ldm.errors import UsageError, nearest, shown
-from ldm.option_kinds import Kind, Number, Size, Whole, Words
+from ldm.option_kinds import Folder, Kind, Number, Prompt, Size, Whole, Words
 
 # What is no option of its own -> the word before its values.
 SPECIAL = {
@@ -43,6 +43,7 @@ NO_AXIS = {
     "batch_size": "a cell is one picture",
     "output_type": "a grid is made of pictures",
 }
+NONE = ("none", "None")  # an option that is left out
 MAX_VALUES = 10_000
 _WHOLE, _REAL = r"[+-]?\s*\d+", r"[+-]?\s*\d+(?:\.\d*)?"
 _RANGE = r"\s*({0})\s*-\s*({0})\s*(?:\(\s*([+-]\s*{1})\s*\)|\[\s*(\d+)\s*\])?\s*"
@@ -268,7 +269,9 @@ def _value(where: str, name: str, value: Any) -> Any:
     kind = _kind(name)
     if kind is None or (name in SEEDS and value == -1):
         return value if kind is None else None
-    if name == "lora" and value in ("", "none", "None", None):
+    if name == "lora" and value in ("", *NONE, None):
+        return None
+    if isinstance(value, str) and value in NONE and _may_be_none(name):
         return None
     if name in (*TEXTS, "prompt_sr") and not isinstance(value, str):
         raise UsageError(f"{where}: a value of {name} must be a text, got {shown(value)}")
@@ -279,6 +282,14 @@ def _value(where: str, name: str, value: Any) -> Any:
         return (found,) if kind.is_repeated and isinstance(value, str) and name != "lora" else found
     except argparse.ArgumentTypeError as error:
         raise UsageError(f"{where}: {name}: {error}") from None
+
+
+def _may_be_none(name: str) -> bool:
+    """Tell whether an option may be left out, by a word that is no value of its own."""
+    kind = _kind(name)
+    if name in SPECIAL or isinstance(kind, Prompt | Folder):
+        return False
+    return options.option(name).default is None and NONE[0] not in getattr(kind, "words", ())
 
 
 def _orders(where: str, words: list[Any]) -> Axis:

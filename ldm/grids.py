@@ -23,6 +23,7 @@ from ldm.cli.adapters import LoraFlag, read_loras
 from ldm.errors import LdmError, OptionError, UsageError, shown
 from ldm.labels import Label, labelled, plain, side_by_side
 from ldm.metadata import Painted
+from ldm.option_kinds import Kind, Switch
 from ldm.results import GenerationParameters, GenerationResult, Progress, with_bar
 
 if TYPE_CHECKING:
@@ -224,8 +225,15 @@ def plan_matrix(
     Raises:
         UsageError: no "|", more than MAX_PARTS parts, or a prompt that cannot be painted.
     """
+    for flag, value in (
+        ("in_negative", in_negative),
+        ("at_start", at_start),
+        ("different_seeds", different_seeds),
+    ):
+        Switch().check(flag, value)
+    Kind().check("delimiter", delimiter)
     common = _common(prompt, options)
-    name = TEXTS[bool(in_negative)]
+    name = TEXTS[int(in_negative)]
     combinations = matrix_prompts(common[name], at_start=at_start, delimiter=delimiter)
     seed = list_seeds(common.get("seed"), len(combinations) if different_seeds else 1)
     files: dict[str, LoraFile] = {}

@@ -73,6 +73,10 @@ READ = [
     ("Var. strength=0.5", (0.5,), None),
     ("hires_upscaler=Latent (nearest)", ("latent nearest",), None),
     (("eta", [None, 0.5]), (None, 0.5), ("Eta: none", "Eta: 0.5")),
+    ("hires_scale=none,1.5", (None, 1.5), ("Hires upscale: none", "Hires upscale: 1.5")),
+    ('freeu=None,"1.5,1.6,0.9,0.2"', (None, (1.5, 1.6, 0.9, 0.2)), None),
+    ("emphasis=none,ignore", ("none", "ignore"), None),  # a value of its own
+    ("hires_prompt=none", ("none",), None),
     (("spacing", [[9.0, 1.0, 0.0]]), ([9.0, 1.0, 0.0],), ("Schedule type: 9.0, 1.0, 0.0",)),
 ]
 
@@ -221,6 +225,9 @@ def test_a_prompt_matrix_is_the_web_uis(sd):
         (RED, "a", 3),
         (RED, "a, b", 4),
     ]
+    for wrong in ({"delimiter": 3}, {"at_start": "x"}, {"in_negative": None}, {"different_seeds": 1}):
+        with pytest.raises(UsageError, match=f"{[*wrong][0]} must be"):
+            sd.prompt_matrix("a|b", **wrong)
     painted = sd.prompt_matrix(f"{RED}|{BLUE}", **HOW)
     alone = sd.txt2img(f"{RED}, {BLUE}", **HOW)
     assert np.array_equal(pixels(painted.cells[1].image), pixels(alone[0]))
