@@ -18,7 +18,7 @@ def test_a_caption_gets_a_weight_and_a_change_of_its_colour():
 @pytest.mark.slow
 def test_each_distinct_chunk_is_encoded_once(tmp_path):
     results = tmp_path / "out.json"
-    bench.main(["--prompts", "2", "--steps", "1", "--batch", "2", "--rounds", "1", "--results", str(results)])
+    bench.main(["--prompts", "2", "--steps", "2", "--batch", "2", "--rounds", "1", "--results", str(results)])
     cost = json.loads(results.read_text())["cost"]
     # Two texts of each of two prompts, and the empty negative prompt.
     assert [(one["rows"], one["distinct"]) for one in (cost["plain"], cost["a1111"])] == [(3, 3), (5, 5)]
