@@ -19,6 +19,8 @@ RANGES = {
     "order": (2, 2),
     "loops": (2, 2),
     "upscale_by": (1, 1.2),
+    "upscale_overlap": (8, 16),
+    "cache_depth": (1, 1),
     "mask_blur": (1, 4),
 }
 TEXTS = {
@@ -59,7 +61,11 @@ def modes_of(must):
     return ("inpaint",) if options.MASK in groups else ("img2img",) if options.START in groups else MODES
 
 
-def draw(rng, must=()):
+GROUPS = {"txt2img": (options.HIRES,), "img2img": (options.START,), "inpaint": (options.START, options.MASK)}
+OF_MODES = {group for groups in GROUPS.values() for group in groups}
+
+
+def draw(rng, mode, must=()):
     """Draw a prompt and the keywords of a request; whether they go together, the model says.
 
     Args:
@@ -68,10 +74,14 @@ def draw(rng, must=()):
     drawn = {
         one.name: value_of(one.name, one.kind, rng)
         for one in drawable()
-        if one.name in must or rng.random() < SHARE
+        if one.name in must
+        or (rng.random() < SHARE and (one.group not in OF_MODES or one.group in GROUPS[mode]))
     }
     for one in options.told():  # what an option is of is set as well
         needed = one.beside[:1] or (("hires_scale",) if one.group == options.HIRES else ())
+        needed = (
+            ("upscale_overlap",) if one.name == "upscale_by" else needed
+        )  # whose default is for larger ones
         if one.name in drawn and "hires_size" not in drawn:
             for name in {*needed} - drawn.keys():
                 other = options.option(name)
@@ -100,6 +110,8 @@ def value_of(name, kind, rng):
         return (rng.choice((64, 72)), rng.choice((64, 80)))
     if isinstance(kind, kinds.Interval):
         return (0.0, round(rng.uniform(0.6, 1), 2))
+    if isinstance(kind, kinds.Wholes):
+        return tuple(8 * rng.randrange(2) for _ in range(kind.count))
     if isinstance(kind, kinds.Numbers):
         return tuple(round(rng.uniform(0.6, 1.4), 2) for _ in range(kind.count))
     if isinstance(kind, kinds.Prompt):
@@ -119,8 +131,8 @@ def painted(seed, must, paint, modes=None):
     """
     rng = random.Random(seed)
     for _ in range(TRIES):
-        prompt, drawn = draw(rng, must)
         mode = rng.choice(modes or modes_of(must))
+        prompt, drawn = draw(rng, mode, must)
         for _ in range(8):
             try:
                 return paint(mode, prompt, drawn), drawn | {"mode": mode, "prompt": prompt}

@@ -5,7 +5,10 @@ import hashlib
 import importlib
 import json
 import random
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -387,3 +390,19 @@ def test_the_script_says_each_picture_and_its_exit_code_whether_all_was_honoured
     assert "theirs.png: not honoured: Refiner: 'y' is no option here" in lines
     assert "plain.png: not painted: it does not say how it was painted" in lines
     assert ending("plain.png")[0] == 3 and ending("none.png")[0] == 9
+
+
+@pytest.mark.slow
+def test_the_page_about_it(tmp_path, monkeypatch, capsys):
+    """Its commands give what it shows, and its code runs."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "replay.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    assert blocks.keys() == {"bash", "text", "python"} and page.count("```") == 6
+    for line in blocks["bash"].splitlines():
+        _, script, *argv = shlex.split(line)
+        with pytest.raises(SystemExit) as stop:
+            run(importlib.import_module(script[:-3].replace("/", ".")).main, argv)
+        assert stop.value.code == 0
+    assert capsys.readouterr().out.endswith(blocks["text"])
+    exec(compile(blocks["python"], "docs/replay.md", "exec"), {})
