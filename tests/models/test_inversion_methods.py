@@ -45,7 +45,7 @@ def bimodal(x, level, context):
     return noise(0.0) + scale * (noise(1.0) - noise(0.0))
 
 
-@pytest.mark.parametrize("steps", [10, 50, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [10, *(pytest.param(n, marks=pytest.mark.slow) for n in (50, 200))])
 def test_exact_methods_come_back_up_to_rounding_at_any_guidance(steps):
     """At guidance 1, 3 and 7.5, where plain DDIM does not; down to the clean end as well."""
     assert EXACT == ["edict", "bdia", "belm", "edit_friendly"]
@@ -343,8 +343,9 @@ def test_null_text_optimises_as_its_protocol_says(golden):
         x = fall(x, empty + scale * (network(x, here, source) - empty), here, to)
     torch.testing.assert_close(both.reconstruction[:1], x, rtol=0, atol=1e-5)
     assert min(counts) < max(counts) == 10
-    far = invert("null_text", network, Z, guided(7.5), steps=steps, learning_rate=0.2)
-    assert (far.error < 0.8 * invert("ddim", network, Z, guided(7.5), steps=steps).error).all()
+    assert (
+        both.error.sum() < invert("ddim", network, Z, Context(MEANS, first, scale), steps=steps).error.sum()
+    )
     unguided = invert("null_text", network, Z, Context(MEANS), steps=steps)
     assert unguided.memory == [None] * steps
 
