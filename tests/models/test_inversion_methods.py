@@ -11,6 +11,7 @@ from linear_gaussian import LinearGaussian, Wavy, normals
 from safetensors.torch import load_file
 
 from ldm.errors import UsageError
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.inversion import METHODS, Context, Network, Run, invert, plan_of, resolve_method
 from ldm.models.diffusion.inversion_base import fall, rise, walk_down
 from ldm.models.diffusion.levels import Level
@@ -91,6 +92,27 @@ def test_a_chain_without_signal_at_its_end_can_be_walked_up():
         inversion = invert(name, bimodal, Z, Context(SCALES[:2]), steps=7, model=table)
         assert inversion.levels[0].t == 999 and torch.isfinite(inversion.latents).all()
         assert name == "ddim" or inversion.error.max() < 1e-8, name
+
+
+def test_any_spacing_and_number_of_steps_can_be_walked_up():
+    """Also those that step from the level 0, where DDIM's end is the same level; as many latents as steps each time."""
+    for name in (*EXACT, "ddim", "dpm_solver"):
+        for spacing, steps in (
+            ("linspace", 3),
+            ("linspace", 1),
+            (None, 1),
+            ("trailing", 2),
+            ("karras", 4),
+            (None, 5),
+        ):
+            how = {"steps": steps, "spacing": spacing}
+            inversion = invert(name, Network(LinearGaussian()), Z, Context(MEANS), **how)
+            assert len(inversion) == steps and (name not in EXACT or inversion.error.max() < 1e-10), (
+                name,
+                how,
+            )
+    levels = plan_of(resolve_method("belm"), LinearGaussian(), 1000)
+    assert levels[-1].alpha_bar == 1 and len(levels) == 1001
 
 
 # --- EDICT, BDIA, BELM ---
@@ -365,6 +387,24 @@ def test_a_sampler_is_run_the_other_way(name):
     assert inversion.method.name in SAMPLERS and inversion.levels[-1].alpha_bar == 1
 
 
+def test_compvis_solver_encodes_what_it_samples_back():
+    """All steps, and a part of them, are those of the inversion by its name."""
+    sampler, errors = DPMSolverSampler(LinearGaussian()), []
+    guidance = {"unconditional_guidance_scale": 2.0, "unconditional_conditioning": UNCOND}
+    for steps in (10, 40):
+        x_T, kept = sampler.encode(steps, Z, MEANS, log_every_t=1, **guidance)
+        back, _ = sampler.sample(steps, 2, SHAPE[1:], MEANS, x_T=x_T, verbose=False, **guidance)
+        errors.append((back - Z).abs().max())
+        assert len(kept["x_inter"]) == steps + 1
+    assert errors[1] < 0.3 * errors[0]
+    inversion = invert("dpm_solver", Network(LinearGaussian()), Z, guided(2.0), steps=40, measure=False)
+    torch.testing.assert_close(x_T, inversion[-1], rtol=0, atol=1e-12)
+    part, _ = sampler.encode(40, Z, MEANS, 15, **guidance)
+    torch.testing.assert_close(part, inversion[14], rtol=0, atol=1e-12)
+    with pytest.raises(UsageError, match="run_last must be from 0 to 40"):
+        sampler.encode(40, Z, MEANS, 41)
+
+
 # --- what is refused ---
 
 
@@ -381,7 +421,6 @@ def test_a_sampler_is_run_the_other_way(name):
         ("edict", {"num_inference_steps": 5}, r"no option num_inference_steps \(here it is steps\); it has eta"),
         ("edict", {"mixweight": 0.9}, r"no option mixweight \(did you mean mix_weight\?\)"),
         ("bdia", {"gamma": 0}, "gamma of bdia must be a number from 0.01 to 1, got 0"),
-        ("belm", {"steps": 1000}, "belm needs levels that all differ, but 1000 steps"),
         ("anderson", {"history": 1.5}, "history of anderson must be a whole number from 0 to 10, got 1.5"),
         ("anderson", {"tolerance": float("nan")}, "tolerance of anderson must be a number from 0 to 1, got nan"),
         ("fixed_point", {"iterations": 0}, "iterations of fixed_point must be a whole number from 1 to 1000, got 0"),

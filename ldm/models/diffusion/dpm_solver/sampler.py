@@ -92,3 +92,38 @@ class DPMSolverSampler:
             **{**only_set(dynamic_threshold=dynamic_threshold), **self.solver},
         )
         return collect(steps, x, callback, img_callback, log_every_t)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        S: int,
+        x0: Tensor,
+        conditioning: Any = None,
+        t_enc: int | None = None,
+        callback: Callback | None = None,
+        img_callback: ImageCallback | None = None,
+        log_every_t: int = 100,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Any = None,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Invert: walk x0 (b, c, h, w) up the last t_enc of S steps, or all, along the solver's path.
+
+        What comes of all steps is an x_T that `sample` leads back from, nearer with more steps. Result as sample's.
+
+        Raises:
+            UsageError: t_enc outside 0 .. S, or a value out of range.
+        """
+        steps = sample_steps(
+            "dpm_solver",
+            self.model,
+            x0,
+            conditioning,
+            steps=S,
+            run_last=t_enc,
+            invert=True,
+            guidance_scale=unconditional_guidance_scale,
+            unconditional_conditioning=unconditional_conditioning,
+            separate_passes=self.separate_passes,
+            **self.solver,
+        )
+        return collect(steps, x0, callback, img_callback, log_every_t)

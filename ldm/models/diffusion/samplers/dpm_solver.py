@@ -70,7 +70,9 @@ class DPMSolver(Sampler):
         return x_prev, pred_x0
 
     def order_at(self, here: Level) -> int:
-        return min(self.order, here.left) if self.lower_order_final and here.total < 15 else self.order
+        # A way up begins at 0 left.
+        lower = self.lower_order_final and here.total < 15
+        return min(self.order, max(1, here.left)) if lower else self.order
 
 
 @dataclass
