@@ -7,14 +7,13 @@ BELM's those of two levels that follow one another.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
-from itertools import pairwise
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from ldm.errors import UsageError
 from ldm.limits import real
 from ldm.models.diffusion.inversion_base import Method, Run, fall, fine, rise, sample_of
 from ldm.models.diffusion.levels import Level
@@ -84,13 +83,11 @@ class TwoStep(Method):
         raise NotImplementedError
 
     def plan(self, alpha_bar: np.ndarray, steps: int, spacing: str | Sequence[float] | None) -> list[Level]:
-        levels = super().plan(alpha_bar, steps, spacing)
-        if any(here.alpha_bar == to.alpha_bar for here, to in pairwise(levels)):
-            raise UsageError(
-                f"{self.name} needs levels that all differ, but {steps} steps of this spacing end at the level that "
-                "the last one comes from; take fewer steps"
-            )
-        return levels
+        *levels, end = super().plan(alpha_bar, steps, spacing)
+        # A step between equal levels cannot be undone: where the level 0 is stepped from, the end is the clean one.
+        if end.alpha_bar == levels[-1].alpha_bar:
+            end = replace(end, alpha_bar=torch.ones_like(end.alpha_bar))
+        return [*levels, end]
 
     def begin(self, run: Run, x0: Tensor) -> Tensor:
         return fine(x0)
