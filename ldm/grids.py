@@ -99,8 +99,7 @@ class Grid:
     @property
     def parameters(self) -> dict[str, Any]:
         """What the grid's picture says: how its first cell was made, the script and the values of each axis."""
-        painted = next(cell.result for cell in self.cells if cell.result is not None)
-        return painted.metadata(0) | self.said
+        return self._first().metadata(0) | self.said
 
     @property
     def image(self) -> Image.Image:
@@ -111,9 +110,14 @@ class Grid:
             for part in (self.images[i : i + size] for i in range(0, len(self.cells), size))
             if any(picture is not None for picture in part)
         ]
-        if not sheets:
-            raise UsageError("no cell of the grid was painted; let it run")
+        self._first()  # refuses a grid without pictures; their metadata are for when they are saved
         return Painted.of(side_by_side(sheets, self.titles[: len(sheets)]), lambda: self.parameters)
+
+    def _first(self) -> GenerationResult:
+        painted = [cell.result for cell in self.cells if cell.result is not None]
+        if not painted:
+            raise UsageError("no cell of the grid was painted; let it run")
+        return painted[0]
 
     def save(
         self, folder: str | os.PathLike, pattern: str = "grid-{:04}.png", *, metadata: bool = True

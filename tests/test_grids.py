@@ -168,6 +168,10 @@ def test_the_grid_says_how_it_was_made(sd, grid, tmp_path):
 def test_a_run_that_is_ended_keeps_what_is_painted(sd):
     grid = sd.grid(RED, "steps=1,2", callback=lambda step: step.result is None, **HOW)
     assert grid.interrupted and [image is None for image in grid.images] == [False, True]
+    unpainted = plan_grid(sd, RED, "steps=1,2", **HOW_TO_PLAN)
+    for what in ("image", "parameters"):
+        with pytest.raises(UsageError, match="no cell of the grid was painted; let it run"):
+            getattr(unpainted, what)
     assert grid.image.width == 2 * 72 and repr(grid) == "Grid(2 x 1 x 1 cells, 1 painted)"
 
 
