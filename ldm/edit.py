@@ -486,6 +486,7 @@ def edit_picture(
     editor: Any = "swap",
     mask: Any = None,
     feather: float = 0.0,
+    inversion_scale: float | None = None,
     **options: Any,
 ) -> Edited:
     """Change a picture by its prompt: `StableDiffusion.edit`.
@@ -498,6 +499,8 @@ def edit_picture(
             attention of ldm.adapters.
         mask: as of inpaint: white is changed, black stays as it is, pixel by pixel.
         feather: pixels over which the mask fades to each side, 0 to 256.
+        inversion_scale: of guidance on the way up, under image_prompt. None = 1 where latents are all that is kept of
+            it, so that the noise holds little of that prompt; guidance_scale by the methods that come back from more.
         the rest: as of `invert_picture`.
 
     Raises:
@@ -520,9 +523,11 @@ def edit_picture(
     if feather and marks is None:
         raise UsageError(f"feather is of a mask, and none is given; got feather={shown(feather)}")
     marks = None if marks is None else editing.feathered(marks, feather)
-    how = {"negative_prompt": negative_prompt, "spacing": spacing, "adapters": adapters}
+    how = {"negative_prompt": negative_prompt, "spacing": spacing, "adapters": adapters, "steps": steps}
+    if inversion_scale is None and not (isinstance(method, str) and method == TUTORIAL):
+        inversion_scale = 1.0 if resolve_method(method, **options).from_latents else scale
     inversion = invert_picture(
-        sd, image, image_prompt, method=method, steps=steps, guidance_scale=scale, **how, **options
+        sd, image, image_prompt, method=method, guidance_scale=inversion_scale, **how, **options
     )
     inversion.measure()
     scene = scene_of(

@@ -145,9 +145,8 @@ def test_the_aligned_form_begins_where_the_way_up_was(sd, z):
 
 
 def test_pictures_are_edited_with_a_word_on_how_well_they_come_back(sd, z):
-    edited = sd.edit(
-        picture(), PROMPT, [OTHER, PROMPT], steps=3, guidance_scale=2.0, negative_prompt=NEGATIVE
-    )
+    how = {"steps": 3, "guidance_scale": 2.0, "inversion_scale": 2.0, "negative_prompt": NEGATIVE}
+    edited = sd.edit(picture(), PROMPT, [OTHER, PROMPT], **how)
     assert isinstance(edited, Edited) and len(edited.images) == 2
     assert {image.size for image in (*edited.images, edited.source, edited.reconstruction)} == {(72, 64)}
     assert same(edited.source, picture(), 0)

@@ -1,5 +1,6 @@
-"""docs/editing.md: its blocks are run as they stand, on the model in the box."""
+"""docs/editing.md and docs/editing.ipynb: what stands there is run as it stands, on the model in the box."""
 
+import json
 import re
 import runpy
 import shlex
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from ldm.shapes.checker import check
 
 PAGE = (Path(__file__).parents[1] / "docs" / "editing.md").read_text(encoding="utf-8")
 
@@ -29,7 +32,9 @@ def test_blocks_of_the_page_run(tmp_path, monkeypatch):
         assert np.abs(red - blue)[~inside].mean() < 8 and np.abs(red - blue)[inside].mean() > 40, after
 
     names["photo"].save("photo.png")
-    ((program, path, *argv),) = map(shlex.split, re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+    ((program, path, *argv),) = map(
+        shlex.split, re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    )
     monkeypatch.setattr(sys, "argv", [path, *argv])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / path), run_name="__main__")
@@ -37,3 +42,24 @@ def test_blocks_of_the_page_run(tmp_path, monkeypatch):
     by_script = np.asarray(Image.open("outputs/edits/00000.png"))
     assert np.abs(by_script.astype(int) - np.asarray(names["edited"])).max() <= 1
     assert Path("outputs/edits/sheet-0000.png").exists()
+
+
+@pytest.mark.slow
+def test_cells_of_the_notebook_run_and_say_what_happens(capsys):
+    notebook = json.loads((ROOT / "docs" / "editing.ipynb").read_text(encoding="utf-8"))
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    names = {}
+    for number, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"docs/editing.ipynb, cell {number}", "exec"), names)
+    plain, guided, exact = (float(names[name].error[0]) for name in ("plain", "guided", "exact"))
+    assert exact < 1e-4 < plain < guided
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    for picture, claim in (
+        (names["done"].images[0], names["blue"]),
+        (names["kept"].images[0], names["blue"]),
+        (names["kept"].images[1], names["square"]),
+        (names["moved"].images[0], names["right"]),
+    ):
+        assert check(picture, claim).holds, claim
+    assert names["seen"].words == ["red", "circle", "white"]

@@ -26,6 +26,7 @@ TOLD: dict[str, Any] = {
     "edit_prompt": [],
     "method": "prompt_to_prompt",
     "inversion": "ddim",
+    "inversion_scale": None,
     "steps": 50,
     "start_step": None,
     "scale": None,
@@ -68,6 +69,11 @@ def edit_parser() -> Parser:
     )
     how.add_argument(
         "--inversion", help="ddim (default), or another of ldm.models.diffusion.inversion.METHODS"
+    )
+    how.add_argument(
+        "--inversion-scale",
+        type=number(*GUIDANCE_SCALE),
+        help="of guidance on the way up (default: 1, or --scale by methods that come back from more than latents)",
     )
     how.add_argument("--steps", type=integer(1, 1000), help="of the way up, and down again (default: 50)")
     how.add_argument("--start-step", type=integer(0, 999), help="steps that are left out (default: 3 in 10)")
@@ -134,6 +140,7 @@ def edit(args: argparse.Namespace) -> None:
         args.prompt,
         args.edit_prompt,
         method=args.inversion,
+        inversion_scale=args.inversion_scale,
         editor=editor,
         steps=args.steps,
         start_step=args.start_step,

@@ -532,7 +532,8 @@ KINDS = [
 ]
 ADDING = (Control, Sketch, Look)
 FURTHER = (Free, Perturbed, Sliced, Seamless, Blurred, Watched)
-NOT_BY_HAND = ((Perturbed, Blurred), (Blurred, Watched), (Blurred, Look))  # the first by hand changes what the second begins with
+# The first by hand changes what the second begins with, or is not done by hand.
+NOT_BY_HAND = ((Perturbed, Blurred), (Blurred, Watched), (Blurred, Look))
 # Two that set processors, and one that looks into what another answers by itself: refused by name.
 REFUSED = ((ImagePrompt, Look), (OwnProcessor, Watched))
 PAIRS = [pair for pair in itertools.combinations(KINDS, 2) if pair not in REFUSED]
