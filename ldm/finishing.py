@@ -18,7 +18,7 @@ from ldm.limits import CALL_RNGS
 from ldm.models.introspect import dtype_of
 from ldm.options import told
 from ldm.passes import ImageSpec, Request
-from ldm.results import GenerationParameters, GenerationResult, painted, tensor_hash, versions
+from ldm.results import GenerationParameters, GenerationResult, file_hash, painted, tensor_hash, versions
 from ldm.sources import join_tiles
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def finish_batch(
     elif request.output_type != "latent":
         unit, pixels = picture_of(model, request, start, latents, b)
     latents = latents_of(model, request, start, latents, b).float().cpu()
+    vae = getattr(model.first_stage_model, "weights_file", None)  # of one that replaced the model's own
     is_shared = request.rng in CALL_RNGS  # the noise, by all pictures of the call
     shared = {
         **{one.name: one.kind.plain(getattr(request, one.name)) for one in told() if not one.each},
@@ -56,6 +57,8 @@ def finish_batch(
         "adapters": described(request.adapters),
         "batch_size": len(request.images) if is_shared else b,
         "model": name,
+        "vae": None if vae is None else vae.name if vae.is_dir() else vae.stem,
+        "vae_hash": file_hash(vae),
         **computed_with(model, autocast),
     }
     parameters = [

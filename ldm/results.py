@@ -40,6 +40,8 @@ class GenerationParameters(Values):
     batch_index: int  # place within it; matters for these two and rng="compvis" only
     dropped_words: list[str]  # of the prompt and the negative prompt, beyond what the text encoder reads
     model: str | None
+    vae: str | None  # of a file that replaced the model's own
+    vae_hash: str | None
     init_image_hash: str | None
     mask_hash: str | None
     device: str

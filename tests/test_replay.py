@@ -20,6 +20,7 @@ from tiny import tiny_model, write_tiny
 
 import ldm
 from ldm.adapters import Embedding, LoRA
+from ldm.checkpoints import save_safetensors
 from ldm.cli import run
 from ldm.cli.library import Library
 from ldm.cli.replaying import Replayer, compare
@@ -310,6 +311,30 @@ def test_pictures_that_begin_with_one_need_it(sd, shelf, replayer, tmp_path):
     assert "the picture to begin with is not told by a hash; '1.png' is taken" in account.notes
     with pytest.raises(LdmError, match="give the one as --init FILE"):
         all_.replay(tmp_path / "theirs.png", tmp_path / "again")
+
+
+def test_a_vae_of_its_own_is_found_by_its_hash(shelf, tmp_path):
+    """It is named in the picture, whatever it is called later; without it, what is painted is not called the same."""
+    state = {
+        name: value * 0.9
+        for name, value in tiny_model().state_dict().items()
+        if name.startswith("first_stage_model.")
+    }
+    save_safetensors(tmp_path / "warm.safetensors", state, {})
+    own = {"config": shelf / "models" / "tiny.yaml", "device": "cpu", "vae": tmp_path / "warm.safetensors"}
+    sd = StableDiffusion.from_single_file(shelf / "models" / "tiny.safetensors", **own)
+    path = sd.txt2img("a", steps=1, seed=3, progress=False).save(tmp_path)[0]
+    (tmp_path / "warm.safetensors").rename(tmp_path / "renamed.safetensors")
+    replayer = Replayer(models=[str(shelf / "models")], vaes=[str(tmp_path)])
+    account = replayer.replay(path, tmp_path / "again")
+    assert account.is_same and account.lost == [] and "by its hash" in account.notes[0]
+    replayer.vaes = Library("--vae-dir", [])
+    account = replayer.replay(path, tmp_path / "again")
+    assert (
+        not account.is_same
+        and "the VAE 'warm' (hash" in account.lost[0]
+        and "give --vae-dir" in account.lost[0]
+    )
 
 
 @pytest.mark.parametrize(

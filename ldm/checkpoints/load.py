@@ -111,6 +111,8 @@ def load_latent_diffusion(
             _check_tables(model, report, source)
             state |= load_tensors(model, report, source, device, dtypes)
             assign_state(model, state, report, device)
+    if vae is not None:
+        model.first_stage_model.weights_file = Path(vae)  # which pictures name
     logger.info("%s", report.summary())
     return model, report
 
@@ -145,6 +147,7 @@ def load_vae(
         state = load_tensors(module, report, source, weight.device, dtypes)
         before = module.state_dict()
         module.load_state_dict({name: state.get(name, value) for name, value in before.items()})
+    module.weights_file = Path(path)  # which pictures name
     logger.info("%s", report.summary())
     return report
 
