@@ -288,6 +288,12 @@ TABLE: tuple[Row, ...] = (
         },
     ),
     Row(
+        "mask_blur",
+        {"a1111": ByMode(inpaint=4)},
+        {"a1111": "modules/ui.py create_ui"},
+        is_start=True,
+    ),
+    Row(
         "kept",
         {"compvis": "pixels", "diffusers": "latents", "a1111": "pixels", "comfyui": "latents"},
         {

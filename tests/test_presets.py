@@ -326,9 +326,10 @@ def test_a_preset_keeps_pixels_or_latents(sd, preset):
     source, mask = picture(), Image.new("L", (64, 64), 0)
     mask.paste(255, (0, 0, 32, 64))
     out = sd.inpaint(PROMPT, source, mask, preset=preset, steps=2, seed=4)
-    is_same = np.array_equal(np.asarray(out[0])[:, 40:], np.asarray(source)[:, 40:])
+    is_same = np.array_equal(np.asarray(out[0])[:, 48:], np.asarray(source)[:, 48:])
     assert is_same == (preset in ("a1111", "compvis")) == (out.parameters[0].kept == "pixels")
     assert out.parameters[0].mask_rule == preset
+    assert out.parameters[0].mask_blur == (4 if preset == "a1111" else 0)
 
 
 # --- how a picture is begun with, and against what the originals recorded ---
