@@ -866,27 +866,27 @@ TABLE: tuple[Option | Fact, ...] = (
         "strength_rule", "compvis", _one_of(limits.STRENGTH_RULES),
         "how many steps strength leaves: its share (compvis), never all (bubbliiiing), one more (a1111), or all, as "
         "the last of a longer run (comfyui)",
-        section="start", flags=("--strength_rule", "--strength-rule"), infotext="Strength rule",
+        section="start", group=START, flags=("--strength_rule", "--strength-rule"), infotext="Strength rule",
         metavar="{" + ",".join(limits.STRENGTH_RULES) + "}",
     ),
     Option(
         "mask_rule", "compvis", _one_of(limits.MASK_RULES),
         "how each step keeps what the mask keeps: noised afresh (compvis), by the starting noise (diffusers), in the "
         "predicted clean sample (a1111), in both (comfyui)",
-        section="start", flags=("--mask_rule", "--mask-rule"), infotext="Mask rule",
+        section="start", group=MASK, flags=("--mask_rule", "--mask-rule"), infotext="Mask rule",
         metavar="{" + ",".join(limits.MASK_RULES) + "}",
     ),
     Option(
         "mask_cells", "any", _one_of(limits.MASK_CELLS),
         "which latent cells a mask repaints: those with any marked pixel, the nearest pixel's, or bilinear and bicubic "
         "means, the second rounded",
-        section="start", flags=("--mask_cells", "--mask-cells"), infotext="Mask cells",
+        section="start", group=MASK, flags=("--mask_cells", "--mask-cells"), infotext="Mask cells",
         metavar="{" + ",".join(limits.MASK_CELLS) + "}",
     ),
     Option(
         "kept", "pixels", _one_of(limits.KEPT),
         "what comes back unchanged where the mask keeps: the picture's pixels, byte for byte, or only its latents",
-        section="start", flags=("--kept",), infotext="Kept", metavar="{" + ",".join(limits.KEPT) + "}",
+        section="start", group=MASK, flags=("--kept",), infotext="Kept", metavar="{" + ",".join(limits.KEPT) + "}",
     ),
     Option(
         "output_type", "pil", Choice(dict.fromkeys(("pil", "np", "pt", "latent"), "")),

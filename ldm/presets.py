@@ -42,7 +42,7 @@ class ByMode:
 
 @dataclass(frozen=True)
 class BySampler:
-    """A value that depends on the sampler; that of samplers which are not named is `others`."""
+    """A value that depends on the sampler, None as in ByMode; that of samplers which are not named is `others`."""
 
     values: Mapping[str, Any]
     others: Any = None
@@ -54,8 +54,10 @@ class BySampler:
         names: dict[Any, list[str]] = {}
         for sampler, value in self.values.items():
             names.setdefault(value, []).append(sampler)
+        without = names.pop(None, [])
         said = [f"{value} ({', '.join(samplers)})" for value, samplers in names.items()]
-        return "; ".join(said if self.others is None else [*said, f"{self.others} (others)"])
+        others = f"all but {', '.join(without)}" if without else "others"
+        return "; ".join(said if self.others is None else [*said, f"{self.others} ({others})"])
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,14 @@ class Row:
         option: its name in ldm.options.
         values: of the presets that set it; the others leave it as it is.
         sources: preset -> file and function of the original.
+        modes: in which it decides anything.
         is_start: what a program begins with, and a picture says of itself: --like keeps the picture's.
     """
 
     option: str
     values: Mapping[str, Any]
     sources: Mapping[str, str]
+    modes: tuple[str, ...] = ("txt2img", "img2img", "inpaint")
     is_start: bool = False
 
 
@@ -110,6 +114,7 @@ _TXT2IMG, _IMG2IMG, _DDIM = (
 )
 _PREDICT, _GRADIO, _HACKED = "predict.py", "gradio_canny2image.py process", "cldm/ddim_hacked.py"
 _PIPE = "pipeline_stable_diffusion{}.py"
+_TIMESTEPS = ("ddim", "ddim_cfg_pp", "plms", "unipc")  # which A1111 runs over time steps, and not over sigmas
 _WEB, _NODES, _COMFY = "modules/processing.py", "nodes.py", "comfy/samplers.py"
 
 TABLE: tuple[Row, ...] = (
@@ -157,7 +162,7 @@ TABLE: tuple[Row, ...] = (
                         ("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_a", "dpm2", "dpm2_a", "restart"), "karras"
                     ),
                     **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"), "exponential"),
-                    **dict.fromkeys(("ddim", "plms"), "compvis"),
+                    **dict.fromkeys(("ddim", "ddim_cfg_pp", "plms"), "compvis"),
                     "unipc": "time_uniform",
                 },
                 "normal",
@@ -181,10 +186,11 @@ TABLE: tuple[Row, ...] = (
                 {
                     **dict.fromkeys(("spacing", "hires_spacing"), ("leading", "trailing", "linspace")),
                     "mask_rule": ("compvis", "diffusers"),
+                    "strength_rule": ("compvis",),
                 },
                 (
                     "rho", "sigma_min", "sigma_max", "discard_next_to_last", "s_churn", "s_tmin", "s_tmax", "s_noise",
-                    "order", "solver_type", "gamma",
+                    "order", "solver_type", "gamma", "first_noise", "final_alpha",
                 ),
             )
         },
@@ -193,10 +199,15 @@ TABLE: tuple[Row, ...] = (
     Row(
         "first_noise",
         {
-            "a1111": "sigma",
+            "a1111": BySampler(dict.fromkeys(_TIMESTEPS), "sigma"),
             "comfyui": Where(
                 "unit", None,
-                {"spacing": ("normal", "karras", "exponential", "sgm_uniform", "simple", "beta", "kl_optimal")},
+                {
+                    "spacing": (
+                        "normal", "karras", "exponential", "sgm_uniform", "simple", "beta", "beta_sigma", "kl_optimal",
+                        "kl_optimal_open",
+                    )
+                },
             ),
         },
         {
@@ -208,7 +219,7 @@ TABLE: tuple[Row, ...] = (
         "final_alpha",
         {
             **dict.fromkeys(("compvis", "bubbliiiing", "cldm"), BySampler({"ddim": "lowest", "plms": "lowest"})),
-            "a1111": BySampler({"ddim": "lowest", "plms": "lowest"}),
+            "a1111": BySampler(dict.fromkeys(("ddim", "ddim_cfg_pp", "plms"), "lowest")),
             "comfyui": "one",
         },
         {
@@ -257,7 +268,7 @@ TABLE: tuple[Row, ...] = (
         "strength_rule",
         {
             "compvis": "compvis", "bubbliiiing": "bubbliiiing", "diffusers": "compvis",
-            "a1111": BySampler({"ddim": "bubbliiiing", "plms": "bubbliiiing", "unipc": "bubbliiiing"}, "a1111"),
+            "a1111": BySampler(dict.fromkeys(_TIMESTEPS, "bubbliiiing"), "a1111"),
             "comfyui": "comfyui",
         },
         {
@@ -265,6 +276,7 @@ TABLE: tuple[Row, ...] = (
             "a1111": "modules/sd_samplers_common.py setup_img2img_steps, and sample_img2img of each kind",
             "comfyui": f"{_COMFY} KSampler.set_steps",
         },
+        modes=("img2img", "inpaint"),
     ),
     Row(
         "mask_rule",
@@ -277,6 +289,7 @@ TABLE: tuple[Row, ...] = (
             "diffusers": f"{_PIPE.format('_inpaint')} __call__", "a1111": "modules/sd_samplers_cfg_denoiser.py forward",
             "comfyui": f"{_COMFY} KSamplerX0Inpaint",
         },
+        modes=("inpaint",),
     ),
     Row(
         "mask_cells",
@@ -286,6 +299,7 @@ TABLE: tuple[Row, ...] = (
             "a1111": f"{_WEB} StableDiffusionProcessingImg2Img.init",
             "comfyui": "comfy/sampler_helpers.py prepare_mask",
         },
+        modes=("inpaint",),
     ),
     Row(
         "mask_blur",
@@ -300,6 +314,7 @@ TABLE: tuple[Row, ...] = (
             "compvis": "scripts/inpaint.py main", "diffusers": f"{_PIPE.format('_inpaint')} __call__",
             "a1111": f"{_WEB} apply_overlay", "comfyui": f"{_NODES} VAEDecode",
         },
+        modes=("inpaint",),
     ),
     Row(
         "separate_passes",
@@ -345,7 +360,7 @@ def values(
     """
     found = {}
     for row in TABLE:
-        value = row.values.get(preset)
+        value = row.values.get(preset) if mode in row.modes else None
         value = value.of(mode, sampler, said) if isinstance(value, ByMode | BySampler | Where) else value
         if value is not None:
             found[row.option] = value
@@ -383,7 +398,8 @@ def page() -> str:
     said = []
     for row in TABLE:
         cells = [_cell(row.values.get(preset)) for preset in PRESETS]
-        said.append(f"| `{row.option}` | {' | '.join(cells)} |")
+        where = "" if len(row.modes) == len(Row.modes) else f" ({', '.join(row.modes)})"
+        said.append(f"| `{row.option}`{where} | {' | '.join(cells)} |")
     for row in TABLE:
         places: dict[str, list[str]] = {}
         for preset, source in row.sources.items():

@@ -22,7 +22,8 @@ from ldm.checks.seeds import check_extra_seeds, draw_seed, list_images, list_see
 from ldm.checks.templates import draw_texts, draws_texts, list_templates, with_templates
 from ldm.devices import check_low_vram, dtype_name, pick_device, pick_dtype  # noqa: F401
 from ldm.limits import AUTO, MAX_SEED, is_whole, real, whole  # noqa: F401
-from ldm.models.diffusion.samplers import check_mask_rule, split_sampler
+from ldm.models.diffusion.samplers import check_rules, split_sampler
+from ldm.models.diffusion.samplers.as_diffusers import RULES
 from ldm.models.introspect import context_width, downsampling, dtype_of, is_inpainting, native_size  # noqa: F401
 from ldm.options import PRESET, Values
 from ldm.other_words import check_keywords
@@ -126,8 +127,8 @@ def check_request(
     )
     words = [*prompts, *negatives] if prompt_embeds is None else []
     checked |= check_kinds(given, checked)
-    if checked["arithmetic"] == "diffusers" and checked["mask"] is not None and not is_inpainting(model):
-        check_mask_rule(checked["mask_rule"])
+    if checked["arithmetic"] == "diffusers":
+        check_rules(**{name: checked[name] for name in RULES})
     # Of hires fix and loops: what is otherwise in each pass after the first.
     others = [] if sizes is None else [check_second(model, defaults, checked, sizes, prompt_embeds)]
     others += check_loops(model, defaults, checked)

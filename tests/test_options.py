@@ -112,7 +112,7 @@ ELSEWHERE = {
     "ldm/request.py": (
         "what needs the model or several options together",
         "batch_size cache_interval cache_depth merge_ratio merge_seed height width strength regions "
-        "arithmetic mask_rule outpaint",
+        "arithmetic outpaint",
     ),
     "ldm/checks/further.py": (
         "what becomes of hires fix and loops",
@@ -127,7 +127,7 @@ ELSEWHERE = {
     "ldm/checks/around.py": (
         "what goes together, and into frames and tiles",
         "color_match inpaint_fill inpaint_full_res inpaint_full_res_padding mask_blur mask_blur_x mask_blur_y "
-        "mask_invert outpaint resize_mode strength upscale_by upscale_overlap upscaler regions",
+        "mask_invert outpaint resize_mode strength strength_rule upscale_by upscale_overlap upscaler regions",
     ),
     "ldm/checks/prompts.py": (
         "one for each prompt; what goes with regions",
@@ -135,7 +135,7 @@ ELSEWHERE = {
     ),
     "ldm/checks/sampling.py": (
         "what a sampler has, and the model's networks",
-        "sampler steps spacing eta cache_interval cache_depth merge_ratio merge_seed",
+        "sampler steps spacing eta strength_rule cache_interval cache_depth merge_ratio merge_seed",
     ),
     "ldm/checks/seeds.py": (
         "what goes together",

@@ -111,6 +111,30 @@ def test_the_blocks_of_the_page_run():
             {"arithmetic": None, "hires_spacing": None},
         ),
         ({"preset": "diffusers", "sampler": "euler", "spacing": SIGMAS}, "txt2img", {"arithmetic": None}),
+        # A1111's samplers over time steps begin with noise as it is drawn, those of k-diffusion with sigma times it
+        ({"preset": "a1111"}, "txt2img", {"first_noise": "sigma"}),
+        ({"preset": "a1111", "sampler": "DDIM"}, "txt2img", {"first_noise": None, "final_alpha": "lowest"}),
+        (
+            {"preset": "a1111", "sampler": "DDIM CFG++"},
+            "img2img",
+            {"first_noise": None, "spacing": "compvis"},
+        ),
+        (
+            {"preset": "a1111", "sampler": "UniPC"},
+            "img2img",
+            {"first_noise": None, "strength_rule": "bubbliiiing"},
+        ),
+        # what is of a picture or a mask is said of nothing else
+        ({"preset": "a1111"}, "txt2img", {"strength_rule": None, "mask_rule": None, "kept": None}),
+        ({"preset": "a1111"}, "img2img", {"strength_rule": "a1111", "mask_cells": None}),
+        (
+            {"preset": "a1111"},
+            "inpaint",
+            {"strength_rule": "a1111", "mask_cells": "bicubic", "kept": "pixels"},
+        ),
+        # diffusers' arithmetic has no rules of others
+        ({"preset": "diffusers", "strength_rule": "a1111"}, "img2img", {"arithmetic": None}),
+        ({"preset": "diffusers", "final_alpha": "one"}, "txt2img", {"arithmetic": None}),
         # None is not given
         ({"preset": "comfyui", "steps": None, "guidance_scale": None}, "txt2img", {"steps": 20}),
     ],
@@ -143,8 +167,26 @@ def test_loops_and_frames_have_the_rules_of_their_first_pass(sd):
     # diffusers' PNDM calls the network once more, in every loop.
     counts = [one.start.run_last for one in sd.plan(PROMPT, preset="diffusers", **given).passes]
     assert counts == [3, 3]
-    with pytest.raises(UsageError, match="has the mask rules compvis and diffusers, got 'a1111'"):
-        sd.plan(PROMPT, mask=mask, arithmetic="diffusers", mask_rule="a1111", **given)
+    for wrong, words in (
+        ({"mask_rule": "a1111", "mask": mask}, "has the mask_rule compvis and diffusers, got 'a1111'"),
+        ({"strength_rule": "a1111"}, "has the strength_rule compvis, got 'a1111'"),
+        ({"first_noise": "unit"}, "has the first_noise None, got 'unit'"),
+        ({"final_alpha": "one"}, "has the final_alpha None, got 'one'"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            sd.plan(PROMPT, arithmetic="diffusers", **wrong, **given)
+    for wrong in ("x", None, 3, []):
+        with pytest.raises(
+            UsageError, match="strength_rule must be one of compvis, bubbliiiing, a1111, comfyui; got"
+        ):
+            sd.plan(PROMPT, strength_rule=wrong, **given)
+    for name, value in {"mask_rule": "a1111", "mask_cells": "nearest", "kept": "latents"}.items():
+        with pytest.raises(UsageError, match=f"{name} is of a mask, and none is given"):
+            sd.plan(PROMPT, **{name: value}, **given)
+    with pytest.raises(UsageError, match="strength_rule is of a picture to start from, and none is given"):
+        sd.plan(PROMPT, strength_rule="a1111")
+    large = {**given, "loops": 1, "upscale_by": 2, "upscale_overlap": 8}
+    assert sd.plan(PROMPT, preset="a1111", **large).passes[1].start.strength_rule == "a1111"
     assert sd.plan(PROMPT, image=picture(), outpaint=(8, 8, 8, 8), preset="diffusers").strength == 1.0
     soft = {"mask": mask, "mask_blur": 2, "strength": 0.5, "steps": 2, "seed": 3}
     for kept in ("pixels", "latents"):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # What a picture in tiles may be asked besides; and what is done to a picture and a mask before painting.
-WITH_TILES = {"upscale_by", "upscale_overlap", "upscaler", "color_match"}
+WITH_TILES = {"upscale_by", "upscale_overlap", "upscaler", "color_match", "strength_rule"}
 OF_FRAMES = ("resize_mode", "color_match", "outpaint", "mask_invert", "inpaint_fill", "inpaint_full_res")
 
 

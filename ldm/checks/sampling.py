@@ -12,7 +12,7 @@ from ldm.adapters.deepcache import DeepCache, check_cache
 from ldm.adapters.tome import TokenMerging, check_merging
 from ldm.adapters.use import PromptWords, check_adapters
 from ldm.errors import UsageError, shown
-from ldm.limits import AUTO_AT_MOST, AUTO_CELLS, SHARE, real, whole
+from ldm.limits import AUTO_AT_MOST, AUTO_CELLS, SHARE, STRENGTH_RULES, choice, real, whole
 from ldm.models.diffusion.samplers import (
     SAMPLERS,
     check_schedule,
@@ -59,6 +59,7 @@ def check_sampling(
         fewest = defaults.least_steps.get(sampler, 1)
         steps = min(max(defaults.steps, fewest), model.num_timesteps)
     steps = whole("steps", steps, 1, model.num_timesteps)
+    strength_rule = choice("strength_rule", strength_rule, STRENGTH_RULES)
     if arithmetic == "diffusers":
         check_schedule(sampler, spacing, steps, model.num_timesteps, of_sampler)
         run_last = last_calls(sampler, steps, strength or 0.0)

@@ -175,7 +175,7 @@ def test_the_preset_leaves_arithmetic_to_what_it_goes_with(models, options):
 
 def test_a_mask_rule_of_predictions_is_refused_with_it(models):
     image, mask = source(64, 64)
-    with pytest.raises(UsageError, match="has the mask rules compvis and diffusers, got 'a1111'"):
+    with pytest.raises(UsageError, match="has the mask_rule compvis and diffusers, got 'a1111'"):
         models(4)[0].inpaint(PROMPT, image, mask, arithmetic="diffusers", mask_rule="a1111", steps=2)
 
 

@@ -22,7 +22,7 @@ from ldm.models.diffusion.levels import (
     visited_levels,
 )
 from ldm.models.diffusion.samplers.as_diffusers import (
-    check_mask_rule,
+    check_rules,
     check_schedule,
     last_calls,
     steps_as_diffusers,
@@ -131,7 +131,7 @@ __all__ = [
     "check_interval",
     "check_levels",
     "check_mask",
-    "check_mask_rule",
+    "check_rules",
     "check_schedule",
     "choose_levels",
     "last_calls",

@@ -18,10 +18,16 @@ from torch import Tensor
 from ldm.errors import UsageError, shown
 from ldm.models.diffusion.denoiser import WHOLE_INTERVAL, Denoiser
 from ldm.models.diffusion.levels import Noise, Step, unit_noise
-from ldm.models.diffusion.samplers.masks import OF_PREDICTIONS, Noised, keeping
+from ldm.models.diffusion.samplers.masks import Noised, keeping
 from ldm.process.spacing import check_steps, exact_levels
 
 SPACINGS = ("leading", "trailing", "linspace")
+RULES = {
+    "mask_rule": ("compvis", "diffusers"),  # the others blend predictions
+    "strength_rule": ("compvis",),
+    "first_noise": (None,),
+    "final_alpha": (None,),
+}
 
 
 @dataclass
@@ -299,12 +305,14 @@ def check_schedule(
     return cls, spacing
 
 
-def check_mask_rule(rule: str) -> None:
-    """Raise UsageError for a rule that blends predictions, which no pipeline of diffusers does."""
-    if rule in OF_PREDICTIONS:
-        raise UsageError(
-            f"arithmetic 'diffusers' has the mask rules compvis and diffusers, got {shown(rule)}; take arithmetic 'own'"
-        )
+def check_rules(**rules: Any) -> None:
+    """Raise UsageError for rules of other programs that no pipeline of diffusers has, by the names of their options."""
+    for name, rule in rules.items():
+        if rule not in RULES[name]:
+            allowed = " and ".join(map(str, RULES[name]))
+            raise UsageError(
+                f"arithmetic 'diffusers' has the {name} {allowed}, got {shown(rule)}; take arithmetic 'own'"
+            )
 
 
 def last_calls(sampler: str, steps: int, strength: float) -> int:
@@ -346,11 +354,11 @@ def steps_as_diffusers(
         start_from: where given, it is noised also before a whole run.
 
     Raises:
-        UsageError: what `check_schedule` and `check_mask_rule` refuse, or a value out of range.
+        UsageError: what `check_schedule` and `check_rules` refuse, or a value out of range.
     """
     cls, spacing = check_schedule(name, spacing, steps, model.num_timesteps, options)
     if mask is not None:
-        check_mask_rule(mask_rule)
+        check_rules(mask_rule=mask_rule)
     eta = eta if eta is not None and cls.takes_eta else 0.0
     schedule = cls(alphas_in_float32(model), steps, spacing, eta)
     denoise = Denoiser(
