@@ -34,6 +34,7 @@ ADAPTERS = (0, 100)  # at work together
 REGIONS = (0, 16)  # of a picture, with prompts of their own
 REGION_WEIGHT = (0, 10)
 CLIP_SKIP = (1, 12)  # of a text encoder with fewer layers, up to their number
+CLIP_SKIP_OF = ("both", "prompt")
 SYNTAXES = ("plain", "a1111", "comfyui", "compel")  # of prompts
 CALL_RNGS = ("diffusers", "comfyui")  # that draw for all pictures of a call at once
 SHARED_RNGS = (

@@ -480,6 +480,13 @@ TABLE: tuple[Option | Fact, ...] = (
         section="language", flags=("--clip_skip",), infotext="Clip skip",
     ),
     Option(
+        "clip_skip_of", "both", _one_of(limits.CLIP_SKIP_OF),
+        "which prompts clip_skip is of: both, as in web UIs, or only the prompt, as in diffusers, whose 1 is "
+        "2 here",
+        section="language", flags=("--clip_skip_of", "--clip-skip-of"), infotext="Clip skip of",
+        metavar="{" + ",".join(limits.CLIP_SKIP_OF) + "}",
+    ),
+    Option(
         "emphasis", None, Choice(_EMPHASES, {"no_norm": "no norm"}),
         "how weights of a prompt act: original, 'no norm', ignore, none (a1111's brackets are text), comfyui "
         "(default: the syntax's own)",

@@ -334,6 +334,14 @@ TABLE: tuple[Row, ...] = (
         },
     ),
     Row(
+        "clip_skip_of",
+        {"diffusers": "prompt", "a1111": "both", "comfyui": "both"},
+        {
+            "diffusers": f"{_PIPE.format('')} encode_prompt", "a1111": "modules/sd_hijack_clip.py",
+            "comfyui": f"{_NODES} CLIPSetLastLayer",
+        },
+    ),
+    Row(
         "rounding",
         {
             "compvis": "truncate", "bubbliiiing": "truncate_127.5", "cldm": "truncate_127.5", "diffusers": "round",

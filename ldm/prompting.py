@@ -210,17 +210,22 @@ def encode_batch(
             [*(spec.prompt for spec in batch), *(region.prompt for region in request.regions)],
             (spec.negative_prompt for spec in batch),
         )
-        rows: Rows = shared.setdefault("rows", Rows(encoder, request.clip_skip))
-        if len(rows.known) > MOST_ROWS:
-            rows.known.clear()
+        # diffusers reads the negative prompt at the last layer.
+        layers = [request.clip_skip, 1 if request.clip_skip_of == "prompt" else request.clip_skip]
+        halves: list[Rows] = shared.setdefault("rows", [Rows(encoder, layer) for layer in layers])
+        for rows in halves:
+            if len(rows.known) > MOST_ROWS:
+                rows.known.clear()
         has_parts = any(
             is_composed(prompt, request.emphasis)
             for (_, is_negative), prompt in read_.items()
             if not is_negative
         )
-        names = list(read_)
-        found = encode(encoder, list(read_.values()), emphasis=request.emphasis, rows=rows)
-    by_text = dict(zip(names, found, strict=True))
+        by_text = {}
+        for half, rows in zip((False, True), halves, strict=True):
+            names = [name for name in read_ if name[1] is half]
+            found = encode(encoder, [read_[name] for name in names], emphasis=request.emphasis, rows=rows)
+            by_text |= zip(names, found, strict=True)
 
     def conditions(text: str, is_negative: bool = False, **changes: Any) -> list[Condition]:
         own = by_text[text, is_negative].conditions()

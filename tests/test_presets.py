@@ -18,6 +18,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.samplers import SAMPLERS, alpha_bar_table, sample_steps, split_sampler
 from ldm.noise import CallNoise, ComfyUINoise, NvNoise, seed_everything
 from ldm.pipeline import StableDiffusion
+from ldm.prompting import encode_batch
 
 PROMPT = "a red circle"
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,10 +59,15 @@ def test_the_page_has_the_table():
     assert table.strip() == presets.page().strip()
 
 
-def test_the_blocks_of_the_page_run():
+@pytest.mark.slow
+def test_the_block_of_the_page_runs():
     page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     exec(compile(code, "docs/presets.md", "exec"), {})
+
+
+def test_the_command_of_the_page_has_the_scripts_flags():
+    page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^```bash\npython scripts/txt2img.py (.*?)\n```", page, re.MULTILINE)
     words = re.findall(r'"([^"]*)"|(\S+)', command)
     args = painting_parser("txt2img.py", "x", outdir="o", scale=7.5).parse_args([a or b for a, b in words])
@@ -534,3 +540,20 @@ def test_the_scripts_of_compvis_line_by_line(sd, preset, scale, rounding):
         samples = sampler.decode(z_enc, c, t_enc, **guided)
         out = sd.img2img(PROMPT, source, **options)
         torch.testing.assert_close(out.latents, samples, rtol=0, atol=1e-5 * samples.abs().max().item())
+
+
+@pytest.mark.parametrize("syntax", ["plain", "a1111"])
+def test_clip_skip_may_leave_the_negative_prompt_at_the_last_layer(sd, syntax):
+    """diffusers' clip_skip=1: the prompt's layer is the last but one, the negative prompt's the last."""
+
+    def both(**options):
+        request = sd.plan(PROMPT, negative_prompt="blue", prompt_syntax=syntax, seed=1, **options)
+        with torch.no_grad():
+            halves = encode_batch(sd.model, request, request.passes[0], request.images, {})
+        return [half.at(0)[0].given for half in halves]
+
+    (prompt, negative), (other, last) = both(clip_skip=2), both(clip_skip=1)
+    got = both(clip_skip=2, clip_skip_of="prompt")
+    assert torch.equal(got[0], prompt) and torch.equal(got[1], last)
+    assert not torch.allclose(negative, last, atol=1e-3) and not torch.allclose(prompt, other, atol=1e-3)
+    assert sd.plan(PROMPT, preset="diffusers").clip_skip_of == "prompt"
