@@ -24,6 +24,7 @@ from ldm.pipeline import StableDiffusion
 PROMPT, RING = "a red circle", "a blue ring"
 HOW = {"steps": 2, "seed": 3, "width": 136, "height": 64, "progress": False}  # 17 x 8 cells
 LEFT = (0, 0, 0.5, 1)
+PICTURE, MASK = Image.new("RGB", (136, 64)), Image.new("L", (136, 64), 255)
 EMBEDS = torch.zeros(1, 77, 128)
 
 
@@ -139,6 +140,10 @@ REFUSED = (
     (
         {"regions": [(RING, LEFT)], "prompt_embeds": EMBEDS, "negative_prompt_embeds": EMBEDS},
         "regions have prompts of their own",
+    ),
+    (
+        {"regions": [(RING, LEFT)], "image": PICTURE, "mask": MASK, "inpaint_full_res": True},
+        "regions are shares of the whole picture, and inpaint_full_res paints a part of it",
     ),
     ({"regions": [("a AND b", LEFT)], "prompt_syntax": "a1111"}, "a region's prompt of several parts"),
     ({"regions": [("a <lora:x:1>", LEFT)], "prompt_syntax": "a1111"}, "a region's prompt has <lora:...> tags"),

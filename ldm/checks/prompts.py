@@ -145,6 +145,10 @@ def check_regions(
         return
     if embeds is not None:
         raise UsageError("regions have prompts of their own, and prompt_embeds were given; leave one out")
+    if checked["frame"] is not None and checked["frame"].box is not None:
+        raise UsageError(
+            "regions are shares of the whole picture, and inpaint_full_res paints a part of it; leave one out"
+        )
     for i, region in enumerate(regions):
         for one in passes:
             area = area_of(region.box, one["width"] // f, one["height"] // f)
