@@ -13,6 +13,7 @@ from numbers import Real
 
 import numpy as np
 
+from ldm import limits
 from ldm.errors import UsageError, nearest, shown
 from ldm.process.spacing import CONTINUOUS_METHODS, check_steps, continuous_levels
 
@@ -330,8 +331,8 @@ def sigma_table(
         (num_steps + 1,) float64.
 
     Raises:
-        UsageError: an unknown name or option, num_steps out of range, ends in the wrong order or not positive and
-            finite.
+        UsageError: an unknown name or option, num_steps out of range, ends in the wrong order, not positive or above
+            10^6, options by which the sigmas do not fall.
     """
     found = resolve_sigma_table(name)
     if found is None:
@@ -347,21 +348,29 @@ def sigma_table(
     for option, value in options.items():
         if isinstance(value, bool) or not isinstance(value, Real) or not 0.01 <= value <= 100:
             raise UsageError(f"{option} of the sigmas '{found}' must be from 0.01 to 100, got {shown(value)}")
-    low = sigmas[0] if sigma_min is None else sigma_min
-    high = sigmas[-1] if sigma_max is None else sigma_max
-    if not 0 < low < high < math.inf and len(sigmas) > 1:
+    low = float(sigmas[0]) if sigma_min is None else sigma_min
+    high = float(sigmas[-1]) if sigma_max is None else sigma_max
+    are_real = all(limits.is_real(one, *limits.SIGMA) for one in (low, high))
+    if not are_real or (not 0 < low < high and len(sigmas) > 1):
         raise UsageError(
-            f"sigmas must go from above 0 up to a finite one, got {shown(low)} and {shown(high)}"
+            f"sigmas must go from above 0 up to at most {limits.SIGMA[1]}, got {shown(low)} and {shown(high)}"
         )
+    if not (isinstance(discard_next_to_last, bool | np.bool_ | int) and discard_next_to_last in (0, 1)):
+        raise UsageError(f"discard_next_to_last must be True or False, got {shown(discard_next_to_last)}")
     n = check_steps(num_steps, len(sigmas))
     made = make(n + bool(discard_next_to_last), sigmas, float(low), float(high), **options)
+    if (np.diff(made) > 0).any() or made[-1] < 0:
+        said = ", ".join(f"{name} {value:g}" for name, value in options.items())
+        raise UsageError(
+            f"the sigmas '{found}' do not fall with {said or f'{num_steps} steps'}; give less of it"
+        )
     return np.delete(made, -2) if discard_next_to_last else made
 
 
 def check_sigmas(values: object, *, may_rise: bool = False) -> np.ndarray:
     """Return an explicit list of sigmas, as float64, or raise UsageError unless it falls from sigma to sigma.
 
-    Two values at least, finite, the last 0 or above.
+    Two values at least, none above 10^6, the last 0 or above.
 
     Args:
         may_rise: within the list, where each sigma is above 0 and another one than its neighbours.
@@ -380,8 +389,8 @@ def check_sigmas(values: object, *, may_rise: bool = False) -> np.ndarray:
         raise UsageError(
             f"a list of sigmas must hold two at least, each below the last{also}, got {shown(values)}"
         )
-    if not np.isfinite(sigmas[0]):
-        raise UsageError(f"a list of sigmas must begin at a finite one, got {shown(values)}")
+    if sigmas.max() > limits.SIGMA[1]:
+        raise UsageError(f"a list of sigmas must hold none above {limits.SIGMA[1]}, got {shown(values)}")
     return sigmas
 
 

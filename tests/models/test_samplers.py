@@ -656,6 +656,16 @@ def test_etas_without_meaning_are_refused(name, eta, message):
         ("ddim", {"old_eps": []}, "ddim has no option old_eps"),
         ("ddim", {"run_last": 4}, "run_last must be from 0 to 3, the number of steps; got 4"),
         ("ddim", {"run_last": -1}, "run_last must be from 0 to 3, the number of steps; got -1"),
+        ("ddim", {"run_last": 1.5}, "run_last must be from 0 to 3, the number of steps; got 1.5"),
+        ("ddim", {"run_last": "1"}, "the number of steps; got '1'"),
+        (
+            "ddim",
+            {"mask_rule": "a111"},
+            "mask_rule must be one of compvis, .*; got 'a111'; did you mean 'a1111'",
+        ),
+        ("ddim", {"mask_rule": None}, "mask_rule must be one of compvis, .*; got None"),
+        ("euler", {"first_noise": "sigmas"}, "first_noise must be one of sigma, unit; got 'sigmas'"),
+        ("euler", {"final_alpha": 1.0}, "final_alpha must be one of lowest, one; got 1.0"),
         ("ddim", {"spacing": "karas"}, "spacing must be one of uniform, quad, .*; got 'karas'"),
         (
             "dpm_solver",

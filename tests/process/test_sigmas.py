@@ -273,9 +273,13 @@ REFUSED = [
     (("karras", 5), {"rho": float("nan")}, "got nan"),
     (("karras", 5), {"rho": True}, "got True"),
     (("beta", 5), {"alpha": 101}, "alpha of the sigmas 'beta' must be from 0.01 to 100, got 101"),
-    (("karras", 5), {"sigma_min": 0}, "from above 0 up to a finite one, got 0 and"),
+    (("karras", 5), {"sigma_min": 0}, "from above 0 up to at most 1000000, got 0 and 14"),
     (("karras", 5), {"sigma_min": 3.0, "sigma_max": 2.0}, r"got 3\.0 and 2\.0"),
     (("karras", 5), {"sigma_max": float("inf")}, "got .* and inf"),
+    (("karras", 5), {"sigma_max": 1e300}, r"at most 1000000, got .* and 1e\+300"),
+    (("karras", 5), {"sigma_min": "0.1"}, "got '0.1' and"),
+    (("karras", 5), {"discard_next_to_last": "yes"}, "discard_next_to_last must be True or False, got 'yes'"),
+    (("linear_quadratic", 5), {"threshold": 0.9}, "do not fall with threshold 0.9; give less of it"),
     (("turbo", 11), {}, "at most 10 steps, got 11"),
     (("lcm", 51), {}, "at most 50 steps, got 51"),
 ]
@@ -290,7 +294,20 @@ def test_what_no_table_can_be_made_of_is_refused(given, options, message):
 
 @pytest.mark.parametrize(
     "values",
-    [[1.0], [], [1, 1], [1, 2], [2, -1], [np.inf, 1], [np.nan, 0], [[2, 1]], "karras", None, [2, "x"]],
+    [
+        [1.0],
+        [],
+        [1, 1],
+        [1, 2],
+        [2, -1],
+        [np.inf, 1],
+        [1e300, 1],
+        [np.nan, 0],
+        [[2, 1]],
+        "karras",
+        None,
+        [2, "x"],
+    ],
 )
 def test_a_list_of_sigmas_falls_to_0_or_above(values):
     np.testing.assert_array_equal(check_sigmas([14.6, 3, 0]), [14.6, 3, 0])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm import limits
 from ldm.errors import UsageError, shown
 from ldm.models.diffusion.denoiser import WHOLE_INTERVAL, Denoiser
 from ldm.models.diffusion.levels import Level, Noise, Step, alpha_bar_table, run_levels, unit_noise
@@ -125,12 +126,13 @@ def sample_steps(
     check_eta(cls, cls.own_eta if eta is None else eta)
     check_mask(mask, x0, x_T.shape)
     warn_of_batch(conditioning, x_T.shape[0])
+    check_rules(mask_rule, first_noise, final_alpha)
 
     plan = _plan(cls, model, steps, spacing, of_spacing, final_alpha)
     total = plan[0].left
     count = total if run_last is None else run_last
-    if not 0 <= count <= total:
-        raise UsageError(f"run_last must be from 0 to {total}, the number of steps; got {run_last}")
+    if not limits.is_whole(count, 0, total):
+        raise UsageError(f"run_last must be from 0 to {total}, the number of steps; got {shown(run_last)}")
     draw = unit_noise if noise is None else noise
     denoise = Denoiser(
         model,
@@ -170,6 +172,15 @@ def sample_steps(
     return run_levels(
         levels[::-1] if invert else levels, x_T, step if behind is None else step_and_change, before
     )
+
+
+def check_rules(mask_rule: str, first_noise: str | None, final_alpha: str | None) -> None:
+    """Raise UsageError unless each is one of its choices: see `sample_steps`."""
+    limits.choice("mask_rule", mask_rule, limits.MASK_RULES)
+    if first_noise is not None:
+        limits.choice("first_noise", first_noise, limits.FIRST_NOISES)
+    if final_alpha is not None:
+        limits.choice("final_alpha", final_alpha, limits.FINAL_ALPHAS)
 
 
 def check_inverts(sampler: Sampler, mask: Tensor | None, start_from: Tensor | None) -> None:
