@@ -357,8 +357,10 @@ class Replayer:
         )
         masks: list[Path | None] = [None]
         marked = _text(parameters.get("mask_hash")) if mode == "inpaint" else None
-        if mode == "inpaint" and not any(values.get("outpaint") or ()):
-            masks = self.masks if marked else [_only("mask", "--mask", self.masks, None, account)]
+        if marked:  # outpainting marks what is new, with a mask or without
+            masks = [*([None] if any(values.get("outpaint") or ()) else []), *self.masks]
+        elif mode == "inpaint" and not any(values.get("outpaint") or ()):
+            masks = [_only("mask", "--mask", self.masks, None, account)]
         for image, mask in itertools.product(images, masks):
             pair = {"image": image} | ({} if mask is None else {"mask": mask})
             if begun or marked:
