@@ -2,15 +2,17 @@
 
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from linear_gaussian import Wavy
 from safetensors.torch import load_file
 
 from ldm.errors import AbsentError
 from ldm.models.diffusion.levels import make_plan
-from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.models.diffusion.samplers import SAMPLERS, sample_steps
 from ldm.noise import ImageNoise
 from ldm.process.brownian import BrownianPaths
 from ldm.process.sigmas import alpha_bar_of_sigma
@@ -79,6 +81,29 @@ def test_torchsdes_paths_are_those_of_k_diffusions_noise_sampler(request):
         got = sampler.draw_between(torch.zeros(2, 2, 3), sigma, sigma_to)
         want = torch.cat([recorded[name.replace(".0.", ".12345.", 1)], recorded[name]])
         torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("part", [{}, {"run_last": 2, "start_from": torch.ones(2, 2, 3, 5)}])
+def test_torchsdes_paths_lie_between_the_ends_of_the_whole_run(monkeypatch, part):
+    """Also those of a run that begins with a picture, as in A1111 and diffusers."""
+    ends = []
+
+    class Tree:
+        def __init__(self, w0, t0, t1, entropy):
+            self.w0 = w0
+            ends.append((float(t0), float(t1), entropy))
+
+        def __call__(self, low, high):
+            return self.w0
+
+    monkeypatch.setitem(sys.modules, "torchsde", SimpleNamespace(BrownianTree=Tree))
+    sigmas = [9.0, 5.0, 3.0, 2.0, 1.0, 0.5, 0.0]
+    options = {"steps": 6, "spacing": sigmas, "brownian": "torchsde", "noise": ImageNoise([7, 9])}
+    for _ in sample_steps("dpmpp_2m_sde", Wavy(), torch.ones(2, 2, 3, 5), None, **options, **part):
+        pass
+    assert [entropy for _, _, entropy in ends] == [7, 9]
+    for low, high, _ in ends:
+        assert (low, high) == pytest.approx((0.5, 9.0))
 
 
 def test_torchsde_is_asked_for_before_anything_is_painted(monkeypatch):

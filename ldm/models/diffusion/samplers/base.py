@@ -35,6 +35,7 @@ class Sampler:
 
     Attributes:
         levels: those of the run, noisiest first, for a sampler that looks further than a step; no option.
+        plan_levels: those of the whole plan, of which a run that begins with a picture takes the last; no option.
     """
 
     name: ClassVar[str]
@@ -66,6 +67,7 @@ class Sampler:
     quantize_denoised: bool = False
     dynamic_threshold: float | None = None
     levels: Sequence[Level] = field(default=(), init=False, repr=False)
+    plan_levels: Sequence[Level] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_kinds(self)

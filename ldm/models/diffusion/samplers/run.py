@@ -159,19 +159,15 @@ def sample_steps(
         x_T = _whole_start(cls, plan[0], x_T, start_from if keep_start else None, first_noise)
     elif start_from is not None:
         x_T = cls.start(x_T, noised_level(cls, plan, count), start_from) if count > 0 else start_from
-    levels = [level for level in plan if level.left <= count]
-    if cls.chooses_levels and count > 0:
-        levels = [replace(levels[0], left=1, total=1), replace(levels[-1], total=1)]
-    sampler.levels = levels
+    sampler.plan_levels, sampler.levels = plan, _last_levels(cls, plan, count)
+    levels = sampler.levels[::-1] if invert else sampler.levels
     step = sampler.step
 
     def step_and_change(x: Tensor, here: Level, to: Level) -> tuple[Any, ...]:
         x, *others = step(x, here, to)
         return behind(x), *others
 
-    return run_levels(
-        levels[::-1] if invert else levels, x_T, step if behind is None else step_and_change, before
-    )
+    return run_levels(levels, x_T, step if behind is None else step_and_change, before)
 
 
 def check_rules(mask_rule: str, first_noise: str | None, final_alpha: str | None) -> None:
@@ -210,6 +206,14 @@ def _plan(
         return plan
     end = 1.0 if final_alpha == "one" else float(table[0])
     return [*plan[:-1], replace(plan[-1], alpha_bar=torch.tensor(end, dtype=torch.float64))]
+
+
+def _last_levels(cls: type[Sampler], plan: Sequence[Level], count: int) -> list[Level]:
+    """List the levels of the last `count` steps of a plan; their ends, of a sampler that chooses those between."""
+    levels = [level for level in plan if level.left <= count]
+    if cls.chooses_levels and count > 0:
+        return [replace(levels[0], left=1, total=1), replace(levels[-1], total=1)]
+    return levels
 
 
 def _whole_start(

@@ -52,9 +52,9 @@ class SDESampler(VariableEta, SigmaSampler):
             seeds = [hash(tuple(row)) for row in firsts.tolist()]
         if is_ours:
             return BrownianPaths(seeds, x.shape[1:])
-        sigmas = [
-            float(level.sigma) for level in self.levels if level.sigma > 0
-        ] or self.denoise.levels.sigmas
+        # Of a run that begins with a picture too, as A1111 and diffusers have it, the ends are those of the whole plan.
+        levels = self.plan_levels or self.levels
+        sigmas = [float(level.sigma) for level in levels if level.sigma > 0] or self.denoise.levels.sigmas
         return TorchsdePaths([seed % 2**64 for seed in seeds], x.shape[1:], min(sigmas), max(sigmas))
 
 
@@ -81,6 +81,8 @@ class DPMSolverPPSDE(SDESampler):
         denoised = self.predict(x, sigma)
         if sigma_to == 0:
             return denoised, denoised
+        if sigma_to == sigma:  # torchsde has no noise of an interval without length
+            return x, denoised
         middle = sigma ** (1 - self.r) * sigma_to**self.r
         predicted = self.predict(self.move(x, denoised, sigma, middle), middle)
         share = 1 / (2 * self.r)
