@@ -424,9 +424,9 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def rules(preset: str) -> set[str]:
-    """Name the options that a preset sets, less those that a program only begins with, as its number of steps."""
-    return {row.option for row in TABLE if preset in row.values and not row.is_start}
+def rules() -> set[str]:
+    """Name the options that some preset sets, less those that a program only begins with, as its number of steps."""
+    return {row.option for row in TABLE if not row.is_start}
 
 
 def names() -> set[str]:

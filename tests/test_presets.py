@@ -286,6 +286,11 @@ def test_a_picture_says_the_values_and_like_repeats_them(sd, tmp_path):
     (found,) = plans(txt2img("--like", str(path), "--preset", "a1111"))
     assert (found["steps"], found["guidance_scale"], found["sampler"]) == (2, 7.5, "ddim")
     assert not {"rng", "rounding", "prompt_syntax"} & found.keys()
+    # Also those that the other preset leaves as they are: diffusers has no first_noise, and else not its arithmetic.
+    first = sd.txt2img(PROMPT, preset="a1111", steps=2, seed=3)
+    assert first.parameters[0].first_noise == "sigma"
+    (found,) = plans(txt2img("--like", str(first.save(tmp_path)[0]), "--preset", "diffusers"))
+    assert found["sampler"] == "dpmpp_2m" and not {"first_noise", "final_alpha", "spacing"} & found.keys()
 
 
 # --- noise ---

@@ -227,7 +227,7 @@ class _PaintingParser(Parser):
         if given & sizes:  # each says it in place of the other
             given = given | sizes
         if options.PRESET in given:  # as a program does it, in place of how the picture's did
-            given = given | rules(found.preset)
+            given = given | rules()
         values, lines = asked_for(parameters, found.upscaler_dir is not None)
         here = {option.name for option in options.told() if hasattr(found, option.name)} - given
         for name in here & values.keys():
