@@ -15,7 +15,9 @@ from ldm.option_kinds import Choice
 SYNTAXES = {"a1111": "a1111", "comfyui": "comfyui", "invokeai": "compel"}
 
 
-def asked_for(parameters: Mapping[str, Any], has_files: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+def asked_for(
+    parameters: Mapping[str, Any], has_files: bool = False
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Give the values of our options that a picture's metadata say, and for each that none is a line; anybody may
     have written them.
 
