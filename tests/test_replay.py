@@ -305,6 +305,10 @@ def test_pictures_that_begin_with_one_need_it(sd, shelf, replayer, tmp_path):
         replayer.inits, replayer.masks = inits, masks
         with pytest.raises(LdmError, match=words):
             replayer.replay(path, tmp_path / "again")
+    # The last 3 of 75 steps: with the model's own 50, as many levels as it has not.
+    weak = sd.img2img("a", image, 0.04, strength_rule="comfyui", steps=3, seed=3, progress=False)
+    replayer.inits, replayer.masks = [image], []
+    assert replayer.replay(weak.save(tmp_path)[0], tmp_path / "again").is_same
     text = f"a\n{LINE.replace('64x72', '72x72')}, Denoising strength: 0.5"
     account = replayer.replay(theirs(tmp_path, text), tmp_path / "again")
     assert (account.lost, ldm.read_parameters(account.saved)["mode"]) == ([], "img2img")

@@ -349,7 +349,9 @@ class Replayer:
         name = _text(extra.get("image") if isinstance(extra, dict) else None)
         # What is made of a picture depends on these.
         groups = (options.START, options.MASK)
-        names = {one.name for one in options.options() if one.group in groups or one.name in _BESIDE}
+        names = {
+            one.name for one in options.options() if one.group in groups or one.name in _BESIDE
+        } - _COUNTED
         of_it = {name: values[name] for name in names & values.keys()}
         begun = _text(parameters.get("init_image_hash"))
         images = (
@@ -384,6 +386,7 @@ class Replayer:
 
 
 _BESIDE = ("width", "height", "upscaler_dir")
+_COUNTED = {"strength", "strength_rule"}  # of steps, which may be refused with other steps than the picture's
 _KEPT = ("image", "mask", "adapters", "lora_dir")  # never left out
 
 
