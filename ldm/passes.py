@@ -20,7 +20,9 @@ from ldm.sources import Frame
 
 def planned_steps(rule: str, steps: int, strength: float) -> int:
     """Tell how many steps the whole run has of which strength leaves the last: more than `steps` by ComfyUI's rule."""
-    return int(steps / strength) if rule == "comfyui" and 0 < strength <= 0.9999 else steps
+    if rule != "comfyui" or not 0 < strength <= 0.9999:
+        return steps
+    return int(min(steps / strength, 1e9))  # more than any model's levels, and finite
 
 
 @dataclass(frozen=True)

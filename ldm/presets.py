@@ -190,7 +190,7 @@ TABLE: tuple[Row, ...] = (
                 },
                 (
                     "rho", "sigma_min", "sigma_max", "discard_next_to_last", "s_churn", "s_tmin", "s_tmax", "s_noise",
-                    "order", "solver_type", "gamma", "first_noise", "final_alpha",
+                    "order", "solver_type", "gamma", "brownian", "first_noise", "final_alpha",
                 ),
             )
         },

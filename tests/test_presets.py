@@ -16,6 +16,7 @@ from ldm.cli import painting, painting_parser, read_prompts
 from ldm.errors import UsageError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.samplers import SAMPLERS, alpha_bar_table, sample_steps, split_sampler
+from ldm.models.diffusion.samplers.as_diffusers import RULES, SPACINGS
 from ldm.noise import CallNoise, ComfyUINoise, NvNoise, seed_everything
 from ldm.pipeline import StableDiffusion
 from ldm.prompting import encode_batch
@@ -41,6 +42,12 @@ def picture(width=64, height=64, seed=3):
 
 def test_every_row_is_an_option_with_values_that_it_takes_and_a_source_for_each():
     assert len({row.option for row in presets.TABLE}) == len(presets.TABLE)
+    (arithmetic,) = (row.values["diffusers"] for row in presets.TABLE if row.option == "arithmetic")
+    assert {*options.of_samplers()} <= {*arithmetic.without}  # of which diffusers' schedulers have none
+    assert arithmetic.allowed["spacing"] == SPACINGS
+    assert {*RULES} == {
+        name for name in RULES if name in arithmetic.without or arithmetic.allowed[name] == RULES[name]
+    }
     for row in presets.TABLE:
         option = options.option(row.option)
         assert option.keyword and option.told, row.option
@@ -430,6 +437,8 @@ def test_strength_leaves_steps_by_rules(sd, rule, steps, strength, planned, last
     assert (request.planned, request.start.run_last, request.steps) == (planned, last, steps)
     with pytest.raises(UsageError, match="100 steps at strength 0.05 are the last of 2000"):
         sd.plan(PROMPT, image=image, strength_rule="comfyui", steps=100, strength=0.05)
+    with pytest.raises(UsageError, match="4 steps at strength 5e-324 are the last of 1000000000"):
+        sd.plan(PROMPT, image=image, strength_rule="comfyui", steps=4, strength=5e-324)
 
 
 @pytest.mark.parametrize("preset", ["a1111", "compvis", "comfyui"])
