@@ -437,8 +437,8 @@ def test_strength_leaves_steps_by_rules(sd, rule, steps, strength, planned, last
     assert (request.planned, request.start.run_last, request.steps) == (planned, last, steps)
     with pytest.raises(UsageError, match="100 steps at strength 0.05 are the last of 2000"):
         sd.plan(PROMPT, image=image, strength_rule="comfyui", steps=100, strength=0.05)
-    with pytest.raises(UsageError, match="4 steps at strength 5e-324 are the last of 1000000000"):
-        sd.plan(PROMPT, image=image, strength_rule="comfyui", steps=4, strength=5e-324)
+    with pytest.raises(UsageError, match="4 steps at strength 1e-310 are the last of 1000000000"):
+        sd.plan(PROMPT, image=image, strength_rule="comfyui", steps=4, strength=1e-310)
 
 
 @pytest.mark.parametrize("preset", ["a1111", "compvis", "comfyui"])
