@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm import images as pictures
-from ldm.adapters.use import for_batch, unet_attachments
+from ldm.adapters.use import for_batch, for_part, unet_attachments
 from ldm.denoising import WithAttachments, denoise  # noqa: F401
 from ldm.encoding import (
     beside,
@@ -193,11 +193,12 @@ def begin_pass(
         keywords |= {"run_last": start.run_last, "start_from": None if is_forgotten else z}  # (b, c, h, w)
         if start.strength_rule in STRETCHED_RULES:
             keywords |= {"steps": one.planned, "keep_start": True}
+    adapters, part = unet_attachments(for_batch(model, request, batch)), request.part_of(place)
     return keywords | {
         "x_T": x_T,
         "conditioning": context,
         "unconditional_conditioning": unconditional,
-        "adapters": unet_attachments(for_batch(model, request, batch)),
+        "adapters": adapters if part is None else for_part(adapters, *part),
     }, dropped
 
 

@@ -189,6 +189,19 @@ class Request(_InSections):
         own = [AsDiffusers()] if self.arithmetic == "diffusers" else []
         return [*self.adapters, *adapters_of(vars(self.network)), *own]
 
+    def part_of(self, place: int) -> tuple[tuple[int, int], tuple[int, int, int, int]] | None:
+        """Give which part the pass at a place (from 0) paints: (width, height) of the whole, and the box in it.
+
+        None is all of it.
+        """
+        if self.tiles is not None:
+            return self.tiles.size, self.tiles.boxes[place]
+        frame = self.passes[place].start.frame
+        if frame is None or frame.box is None:
+            return None
+        height, width = frame.original.shape[2:]
+        return (width, height), frame.box
+
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of what comes out."""

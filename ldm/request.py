@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ldm import options, presets
-from ldm.adapters.use import adapters_of, check_adapters, check_batches, for_batch
+from ldm.adapters.use import adapters_of, check_adapters, check_batches, check_parts, for_batch
 
 # Some of these are for those who import them from here, or from ldm.wish as this module was called.
 from ldm.checks.further import check_loops, check_second, check_second_size, tile_passes
@@ -150,16 +150,16 @@ def check_request(
         specs = with_templates(specs, templates)
     check_batches(checked["adapters"], len(specs), checked["batch_size"])
     first = first_pass(checked)
-    grid, tiles = checked["tiles"]
     request = Request(
         images=specs,
-        passes=tile_passes(first, tiles) or (first, *(first.replace(**one) for one in others)),
-        tiles=grid,
+        passes=tile_passes(first, checked["tiles"][1]) or (first, *(first.replace(**one) for one in others)),
+        tiles=checked["tiles"][0],
         **{name: Values.of(name, checked) for name in ("language", "draw", "network", "further", "output")},
         adapters=checked["adapters"],
         embeds=prompt_embeds,
         negative_embeds=negative_prompt_embeds,
     )
+    check_parts(request)
     for start in range(0, len(specs), request.batch_size):
         for one in request.passes:
             for_batch(model, request, one.images(specs[start : start + request.batch_size]))

@@ -10,17 +10,22 @@ import numpy as np
 import pytest
 import torch
 from esrgan import esrgan
+from keyed import weight
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 from tiny import tiny_model
 
 import ldm
 from ldm import generate, options
 from ldm import images as pictures
+from ldm.adapters import ControlNet
 from ldm.cli import painting_parser, read_prompts
 from ldm.errors import UsageError
 from ldm.images import to_tensor
 from ldm.metadata import from_infotext, png_info
+from ldm.modules.diffusionmodules.controlnet import ControlNetModel
+from ldm.modules.seams import Rank
 from ldm.noise import ImageNoise
 from ldm.pipeline import StableDiffusion
 from ldm.retouch import masks
@@ -158,6 +163,55 @@ def test_only_masked_is_inpainting_of_the_region_laid_back(sd):
     assert torch.equal(got.latents, part.latents) and got[0].size == (150, 131)
     changed = (bytes_of(got[0]) != bytes_of(image)).any(axis=-1)
     assert changed.any() and not changed[bytes_of(marks) == 0].any()
+
+
+def test_an_adapters_mask_is_of_the_whole_picture(sd):
+    class Masked:
+        mask, rank = ("left half",), Rank.RESIDUALS
+
+        def attach(self, network):
+            return lambda: None
+
+    sd.plan(PROMPT, image=picture(), strength=0.5, steps=2, adapters=[Masked()])
+    for option, given in (
+        ("upscale_by", {"upscale_by": 2, "upscale_overlap": 16}),
+        ("inpaint_full_res", {"mask": mask(), "inpaint_full_res": True}),
+    ):
+        with pytest.raises(
+            UsageError, match=f"^{option} paints a part .* and the mask of Masked is of all of it"
+        ):
+            sd.plan(PROMPT, image=picture(), steps=2, adapters=[Masked()], **given)
+
+
+@pytest.mark.slow
+def test_a_part_is_painted_along_the_part_of_the_hint_that_lies_there(sd, tmp_path):
+    """Tiles, and the region of a mask."""
+    with torch.device("meta"):
+        network = ControlNetModel.beside(sd.model.model.diffusion_model)
+    state = {name: weight(f"control.{name}", tuple(one.shape)) for name, one in network.state_dict().items()}
+    save_file(state, tmp_path / "edges.safetensors")
+    image, hint = picture(96, 72), picture(72, 96).transpose(Image.Transpose.ROTATE_90)
+
+    def along(picture):
+        return [ControlNet(tmp_path / "edges.safetensors", picture, scale=2.0)]
+
+    got = sd.upscale(image, PROMPT, 1, tile=64, overlap=16, strength=0.5, adapters=along(hint), **HOW)
+    grid = Grid.over((96, 72), (64, 64), 16)
+    parts = [
+        sd.img2img(
+            PROMPT, image.crop(box), 0.5, steps=2, seed=3 + i, progress=False, adapters=along(hint.crop(box))
+        )[0]
+        for i, box in enumerate(grid.boxes)
+    ]
+    assert got[0].tobytes() == grid.join(parts).tobytes()
+    marks, box = mask((96, 72), (40, 20, 60, 28)), (34, 8, 66, 40)
+    masked = {"width": 64, "height": 64, "inpaint_full_res": True, "inpaint_full_res_padding": 6}
+    got = sd.inpaint(PROMPT, image, marks, **HOW, **masked, adapters=along(hint))
+    inner = image.crop(box).resize((64, 64), Image.Resampling.LANCZOS)
+    inner_mask = marks.crop(box).resize((64, 64), Image.Resampling.NEAREST)
+    part = sd.inpaint(PROMPT, inner, inner_mask, **HOW, adapters=along(hint.crop(box)))
+    assert torch.equal(got.latents, part.latents)
+    assert not torch.equal(got.latents, sd.inpaint(PROMPT, inner, inner_mask, **HOW).latents)
 
 
 def test_colours_are_the_pictures(sd):

@@ -1,5 +1,6 @@
 """What ControlNet and T2I-Adapter share: hints, the part of the steps, the weights of a small network, sums of maps."""
 
+import copy
 import hashlib
 import logging
 import os
@@ -104,6 +105,14 @@ class Hint:
     def sized(self, height: int, width: int) -> Tensor:
         """Give all hints at one size, (n, 3, height, width); that a picture is cropped is said in the log."""
         return torch.cat([self._sized(picture, height, width) for picture in self.pictures])
+
+    def part(self, size: tuple[int, int], box: tuple[int, int, int, int]) -> "Hint":
+        """Give what lies in a box (left, top, right, bottom) of a picture of (width, height) that the hints are of."""
+        left, top, right, bottom = box
+        found = copy.copy(self)
+        found.pictures = [one[:, top:bottom, left:right] for one in self.sized(*size[::-1])]
+        found.fit = "stretch"
+        return found
 
     def check_rows(self, images: int) -> int:
         """Return how many hints there are, if each of so many images of a batch can have one, or raise UsageError."""

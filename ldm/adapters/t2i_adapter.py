@@ -188,6 +188,11 @@ class T2IAdapter:
         """Return one for one run of a sampler, which stands at a step of its own."""
         return replace(self)
 
+    def of_part(self, size: tuple[int, int], box: tuple[int, int, int, int]) -> "T2IAdapter":
+        """Return one for a part of the picture: see `controls.Hint.part`."""
+        hint = self.hint.part(size, box)
+        return replace(self, hint=hint, fit=hint.fit)
+
     def check(self, unet: nn.Module) -> None:
         """Raise UsageError or MismatchError if it cannot be attached to a network."""
         self.file.network(unet)

@@ -66,6 +66,24 @@ def check_batches(adapters: Iterable[Any], images: int, batch_size: int) -> None
                 one.hint.check_rows(size)
 
 
+def for_part(adapters: Iterable[Any], size: tuple[int, int], box: tuple[int, int, int, int]) -> list[Any]:
+    """Give attachments as they are for a box of a picture of (width, height): of hints what lies in it."""
+    return [one.of_part(size, box) if hasattr(one, "of_part") else one for one in adapters]
+
+
+def check_parts(request: Any) -> None:
+    """Raise UsageError where a request paints a part of a picture at a time, and an adapter's mask is of all of it."""
+    if request.part_of(0) is None:
+        return
+    for one in request.adapters:
+        if getattr(one, "mask", None):
+            option = "inpaint_full_res" if request.tiles is None else "upscale_by"
+            raise UsageError(
+                f"{option} paints a part of the picture at a time, and the mask of {type(one).__name__} is of all of "
+                "it; leave one of them out"
+            )
+
+
 def is_of_places(one: Any) -> bool:
     """Tell whether an adapter knows the places of a picture: by a hint, a mask, or control of where it attends."""
     return hasattr(one, "hint") or bool(getattr(one, "mask", None)) or isinstance(one, AttentionControl)
