@@ -479,6 +479,8 @@ class StableDiffusion:
             overlap: pixels over which neighbouring tiles are mixed.
             callback, progress: as in txt2img.
         """
+        if scale is None:
+            raise UsageError("scale of upscale must be a number from 1 to 8, got None")
         width, height = tile if isinstance(tile, tuple | list) and len(tile) == 2 else (tile, tile)
         own = {"image": image, "strength": strength, "upscale_by": scale, "upscale_overlap": overlap}
         own |= {} if tile is None else {"width": width, "height": height}

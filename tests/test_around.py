@@ -379,6 +379,7 @@ REFUSED = [
     ({"inpaint_full_res": True}, "inpaint_full_res is of a mask"),
     ({"image": None, "loops": 2, "strength": None}, "loops is of a picture to start from, and none is given"),
     ({"image": None, "outpaint": (8, 8, 8, 8), "strength": None}, "outpaint is of a picture"),
+    ({"outpaint": (0, 0, 0, 0)}, "outpaint must let the picture grow at one side at least, got 0,0,0,0"),
     ({"loop_strength": 0.5}, "loop_strength is said of loops, which is not asked for"),
     ({"upscale_overlap": 32}, "upscale_overlap is said of upscale_by"),
     ({"mask": mask(), "inpaint_full_res_padding": 4}, "padding is said of inpaint_full_res"),
@@ -416,6 +417,11 @@ def test_what_cannot_be_is_one_line(sd, given, says):
     assert (
         "\n" not in str(caught.value) and len(str(caught.value)) <= 400 and caught.value.exit_code in (2, 9)
     )
+
+
+def test_upscale_wants_a_scale(sd):
+    with pytest.raises(UsageError, match="scale of upscale must be a number from 1 to 8, got None"):
+        sd.upscale(picture(), scale=None)
 
 
 def test_a_file_enlarges_by_its_name(sd, tmp_path):

@@ -68,6 +68,10 @@ def check_around(given: SimpleNamespace, has_image: bool, has_mask: bool) -> dic
         raise UsageError(
             f"resize_mode={LATENT!r} is for a picture that is repainted whole; with a mask take another"
         )
+    if "outpaint" in found and not any(found["outpaint"]):
+        raise UsageError(
+            "outpaint must let the picture grow at one side at least, got 0,0,0,0; or leave it out"
+        )
     if "outpaint" in found and "inpaint_full_res" in found:
         raise UsageError("outpaint paints the whole canvas; leave inpaint_full_res out")
     return found

@@ -492,6 +492,8 @@ def test_samplers_are_found_with_their_spacing(said, sampler, spacing):
     [
         ("DPM++ 2M Karras", "exponential", "and spacing='exponential' name two spacings; give one"),
         ("DPM++ 2M Karras", [3.0, 0.0], "name two spacings"),
+        ("DPM++ 2M Karas", None, "there is none of; did you mean 'dpmpp_2m karras'"),
+        ("lms simpel", None, "did you mean 'lms simple'"),
         ("Karras", None, "the sampler must be one of ddim, .*; got 'Karras'"),
         ("DPM++ 9M Karras", None, "got 'DPM\\+\\+ 9M Karras'"),
         ("", None, "got ''"),

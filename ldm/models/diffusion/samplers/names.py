@@ -42,7 +42,7 @@ from ldm.models.diffusion.samplers.sde import (
 )
 from ldm.models.diffusion.samplers.singlestep import DPMAdaptive, DPMFast
 from ldm.models.diffusion.samplers.stochastic import ERSDE, SASolver
-from ldm.process.sigmas import resolve_sigma_table
+from ldm.process.sigmas import SIGMA_TABLES, resolve_sigma_table
 from ldm.sampler_names import NAMES
 
 # The one list of samplers by name: what is put into it works wherever a sampler is named (docs/own-sampler.md). What
@@ -165,4 +165,21 @@ def split_sampler(
                 f"the sampler {shown(name)} and spacing={shown(spacing)} name two spacings; give one"
             )
         return sampler, table
-    return resolve_sampler(name), spacing
+    try:
+        return resolve_sampler(name), spacing
+    except UsageError:
+        near = _meant(words)
+        if near is None:
+            raise
+        raise UsageError(
+            f"the sampler {shown(name)} names a spacing that there is none of; did you mean {near!r}?"
+        ) from None
+
+
+def _meant(words: Sequence[str]) -> str | None:
+    """Give the words of a sampler and a misspelt table of sigmas as they were meant; None where they are no such."""
+    sampler, table = " ".join(words[:-1]), nearest(words[-1].lower(), SIGMA_TABLES, 0.7) if words else None
+    try:
+        return f"{resolve_sampler(sampler)} {table}" if table else None
+    except UsageError:
+        return None
