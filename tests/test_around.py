@@ -394,7 +394,6 @@ REFUSED = [
     ({"upscale_by": 2, "upscale_overlap": 8, "upscaler": "up.pth"}, "upscaler 'up.pth' is not there; give the path"),
     ({"mask": mask(), "resize_mode": "latent upscale"}, "with a mask take another"),
     ({"mask": mask(), "outpaint": (8, 0, 0, 0), "inpaint_full_res": True}, "leave inpaint_full_res out"),
-    ({"outpaint": (0, 0, 0, 0)}, "the mask marks nothing"),
     ({"outpaint": (8, 8)}, "outpaint must be 4 whole numbers from 0 to"),
     ({"outpaint": (8, 0.5, 0, 0)}, "outpaint must be a whole number"),
     ({"outpaint": (0, 0, 16384, 0)}, "outpaint gives 16456 x 64 pixels; wanted sides of at most"),
