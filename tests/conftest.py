@@ -22,6 +22,11 @@ torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Name a row by how long its text is, where that is a whole file: names go to every worker, and into logs."""
+    return f"{argname} of {len(val)}" if isinstance(val, str | bytes) and len(val) > 200 else None
+
+
 def pytest_collection_modifyitems(items):
     """Leave one row of n of a thinned test quick."""
     rows = Counter()
