@@ -55,7 +55,7 @@ REFUSED = [
     ({"sampler": "ddim", "rho": 5.0}, "the spacing 'uniform' has no option rho"),
     ({"sampler": "ddim", "s_churn": 1.0}, "ddim has no option s_churn"),
     ({"sampler": "euler", "spacing": "karras", "rho": 0}, "rho must be a number from 0.01 to 100, got 0"),
-    ({"sampler": "euler", "spacing": "karras", "sigma_min": 20.0}, "sigmas must go from above 0 up"),
+    ({"sampler": "euler", "spacing": "karras", "sigma_min": 20.0}, "sigmas must go from 1e-06 or above up"),
     ({"sampler": "euler", "spacing": [5.0, 1.0, 0.0], "sigma_max": 3.0, "steps": 2}, "list of sigmas has no option"),
     ({"sampler": "euler", "spacing": [5.0, 5.0, 0.0], "steps": 2}, "sigmas must hold two at least, each below"),
     ({"sampler": "dpmpp_2m_sde", "solver_type": "bh2"}, "solver_type must be midpoint or heun, got 'bh2'"),

@@ -17,6 +17,8 @@ from ldm import limits
 from ldm.errors import UsageError, nearest, shown
 from ldm.process.spacing import CONTINUOUS_METHODS, check_steps, continuous_levels
 
+LEAST = 1e-6  # the lowest sigma above 0: float64 has lost most digits of 1 - alpha_bar, of which there are none at 1e-8
+
 # Align Your Steps, 10 steps for Stable Diffusion v1 (arXiv:2404.14507, with the digits of its how-to page), and the
 # last level of A1111, which has no 11th in the published list.
 ALIGN_YOUR_STEPS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
@@ -331,8 +333,8 @@ def sigma_table(
         (num_steps + 1,) float64.
 
     Raises:
-        UsageError: an unknown name or option, num_steps out of range, ends in the wrong order, not positive or above
-            10^6, options by which the sigmas do not fall.
+        UsageError: an unknown name or option, num_steps out of range, ends in the wrong order, below 1e-6 or above
+            1e6, options by which the sigmas do not fall.
     """
     found = resolve_sigma_table(name)
     if found is None:
@@ -351,9 +353,10 @@ def sigma_table(
     low = float(sigmas[0]) if sigma_min is None else sigma_min
     high = float(sigmas[-1]) if sigma_max is None else sigma_max
     are_real = all(limits.is_real(one, *limits.SIGMA) for one in (low, high))
-    if not are_real or (not 0 < low < high and len(sigmas) > 1):
+    if not are_real or (not LEAST <= low < high and len(sigmas) > 1):
         raise UsageError(
-            f"sigmas must go from above 0 up to at most {limits.SIGMA[1]}, got {shown(low)} and {shown(high)}"
+            f"sigmas must go from {LEAST:g} or above up to at most {limits.SIGMA[1]}, got {shown(low)} and "
+            f"{shown(high)}"
         )
     if not (isinstance(discard_next_to_last, bool | np.bool_ | int) and discard_next_to_last in (0, 1)):
         raise UsageError(f"discard_next_to_last must be True or False, got {shown(discard_next_to_last)}")
@@ -370,7 +373,7 @@ def sigma_table(
 def check_sigmas(values: object, *, may_rise: bool = False) -> np.ndarray:
     """Return an explicit list of sigmas, as float64, or raise UsageError unless it falls from sigma to sigma.
 
-    Two values at least, none above 10^6, the last 0 or above.
+    Two values at least, from 1e-6 to 1e6; the last may be 0.
 
     Args:
         may_rise: within the list, where each sigma is above 0 and another one than its neighbours.
@@ -389,8 +392,11 @@ def check_sigmas(values: object, *, may_rise: bool = False) -> np.ndarray:
         raise UsageError(
             f"a list of sigmas must hold two at least, each below the last{also}, got {shown(values)}"
         )
-    if sigmas.max() > limits.SIGMA[1]:
-        raise UsageError(f"a list of sigmas must hold none above {limits.SIGMA[1]}, got {shown(values)}")
+    if sigmas.max() > limits.SIGMA[1] or sigmas[sigmas > 0].min() < LEAST:
+        raise UsageError(
+            f"a list of sigmas must hold none above {limits.SIGMA[1]} and none but 0 below {LEAST:g}, got "
+            f"{shown(values)}"
+        )
     return sigmas
 
 

@@ -286,7 +286,7 @@ REFUSED = [
     (
         "euler",
         {"spacing": "karras", "sigma_min": 20.0},
-        "sigmas must go from above 0 up to at most 1000000, got 20.0",
+        "sigmas must go from 1e-06 or above up to at most 1000000, got 20.0",
     ),
     (
         "euler",
