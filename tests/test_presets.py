@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 from tiny import tiny_model
 
 import ldm
@@ -19,6 +20,7 @@ from ldm.models.diffusion.samplers import SAMPLERS, alpha_bar_table, sample_step
 from ldm.models.diffusion.samplers.as_diffusers import RULES, SPACINGS
 from ldm.noise import CallNoise, ComfyUINoise, NvNoise, seed_everything
 from ldm.pipeline import StableDiffusion
+from ldm.process.schedule import NoiseSchedule
 from ldm.prompting import encode_batch
 
 PROMPT = "a red circle"
@@ -464,6 +466,28 @@ def test_every_sampler_visits_the_levels_that_the_program_recorded(sd, preset):
         assert spacing == {"compvis": "compvis", "comfyui": "normal"}[preset]
     if preset == "compvis":
         assert len(SAMPLERS["ddim"].plan(alpha_bar, 30, spacing="compvis")) == 32  # 31 steps, for 30
+
+
+def test_comfyui_visits_the_sigmas_that_its_ksampler_recorded(sd):
+    """With denoise and without, and with the next to last sigma left out, on Stable Diffusion v1's table."""
+    levels = load_file(GOLDEN / "samplers_comfyui.safetensors")
+    v1 = NoiseSchedule.named("linear", 1000, linear_start=0.00085, linear_end=0.012).alpha_bar
+    image, count = picture(), 0
+    for sampler in ("euler", "dpm_2"):
+        for spacing in (None, "karras"):  # None is the preset's
+            for strength in (1.0, 0.75, 0.5, 0.1):
+                request = sd.plan(
+                    PROMPT, image=image, preset="comfyui", sampler=sampler, spacing=spacing, steps=12,
+                    strength=strength,
+                )  # fmt: skip
+                plan = SAMPLERS[request.sampler].plan(v1, request.planned, spacing=request.spacing)
+                wanted = levels[f"comfy.ksampler.{sampler}.{spacing or 'normal'}.12.{strength}"]
+                ours = [float(one.sigma) for one in plan[-request.start.run_last - 1 :]]
+                np.testing.assert_allclose(
+                    ours, wanted, rtol=2e-5, atol=1e-12, err_msg=f"{sampler} {strength}"
+                )
+                count += 1
+    assert count == 16
 
 
 def test_first_noise_and_final_alpha(sd):

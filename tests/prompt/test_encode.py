@@ -11,6 +11,7 @@ from recorded_prompts import read as recorded
 from safetensors.torch import load_file
 from torch import nn
 
+from ldm import presets
 from ldm.errors import UsageError
 from ldm.modules.encoders.extra_tokens import ExtraTokens
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
@@ -102,6 +103,21 @@ def test_recorded_of_comfyui(encoder, case):
     prompt = read(case["text"], "comfyui", encoder=encoder)
     found = encode(encoder, [prompt], clip_skip=-(case["layer"] or -1))
     close(at_step(found, 0)[0], TENSORS[case["name"]])
+
+
+def test_presets_read_prompts_as_their_programs_recorded(encoder):
+    """What ldm.presets says of prompts, followed to the recorded features: language, emphasis, clip skip."""
+    cases = [case for case in COMFYUI["cases"] if case["layer"] is None]
+    wanted = {"comfyui": {case["text"]: TENSORS[case["name"]] for case in cases[:4]}}
+    (bad,) = A1111["uncond"]["prompts"]
+    wanted["a1111"] = {bad: TENSORS["uncond.0"]}
+    for preset, rows in wanted.items():
+        told = presets.values(preset, "txt2img", "")
+        how = {"emphasis": told.get("emphasis"), "clip_skip": told.get("clip_skip", 1)}
+        for text, features in rows.items():
+            prompt = read(text, told["prompt_syntax"], encoder=encoder, steps=A1111["multicond"]["steps"])
+            found = at_step(encode(encoder, [prompt], **how), 0)[0]
+            close(found[:, :: 1 if preset == "comfyui" else 11], features)
 
 
 # compel's other ways to split long prompts and to lower weights are its options, not its syntax.
