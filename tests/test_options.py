@@ -157,7 +157,7 @@ ELSEWHERE = {
     "ldm/cli/painting.py": (
         "files are read, samplers resolved, pictures counted",
         "plms dpm_solver sampler spacing height width lora embedding guidance_scale negative_prompt batch_size "
-        "n_iter variation_seed variation_strength",
+        "n_iter variation_seed variation_strength rng",
     ),
     "ldm/cli/painting_options.py": (
         "what --like leaves out beside another sampler",

@@ -338,6 +338,24 @@ def test_a_picture_depends_on_its_call_and_not_on_its_batch(sd, rng):
         sd.plan(PROMPT, variation_strength=0.5, rng=rng)
 
 
+@pytest.mark.parametrize("rng", ["compvis", "diffusers", "comfyui"])
+def test_a_call_of_one_seed_has_no_others(sd, rng, tmp_path):
+    for seeds in ([5, 5], [5, 6], np.array([5, 6])):
+        assert [one.seed for one in sd.plan(["a", "b"], seed=seeds, rng=rng).images] == [5, 5]
+    with pytest.raises(
+        UsageError, match=f'rng="{rng}" draws for all pictures of a call by one seed, got .5, 9.'
+    ):
+        sd.plan(["a", "b"], seed=[5, 9], rng=rng)
+    (tmp_path / "p.txt").write_text("--prompt a --seed 5\n--prompt b --seed 9\nc\nd\n")
+    words = ["--from-file", str(tmp_path / "p.txt"), "--n_iter", "2"]
+    groups = [(one.prompts, one.seeds) for one in painting.check(txt2img(*words, "--rng", rng), {})]
+    rest = (["c", "d"], [42, 43])
+    wanted = [(["a"], [5]), (["b"], [9]), rest, (["a"], [6]), (["b"], [10]), (["c", "d"], [44, 45])]
+    assert groups == wanted
+    (one,) = painting.check(txt2img(*words), {})
+    assert one.seeds == [5, 9, 42, 43, 6, 10, 44, 45]
+
+
 # --- bytes ---
 
 

@@ -75,6 +75,14 @@ def list_images(
     elif variation_seed is not None:
         raise UsageError("variation_seed needs a variation_strength above 0, got none; add one, up to 1")
     if checked["rng"] in SHARED_RNGS:
+        if is_list(seed) and seeds not in (
+            [seeds[0]] * len(seeds),
+            [seeds[0] + i for i in range(len(seeds))],
+        ):
+            raise UsageError(
+                f'rng="{checked["rng"]}" draws for all pictures of a call by one seed, got {shown(seed)}; give one '
+                'seed, calls of their own, or rng="image" or "nv"'
+            )
         seeds = [seeds[0]] * len(seeds)
     elif checked["fixed_code"]:
         seeds = [seeds[i % checked["batch_size"]] for i in range(len(seeds))]

@@ -30,7 +30,7 @@ from ldm.cli.painting_options import (
 from ldm.cli.prompts import Line, read_prompts
 from ldm.cli.running import printable, say
 from ldm.errors import AbsentError, LdmError, UsageError, nearest_file, refuse_elsewhere, shown
-from ldm.limits import AUTO
+from ldm.limits import AUTO, SHARED_RNGS
 from ldm.options import PRESET, SYNTAX, keywords, options, repeated
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Group:
         options: of StableDiffusion.plan, beside the four lists.
         own: those of them that the lines of a prompt file set; place is the first line's.
         tags: of their prompts, which name LoRAs.
+        call: the line whose seed is that of the whole call; "" where there is no such one.
     """
 
     source: int
@@ -62,11 +63,17 @@ class Group:
     own: dict[str, Any]
     place: str
     tags: tuple[Any, ...] = ()
+    call: str = ""
     prompts: list[str] = field(default_factory=list)
     negatives: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     variation_seeds: list[int] = field(default_factory=list)  # with variation_strength
     drawn: list[str] = field(default_factory=list)  # of prompts that are templates, what plan() will draw
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What its pictures have in common."""
+        return self.source, self.own, self.tags, self.call
 
 
 def paint(args: argparse.Namespace, *sources: dict[str, Any], save: Save | None = None) -> None:
@@ -296,16 +303,18 @@ def lay_out(
                 count = own.pop("n_iter", 1) * own.pop("batch_size", 1)
                 negative = own.pop("negative_prompt", args.negative_prompt)
                 whole = common | source | own
-                syntax = whole[SYNTAX]
+                said = whole
                 if whole[PRESET] is not None:  # it says what nobody gave
                     open_ = presets.names() - args.given - own.keys()
                     whole = {name: value for name, value in whole.items() if name not in open_}
-                    syntax = whole.get(SYNTAX, presets.values(whole[PRESET], "txt2img", sampler)[SYNTAX])
+                    said = presets.values(whole[PRESET], "txt2img", sampler) | whole
+                # A line with a seed of its own is a call of its own, where that is the seed of a whole call.
+                call = line.place if said["rng"] in SHARED_RNGS and "seed" in line.options else ""
                 drawn = _draw(line, negative, list(itertools.islice(numbers, count)), whole, files)
                 for seed, text, other in drawn:
-                    tags = tags_of(text, syntax)
-                    if not groups or (groups[-1].source, groups[-1].own, groups[-1].tags) != (i, own, tags):
-                        groups.append(Group(i, whole, own, line.place, tags))
+                    key = (i, own, tags_of(text, said[SYNTAX]), call)
+                    if not groups or groups[-1].key != key:
+                        groups.append(Group(i, whole, own, line.place, *key[2:]))
                     groups[-1].prompts.append(line.prompt)
                     groups[-1].negatives.append(negative)
                     groups[-1].drawn += {text, other} - {line.prompt, negative}
