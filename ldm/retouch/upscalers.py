@@ -74,7 +74,8 @@ class FileUpscaler:
         scale: how many times as large; 1 restores.
 
     Raises:
-        UsageError: spandrel is not installed. MismatchError: the file is of no network that takes pictures to pictures.
+        UsageError: spandrel is not installed, or does not load. MismatchError: the file is of no network that takes
+        pictures to pictures.
         Those of ldm.checkpoints.files.read_tensors.
     """
 
@@ -84,6 +85,11 @@ class FileUpscaler:
         except ImportError:
             raise UsageError(
                 "an upscaler from a file needs spandrel: pip install 'faithful-ldm[upscale]', or take lanczos or latent"
+            ) from None
+        except RuntimeError as error:  # a torchvision of another build than torch's
+            raise UsageError(
+                f"spandrel is there and does not load ({escaped(error, 160)}); install the torchvision of your torch's "
+                "build"
             ) from None
         self.path, self.name = Path(path), Path(path).stem
         state = _network_of(path)

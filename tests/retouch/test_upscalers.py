@@ -1,5 +1,7 @@
 """Upscalers from weight files: found by name, refused in one line, and as spandrel computes them."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,17 @@ def test_a_folder_that_is_none_is_refused(folder):
 def test_without_spandrel_the_extra_is_named(folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "spandrel", None)
     with pytest.raises(UsageError, match=r"pip install 'faithful-ldm\[upscale\]'"):
+        FileUpscaler(folder / "4x-Sharp.pth")
+
+
+def test_a_spandrel_that_does_not_load_is_one_line(folder, tmp_path, monkeypatch):
+    """As beside a torchvision of another build than torch's."""
+    (tmp_path / "spandrel.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.delitem(sys.modules, "spandrel", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        UsageError, match=r"does not load \(operator torchvision::nms does not exist\); install the"
+    ):
         FileUpscaler(folder / "4x-Sharp.pth")
 
 
