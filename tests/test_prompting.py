@@ -265,6 +265,12 @@ REFUSED = [
     ({"lora_dir": 3}, "lora_dir must be a path, got 3"),
     ({"prompt": "[" * 10_001, "prompt_syntax": "a1111"}, "a prompt may have 10000 brackets open at once"),
     ({"prompt": "(a:1e999)", "prompt_syntax": "comfyui"}, "a weight in the prompt is not a finite number"),
+    ({"prompt": "(a:1e16)", "prompt_syntax": "comfyui"}, "a weight in the prompt is larger than 1e+15"),
+    (
+        {"prompt": "a" + "+" * 5000, "prompt_syntax": "compel"},
+        "a weight in the prompt is larger than 1e+15",
+    ),
+    ({"prompt": "(" * 400 + "a", "prompt_syntax": "a1111"}, "a weight in the prompt is larger than 1e+15"),
     ({"prompt": "(a:1.2)", "prompt_syntax": "comfyui", "emphasis": "none"}, "emphasis 'none' (brackets are"),
     (
         {"prompt": "a AND b", "prompt_syntax": "a1111", "pag_scale": 3.0},

@@ -22,6 +22,7 @@ from ldm.prompt.chunks import Chunk, Chunks
 from ldm.prompt.language import Prompt
 
 EMPHASES = ("original", "no norm", "ignore", "none", "comfyui")
+MOST_WEIGHT = 1e15  # its square is still a float32
 _ROWS = 16  # chunks that the encoder reads at once
 _LEAST = 1e-5  # weight of compel's, so that weight 0 has a finite share
 
@@ -131,10 +132,14 @@ def encode_chunks(
 
 
 def check_weights(chunks: Iterable[Chunk]) -> None:
-    """Raise UsageError for a weight that is not finite."""
+    """Raise UsageError for a weight that is not finite, or so large that the network overflows by it."""
     for chunk in chunks:
         if not all(map(math.isfinite, chunk.weights)):
             raise UsageError("a weight in the prompt is not a finite number; write one such as 1.3")
+        if max(map(abs, chunk.weights), default=0.0) > MOST_WEIGHT:
+            raise UsageError(
+                f"a weight in the prompt is larger than {MOST_WEIGHT:g}, brackets multiplied; write one such as 1.3"
+            )
 
 
 def _weights(chunks: Sequence[Chunk], like: Tensor) -> Tensor:
