@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ldm import options
 from ldm.checkpoints.sampling import SamplingDefaults
 from ldm.errors import MismatchError, UsageError
-from ldm.models.diffusion.samplers import resolve_sampler
+from ldm.models.diffusion.samplers import SAMPLERS, resolve_sampler
+from ldm.process.sigmas import WITH_OWN_ENDS
 from ldm.prompt.a1111 import without_comments
 
 if TYPE_CHECKING:
@@ -210,6 +211,19 @@ def about_strength(strength: float | None, steps: int, run: int) -> str | None:
     )
 
 
+def about_ends(sampler: str, spacing: Any, ends: Mapping[str, float | None]) -> str | None:
+    """Say that sigma_min or sigma_max does nothing to a spacing that has ends of its own, as in A1111; or None."""
+    spacing = SAMPLERS[sampler].spacing if spacing is None else spacing
+    given = [name for name, value in ends.items() if value is not None]
+    if not given or not isinstance(spacing, str) or spacing not in WITH_OWN_ENDS:
+        return None
+    verb = "do" if len(given) > 1 else "does"
+    return (
+        f"{' and '.join(given)} {verb} nothing to the spacing {spacing}, which has ends of its own: leave that out, or "
+        "take another spacing, as karras"
+    )
+
+
 def about_seeds(seeds: Iterable[int]) -> str | None:
     """Say which smaller seed paints the same as the first one that has more bits than the generator keeps."""
     wide = next((seed for seed in seeds if seed >= 2**SEED_BITS), None)
@@ -267,10 +281,12 @@ def advice(requests: Sequence[Request], defaults: SamplingDefaults, *, on_cpu: b
             plain |= own if is_plain else {}
         keeps_32_bits = request.rng == "image" or (request.rng == "compvis" and on_cpu)
         seeds = [spec.seed for spec in request.images] if keeps_32_bits else []
+        ends = {name: getattr(request, name) for name in ("sigma_min", "sigma_max")}
         for kind, line in (
             ("size", about_size(defaults.known_sizes, request.width, request.height)),
             ("steps", about_steps(defaults.least_steps, request.sampler, request.steps)),
             ("strength", about_strength(request.strength, request.steps, request.run_last)),
+            ("ends", about_ends(request.sampler, request.spacing, ends)),
             ("seed", about_seeds(seeds)),
         ):
             lines[kind] = lines.get(kind) or line

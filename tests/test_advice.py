@@ -7,6 +7,7 @@ import pytest
 
 from ldm.advice import (
     FOREIGN_SYNTAX,
+    about_ends,
     about_size,
     about_steps,
     about_syntax,
@@ -277,6 +278,31 @@ def test_sizes_that_a_model_does_not_know(known, width, height, words):
 def test_steps_that_are_too_few_for_a_sampler(sampler, steps, end):
     line = about_steps({"plms": 30, "ddpm": 10, "ddim": 5}, sampler, steps)
     assert line is None if end is None else line.endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "ends", "says"),
+    [
+        (
+            "euler",
+            "simple",
+            {"sigma_min": 0.1, "sigma_max": None},
+            "sigma_min does nothing to the spacing simple",
+        ),
+        (
+            "lcm",
+            None,
+            {"sigma_min": 0.1, "sigma_max": 9.0},
+            "sigma_min and sigma_max do nothing to the spacing lcm",
+        ),
+        ("euler", "karras", {"sigma_min": 0.1, "sigma_max": 9.0}, None),
+        ("euler", "simple", {"sigma_min": None, "sigma_max": None}, None),
+        ("euler", [3.0, 0.0], {"sigma_min": None, "sigma_max": None}, None),
+    ],
+)
+def test_ends_that_a_spacing_pays_no_attention_to(sampler, spacing, ends, says):
+    line = about_ends(sampler, spacing, ends)
+    assert line is says is None or line.startswith(says)
 
 
 def test_names_of_embeddings_that_are_given_are_no_foreign_words():

@@ -296,6 +296,10 @@ SIGMA_TABLES: dict[str, Callable[..., np.ndarray]] = {
     "bong_tangent": _bong_tangent,
     **{method: _continuous(method) for method in CONTINUOUS_METHODS},
 }
+# Those that no sigma_min or sigma_max changes: of whole levels, or of a list or a process of their own.
+WITH_OWN_ENDS = frozenset(
+    {"vp", "simple", "ddim_uniform", "beta", "align_your_steps", "gits", "turbo", "lcm", "smoothstep"}
+)
 _ALIASES = {"ays": "align_your_steps", "discrete": "normal", "ddim": "ddim_uniform"}
 
 
@@ -322,8 +326,8 @@ def sigma_table(
         num_steps: 1 to the model's number of levels. "ddim_uniform" and "beta" may come out otherwise, as they do in
             the programs that they are from.
         sigmas: (T,) of the model, ascending.
-        sigma_min, sigma_max: ends of the run instead of the model's; the tables of whole levels pay no attention to
-            them, in A1111 as here.
+        sigma_min, sigma_max: ends of the run instead of the model's; WITH_OWN_ENDS pay no attention to them, in
+            A1111 as here.
         discard_next_to_last: make one step more and leave out the last sigma above 0: A1111's option, and what DPM2
             needs there.
         options: of the table: rho of "karras" and "polyexponential", alpha and beta of "beta" and "beta_sigma",

@@ -10,6 +10,7 @@ from ldm.errors import UsageError
 from ldm.process.schedule import NoiseSchedule
 from ldm.process.sigmas import (
     SIGMA_TABLES,
+    WITH_OWN_ENDS,
     alpha_bar_of_sigma,
     beta_quantile,
     check_sigmas,
@@ -20,6 +21,7 @@ from ldm.process.sigmas import (
     sigma_table,
     t_of_sigma,
 )
+from ldm.process.spacing import CONTINUOUS_METHODS
 
 SCHEDULE = NoiseSchedule.named("linear", 1000, linear_start=0.00085, linear_end=0.012)
 SIGMAS = SCHEDULE.sigma
@@ -291,6 +293,16 @@ def test_what_no_table_can_be_made_of_is_refused(given, options, message):
     with pytest.raises(UsageError, match=message) as refusal:
         sigma_table(*given, SIGMAS, **options)
     assert len(str(refusal.value)) <= 400
+
+
+def test_other_ends_change_all_tables_but_those_with_ends_of_their_own():
+    for name in SIGMA_TABLES.keys() - set(CONTINUOUS_METHODS):
+        usual = sigma_table(name, 6, SIGMAS)
+        for ends in ({"sigma_min": 0.5}, {"sigma_max": 5.0}):
+            if (name, *ends) == ("linear_quadratic", "sigma_min"):
+                continue  # it goes to 0 by itself
+            same = np.array_equal(sigma_table(name, 6, SIGMAS, **ends), usual)
+            assert same == (name in WITH_OWN_ENDS), (name, ends)
 
 
 @pytest.mark.parametrize(
