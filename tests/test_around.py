@@ -389,6 +389,10 @@ REFUSED = [
     ({"upscale_by": 2, "output_type": "latent"}, "has no latents"),
     ({"upscale_by": 2, "width": 64, "height": 64, "upscale_overlap": 64}, "less than a tile of 64 x 64, got 64"),
     ({"upscale_by": 8, "image": Image.new("RGB", (900, 800))}, "gives 7200 x 6400 pixels; wanted .* 36 million"),
+    (
+        {"upscale_by": 8, "width": 64, "height": 64, "upscale_overlap": 63, "image": Image.new("RGB", (512, 512))},
+        "63 of tiles of 64 x 64 makes 16265089 tiles .* give less overlap",
+    ),
     ({"upscale_by": 9}, "upscale_by must be a number from 1 to 8, got 9"),
     ({"upscale_by": 2, "upscale_overlap": 8, "upscaler": "lanczoz"}, "one of lanczos, .* did you mean 'lanczos'"),
     ({"upscale_by": 2, "upscale_overlap": 8, "upscaler": "up.pth"}, "upscaler 'up.pth' is not there; give the path"),

@@ -20,6 +20,7 @@ from ldm.sources import Source, frame_picture
 if TYPE_CHECKING:
     from PIL import Image
 
+MOST_OF_TILES = 4 * pictures.MAX_PIXELS  # pixels of all tiles, which are held at once before they are painted
 # What a picture in tiles may be asked besides; and what is done to a picture and a mask before painting.
 WITH_TILES = {"upscale_by", "upscale_overlap", "upscaler", "color_match", "strength_rule"}
 OF_FRAMES = ("resize_mode", "color_match", "outpaint", "mask_invert", "inpaint_fill", "inpaint_full_res")
@@ -135,7 +136,7 @@ def in_tiles(
         tile: (width, height) of the tiles.
 
     Raises:
-        UsageError: a picture that becomes too large, or no larger than a cell; tiles that are all overlap.
+        UsageError: a picture that becomes too large, or no larger than a cell; tiles that are all overlap, or too many.
         As ldm.hires.load_upscaler.
     """
     sides = tuple(int(side * found["upscale_by"]) // f * f for side in image.size)
@@ -152,10 +153,16 @@ def in_tiles(
                 f"upscale_overlap must be less than a tile of {tile[0]} x {tile[1]}, got {overlap}; "
                 "give less, or larger tiles by width and height"
             )
+    grid = Grid.over(sides, tile, overlap)
+    count = len(grid.columns) * len(grid.rows)
+    if count * grid.tile[0] * grid.tile[1] > MOST_OF_TILES:
+        raise UsageError(
+            f"upscale_overlap {overlap} of tiles of {tile[0]} x {tile[1]} makes {count} tiles of "
+            f"{sides[0]} x {sides[1]} pixels, more than {MOST_OF_TILES / 1e6:g} million in all; give less overlap"
+        )
     how = load_upscaler(
         "upscaler", found.get("upscaler", "lanczos"), upscaler_dir, tuple(options.PICTURE_UPSCALERS), device
     )
     larger = enlarge_picture(pictures.to_rgb(image), sides, how)
-    grid = Grid.over(sides, tile, overlap)
     colours = {"color_match": True} if "color_match" in found else {}
     return grid, [frame_picture(larger.crop(box), None, grid.tile, f, **colours) for box in grid.boxes]
