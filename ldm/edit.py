@@ -82,6 +82,8 @@ def load_image(path: str | os.PathLike | bytes, size: tuple[int, int] | None = N
             raise UsageError(f"size must be (width, height) in pixels, got {size!r:.80}")
         sides = tuple(whole("size", side, 1, pictures.MAX_SIDE) for side in sides)
     from_bytes = isinstance(path, bytes | bytearray)
+    if not from_bytes and not isinstance(path, str | os.PathLike):
+        raise UsageError(f"load_image reads a file, by its path or its bytes, got {shown(path)}")
     picture = pictures.to_rgb(_from_bytes(path) if from_bytes else pictures.open_image(path))
     return picture if size is None else picture.resize(sides)
 
@@ -112,6 +114,19 @@ class _Told(WithAttachments):
         self._unconditional, self._batch = context.unconditional, images
 
 
+def joined(sd: ldm.StableDiffusion, adapters: Sequence[Any]) -> list[Any]:
+    """Give those of a pipeline and those of a call together.
+
+    Raises:
+        UsageError: adapters that are no list.
+    """
+    if isinstance(adapters, str | os.PathLike) or not isinstance(adapters, Sequence):
+        raise UsageError(
+            f"adapters must be a list such as [LoRA('style.safetensors')], got {shown(adapters)}"
+        )
+    return [*sd.adapters, *adapters]
+
+
 def network_of(sd: ldm.StableDiffusion, adapters: Sequence[Any] = (), **options: Any) -> Network:
     """Make a model into the network of an inversion; one for each walk up or down, for adapters may keep a state.
 
@@ -128,7 +143,7 @@ def network_of(sd: ldm.StableDiffusion, adapters: Sequence[Any] = (), **options:
             "inversion needs a UNet that sees nothing but the latents, got an inpainting model of 9 channels; "
             "take a plain one"
         )
-    parts = check_adapters(model, [*sd.adapters, *adapters])
+    parts = check_adapters(model, joined(sd, adapters))
     if any(isinstance(one, DeepCache) for one in parts):
         raise UsageError("DeepCache keeps features from one step to the next cleaner one; leave it out here")
     return Network(_Told(model, sd.autocast, unet_attachments(parts), 0, 1, None), **options)
@@ -161,7 +176,7 @@ def context_of(
         raise UsageError(
             f"negative_prompt must be one, or one for each of {len(texts)} prompts, got {len(negatives)}"
         )
-    with torch.no_grad(), text_scope(sd.model, check_adapters(sd.model, [*sd.adapters, *adapters])):
+    with torch.no_grad(), text_scope(sd.model, check_adapters(sd.model, joined(sd, adapters))):
         c = encode_prompt(sd.model, texts)
         return Context(c, encode_prompt(sd.model, negatives) if scale != 1 else None, scale)
 
@@ -188,7 +203,7 @@ def encode_picture(
     pixels, unit, _ = read_pictures(image, None, (None, None), downsampling(sd.model))
     if pixels is None:
         raise UsageError("image must be a picture to invert, got None")
-    with vae_scope(sd.model, adapters):
+    with vae_scope(sd.model, joined(sd, adapters)):
         return encode_image(sd.model, pixels, 1, unit_noise if draw else torch.zeros_like), unit
 
 
@@ -311,10 +326,11 @@ def sample(
         As invert; also a start_step outside the run.
     """
     sd = _model(sd, device)
-    if generator is not None and (start_latents is not None or generator.device.type != "cpu"):
+    of_cpu = isinstance(generator, torch.Generator) and generator.device.type == "cpu"
+    if generator is not None and (start_latents is not None or not of_cpu):
         raise UsageError(
-            "generator draws the noise of start_latents=None, on the CPU; got one "
-            f"on {generator.device} and start_latents {'absent' if start_latents is None else 'given'}"
+            "generator must be a torch.Generator on the CPU, and draws the noise of start_latents=None; got "
+            f"{shown(generator)} and start_latents {'absent' if start_latents is None else 'given'}"
         )
     scale = guidance_scale if do_classifier_free_guidance else 1.0
     network = network_of(sd, adapters)
@@ -345,7 +361,7 @@ def sample(
         x = check_latents(sd.model, x, rows)
         run = Run(network, context, levels, x.dtype)
         x = walk_down(run, chosen, chosen.resume(run, x), start_step)
-    with vae_scope(sd.model, [*sd.adapters, *adapters]):
+    with vae_scope(sd.model, joined(sd, adapters)):
         return pictures.to_pil(decode(sd.model, x))
 
 
@@ -386,7 +402,7 @@ def edit(
     shared = {"num_inference_steps": num_steps, "sd": sd, "method": method, **options}
     whole("num_steps", num_steps, 3, sd.model.num_timesteps - 1)
     whole(f"start_step of {num_steps} steps by '{TUTORIAL}'", start_step, 0, num_steps - 3)
-    z, _ = encode_picture(sd, input_image, draw=True)
+    z, _ = encode_picture(sd, input_image, draw=True, adapters=options.get("adapters", ()))
     inverted = invert(z, input_image_prompt, **shared)
     how = {"start_latents": inverted[-(start_step + 1)][None], "start_step": start_step}
     return sample(edit_prompt, guidance_scale=guidance_scale, **how, **shared)[0]
@@ -462,10 +478,9 @@ def invert_picture(
         )
     chosen = resolve_method(method, **options)
     whole("steps", steps, 1, sd.model.num_timesteps)
-    if len(list_texts("prompt", prompt)) != 1:
-        raise UsageError(f"prompt must be one text, of the one picture, got {len(prompt)}")
+    _one_text("prompt", prompt)
     scale = sd.defaults.guidance_scale if guidance_scale is None else guidance_scale
-    z, _ = encode_picture(sd, image, adapters=[*sd.adapters, *adapters])
+    z, _ = encode_picture(sd, image, adapters=adapters)
     how = {"negative_prompt": negative_prompt, "spacing": spacing, "adapters": adapters, "measure": measure}
     return invert(z, prompt, scale, steps, sd=sd, method=chosen, **how)
 
@@ -511,9 +526,10 @@ def edit_picture(
     whole("start_step", start_step, 0, steps - 1)
     scale = sd.defaults.guidance_scale if guidance_scale is None else guidance_scale
     way = editing.resolve_editor(editor)
+    image_prompt = _one_text("image_prompt", image_prompt)
     edits = list_texts("edit_prompt", edit_prompt)
     controls = [way.control] if isinstance(way, editing.Controlled) else []
-    told_of(sd.model, [*sd.adapters, *adapters, *controls], [image_prompt, *edits], [0] * (1 + len(edits)))
+    told_of(sd.model, [*joined(sd, adapters), *controls], [image_prompt, *edits], [0] * (1 + len(edits)))
     _, unit, marks = read_pictures(
         load_image(image) if isinstance(image, bytes | bytearray) else image,
         mask,
@@ -543,8 +559,9 @@ def edit_picture(
     if marks is not None:
         scene = replace(scene, region=editing.region_of(marks, downsampling(sd.model)))
     # One by one: an edit is the same, bit for bit, whichever others are asked for.
-    x = torch.cat([way(replace(scene, edits=[one])) for one in edits])
-    with torch.no_grad(), vae_scope(sd.model, [*sd.adapters, *adapters]):
+    found = [way(replace(scene, edits=[one])) for one in edits]
+    x = torch.cat([check_latents(sd.model, one, 1) for one in found])
+    with torch.no_grad(), vae_scope(sd.model, joined(sd, adapters)):
         painted = pictures.to_unit(decode(sd.model, x)).cpu()
         again, best = pictures.to_pil(decode(sd.model, torch.cat([inversion.reconstruction, inversion.x0])))
     images = pictures.unit_to_pil(painted if marks is None else unit + marks * (painted - unit))
@@ -573,7 +590,7 @@ def scene_of(
 
     edits = list_texts("edit_prompt", edit_prompt)
     return editing.Scene(
-        sd.model, inversion, image_prompt, edits, start_step, context, network, [*sd.adapters, *adapters]
+        sd.model, inversion, image_prompt, edits, start_step, context, network, joined(sd, adapters)
     )
 
 
@@ -589,6 +606,10 @@ def psnr(a: Any, b: Any) -> float:
 def _model(sd: ldm.StableDiffusion | None, device: str | torch.device | None) -> ldm.StableDiffusion:
     """Give the pipeline, that of the model in the box for None, if it is where it is said to be."""
     sd = ldm.StableDiffusion.default() if sd is None else sd
+    if not isinstance(sd, ldm.StableDiffusion):
+        raise UsageError(
+            f"sd must be a StableDiffusion, or None for that of the model in the box, got {shown(sd)}"
+        )
     try:
         elsewhere = device is not None and torch.device(device).type != sd.device.type
     except (RuntimeError, TypeError):
@@ -596,6 +617,14 @@ def _model(sd: ldm.StableDiffusion | None, device: str | torch.device | None) ->
     if elsewhere:
         raise UsageError(f"the model is on {sd.device}, got device={shown(device)}; move it by sd.to(...)")
     return sd
+
+
+def _one_text(name: str, given: Any) -> str:
+    """Give the one text of what is one, or a list of one."""
+    texts = list_texts(name, given)
+    if len(texts) != 1:
+        raise UsageError(f"{name} must be one text, of the one picture, got {len(texts)}")
+    return texts[0]
 
 
 def _check_left_out(

@@ -26,7 +26,7 @@ from ldm.adapters.use import told_of
 from ldm.errors import UsageError, nearest, shown
 from ldm.limits import SEED, real, whole
 from ldm.models.diffusion.inversion import Context, Inversion, Network, Run
-from ldm.models.diffusion.inversion_base import DDIM, walk_down
+from ldm.models.diffusion.inversion_base import DDIM, sample_of, walk_down
 from ldm.models.diffusion.levels import Level
 from ldm.process.gaussian import q_sample
 
@@ -64,17 +64,15 @@ class Scene:
     adapters: Sequence[Any] = ()
     region: Tensor | None = None
 
-    def source_at(self, level: Level) -> Tensor | None:
-        """Give the source's latents (1, c, h, w) at a level; None where the inversion's states are more than those."""
-        state = self.inversion.states[level.left]
-        return state if isinstance(state, Tensor) else None
+    def source_at(self, level: Level) -> Tensor:
+        """Give the source's latents (1, c, h, w) at a level."""
+        return sample_of(self.inversion.states[level.left])
 
     def keep(self, x: Tensor, level: Level) -> Tensor:
         """Give samples (b, c, h, w) at a level, with the source's outside the region."""
-        source = self.inversion.x0 if level.left == 0 else self.source_at(level)
-        if self.region is None or source is None:
+        if self.region is None:
             return x
-        source = source.to(x.dtype)
+        source = self.source_at(level).to(x.dtype)
         return source + self.region.to(x) * (x - source)
 
 
@@ -104,9 +102,8 @@ class Controlled:
         network = scene.network(told[-1])
 
         def after(x: Tensor, level: Level) -> Tensor:
-            x = network.model.change(x)
-            source = scene.source_at(level)
-            return scene.keep(x if source is None else torch.cat([source.to(x.dtype), x[1:]]), level)
+            x = torch.cat([scene.source_at(level).to(x.dtype), x[1:]])
+            return scene.keep(network.model.change(x), level)
 
         context = scene.context(prompts)
         return scene.inversion.sample(context, scene.start_step, network=network, after=after)[1:]
@@ -143,9 +140,8 @@ class DiffEdit:
         inversion = scene.inversion
         steps = len(inversion)
         level = inversion.levels[steps - max(1, round(self.strength * steps))]
-        noise = torch.randn(
-            self.draws, *scene.inversion.x0.shape[1:], generator=torch.Generator().manual_seed(0)
-        )
+        drawing = torch.Generator().manual_seed(self.seed)
+        noise = torch.randn(self.draws, *scene.inversion.x0.shape[1:], generator=drawing)
         x = q_sample(scene.inversion.x0, noise.to(scene.inversion.x0), alpha_bar=level.alpha_bar)
         network = scene.network()
         answers = [network(x, level, scene.context([prompt] * self.draws)) for prompt in (edit, scene.source)]
@@ -259,7 +255,7 @@ def resolve_editor(given: str | AttentionControl | Editor) -> Editor:
     """
     if isinstance(given, AttentionControl):
         return Controlled(given)
-    if callable(given):
+    if callable(given) and not isinstance(given, type):
         return given
     name = "_".join(given.lower().replace("-", " ").split()) if isinstance(given, str) else None
     name = OTHER_NAMES.get(name, name)

@@ -15,7 +15,7 @@ import ldm
 from ldm import images as pictures
 from ldm.adapters.use import prompt_reader
 from ldm.adapters.word_maps import WordMaps
-from ldm.edit import encode_picture, invert_picture
+from ldm.edit import encode_picture, invert_picture, joined
 from ldm.errors import UsageError, nearest, shown
 from ldm.labels import labelled, plain
 from ldm.limits import is_real
@@ -107,12 +107,15 @@ def explain(
         )
     if (syntax := options.get("prompt_syntax", "plain")) != "plain":
         raise UsageError(f"explain reads plain prompts, got prompt_syntax={shown(syntax)}; leave it out")
-    adapters = [*options.pop("adapters", ()), watching]
-    with prompt_reader(sd.model, [*sd.adapters, *adapters]) as encoder:
+    given = options.pop("adapters", ())
+    with prompt_reader(sd.model, joined(sd, given)) as encoder:
         chosen = [words] if isinstance(words, str) else words
+        if not isinstance(chosen, list | tuple | None):
+            raise UsageError(f"words should be a word or a list of them, got {shown(words)}")
         if chosen is None:
             chosen = dict.fromkeys(word for word, places in tokens_of_words(encoder, text) if places)
         places = {word: expect_word(encoder, [text], word, "words")[0] for word in chosen}
+    adapters = [*given, watching]
     if not places:
         raise UsageError(f"there is no word to show in the prompt {shown(text)}")
     if prompt is None:

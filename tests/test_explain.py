@@ -80,7 +80,7 @@ def test_only_rows_with_the_condition_are_watched_and_each_picture_by_itself(sd)
 def test_the_last_run_is_kept_and_a_part_of_the_steps(sd):
     first, several = WordMaps((0.0, 0.34)), WordMaps()
     for maps in (first, several):
-        with pytest.raises(UsageError, match="has watched no step yet"):
+        with pytest.raises(UsageError, match="has watched no step of a run"):
             maps.average  # noqa: B018
     how = {"output_type": "latent", **HOW, "steps": 3}
     sd.txt2img(PROMPT, adapters=[first, several], **how)
@@ -133,6 +133,9 @@ def test_words_that_are_asked_for_and_a_picture_of_one_s_own(sd, explained):
         (3, {}, "explain wants a prompt, or a picture and the prompt of what it shows; got 3"),
         ("no.png", {"prompt": PROMPT}, "no.png"),
         (PROMPT, {"num_images": 2}, "explain shows one picture"),
+        (PROMPT, {"words": 3}, "words should be a word or a list of them, got 3"),
+        (PROMPT, {"adapters": None}, "adapters must be a list such as [LoRA('style.safetensors')], got None"),
+        (PROMPT, {"span": (0.5, 0.6)}, "has watched no step of a run: none lies in its span (0.5, 0.6)"),
         (PROMPT, {"span": (0.9, 0.1)}, "span should begin before it ends"),
         (PROMPT, {"prompt_syntax": "a1111"}, "explain reads plain prompts, got prompt_syntax='a1111'"),
     ],

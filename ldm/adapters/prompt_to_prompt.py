@@ -226,7 +226,7 @@ class PromptToPrompt(AttentionControl):
         if self._of_batch is None:
             raise UsageError(
                 "PromptToPrompt works in a batch of pictures, which a UNet alone does not know; give it to adapters= "
-                "of txt2img, img2img, inpaint or stream"
+                "of txt2img, img2img, inpaint or stream, or as editor= of edit"
             )
         return self._of_batch
 

@@ -55,7 +55,7 @@ class _FromSource(AttentionControl):
         if not self._images:
             raise UsageError(
                 f"{type(self).__name__} works in a batch of pictures, which a UNet alone does not know; give it to "
-                "adapters= of txt2img, img2img, inpaint or stream"
+                "adapters= of txt2img, img2img, inpaint or stream, or as editor= of edit"
             )
         return super().attach(network)
 
@@ -99,7 +99,8 @@ class MutualSelfAttention(_FromSource):
         if start_layer is not None:
             start_layer = int(check_value(start_layer, int, "start_layer", Range(0, 1000)))
         self.start_layer = start_layer
-        self.masks = None if mask is None else mask if isinstance(mask, tuple) else (mask, mask)
+        pair = isinstance(mask, tuple | list) and len(mask) == 2
+        self.masks = None if mask is None else tuple(mask) if pair else (mask, mask)
         for one in self.masks or ():
             if not isinstance(one, Tensor) or one.dim() != 4 or one.shape[:2] != (1, 1):
                 what = tuple(one.shape) if isinstance(one, Tensor) else shown(one)

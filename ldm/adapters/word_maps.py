@@ -96,7 +96,7 @@ class WordMaps(AttentionControl):
         last = self._last[0]
         if last.maps is None:
             raise UsageError(
-                "WordMaps has watched no step yet; give it to adapters= of txt2img, img2img, inpaint or stream, and "
-                "ask afterwards"
+                f"WordMaps has watched no step of a run: none lies in its span {self.span}, or none was run; give it "
+                "to adapters= of txt2img, img2img, inpaint or stream, and ask afterwards"
             )
         return last.maps / last.count

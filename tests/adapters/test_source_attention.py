@@ -125,18 +125,24 @@ def near(got, want, slack=2e-5):
     return (got - want).abs().max() <= slack * want.abs().max()
 
 
+@pytest.fixture(scope="module")
+def alone(model):
+    return paint(model)
+
+
 @pytest.mark.parametrize(
     ("control", "nothing"),
     [(MutualSelfAttention(0.0), MutualSelfAttention(1.0)), (PlugAndPlay(), PlugAndPlay(0, 0))],
     ids=["mutual", "plug"],
 )
-def test_the_source_stays_the_edit_is_changed_and_of_no_step_nothing_is(model, control, nothing):
-    alone = paint(model)
+def test_the_source_stays_the_edit_is_changed_and_of_no_step_nothing_is(model, alone, control, nothing):
     got = paint(model, [control])
     assert near(got[0], alone[0]) and not near(got[1], alone[1], 1e-3)
     assert torch.equal(paint(model, [nothing]), alone)
-    same = paint(model, [control], (SOURCE, SOURCE))
+    same = paint(model, [control], (SOURCE, SOURCE), steps=1)
     assert near(same[1], same[0])
+    if isinstance(control, PlugAndPlay):
+        return  # one of the two, optimized
     optimize(model)
     try:
         assert near(paint(model, [control]), got)
@@ -157,6 +163,8 @@ def test_the_source_stays_the_edit_is_changed_and_of_no_step_nothing_is(model, c
             {"mask": torch.ones(4, 4)},
             "mask should be (1, 1, h, w), 1 = object, or two of them",
         ),
+        (MutualSelfAttention, {"mask": (torch.ones(1, 1, 4, 5),) * 3}, "mask should be (1, 1, h, w)"),
+        (MutualSelfAttention, {"mask": ()}, "mask should be (1, 1, h, w)"),
         (PlugAndPlay, {"attention_steps": (0.5, 0.1)}, "attention_steps should begin before it ends"),
         (PlugAndPlay, {"feature_block": 1.5}, "feature_block should be"),
     ],

@@ -89,7 +89,8 @@ def resolve_method(method: str | Method, **options: Any) -> Method:
     cls = METHODS[name]
     known = [option.name for option in fields(cls) if option.init]
     if unknown := sorted(options.keys() - set(known)):
-        advice = instead_of(unknown[0], [*known, *OF_CALLS])
+        others = [one for one in OF_CALLS if one != unknown[0]]  # of the one call, and given to another
+        advice = instead_of(unknown[0], [*known, *others])
         hint = f" ({advice})" if advice else ""
         raise UsageError(
             f"the inversion {name} has no option {', '.join(unknown)[:100]}{hint}; it has {', '.join(known)}"

@@ -59,6 +59,10 @@ class EDICT(Method):
             pair[i] = rise(pair[i], run.eps(pair[1 - i], to), here, to)
         return (pair[0], pair[1]), None
 
+    def changed(self, state: Pair, change: Callable[[Tensor], Tensor]) -> Pair:
+        x = change(state[0])
+        return x, state[1] + (x - state[0])  # the gap between the two is what the inversion needs
+
     def down(self, run: Run, state: Pair, here: Level, to: Level, kept: Any) -> Pair:
         p, first = self.weight(here), (here.total - here.left + 1) % 2
         pair = list(state)

@@ -62,7 +62,7 @@ class FixedPoint(DDIM):
         left = torch.stack(inversion.memory)  # (steps, b)
         if (left > self.tolerance).any():
             log.warning(
-                "%s: %d of %d steps were not consistent to %g after %d iterations (worst %.2g); take 'anderson', more "
+                "%s: %d of %d steps were not consistent to %g after %d iterations (worst %.2g); take %smore "
                 "steps or a lower guidance_scale",
                 self.name,
                 int((left > self.tolerance).any(1).sum()),
@@ -70,6 +70,7 @@ class FixedPoint(DDIM):
                 self.tolerance,
                 self.iterations,
                 left.max().item(),
+                "" if self.history else "'anderson', ",
             )
 
 
