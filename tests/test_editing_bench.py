@@ -34,6 +34,7 @@ def test_fifty_edits_of_each_kind_change_one_thing_to_what_the_model_has_seen(be
         assert (after.where, after.background) == (before.where, before.background) or a[1:3] == b[1:3]
 
 
+@pytest.mark.slow
 def test_an_edit_holds_where_the_picture_shows_it_and_what_else_changed_is_measured(bench):
     edits = bench.plan(8)
     for kind, before, after in [one for one in edits if one[0] != "place"]:

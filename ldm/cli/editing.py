@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ldm.edit import Edited
     from ldm.editing import Editor
+    from ldm.models.diffusion.inversion import Method
 
 # What a picture says of its edit, and --like takes from it: destination -> default.
 TOLD: dict[str, Any] = {
@@ -78,7 +79,11 @@ def edit_parser() -> Parser:
     how.add_argument("--steps", type=integer(1, 1000), help="of the way up, and down again (default: 50)")
     how.add_argument("--start-step", type=integer(0, 999), help="steps that are left out (default: 3 in 10)")
     how.add_argument("--scale", type=number(*GUIDANCE_SCALE), help="of guidance (default: the model's own)")
-    how.add_argument("--seed", type=seed, help="of noise that dds, diffedit and add_noise draw (default: 0)")
+    how.add_argument(
+        "--seed",
+        type=seed,
+        help="of the noise that dds, diffedit, add_noise and the inversion edit_friendly draw (default: 0)",
+    )
     p2p = p.add_argument_group("of prompt_to_prompt")
     p2p.add_argument(
         "--cross-replace", type=number(0, 1), help="share of steps with the source's looks at words"
@@ -107,6 +112,7 @@ def edit(args: argparse.Namespace) -> None:
         UsageError: what is missing, or does not go together. MismatchError: another picture than --like's.
     """
     told = {} if args.like is None else told_by(args.like)
+    wants_seed = args.seed is not None
     for name, default in TOLD.items():
         if getattr(args, name) is None:
             setattr(args, name, told.get(name, default))
@@ -118,6 +124,12 @@ def edit(args: argparse.Namespace) -> None:
         )
         raise UsageError(f"an edit needs {missing} and got none; give it, or a picture with both as --like")
     editor = editor_of(args)
+    inversion = inversion_of(args)
+    if wants_seed and not any(hasattr(one, "seed") for one in (editor, inversion)):
+        raise UsageError(
+            f"--seed is of noise, and neither the method {shown(args.method)} nor the inversion "
+            f"{shown(args.inversion)} draws any; leave it out"
+        )
 
     from ldm.devices import pick_device
     from ldm.images import open_image, prepare_folder, save_numbered
@@ -139,7 +151,7 @@ def edit(args: argparse.Namespace) -> None:
         image,
         args.prompt,
         args.edit_prompt,
-        method=args.inversion,
+        method=inversion,
         inversion_scale=args.inversion_scale,
         editor=editor,
         steps=args.steps,
@@ -188,6 +200,18 @@ def editor_of(args: argparse.Namespace) -> Editor:
         if isinstance(editor, kind):
             return kind(seed=args.seed)
     return editor
+
+
+def inversion_of(args: argparse.Namespace) -> Method:
+    """Make the inversion that the options name.
+
+    Raises:
+        UsageError: an unknown one.
+    """
+    from ldm.models.diffusion.inversion import EditFriendly, resolve_method
+
+    inversion = resolve_method(args.inversion)
+    return EditFriendly(seed=args.seed) if isinstance(inversion, EditFriendly) else inversion
 
 
 def weight_of(text: str) -> tuple[str, float]:

@@ -47,24 +47,26 @@ def end(capsys):
     return ending
 
 
-def test_edits_are_saved_with_what_makes_them_again(home, end, model):
-    photo = ["--image", "photo.png", "--mask", "mask.png", "--outdir", "out", *model]
-    prompts = ["--prompt", SOURCE, "--edit-prompt", EDIT, "--edit-prompt", OTHER]
-    how = [
-        "--steps",
-        2,
-        "--start-step",
-        0,
-        "--scale",
-        3,
-        "--feather",
-        4,
-        "--weight",
-        "blue=2",
-        "--self-replace",
-        0.6,
-    ]
-    code, said, complaints = end(*photo, *prompts, *how)
+PHOTO = ["--image", "photo.png", "--mask", "mask.png", "--outdir", "out"]
+PROMPTS = ["--prompt", SOURCE, "--edit-prompt", EDIT]
+FINE = [
+    "--steps",
+    1,
+    "--start-step",
+    0,
+    "--scale",
+    3,
+    "--feather",
+    4,
+    "--weight",
+    "blue=2",
+    "--self-replace",
+    0.6,
+]
+
+
+def test_edits_are_saved_beside_a_sheet_with_what_made_them(home, end, model):
+    code, said, complaints = end(*PHOTO, *PROMPTS, "--edit-prompt", OTHER, *FINE, *model)
     assert code == 0 and not complaints and "the picture comes back at" in said
     assert sorted(path.name for path in Path("out").iterdir()) == ["00000.png", "00001.png", "sheet-0000.png"]
     assert Image.open("out/sheet-0000.png").width == 4 * 72
@@ -74,23 +76,33 @@ def test_edits_are_saved_with_what_makes_them_again(home, end, model):
     first, source = (np.asarray(Image.open(path)) for path in ("out/00000.png", "photo.png"))
     assert np.array_equal(first[:, :16], source[:, :16]) and not np.array_equal(first[:, 40:], source[:, 40:])
 
-    code, *_ = end(*photo[:4], "--outdir", "again", *model, "--like", "out/00000.png", "--no-sheet")
+
+@pytest.mark.slow
+def test_an_edit_is_made_again_from_what_its_picture_says(home, end, model):
+    assert end(*PHOTO, *PROMPTS, *FINE, *model)[0] == 0
+    first = np.asarray(Image.open("out/00000.png"))
+    code, *_ = end(*PHOTO[:4], "--outdir", "again", *model, "--like", "out/00000.png", "--no-sheet")
     assert code == 0 and [path.name for path in Path("again").iterdir()] == ["00000.png"]
     assert np.array_equal(np.asarray(Image.open("again/00000.png")), first)
     # What is given on the command line goes before what the picture says.
     code, *_ = end(
-        *photo, "--like", "out/00000.png", "--edit-prompt", OTHER, "--no-sheet", "--weight", "blue=-1"
+        *PHOTO, *model, "--like", "out/00000.png", "--edit-prompt", OTHER, "--no-sheet", "--weight", "blue=-1"
     )
-    assert code == 0 and ldm.read_metadata("out/00002.png")["edit"]["weight"] == ["blue=-1"]
+    assert code == 0 and ldm.read_metadata("out/00001.png")["edit"]["weight"] == ["blue=-1"]
 
 
-@pytest.mark.parametrize("method", ["plug-and-play", "diffedit", "add_noise"])
 @pytest.mark.slow
-def test_every_method(home, end, model, method):
-    how = ["--steps", 2, "--start-step", 1, "--method", method, "--seed", 7]
-    code, _, complaints = end("--image", "photo.png", "--prompt", SOURCE, "--edit-prompt", EDIT, *how, *model)
-    assert code == 0 and not complaints
-    assert ldm.read_metadata("outputs/edits/00000.png")["edit"]["seed"] == 7
+def test_ways_with_noise_draw_it_from_the_seed(home, end, model):
+    """Of the method or of the inversion: another seed, another picture."""
+    for i, way in enumerate((["diffedit"], ["add_noise"], ["swap", "--inversion", "edit_friendly"])):
+        found = []
+        for seed in (7, 8):
+            how = ["--steps", 2, "--start-step", 0, "--seed", seed, "--outdir", f"{i}-{seed}", "--no-sheet"]
+            code, _, complaints = end("--image", "photo.png", *PROMPTS, "--method", *way, *how, *model)
+            assert code == 0 and not complaints, way
+            found.append(np.asarray(Image.open(f"{i}-{seed}/00000.png")))
+            assert ldm.read_metadata(f"{i}-{seed}/00000.png")["edit"]["seed"] == seed
+        assert not np.array_equal(*found), way
 
 
 @pytest.mark.parametrize(
@@ -111,6 +123,11 @@ def test_every_method(home, end, model, method):
         (["--steps", "4", "--start-step", "4"], 2, "start_step must be a whole number from 0 to 3, got 4"),
         (["--steps", "0"], 2, "--steps"),
         (["--inversion", "dim"], 2, "(did you mean ddim?)"),
+        (
+            ["--seed", "5"],
+            2,
+            "--seed is of noise, and neither the method 'prompt_to_prompt' nor the inversion 'ddim'",
+        ),
         (["--feather", "4"], 2, "feather is of a mask"),
         (["--image", "none.png"], 9, "picture 'none.png' does not exist"),
         (
