@@ -72,17 +72,18 @@ _READ = {
         "EmptyLatentImage",
         "VAEDecode",
     ),
-    *("VAEEncode", "VAEEncodeForInpaint", "SetLatentNoiseMask", "LoadImage", "LoadImageMask", "SaveImage"),
+    *("VAEEncode", "SetLatentNoiseMask", "LoadImage", "LoadImageMask", "SaveImage"),
     *(
         "PreviewImage",
         "Reroute",
         "PrimitiveNode",
         "Note",
         "MarkdownNote",
-        "ConditioningZeroOut",
         "VAEDecodeTiled",
     ),
 }
+# Inputs of nodes in _READ that change the picture, and the value with which they do not; no option of ours says them.
+_OF_READ = {"batch_size": 1, "add_noise": "enable", "return_with_leftover_noise": "disable"}
 # Ways to enlarge latents and pictures between two samplers: ComfyUI's -> ours.
 _LATENT_UPSCALERS = {
     "nearest-exact": "latent nearest-exact",
@@ -142,6 +143,8 @@ class _Graph:
     def sampling(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Take what a sampler says of itself."""
         found = {name: self.value(own, theirs) for name, theirs in _FIELDS.items()}
+        if found["guidance_scale"] is None and "conditioning" in own:
+            found["guidance_scale"] = 1.0  # a guider of one prompt
         first, steps = self.value(own, ("start_at_step",)), found["steps"]
         if isinstance(first, int) and isinstance(steps, int) and 0 < first < steps:
             found["strength"] = 1 - first / steps  # KSamplerAdvanced says how many steps a picture is spared
@@ -236,9 +239,20 @@ class _Graph:
         labels = [
             self.label(key) for key in needed if self.kinds.get(key) not in _READ and key not in self.used
         ]
+        labels += [line for key in needed for line in self.beside(key)]
         if len(labels) > MAX_NAMED:
             labels = [*labels[:MAX_NAMED], f"{len(labels) - MAX_NAMED} more"]
         return labels + (["the rest of a graph of too many links"] if self.visits >= MAX_VISITS else [])
+
+    def beside(self, key: str) -> Iterator[str]:
+        """Say what a node that is read does besides what is read of it."""
+        inputs = self.nodes[key] if self.kinds.get(key) in _READ else {}
+        for name, usual in _OF_READ.items():
+            if (value := self.value(inputs, (name,))) not in (None, usual, usual == "enable"):
+                yield f"{self.label(key)}: its {name} is {shown(value, 40)}"
+        last, steps = (self.value(inputs, (name,)) for name in ("end_at_step", "steps"))
+        if isinstance(last, int) and isinstance(steps, int) and last < steps:
+            yield f"{self.label(key)}: its end_at_step is {last}"
 
     def label(self, key: str) -> str:
         """Name a node by its class."""

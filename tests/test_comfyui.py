@@ -87,7 +87,7 @@ GRAPHS = {
     "a guider without guidance": (
         GUIDED | {"23": node("BasicGuider", model=["4", 0], conditioning=["6", 0])},
         {"seed": 123, "steps": 12, "sampler": "euler", "strength": 0.6, "spacing": "simple"}
-        | {"guidance_scale": None, "negative_prompt": None},
+        | {"guidance_scale": 1.0, "negative_prompt": None},
     ),
     "seed, steps and cfg from primitives": (
         sampler(seed=["8", 0], steps=["9", 0], cfg=["10", 0])
@@ -187,6 +187,36 @@ GRAPHS = {
 
 def over_base(nodes):
     return {**nodes, **{k: v for k, v in BASE.items() if k not in nodes}}
+
+
+# What standard nodes do that no option of ours says: (nodes, what is said of them).
+BESIDE = {
+    "nothing": ({}, None),
+    "four at once": ({"5": node("EmptyLatentImage", width=512, height=640, batch_size=4)},
+                     "EmptyLatentImage (5): its batch_size is 4"),
+    "steps that are left to another sampler": (
+        {"3": node(
+            "KSamplerAdvanced", add_noise="disable", noise_seed=9, steps=20, cfg=7, sampler_name="euler",
+            scheduler="normal", start_at_step=0, end_at_step=15, return_with_leftover_noise="enable",
+            positive=["6", 0], negative=["7", 0], latent_image=["5", 0], model=["4", 0])},
+        "KSamplerAdvanced (3): its add_noise is 'disable', KSamplerAdvanced (3): its return_with_leftover_noise is "
+        "'enable', KSamplerAdvanced (3): its end_at_step is 15"),
+    "no noise in words of yes and no": (
+        sampler(add_noise=False) | {"3": {**sampler(add_noise=False)["3"], "class_type": "SamplerCustom"}},
+        "SamplerCustom (3): its add_noise is False"),
+    "zeros, which no prompt gives": (
+        sampler(negative=["8", 0]) | {"8": node("ConditioningZeroOut", conditioning=["6", 0])},
+        "ConditioningZeroOut (8)"),
+    "a picture greyed under its mask": (
+        sampler(latent_image=["8", 0]) | {"8": node("VAEEncodeForInpaint", pixels=["9", 0], grow_mask_by=6)}
+        | {"9": node("LoadImage", image="a.png")}, "VAEEncodeForInpaint (8)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_no_option_says_of_standard_nodes_is_said(name):
+    nodes, said = BESIDE[name]
+    assert _from_comfyui(json.dumps(over_base(nodes))).get("extra", {}).get("nodes") == said
 
 
 @pytest.mark.parametrize("name", GRAPHS)
