@@ -67,6 +67,7 @@ def finish_batch(
             negative_prompt=spec.negative_prompt,
             seed=spec.seed,
             variation_seed=spec.variation_seed,
+            embeds_hash=_embeds_hash(request, spec),
             template=spec.template,
             negative_template=spec.negative_template,
             batch_index=spec.place if is_shared else i,
@@ -82,6 +83,14 @@ def finish_batch(
     else:
         images = unit if request.output_type == "pt" else unit.permute(0, 2, 3, 1).numpy()
     return GenerationResult(images, [spec.seed for spec in batch], parameters, latents, file)
+
+
+def _embeds_hash(request: Request, spec: ImageSpec) -> str | None:
+    """Hash the features that were given in the place of an image's prompts, so that it is seen that they were."""
+    if request.embeds is None:
+        return None
+    given = [one[spec.row] for one in (request.embeds, request.negative_embeds) if one is not None]
+    return tensor_hash(torch.cat([one.float().flatten() for one in given]))
 
 
 def computed_with(model: LatentDiffusion, autocast: torch.dtype | None) -> dict[str, Any]:

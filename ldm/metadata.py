@@ -351,9 +351,17 @@ def _from_parameters(text: str) -> dict[str, Any]:
 def _from_ours(text: str) -> dict[str, Any]:
     chunk = mapping(parse(text))
     found = mapping(chunk.get("parameters")) if chunk.get("schema") == SCHEMA else {}
-    sound = {name: value for name, value in found.items() if _finite(value)}
+    sound = {name: value for name, value in found.items() if _finite(value) and _is_of_chunk(name, value)}
     others = {clean(name)[:100]: shown(found[name], 200) for name in found if name not in sound}
-    return sound | ({"extra": others} if sound and others else {})
+    extra = sound.get("extra", {}) | others
+    return sound | ({"extra": extra} if sound and extra else {})
+
+
+def _is_of_chunk(name: str, value: Any) -> bool:
+    """Tell whether a chunk may say this: what the reader says of itself not, lists and objects in their form only."""
+    if name == "adapters":
+        return isinstance(value, list) and all(isinstance(one, dict) for one in value)
+    return isinstance(value, dict) if name == "extra" else name not in ("source", "unread")
 
 
 def _from_comfyui(text: str) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class GenerationParameters(Values):
     vae_hash: str | None
     init_image_hash: str | None
     mask_hash: str | None
+    embeds_hash: str | None  # of prompt_embeds and the negative ones, which replaced the prompts
     device: str
     dtype: str
     vae_dtype: str

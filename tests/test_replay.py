@@ -8,6 +8,7 @@ import random
 import re
 import shlex
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +266,13 @@ THEIRS = {
         {"positive_prompt": "a cat++", "steps": 2, "scheduler": "euler_k", "seed": 5, "cfg_scale": 2, "width": 64,
          "height": 72, "model": {"name": "tiny"}, "hrf_method": "ESRGAN"}, "invokeai_metadata",
         {"prompt_syntax": "compel", "spacing": "karras"}, ["hrf_method: 'ESRGAN' is no option here"]),
+    "A1111's inpainting": (
+        f"a\n{LINE}, Denoising strength: 0.5, Mask blur: 4", "parameters", {"mode": "inpaint", "mask_blur": 4}, []),
+    "ours, of words that the reader has for itself": (
+        {"schema": 1, "parameters": {"prompt": "a", "seed": 5, "steps": 2, "model": "tiny", "mode": "video",
+         "source": ["comfyui"], "unread": 7, "extra": [1], "adapters": ["x"], "threads": 10**6}},
+        "ldm", {"mode": "txt2img", "prompt_syntax": "plain"},
+        ["its mode 'video' is not known here", "source: ", "unread: ", "extra: ", "adapters: "]),
     "ours, from another day": (
         {"schema": 1, "parameters": {"prompt": "a", "seed": 5, "steps": 2, "model": "tiny", "sigma_max": [1],
          "wobble": 3, "adapters": [{"kind": "ControlNet", "name": "canny", "hash": "00112233aa", "hint": "00"},
@@ -279,6 +287,8 @@ THEIRS = {
 @pytest.mark.parametrize("name", THEIRS)
 def test_other_programs_pictures_are_painted_and_what_is_lost_is_said(shelf, replayer, tmp_path, name):
     text, key, told, lost = THEIRS[name]
+    replayer = copy.copy(replayer)
+    replayer.inits, replayer.masks = [shelf / "init" / "0.png"], [shelf / "masks" / "0.png"]
     account = replayer.replay(theirs(tmp_path, text, key), tmp_path / "again")
     again = ldm.read_parameters(account.saved)
     again["adapters"] = [f"{one['kind']} {one['name']}" for one in again["adapters"]]
@@ -287,6 +297,27 @@ def test_other_programs_pictures_are_painted_and_what_is_lost_is_said(shelf, rep
     for words in lost:
         assert sum(words in line for line in account.lost) == 1, (words, account.lost)
     assert account.is_same is (False if key == "ldm" else None)
+
+
+def test_a_picture_that_cannot_be_compared_is_not_painted(sd, replayer, tmp_path):
+    """Cut short, of more pixels than are read, or painted from features that no picture holds."""
+    whole = theirs(tmp_path, {"schema": 1, "parameters": {"prompt": "a", "seed": 5, "model": "tiny"}}, "ldm")
+    data = whole.read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: data.index(b"IDAT") + 9])
+    head = data[12:16] + (60_000).to_bytes(4, "big") * 2 + data[24:29]
+    (tmp_path / "large.png").write_bytes(data[:12] + head + zlib.crc32(head).to_bytes(4, "big") + data[33:])
+    features = torch.zeros(1, 3, WIDTH)
+    given = {"prompt_embeds": features, "negative_prompt_embeds": features.half() + 1}
+    own = sd.txt2img("", **given, steps=1, width=64, height=72, progress=False).save(tmp_path / "own")[0]
+    assert len(ldm.read_parameters(own)["embeds_hash"]) == 10
+    for path, words in (
+        (tmp_path / "cut.png", "is damaged or incomplete"),
+        (tmp_path / "large.png", "has too many pixels"),
+        (own, "painted from prompt_embeds"),
+    ):
+        with pytest.raises(LdmError, match=words):
+            replayer.replay(path, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_pictures_that_begin_with_one_need_it(sd, shelf, replayer, tmp_path):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ldm import options
 from ldm.cli.adapters import CONTROLLED, FILELESS, HOW, lacking, told_adapters
 from ldm.cli.library import Found, Library
-from ldm.cli.told import asked_for, by_us
+from ldm.cli.told import NO_VAE, asked_for, by_us
 from ldm.errors import AbsentError, FormatError, LdmError, UsageError, shown
 from ldm.limits import BATCH_SIZE, is_whole
 from ldm.metadata import HASHES, png_info, read_parameters
@@ -36,7 +36,8 @@ HARMLESS = {
     *(*HASHES, "App", "Operations", "Pipeline", "Parser", "User", "Hashes", "Created Date"),
     *("app_version", "app_id", "swarm_version", "software", "image", "generator"),
 }
-NO_VAE = ("none", "automatic", "baked in")
+MODES = ("txt2img", "img2img", "inpaint")
+MOST_THREADS = 256  # of a picture's word, which anybody may have written
 LOSS = {"JPEG": (2.0, 64), "WEBP": (2.0, 64)}  # mean and largest difference of 255 that coding may make
 
 
@@ -98,10 +99,20 @@ class Replayer:
             LdmError: it cannot be painted at all: it does not say how it was, or a file is not here without which it
                 would be another picture.
         """
+        from ldm.images import open_image, prepare_folder, save_png
+
         parameters = read_parameters(path)
         if not parameters.get("prompt") and "seed" not in parameters:
             unread = "".join(f"; {line}" for line in parameters.get("unread", ()))
             raise FormatError(f"it does not say how it was painted{unread}")
+        if by_us(
+            parameters
+        ):  # it is compared; damaged or of too many pixels it is refused before it is painted
+            open_image(path)
+        if parameters.get("embeds_hash") is not None:
+            raise FormatError(
+                "it was painted from prompt_embeds, which no picture holds; it cannot be painted again"
+            )
         account = Account()
         account.lost += parameters.get("unread", [])
         values, lines = asked_for(parameters)
@@ -114,10 +125,11 @@ class Replayer:
         with _threads(parameters), self.adapters(sd, parameters, values, account) as adapters:
             values["adapters"] = adapters
             request, place = self.plan(sd, parameters, values, account)
-            result = next(step.result for step in sd.paint(request) if step.result is not None)
+            for result in (step.result for step in sd.paint(request) if step.result is not None):
+                if place < len(result):  # a batch that does not fit into memory comes in parts
+                    break
+                place -= len(result)
             image, told = result.images[place], result.metadata(place)
-        from ldm.images import prepare_folder, save_png
-
         name = prepare_folder(outdir) / f"{Path(path).stem}.png"
         account.saved = save_png(image, name, png_info(told), rename=True)
         if by_us(parameters):
@@ -314,7 +326,14 @@ class Replayer:
             told = parameters.get("batch_size"), parameters.get("batch_index")
             if is_whole(told[0], *BATCH_SIZE) and is_whole(told[1], 0, told[0] - 1):
                 count, place = told
-        mode = parameters.get("mode") or ("img2img" if "strength" in values else "txt2img")
+        mode = parameters.get("mode")
+        if mode not in MODES:
+            if mode is not None:
+                account.lost.append(f"its mode {shown(mode)} is not known here")
+            masks = {one.name for one in options.options() if one.group == options.MASK}
+            mode = (
+                "txt2img" if "strength" not in values else "inpaint" if masks & values.keys() else "img2img"
+            )
         if mode == "txt2img":
             values.pop("strength", None)
         else:
@@ -498,7 +517,10 @@ def _of_extra(parameters: Mapping[str, Any]) -> list[str]:
     extra = parameters.get("extra")
     for key, value in extra.items() if isinstance(extra, dict) else ():
         if key == "nodes":
-            found += [f"ComfyUI's node {one} is not known here" for one in str(value).split(", ")]
+            found += [
+                f"ComfyUI's node {one}" + ("" if ": its " in one else " is not known here")
+                for one in str(value).split(", ")
+            ]
         elif key not in HARMLESS:
             found.append(f"{key}: {shown(value)} is no option here")
     return found
@@ -523,7 +545,7 @@ def _threads(parameters: Mapping[str, Any]) -> Iterator[None]:
     import torch
 
     before, told = torch.get_num_threads(), parameters.get("threads")
-    if by_us(parameters) and is_whole(told, 1, 4096):
+    if by_us(parameters) and is_whole(told, 1, MOST_THREADS):
         torch.set_num_threads(told)
     try:
         yield

@@ -11,6 +11,7 @@ from ldm import options
 from ldm.errors import shown
 from ldm.option_kinds import Choice
 
+NO_VAE = ("none", "automatic", "baked in")  # names of no file
 # How the programs that wrote a picture read its prompt: its brackets are meant.
 SYNTAXES = {"a1111": "a1111", "comfyui": "comfyui", "invokeai": "compel"}
 
