@@ -118,6 +118,8 @@ def paint(args: argparse.Namespace, *sources: dict[str, Any], save: Save | None 
         line = lacking(args.like_adapters, (one for _, request in requests for one in request.adapters))
         if line is not None:
             say(printable(f"{args.like}: {line}"))
+    if args.like_vae and (line := other_vae(sd, **args.like_vae)) is not None:
+        say(printable(f"{args.like}: {line}"))
     sd.advise([request for _, request in requests])
     finished: list[tuple[Image.Image, dict[str, Any]]] = []
     while requests:  # those that are done are let go, and their LoRAs with them
@@ -370,6 +372,25 @@ def load_model(args: argparse.Namespace, device: torch.device) -> StableDiffusio
     if any(ways.values()) or (args.optimize and not args.lowvram):  # low_vram alone is the loader's work
         sd.optimize(**ways, low_vram=device if args.lowvram else None)
     return sd
+
+
+def other_vae(sd: StableDiffusion, vae: Any, vae_hash: Any) -> str | None:
+    """Say which VAE a picture was painted with, where it is not the one that is here; anything may stand there."""
+    from ldm.cli.told import NO_VAE
+    from ldm.results import file_hash
+
+    name, digits = (one if isinstance(one, str) and one else None for one in (vae, vae_hash))
+    file = getattr(sd.model.first_stage_model, "weights_file", None)
+    here = file_hash(file)
+    if name is None and digits is None or (name or "").lower() in NO_VAE:
+        return None
+    if digits is not None and here is not None:
+        is_same = here.startswith(digits[:10].lower())
+    else:
+        is_same = file is not None and name in (file.name, file.stem)
+    hashed = f" (hash {shown(digits, 20)})" if digits else ""
+    called = f" {shown(name)}" if name else ""
+    return None if is_same else f"was painted with the VAE{called}{hashed}, which is not given (--vae FILE)"
 
 
 def explain(sd: StableDiffusion, requests: Sequence[Request]) -> None:

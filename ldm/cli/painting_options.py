@@ -197,7 +197,7 @@ class _PaintingParser(Parser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         found = super().parse_args(args, namespace)
-        found.like_adapters = []
+        found.like_adapters, found.like_vae = [], None
         found.given = self.given(args)
         if found.like is not None:
             self._repeat(found, set(found.given))
@@ -237,6 +237,11 @@ class _PaintingParser(Parser):
             say(printable(f"{found.like}: {lines[name]}; left as it is"))
         self._leave_alone(found, given)
         found.like_adapters = told_adapters(parameters)
+        found.like_vae = {name: parameters.get(name) for name in ("vae", "vae_hash")}
+        if parameters.get("embeds_hash") is not None:
+            say(
+                f"{found.like}: was painted from prompt_embeds, which no picture holds; its prompt says nothing"
+            )
         place = parameters.get("batch_index")
         if parameters.get("rng") in SHARED_RNGS and isinstance(place, int) and place > 0:
             say(

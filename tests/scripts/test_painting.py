@@ -1100,11 +1100,12 @@ SAID = [("NV", "nv"), ("GPU", "nv"), ("CPU", "image"), ("Quantum", "image")]
 @pytest.mark.parametrize(("said", "rng"), SAID)
 @pytest.mark.thinned(4)
 def test_like_draws_where_the_other_program_drew(model, home, end, said, rng):
-    text = f"x\nSteps: 1, Sampler: DDIM, Seed: 5, Size: 64x64, RNG: {said}, Version: v1.10.1"
+    text = f"x\nSteps: 1, Sampler: DDIM, Seed: 5, Size: 64x64, RNG: {said}, VAE: warm.pt, Version: v1.10.1"
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text)
     Image.new("RGB", (8, 8)).save("theirs.png", pnginfo=info)
-    assert end("txt2img", *model, "--like", "theirs.png", "--outdir", "again")[0] == 0
+    code, out, _ = end("txt2img", *model, "--like", "theirs.png", "--outdir", "again")
+    assert code == 0 and "was painted with the VAE 'warm', which is not given (--vae FILE)" in out
     told = ldm.read_metadata("again/samples/00000.png")
     assert (told["rng"], told["seed"], told["prompt_syntax"]) == (rng, 5, "a1111")  # its brackets are meant
 
