@@ -326,6 +326,7 @@ def test_comfyui_begins_on_the_cpu_and_goes_on_on_the_gpu():
 
 
 @pytest.mark.parametrize("rng", ["diffusers", "comfyui"])
+@pytest.mark.thinned(2)
 def test_a_picture_depends_on_its_call_and_not_on_its_batch(sd, rng):
     options = {"seed": 5, "steps": 2, "sampler": "euler_a", "rng": rng, "output_type": "latent"}
     whole = sd.txt2img(PROMPT, num_images=3, **options)
@@ -374,7 +375,7 @@ def test_three_ways_to_bytes():
 
 
 def test_pictures_are_rounded_as_asked_and_kept_pixels_are_kept(sd):
-    options = {"seed": 5, "steps": 2}
+    options = {"seed": 5, "steps": 1}
     unit = sd.txt2img(PROMPT, output_type="np", **options)
     for how in ("truncate", "round"):
         out = sd.txt2img(PROMPT, rounding=how, **options)
@@ -402,6 +403,7 @@ def test_a_mask_comes_to_cells_by_four_rules():
 
 
 @pytest.mark.parametrize("preset", ["a1111", "comfyui", "diffusers", "compvis"])
+@pytest.mark.thinned(2)
 def test_a_preset_keeps_pixels_or_latents(sd, preset):
     source, mask = picture(), Image.new("L", (64, 64), 0)
     mask.paste(255, (0, 0, 32, 64))
@@ -561,6 +563,7 @@ def compvis_bytes(model, latents, rounding):
     ("preset", "scale", "rounding"),
     [("compvis", 7.5, "truncate"), ("bubbliiiing", 9.0, "truncate_127.5"), ("cldm", 9.0, "truncate_127.5")],
 )
+@pytest.mark.thinned(3)
 def test_the_scripts_of_compvis_line_by_line(sd, preset, scale, rounding):
     """Seeds, draws, the longer list of levels for 7 steps, guidance and bytes: txt2img, and img2img from a picture."""
     model, options = sd.model, {"negative_prompt": "blue", "seed": 5, "steps": 7, "preset": preset}

@@ -285,6 +285,7 @@ THEIRS = {
 
 
 @pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.thinned(3)
 def test_other_programs_pictures_are_painted_and_what_is_lost_is_said(shelf, replayer, tmp_path, name):
     text, key, told, lost = THEIRS[name]
     replayer = copy.copy(replayer)
@@ -348,6 +349,7 @@ def test_pictures_that_begin_with_one_need_it(sd, shelf, replayer, tmp_path):
         all_.replay(tmp_path / "theirs.png", tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_a_vae_of_its_own_is_found_by_its_hash(shelf, tmp_path):
     """It is named in the picture, whatever it is called later; without it, what is painted is not called the same."""
     state = {
@@ -422,6 +424,7 @@ def test_pixels_are_compared_as_the_file_codes_them(tmp_path, name, save, is_sam
     assert compare(tmp_path / name, image.crop((0, 0, 8, 9))) == ("another size, 8 x 9", False)
 
 
+@pytest.mark.slow
 def test_the_script_says_each_picture_and_its_exit_code_whether_all_was_honoured(
     sd, shelf, tmp_path, capsys, monkeypatch
 ):
