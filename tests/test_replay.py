@@ -41,6 +41,7 @@ def shelf(tmp_path_factory):
         (folder / name).mkdir()
     write_tiny(folder / "models")
     write_lora_for(folder / "loras" / "ink.safetensors", tiny_model())
+    torch.save({"wide": torch.zeros(2, WIDTH + 1)}, folder / "embeddings" / "wide.pt")
     torch.save(
         {"birb": torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))},
         folder / "embeddings" / "birb.pt",
@@ -266,6 +267,8 @@ THEIRS = {
         {"positive_prompt": "a cat++", "steps": 2, "scheduler": "euler_k", "seed": 5, "cfg_scale": 2, "width": 64,
          "height": 72, "model": {"name": "tiny"}, "hrf_method": "ESRGAN"}, "invokeai_metadata",
         {"prompt_syntax": "compel", "spacing": "karras"}, ["hrf_method: 'ESRGAN' is no option here"]),
+    "an embedding for another model": (
+        f"a wide cat\n{LINE}", "parameters", {"prompt": "a wide cat", "adapters": []}, ["the embedding 'wide': "]),
     "A1111's inpainting": (
         f"a\n{LINE}, Denoising strength: 0.5, Mask blur: 4", "parameters", {"mode": "inpaint", "mask_blur": 4}, []),
     "ours, of words that the reader has for itself": (

@@ -307,8 +307,12 @@ class Replayer:
         found = []
         for path in self.embeddings.files:
             if re.search(before + re.escape(path.stem.lower()) + r"(?!\w)", texts):
+                try:
+                    found.append(self._embedding(sd, path, path.stem))
+                except LdmError as error:  # of another model, or none: its name is painted as words
+                    account.lost.append(f"the embedding {shown(path.stem)}: {error}")
+                    continue
                 account.notes.append(f"the embedding {shown(path.stem)} is found by its name alone")
-                found.append(self._embedding(sd, path, path.stem))
         return found
 
     # --- the request ------------------------------------------------------------------------------
