@@ -139,7 +139,8 @@ def edit(args: argparse.Namespace) -> None:
     mask = None if args.mask is None else open_image(args.mask)
     marks = {"image_hash": hash_of(image), "mask_hash": None if mask is None else hash_of(mask)}
     for name, given in marks.items():
-        if told and told.get(name) != given:
+        new_mask = name == "mask_hash" and told.get(name) is None  # where there was none, one may be given
+        if told and told.get(name) != given and not new_mask:
             what = name.removesuffix("_hash")
             raise MismatchError(
                 f"--like '{args.like}' was made of another {what} (hash {shown(told.get(name))}) than --{what} "

@@ -92,6 +92,19 @@ def test_an_edit_is_made_again_from_what_its_picture_says(home, end, model):
 
 
 @pytest.mark.slow
+def test_a_mask_is_given_to_what_had_none_and_not_left_out_where_there_was_one(home, end, model):
+    assert (
+        end("--image", "photo.png", *PROMPTS, "--steps", 1, "--no-sheet", "--outdir", "out", *model)[0] == 0
+    )
+    assert end(*PHOTO, "--like", "out/00000.png", "--no-sheet", *model)[0] == 0
+    whole, part = (np.asarray(Image.open(f"out/0000{i}.png")) for i in range(2))
+    assert np.array_equal(part[:, :24], np.asarray(Image.open("photo.png"))[:, :24])
+    assert not np.array_equal(part[:, :24], whole[:, :24])
+    code, _, complaints = end("--image", "photo.png", "--like", "out/00001.png", *model)
+    assert code == 5 and "made of another mask" in complaints and "than --mask None" in complaints
+
+
+@pytest.mark.slow
 def test_ways_with_noise_draw_it_from_the_seed(home, end, model):
     """Of the method or of the inversion: another seed, another picture."""
     for i, way in enumerate((["diffedit"], ["add_noise"], ["swap", "--inversion", "edit_friendly"])):
