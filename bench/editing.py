@@ -12,7 +12,6 @@ picture is saved at once; a second run does what is missing.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import quality  # noqa: E402
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -203,9 +204,7 @@ def run(count: int, path: Path, patterns: Sequence[str]) -> dict[str, Any]:
             picture.save(strips / f"{number:03d}.png")
             for row in rows:
                 images[row.key].save(strips / f"{number:03d}-{ROWS.index(row):02d}.png")
-        half = path.with_suffix(".half")
-        half.write_text(json.dumps(done, indent=1))
-        os.replace(half, path)
+        quality.write(path, json.dumps(done, indent=1).encode())
         print(f"{number + 1}/{count} {kind}: {time.perf_counter() - began:.1f} s", flush=True)
     return done
 
@@ -270,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
     done = run(options.edits, options.results, options.rows)
-    options.results.with_suffix(".md").write_text(table(done))
+    quality.write(options.results.with_suffix(".md"), table(done).encode())
     contact_sheet(options.results)
     print(table(done))
 

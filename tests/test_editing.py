@@ -48,7 +48,13 @@ def swapped(scene):
     return editing.swap(scene)
 
 
-@pytest.mark.parametrize("name", ["prompt_to_prompt", "mutual_self_attention", "plug_and_play"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "prompt_to_prompt",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("mutual_self_attention", "plug_and_play")),
+    ],
+)
 def test_what_is_controlled_differs_from_a_swap_and_edits_do_not_depend_on_each_other(scene, swapped, name):
     editor = editing.resolve_editor(name)
     got = editor(scene)

@@ -168,6 +168,7 @@ def test_of_no_step_and_of_the_same_prompt_it_changes_nothing(model, alone):
     assert near(same[1], same[0]) and near(same[0], alone[0])
 
 
+@pytest.mark.slow
 def test_the_same_optimized_and_with_guidance_in_two_calls(model, edited):
     adapters = [PromptToPrompt(self_replace_steps=0.7)]
     optimize(model)
