@@ -193,6 +193,10 @@ def begin_pass(
         keywords |= {"run_last": start.run_last, "start_from": None if is_forgotten else z}  # (b, c, h, w)
         if start.strength_rule in STRETCHED_RULES:
             keywords |= {"steps": one.planned, "keep_start": True}
+        elif (
+            start.kind == "before" and request.mode == "txt2img"
+        ):  # hires fix, at full strength too as A1111's
+            keywords["keep_start"] = True
     adapters, part = unet_attachments(for_batch(model, request, batch)), request.part_of(place)
     return keywords | {
         "x_T": x_T,

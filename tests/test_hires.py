@@ -44,20 +44,33 @@ def first(sd):
 
 
 @pytest.mark.parametrize(
-    ("upscaler", "mode", "antialias"),
+    ("upscaler", "mode", "antialias", "last"),
     [
-        ("latent", "bilinear", False),
-        ("Latent (bicubic antialiased)", "bicubic", True),
-        ("latent nearest-exact", "nearest-exact", False),
+        ("latent", "bilinear", False, 1),
+        ("Latent (bicubic antialiased)", "bicubic", True, 1),
+        ("latent nearest-exact", "nearest-exact", False, 2),  # a whole run, which does not forget them either
     ],
 )
-def test_of_latents_it_is_img2img_of_them_to_the_bit(sd, first, upscaler, mode, antialias):
+def test_of_latents_it_is_img2img_of_them_to_the_bit(sd, first, upscaler, mode, antialias, last):
     """At 1.35 times; sides are rounded down, and noise is what the seed draws first at the new size."""
-    got = sd.txt2img(PROMPT, **HOW, hires_scale=1.35, hires_upscaler=upscaler, **SECOND).latents
+    second = {
+        "hires_scale": 1.35,
+        "hires_upscaler": upscaler,
+        "hires_steps": last,
+        "hires_strength": last / 2,
+    }
+    got = sd.txt2img(PROMPT, **HOW, **second).latents
     z = F.interpolate(first.latents, size=(10, 12), mode=mode, antialias=antialias)
     noise = ImageNoise([3])
     c, uc = (sd.model.get_learned_conditioning([text]) for text in (PROMPT, ""))
-    run = {"steps": 2, "run_last": 1, "noise": noise, "eta": 0.0, "guidance_scale": 7.5}
+    run = {
+        "steps": 2,
+        "run_last": last,
+        "noise": noise,
+        "eta": 0.0,
+        "guidance_scale": 7.5,
+        "keep_start": True,
+    }
     with torch.no_grad():
         *_, last = generate.denoise(
             sd.model, noise.begin(z), c, sampler="ddim", start_from=z, unconditional_conditioning=uc, **run
