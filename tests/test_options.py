@@ -153,7 +153,7 @@ ELSEWHERE = {
         "A1111's size, prompts and eta; kinds and strengths of adapters; what ComfyUI's graph has",
         "negative_prompt sampler width height strength eta control scale hires_scale hires_size hires_strength loras",
     ),
-    "ldm/advice.py": ("kinds of advice", "steps strength"),
+    "ldm/advice.py": ("kinds of advice", "steps strength sigma_min sigma_max"),
     "ldm/cli/painting.py": (
         "files are read, samplers resolved, pictures counted",
         "plms dpm_solver sampler spacing height width lora embedding guidance_scale negative_prompt batch_size "
