@@ -287,8 +287,9 @@ TABLE: tuple[Option | Fact, ...] = (
     ),
     Option(
         "spacing", None, Levels(SPACING_WORDS, {"Uniform": "normal", "Automatic": None}),
-        "which levels are visited: karras, exponential, sgm_uniform, trailing, ... (docs/samplers.md)",
-        more="or steps + 1 sigmas; None is the sampler's own.",
+        "which levels are visited: karras, exponential, sgm_uniform, trailing, ... (docs/samplers.md); or they "
+        "themselves, as t=999,749,499,249 or sigma=14.6,3,0.5,0",
+        more="or a list of steps + 1 sigmas; None is the sampler's own.",
         section="sampling", flags=("--spacing",), also=("schedule_type",), infotext="Schedule type",
     ),
     Option(
@@ -396,6 +397,16 @@ TABLE: tuple[Option | Fact, ...] = (
         "rho", None, Number(*limits.TABLE_OPTION),
         "how much denser low noise is in karras (7) and polyexponential (1)",
         section="sampling", flags=("--rho",), infotext="Schedule rho", part="sampler",
+    ),
+    Option(
+        "beta_dist_alpha", None, Number(*limits.TABLE_OPTION),
+        "of beta and beta_sigma (0.6): less than 1 makes low noise denser",
+        section="sampling", flags=("--beta_dist_alpha",), infotext="Beta scheduler alpha", part="sampler",
+    ),
+    Option(
+        "beta_dist_beta", None, Number(*limits.TABLE_OPTION),
+        "of beta and beta_sigma (0.6): less than 1 makes high noise denser",
+        section="sampling", flags=("--beta_dist_beta",), infotext="Beta scheduler beta", part="sampler",
     ),
     Option(
         "sigma_min", None, Number(*limits.SIGMA),

@@ -6,7 +6,9 @@ from tiny import tiny_model
 from ldm.cli import painting_parser, read_prompts
 from ldm.errors import UsageError
 from ldm.metadata import from_infotext
+from ldm.models.diffusion.samplers import SAMPLERS, alpha_bar_table
 from ldm.pipeline import StableDiffusion
+from ldm.process.sigmas import sigma_of_alpha_bar
 
 PROMPT = "a red circle"
 
@@ -30,6 +32,8 @@ HEARD = [
     ("euler", {"s_churn": 3.0, "s_tmin": 0.5, "s_tmax": 12.0, "s_noise": 1.1}, "Sigma churn: 3.0"),
     ("euler_a", {"s_noise": 1.2}, "Sigma noise: 1.2"),
     ("lms", {"order": 2}, "Solver order: 2"),
+    ("euler", {"spacing": "beta", "beta_dist_alpha": 0.4}, "Beta scheduler alpha: 0.4"),
+    ("euler", {"spacing": "beta_sigma", "beta_dist_beta": 0.9}, "Beta scheduler beta: 0.9"),
     ("dpmpp_2m_sde", {"solver_type": "heun"}, "Solver type: heun"),
 ]
 
@@ -56,7 +60,7 @@ REFUSED = [
     ({"sampler": "ddim", "s_churn": 1.0}, "ddim has no option s_churn"),
     ({"sampler": "euler", "spacing": "karras", "rho": 0}, "rho must be a number from 0.01 to 100, got 0"),
     ({"sampler": "euler", "spacing": "karras", "sigma_min": 20.0}, "sigmas must go from 1e-06 or above up"),
-    ({"sampler": "euler", "spacing": [5.0, 1.0, 0.0], "sigma_max": 3.0, "steps": 2}, "list of sigmas has no option"),
+    ({"sampler": "euler", "spacing": [5.0, 1.0, 0.0], "sigma_max": 3.0, "steps": 2}, "or of t has no option"),
     ({"sampler": "euler", "spacing": [5.0, 5.0, 0.0], "steps": 2}, "sigmas must hold two at least, each below"),
     ({"sampler": "dpmpp_2m_sde", "solver_type": "bh2"}, "solver_type must be midpoint or heun, got 'bh2'"),
     ({"sampler": "dpmpp_2m_sde", "solver_type": 2}, "solver_type must be a text, got 2"),
@@ -75,7 +79,42 @@ REFUSED = [
     ({"sampler": "euler_cfg_pp", "s_noise": 0.5}, "euler_cfg_pp has no option s_noise"),
     ({"sampler": "euler", "brownian": "torchsde"}, "euler has no option brownian"),
     ({"sampler": "dpmpp_sde", "brownian": "own"}, "brownian must be torchsde, got 'own'|must be one of torchsde"),
+    ({"sampler": "euler", "spacing": "karras", "beta_dist_alpha": 0.5}, "no option beta_dist_alpha"),
+    ({"sampler": "euler", "spacing": "beta", "beta_dist_alpha": 0}, "must be a number from 0.01 to 100, got 0"),
+    ({"sampler": "euler", "spacing": "t=999,499"}, "3 steps need 3 t, got 2"),
+    ({"sampler": "euler", "spacing": "t=999,499,499"}, "a list of t must fall from t to t, each from 0 to 999"),
+    ({"sampler": "euler", "spacing": "t=1000,499,1"}, "each from 0 to 999, got \\[1000.0, 499.0, 1.0\\]"),
+    ({"sampler": "euler", "spacing": "t=999,499,nan"}, "a list of t must fall"),
+    ({"sampler": "euler", "spacing": "t=999,x,1"}, "is numbers with commas between, as t=999,749,499; got"),
+    ({"sampler": "euler", "spacing": "sigma=5,6,1,0"}, "sigmas must hold two at least, each below"),
+    ({"sampler": "euler", "spacing": "s=5,1,0"}, "the spacing must be one of .*got 's=5,1,0'"),
+    ({"sampler": "euler", "spacing": "t=999,499,1", "rho": 5.0}, "list of sigmas or of t has no option rho"),
+    ({"spacing": "t=999,499,1", "hires_scale": 1.5}, "of one pass; name hires_spacing for the second"),
 ]  # fmt: skip
+
+
+def test_levels_that_are_listed_are_visited(sd):
+    """As t, as sigmas in words, and as sigmas; the steps are counted off the list, and pictures say it."""
+    sigmas = sigma_of_alpha_bar(alpha_bar_table(sd.model))
+    wanted = [float(sigmas[t]) for t in (800, 400, 90)]
+    words = "sigma=" + ",".join(map(repr, [*wanted, 0.0]))
+    for sampler in ("euler", "dpmpp_2m", "restart", "dpm_fast"):
+        listed = [
+            sd.plan(PROMPT, sampler=sampler, spacing=one) for one in ("t=800, 400,90", words, [*wanted, 0.0])
+        ]
+        assert [one.steps for one in listed] == [3, 3, 3]
+        plans = [SAMPLERS[sampler].plan(alpha_bar_table(sd.model), 3, spacing=one.spacing) for one in listed]
+        for plan in plans:
+            assert [level.t for level in plan[:3]] == pytest.approx([800, 400, 90])
+            assert [float(level.sigma) for level in plan[:3]] == pytest.approx(wanted)
+            assert float(plan[3].alpha_bar) == 1.0
+    own = latents(sd, sampler="ddim", steps=4)
+    plan = SAMPLERS["ddim"].plan(alpha_bar_table(sd.model), 4)
+    same = latents(sd, sampler="ddim", steps=None, spacing="t=" + ",".join(str(one.t) for one in plan[:4]))
+    assert (own.latents == same.latents).all()
+    assert from_infotext(same.infotexts[0])["spacing"] == same.parameters[0].spacing
+    half = SAMPLERS["ddim"].plan(alpha_bar_table(sd.model), 2, spacing="t=800.5,90")
+    assert half[0].t == 800.5 and sigmas[800] < float(half[0].sigma) < sigmas[801]
 
 
 def test_options_without_meaning_are_refused_before_anything_is_painted(sd):

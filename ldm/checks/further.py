@@ -16,6 +16,7 @@ from ldm.checks.sampling import check_sampling
 from ldm.errors import UsageError
 from ldm.hires import load_upscaler
 from ldm.limits import CELLS, about_whole
+from ldm.models.diffusion.levels import explicit_levels
 from ldm.passes import Pass, start_from_before
 from ldm.sources import Source
 
@@ -110,8 +111,8 @@ def check_second(
         )
     steps = int(count / strength)
     spacing = checked["hires_spacing"] or (None if is_own else checked["spacing"])
-    if spacing is not None and not isinstance(spacing, str):
-        raise UsageError("a list of sigmas is of one pass; name hires_spacing for the second")
+    if explicit_levels(spacing) is not None:
+        raise UsageError("a list of sigmas or of t is of one pass; name hires_spacing for the second")
     of_sampler = {name: None if is_own else checked[name] for name in options.of_samplers()}
     found = check_sampling(
         model,

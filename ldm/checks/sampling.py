@@ -13,6 +13,7 @@ from ldm.adapters.tome import TokenMerging, check_merging
 from ldm.adapters.use import PromptWords, check_adapters
 from ldm.errors import UsageError, shown
 from ldm.limits import AUTO_AT_MOST, AUTO_CELLS, SHARE, STRENGTH_RULES, choice, real, whole
+from ldm.models.diffusion.levels import explicit_levels
 from ldm.models.diffusion.samplers import (
     SAMPLERS,
     check_schedule,
@@ -50,11 +51,14 @@ def check_sampling(
         arithmetic, strength_rule: whose steps are taken, and how many, see ldm.options.
     """
     sampler, spacing = split_sampler(sampler, spacing)
-    if isinstance(spacing, Sequence | np.ndarray) and not isinstance(spacing, str):
-        spacing = check_sigmas(spacing).tolist()
-        steps = len(spacing) - 1 if steps is None else steps
-    elif spacing is not None and not isinstance(spacing, str):
+    if spacing is not None and not isinstance(spacing, str | Sequence | np.ndarray):
         raise UsageError(f"spacing must be a name, or a list of sigmas, got {shown(spacing)}")
+    if listed := explicit_levels(spacing):
+        kind, numbers = listed
+        if kind == "sigma":
+            spacing = check_sigmas(numbers).tolist()
+        if steps is None:
+            steps = len(numbers) - (kind == "sigma")
     if steps is None:
         fewest = defaults.least_steps.get(sampler, 1)
         steps = min(max(defaults.steps, fewest), model.num_timesteps)

@@ -149,22 +149,36 @@ def _ddim(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _beta(
-    n: int, sigmas: np.ndarray, low: float, high: float, *, alpha: float = 0.6, beta: float = 0.6
+    n: int,
+    sigmas: np.ndarray,
+    low: float,
+    high: float,
+    *,
+    beta_dist_alpha: float = 0.6,
+    beta_dist_beta: float = 0.6,
 ) -> np.ndarray:
     """Whole levels at the quantiles of a beta distribution (arXiv:2407.12173), as ComfyUI has them.
 
     Levels that repeat are dropped, so that many steps come out fewer.
     """
-    share = beta_quantile(1 - np.linspace(0, 1, n, endpoint=False), alpha, beta)
+    share = beta_quantile(1 - np.linspace(0, 1, n, endpoint=False), beta_dist_alpha, beta_dist_beta)
     levels = np.rint(share * (len(sigmas) - 1)).astype(np.int64)
     return _to_zero(sigmas[levels[np.append(True, np.diff(levels) != 0)]])
 
 
 def _beta_sigma(
-    n: int, sigmas: np.ndarray, low: float, high: float, *, alpha: float = 0.6, beta: float = 0.6
+    n: int,
+    sigmas: np.ndarray,
+    low: float,
+    high: float,
+    *,
+    beta_dist_alpha: float = 0.6,
+    beta_dist_beta: float = 0.6,
 ) -> np.ndarray:
     """The same quantiles, of sigma itself: A1111's "beta"."""
-    return _to_zero(low + beta_quantile(1 - np.linspace(0, 1, n), alpha, beta) * (high - low))
+    return _to_zero(
+        low + beta_quantile(1 - np.linspace(0, 1, n), beta_dist_alpha, beta_dist_beta) * (high - low)
+    )
 
 
 def _kl_optimal(n: int, sigmas: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -330,8 +344,8 @@ def sigma_table(
             A1111 as here.
         discard_next_to_last: make one step more and leave out the last sigma above 0: A1111's option, and what DPM2
             needs there.
-        options: of the table: rho of "karras" and "polyexponential", alpha and beta of "beta" and "beta_sigma",
-            threshold of "linear_quadratic", beta_d and beta_min of "vp".
+        options: of the table: rho of "karras" and "polyexponential", beta_dist_alpha and beta_dist_beta of "beta" and
+            "beta_sigma", threshold of "linear_quadratic", beta_d and beta_min of "vp".
 
     Returns:
         (num_steps + 1,) float64.

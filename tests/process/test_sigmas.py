@@ -274,7 +274,11 @@ REFUSED = [
     (("karras", 5), {"rho": 0}, "rho of the sigmas 'karras' must be from 0.01 to 100, got 0"),
     (("karras", 5), {"rho": float("nan")}, "got nan"),
     (("karras", 5), {"rho": True}, "got True"),
-    (("beta", 5), {"alpha": 101}, "alpha of the sigmas 'beta' must be from 0.01 to 100, got 101"),
+    (
+        ("beta", 5),
+        {"beta_dist_alpha": 101},
+        "beta_dist_alpha of the sigmas 'beta' must be from 0.01 to 100, got 101",
+    ),
     (("karras", 5), {"sigma_min": 0}, "from 1e-06 or above up to at most 1000000, got 0 and 14"),
     (("karras", 5), {"sigma_min": 3.0, "sigma_max": 2.0}, r"got 3\.0 and 2\.0"),
     (("karras", 5), {"sigma_max": float("inf")}, "got .* and inf"),

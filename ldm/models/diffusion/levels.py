@@ -125,13 +125,44 @@ def choose_levels(spacing: str, steps: int, num_train: int) -> np.ndarray:
     return check_levels(compvis_levels("uniform", steps, num_train), num_train)
 
 
+def explicit_levels(spacing: str | Sequence[float] | None) -> tuple[str, Sequence[float]] | None:
+    """Read a spacing that lists its levels itself: ("t" or "sigma", numbers); None where it is a name.
+
+    A list holds sigmas; a text begins with what it lists, as "t=999,749,499" or "sigma=14.6,3,0".
+
+    Raises:
+        UsageError: a text that holds no numbers.
+    """
+    if spacing is None or not isinstance(spacing, str):
+        return None if spacing is None else ("sigma", spacing)
+    kind, equals, numbers = spacing.partition("=")
+    if not equals or kind.strip() not in ("t", "sigma"):
+        return None
+    try:
+        return kind.strip(), [float(one) for one in numbers.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"a spacing that lists its levels is numbers with commas between, as t=999,749,499; got {shown(spacing)}"
+        ) from None
+
+
+def check_timesteps(values: Sequence[float], num_train: int) -> np.ndarray:
+    """Return an explicit list of t, as float64, or raise UsageError unless it falls within 0..num_train - 1."""
+    t = np.asarray(values, dtype=np.float64)
+    if not (np.diff(t) < 0).all() or not (t >= 0).all() or not (t <= num_train - 1).all():
+        raise UsageError(
+            f"a list of t must fall from t to t, each from 0 to {num_train - 1}, got {shown(list(values))}"
+        )
+    return t
+
+
 def resolve_spacing(name: str) -> str:
-    """Find a spacing by its name; those of tables of sigmas in any common spelling.
+    """Find a spacing by its name; those of tables of sigmas in any common spelling. One that lists its levels stays.
 
     Raises:
         UsageError: there is none; the message lists some, and the nearest.
     """
-    if name in (*EXACT_METHODS, "compvis"):
+    if name in (*EXACT_METHODS, "compvis") or explicit_levels(name) is not None:
         return name
     found = resolve_sigma_table(name)
     if found is None:
@@ -160,7 +191,9 @@ def visited_levels(
     """List the levels of a run by any name there is for a spacing, or by their sigmas.
 
     Args:
-        spacing: a name that `resolve_spacing` knows; or steps + 1 sigmas, descending.
+        spacing: a name that `resolve_spacing` knows; or steps + 1 sigmas, descending, as a list or as
+            "sigma=14.6,3,0"; or as many t as steps, as "t=999,749,499", from the last of which the sampler goes
+            where its own spacings end.
         alpha_bar: (T,) float64, of the model.
         options: of a table of sigmas, see `sigma_table`.
 
@@ -173,7 +206,8 @@ def visited_levels(
     """
     signal = np.maximum(alpha_bar, LEAST_SIGNAL)
     own = sigma_of_alpha_bar(signal)
-    if isinstance(spacing, str):
+    listed = explicit_levels(spacing)
+    if listed is None:
         spacing = resolve_spacing(spacing)
         if options and not is_table(spacing):
             raise UsageError(
@@ -189,9 +223,18 @@ def visited_levels(
     else:
         if options:
             raise UsageError(
-                f"a list of sigmas has no option {', '.join(options)}; it says itself where it ends"
+                f"a list of sigmas or of t has no option {', '.join(options)}; it says itself which levels it visits"
             )
-        sigmas = check_sigmas(spacing)
+        kind, numbers = listed
+        if kind == "t":
+            t = check_timesteps(numbers, len(alpha_bar))[::-1]
+            if len(t) != steps:
+                raise UsageError(f"{steps} steps need {steps} t, got {len(t)}")
+            whole = t.astype(np.int64)
+            if (t == whole).all():
+                return whole, alpha_bar[whole], None
+            return t, alpha_bar_of_sigma(sigma_of_t(t, own)), None
+        sigmas = check_sigmas(numbers)
         if len(sigmas) != steps + 1:
             raise UsageError(f"{steps} steps need {steps + 1} sigmas, the end included; got {len(sigmas)}")
     between = alpha_bar_of_sigma(sigmas[::-1])

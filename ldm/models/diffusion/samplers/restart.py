@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ldm.models.diffusion.levels import Level, LevelTable
+from ldm.models.diffusion.levels import Level, LevelTable, explicit_levels
 from ldm.models.diffusion.samplers.kdiffusion import Heun
 from ldm.process.sigmas import check_sigmas, sigma_table
 
@@ -36,12 +36,12 @@ class Restart(Heun):
         **options: Any,
     ) -> list[Level]:
         again, times = (steps // 4, 2) if steps >= 36 else (9, 1)
-        table, is_list = LevelTable(alpha_bar), not (spacing is None or isinstance(spacing, str))
-        if is_list:
-            way = check_sigmas(spacing, may_rise=True)
+        table, listed = LevelTable(alpha_bar), explicit_levels(spacing)
+        if listed is not None and listed[0] == "sigma":
+            way = check_sigmas(listed[1], may_rise=True)
             if (np.diff(way) > 0).any() and len(way) == steps + 1 and not options:
                 return cls.along(way, table)
-        if steps < 20 or is_list:
+        if steps < 20 or listed is not None:
             return super().plan(alpha_bar, steps, spacing=spacing, **options)
         plan = super().plan(alpha_bar, steps - again * times, spacing=spacing, **options)
         sigmas = np.array([float(level.sigma) for level in plan])

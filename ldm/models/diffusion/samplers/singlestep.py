@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm import limits
 from ldm.errors import NumericError, UsageError, shown
-from ldm.models.diffusion.levels import Level, LevelTable
+from ldm.models.diffusion.levels import Level, LevelTable, explicit_levels
 from ldm.models.diffusion.samplers.base import SigmaSampler, VariableEta
 from ldm.process.spacing import check_steps
 from ldm.process.steps import ancestral_split, dpm_solver_singlestep
@@ -54,7 +54,7 @@ class DPMFast(VariableEta, SigmaSampler):
         **options: Any,
     ) -> list[Level]:
         calls = check_steps(steps, len(alpha_bar))
-        if spacing is not None and not isinstance(spacing, str):
+        if explicit_levels(spacing) is not None:
             plan = super().plan(alpha_bar, steps, spacing=spacing, **options)
             return [OrderedLevel(one.t, one.alpha_bar, one.left, one.total) for one in plan]
         orders = [3] * (calls // 3 - 1) + [2, 1] if calls % 3 == 0 else [3] * (calls // 3) + [calls % 3]
@@ -134,7 +134,7 @@ class DPMAdaptive(VariableEta, SigmaSampler):
         spacing: str | Sequence[float] | None = None,
         **options: Any,
     ) -> list[Level]:
-        if spacing is not None and not isinstance(spacing, str):
+        if explicit_levels(spacing) is not None:
             return super().plan(alpha_bar, steps, spacing=spacing, **options)
         levels = ending_above_0(super().plan, alpha_bar, steps, spacing=spacing, **options)
         total = len(levels) - 1
