@@ -17,7 +17,7 @@ from ldm.errors import NumericError
 from ldm.models.diffusion.conditions import context_of
 from ldm.models.diffusion.samplers import Step, sample_steps, steps_as_diffusers
 from ldm.models.introspect import dtype_of
-from ldm.modules.seams import GuidanceTerm, Scope, StepInfo
+from ldm.modules.seams import GuidanceTerm, SampleChange, Scope, StepInfo
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -57,7 +57,7 @@ def denoise(
     unconditional = options.get("unconditional_conditioning")
     seen = WithAttachments(model, autocast, attachments, total, len(x_T), unconditional)
     run = steps_as_diffusers if arithmetic == "diffusers" else sample_steps
-    for step in run(sampler, seen, x_T, conditioning, steps=steps, behind=seen.change, **options):
+    for step in run(sampler, seen, x_T, conditioning, steps=steps, behind=seen.change_samples, **options):
         seen.step = StepInfo(step.index + 1, step.total)
         # On a GPU a check waits for the work that is queued, so only the first and last step are looked at.
         on_show = step.index in (0, step.total - 1) or step.x_t.device.type == "cpu"
@@ -136,11 +136,11 @@ class WithAttachments:
         """List what adds to the guidance of the next call."""
         return [one for one in self._terms if one.guides(self.step)]
 
-    def change(self, x: Tensor) -> Tensor:
+    def change_samples(self, x: Tensor) -> Tensor:
         """Change samples behind a step, by each attachment that does."""
         for attachment in self._attachments:
-            if hasattr(attachment, "change"):
-                x = attachment.change(x)
+            if isinstance(attachment, SampleChange):
+                x = attachment.change_samples(x)
         return x
 
     def _scope(self, network: torch.nn.Module, attachments: Sequence[Any]) -> Scope:

@@ -103,7 +103,7 @@ class Controlled:
 
         def after(x: Tensor, level: Level) -> Tensor:
             x = torch.cat([scene.source_at(level).to(x.dtype), x[1:]])
-            return scene.keep(network.model.change(x), level)
+            return scene.keep(network.model.change_samples(x), level)
 
         context = scene.context(prompts)
         return scene.inversion.sample(context, scene.start_step, network=network, after=after)[1:]

@@ -282,7 +282,7 @@ class PromptToPrompt(AttentionControl):
             self._blending.halvings = halvings_to_blend(network)
         return super().attach(network)
 
-    def change(self, x: Tensor) -> Tensor:
+    def change_samples(self, x: Tensor) -> Tensor:
         """Change samples (b, ...) behind a step: the local blend, where there is one."""
         return x if self._blending is None else self._blending.blend(x, self._step)
 

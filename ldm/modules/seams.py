@@ -117,6 +117,14 @@ class GuidanceTerm(Protocol):
         """Give what is added, of the answer's shape; `call` is an ldm.models.diffusion.denoiser.GuidedCall."""
 
 
+@runtime_checkable
+class SampleChange(Protocol):
+    """An attachment that changes the samples behind each step, such as the local blend of prompt-to-prompt."""
+
+    def change_samples(self, x: Tensor) -> Tensor:
+        """Give the samples (b, c, h, w) that the next step takes."""
+
+
 class Change:
     """What becomes of one weight.
 
