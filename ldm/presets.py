@@ -189,7 +189,8 @@ TABLE: tuple[Row, ...] = (
                     "strength_rule": ("compvis",),
                 },
                 (
-                    "rho", "sigma_min", "sigma_max", "discard_next_to_last", "s_churn", "s_tmin", "s_tmax", "s_noise",
+                    "rho", "beta_dist_alpha", "beta_dist_beta",
+                    "sigma_min", "sigma_max", "discard_next_to_last", "s_churn", "s_tmin", "s_tmax", "s_noise",
                     "order", "solver_type", "gamma", "brownian", "first_noise", "final_alpha",
                 ),
             )

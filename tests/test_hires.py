@@ -213,7 +213,7 @@ REFUSED = (
     ({"hires_scale": 2, "hires_strength": 0}, "hires_strength 0 are the last of more .* 0.05 or more"),
     ({"hires_scale": 2, "hires_sampler": "eulr"}, "did you mean euler"),
     ({"hires_scale": 2, "hires_prompt": "x\ud800"}, "hires_prompt holds characters that are no text"),
-    ({"hires_scale": 2, "spacing": [9.0, 3.0, 0.0]}, "a list of sigmas is of one pass"),
+    ({"hires_scale": 2, "spacing": [9.0, 3.0, 0.0]}, "a list of sigmas or of t is of one pass"),
     ({"hires_scale": 2, "image": Image.new("RGB", (72, 64))}, "and this is img2img; enlarge the picture"),
 )
 

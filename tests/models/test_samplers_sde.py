@@ -281,7 +281,7 @@ REFUSED = [
     (
         "euler",
         {"spacing": [3.0, 1.0, 0.5, 0.0], "sigma_min": 1.0},
-        "a list of sigmas has no option sigma_min",
+        "a list of sigmas or of t has no option sigma_min",
     ),
     (
         "euler",
