@@ -43,12 +43,14 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.cli.replaying import Replayer
 
     replayer = Replayer(device=args.device, **{dest: getattr(args, dest) for dest in FOLDERS})
-    problems: list[LdmError | None] = []
+    problems = 0
     for path in args.pictures:
         try:
             account = replayer.replay(path, args.outdir)
         except LdmError as error:  # the others are painted
-            problems.append(error)
+            if len(args.pictures) == 1:
+                raise
+            problems += 1
             say(printable(f"{path}: not painted: {error}"))
             continue
         say(printable(f"{path}: {account.saved}: {account.verdict or 'of another program, not compared'}"))
@@ -57,12 +59,10 @@ def main(argv: list[str] | None = None) -> None:
         for line in account.lost:
             say(printable(f"{path}: not honoured: {line}"))
         if account.lost or account.is_same is False:
-            problems.append(None)
-    if len(args.pictures) == 1 and problems and problems[0] is not None:
-        raise problems[0]
+            problems += 1
     if problems:
         raise MismatchError(
-            f"{len(problems)} of {len(args.pictures)} pictures could not be painted as they say; see the lines above"
+            f"{problems} of {len(args.pictures)} pictures could not be painted as they say; see the lines above"
         )
 
 
