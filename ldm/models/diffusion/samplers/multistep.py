@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ldm import limits
 from ldm.errors import UsageError, shown
 from ldm.models.diffusion.levels import Level
 from ldm.models.diffusion.samplers.base import Sampler, SigmaSampler, VariableEta
@@ -25,11 +26,10 @@ from ldm.process.multistep import (
 from ldm.process.steps import euler_step, plms_eps
 
 
-def check_choice(option: str, value: object, choices: tuple) -> None:
-    """Raise UsageError unless an option is one of its choices."""
-    if value not in choices:
-        names = ", ".join(str(choice) for choice in choices)
-        raise UsageError(f"{option} must be one of {names}; got {shown(value)}")
+def check_order(option: str, value: object, orders: tuple[int, ...]) -> None:
+    """Raise UsageError unless an order is one of those that there are."""
+    if value not in orders:
+        raise UsageError(f"{option} must be one of {', '.join(map(str, orders))}; got {shown(value)}")
 
 
 @dataclass
@@ -78,7 +78,7 @@ class OrderedSampler(MultistepSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(f"order of {self.name}", self.order, self.orders)
+        check_order(f"order of {self.name}", self.order, self.orders)
 
 
 class IPNDM(OrderedSampler):
@@ -122,7 +122,7 @@ class DEIS(OrderedSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("clock of deis", self.clock, DEIS_CLOCKS)
+        limits.choice("clock of deis", self.clock, DEIS_CLOCKS)
 
     def move(self, x: Tensor, denoised: Tensor, here: Level, to: Level) -> Tensor:
         slopes, sigmas = self.remembered((x - denoised) / float(here.sigma), here, self.order)
@@ -159,7 +159,7 @@ class UniPC(OrderedSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("solver_type of unipc", self.solver_type, UNIPC_TYPES)
+        limits.choice("solver_type of unipc", self.solver_type, UNIPC_TYPES)
 
     def step(self, x: Tensor, here: Level, to: Level) -> tuple[Tensor, Tensor]:
         unit, sigma, sigma_to = math.sqrt(here.alpha_bar), float(here.sigma), float(to.sigma)

@@ -5,9 +5,10 @@ from dataclasses import KW_ONLY, dataclass, field
 
 from torch import Tensor
 
+from ldm import limits
 from ldm.models.diffusion.levels import Level
 from ldm.models.diffusion.samplers.base import VariableEta
-from ldm.models.diffusion.samplers.multistep import MultistepSampler, OrderedSampler, check_choice
+from ldm.models.diffusion.samplers.multistep import MultistepSampler, OrderedSampler, check_order
 from ldm.process.multistep import er_sde_weights, sa_std, sa_weights, weighed
 
 
@@ -48,9 +49,9 @@ class SASolver(VariableEta, MultistepSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("order of sa_solver", self.order, (1, 2, 3, 4))
-        check_choice("corrector_order of sa_solver", self.corrector_order, (0, 1, 2, 3, 4))
-        check_choice("final_orders of sa_solver", self.final_orders, ("diffusers", "comfyui", "none"))
+        check_order("order of sa_solver", self.order, (1, 2, 3, 4))
+        check_order("corrector_order of sa_solver", self.corrector_order, (0, 1, 2, 3, 4))
+        limits.choice("final_orders of sa_solver", self.final_orders, ("diffusers", "comfyui", "none"))
 
     def remaining(self, here: Level) -> int:
         """Count the steps from here on, less one to the clean end, which has no order."""
