@@ -63,6 +63,7 @@ def diffusion_run(tmp_path_factory, stage_run):
 # -- resumption --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_resumed_diffusion_run_is_the_uninterrupted_one(tmp_path, stage_run, diffusion_run):
     """Weights, average, optimizer, schedule, guard and data position, bit for bit; loader workers included."""
     whole, _ = diffusion_run
