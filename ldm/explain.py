@@ -15,7 +15,8 @@ import ldm
 from ldm import images as pictures
 from ldm.adapters.use import prompt_reader
 from ldm.adapters.word_maps import WordMaps
-from ldm.edit import encode_picture, invert_picture, joined
+from ldm.edit_parts import encode_picture, joined
+from ldm.edit_pictures import invert_picture
 from ldm.errors import UsageError, nearest, shown
 from ldm.labels import labelled, plain
 from ldm.limits import is_real

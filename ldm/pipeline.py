@@ -34,7 +34,7 @@ from ldm.results import GenerationResult, Progress, join, with_bar
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ldm.edit import Edited
+    from ldm.edit_pictures import Edited
     from ldm.explain import Explained
     from ldm.grids import Grid
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -371,7 +371,7 @@ class StableDiffusion:
         Raises:
             As that.
         """
-        from ldm.edit import invert_picture
+        from ldm.edit_pictures import invert_picture
 
         return invert_picture(self, image, prompt, **options)
 
@@ -384,7 +384,7 @@ class StableDiffusion:
         Raises:
             As that.
         """
-        from ldm.edit import edit_picture
+        from ldm.edit_pictures import edit_picture
 
         return edit_picture(self, image, image_prompt, edit_prompt, **options)
 

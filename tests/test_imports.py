@@ -54,6 +54,8 @@ STORIES = (
     "denoising",
     "diffusers_style",
     "edit",
+    "edit_parts",
+    "edit_pictures",
     "editing",
     "explain",
     "encoding",
