@@ -351,7 +351,7 @@ def test_pictures_say_it_in_a1111s_words_and_repeat_it(sd, tmp_path):
     read = from_infotext(text)
     assert {name: read[name] for name in given} == given and "extra" not in read
     path = out.save(tmp_path)[0]
-    parser = painting_parser("inpaint.py", "x", outdir="o", scale=7.5, strength=1.0)
+    parser = started("inpaint.py", strength=1.0)
     args = parser.parse_args(["--like", str(path), "--mask_blur", "1"])
     assert {name: getattr(args, name) for name in given} == {**given, "mask_blur": 1}
     assert ldm.read_metadata(path)["outpaint"] is None
@@ -445,11 +445,19 @@ def test_a_file_enlarges_by_its_name(sd, tmp_path):
     assert tiled.parameters[0].upscaler == "2x-Sharp" and str(tmp_path) not in str(tiled.metadata(0))
 
 
+def started(name, strength):
+    """The parser of a script to which a picture to begin with and a mask are given."""
+    parser = painting_parser(name, "x", outdir="o", scale=7.5, strength=strength)
+    parser.add_argument("--init-img", default="in.png")
+    parser.add_argument("--mask", default="mask.png")
+    return parser
+
+
 def test_like_wants_a_folder_for_a_files_name(sd, tmp_path, capsys):
     out = sd.img2img(PROMPT, picture(), 0, **HOW)
     values = {**vars(out.parameters[0]), "upscale_by": 2.0, "upscaler": "2x-Sharp"}
     picture().save(tmp_path / "a.png", pnginfo=png_info(values))
-    parser = painting_parser("img2img.py", "x", outdir="o", scale=7.5, strength=0.75)
+    parser = started("img2img.py", strength=0.75)
     assert parser.parse_args(["--like", str(tmp_path / "a.png")]).upscaler == "lanczos"
     assert "its SD upscale upscaler '2x-Sharp' is not known here; left as it is" in capsys.readouterr().out
     args = parser.parse_args(["--like", str(tmp_path / "a.png"), "--upscaler_dir", str(tmp_path)])
@@ -464,7 +472,7 @@ def test_like_leaves_out_what_is_said_of_nothing(tmp_path, capsys):
     info = PngInfo()
     info.add_text("parameters", f"{text}, Mask blur: 4, Inpaint area: Only masked, Masked area padding: 16")
     picture().save(tmp_path / "a.png", pnginfo=info)
-    parser = painting_parser("inpaint.py", "x", outdir="o", scale=7.5, strength=1.0)
+    parser = started("inpaint.py", strength=1.0)
     args = parser.parse_args(["--like", str(tmp_path / "a.png")])
     assert (args.loop_strength, args.loop_curve, args.upscale_overlap) == (None, "linear", 64)
     assert (args.mask_blur, args.inpaint_full_res, args.inpaint_full_res_padding) == (4, True, 16)
@@ -473,6 +481,56 @@ def test_like_leaves_out_what_is_said_of_nothing(tmp_path, capsys):
     assert "its Denoising curve is of loops, which is not asked for" in said
     args = parser.parse_args(["--like", str(tmp_path / "a.png"), "--loops", "3"])
     assert (args.loop_strength, args.loop_curve) == (0.5, "lazy")
+
+
+# What a picture says -> the script, with what it is given; what is said; the option that stays at its default.
+OF_OTHERS = [
+    ({"mode": "inpaint", "mask_blur": 4, "inpaint_fill": "fill"}, "img2img", ["--init-img", "in.png"],
+     "its mask, Mask blur, Masked content left out: of a mask (inpaint.py --mask), which is not here", "mask_blur"),
+    ({"mode": "inpaint", "mask_rule": "a1111"}, "inpaint", ["--init-img", "in.png", "--mask", "m.png"], "", None),
+    ({"mode": "inpaint", "mask_blur": 4}, "img2img", ["--init-img", "in.png", "--outpaint", "8,0,0,0"], "", None),
+    ({"mode": "inpaint", "kept": "latents"}, "inpaint", ["--indir", "in"], "", None),
+    ({"mode": "inpaint"}, "img2img", ["--init-img", "in.png"], "a.png: its mask left out: of a mask (inpaint.py", None),
+    ({"mode": "img2img", "strength": 0.5}, "inpaint", ["--init-img", "in.png", "--mask", "m.png"], "", None),
+    ({"mode": "txt2img", "hires_scale": 2.0, "hires_steps": 3}, "img2img", ["--init-img", "in.png"],
+     "its Hires upscale, Hires steps left out: of hires fix (txt2img.py), which is not here", None),
+    ({"strength": 0.5, "mask_blur": 4}, "txt2img", [], "its Denoising strength left out: of a picture to begin", None),
+    ({"mode": "img2img"}, "txt2img", [], "use img2img.py and give that one as --init-img", UsageError),
+    ({"mode": "inpaint"}, "txt2img", [], "use inpaint.py and give that one as --init-img", UsageError),
+    ({"mode": "inpaint"}, "grid", [], "use inpaint.py and give that one as --init-img", UsageError),
+    ({"mode": "inpaint", "mask_blur": 4}, "grid", ["--init-img", "in.png"], "its mask, Mask blur left", "mask_blur"),
+    ({"mode": "edit"}, "txt2img", [], "use edit.py and give that one as --image", UsageError),
+    ({"mode": "edit"}, "img2img", ["--init-img", "in.png"], "use edit.py and give that one as --image", UsageError),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "script", "argv", "words", "left"), OF_OTHERS)
+def test_like_of_another_scripts_picture_says_what_is_left_out(
+    tmp_path, monkeypatch, capsys, said, script, argv, words, left
+):
+    """Or which script to take, where without another picture it would be no such picture at all."""
+    monkeypatch.chdir(tmp_path)
+    picture().save("a.png", pnginfo=png_info({"prompt": "a", "steps": 2, "seed": 3, **said}))
+    strength = None if script in ("txt2img", "grid") else 0.75
+    parser = painting_parser(
+        f"{script}.py", "x", outdir="o", scale=7.5, strength=strength, any_start=script == "grid"
+    )
+    for name in {"img2img": ["init-img"], "txt2img": []}.get(script, ["init-img", "mask", "indir"]):
+        parser.add_argument(f"--{name}")
+    if left is UsageError:
+        with pytest.raises(UsageError, match=re.escape(words)):
+            parser.parse_args(["--like", "a.png", *argv])
+        return
+    args = parser.parse_args(["--like", "a.png", *argv])
+    out = capsys.readouterr().out
+    assert words in out and bool(words) == bool(out) and args.prompt == "a"
+    for name in said.keys() - {"mode"}:
+        if hasattr(args, name):
+            option = options.option(name)
+            assert getattr(args, name) == (option.default if words else said[name]), name
+    assert left is None or hasattr(args, left)
+    if left is not None:  # given by hand it is not swallowed
+        assert getattr(parser.parse_args(["--like", "a.png", *argv, "--mask_blur", "2"]), left) == 2
 
 
 @pytest.mark.slow

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ldm import options
 from ldm.cli.adapters import told_adapters
@@ -211,11 +212,11 @@ class _PaintingParser(Parser):
             raise FormatError(
                 f"--like '{found.like}' does not say how it was painted; give a picture that does"
             )
-        if parameters.get("mode") in ("img2img", "inpaint") and not hasattr(found, "strength"):
-            script = parameters["mode"]
+        mode = parameters.get("mode")
+        if mode == "edit" or (mode in ("img2img", "inpaint") and not _begins(found)):
+            script, flag = ("edit.py", "--image") if mode == "edit" else (f"{mode}.py", "--init-img")
             raise UsageError(
-                f"--like '{found.like}' was painted from another picture; use {script}.py and give that one "
-                "as --init-img"
+                f"--like '{found.like}' was painted from another picture; use {script} and give that one as {flag}"
             )
         if "from_file" in given:
             given = given | {"prompt"}
@@ -235,6 +236,7 @@ class _PaintingParser(Parser):
             found.given.add(name)
         for name in sorted(here & lines.keys()):
             say(printable(f"{found.like}: {lines[name]}; left as it is"))
+        self._leave_out(found, given, values, mode)
         self._leave_alone(found, given)
         found.like_adapters = told_adapters(parameters)
         found.like_vae = {name: parameters.get(name) for name in ("vae", "vae_hash")}
@@ -248,6 +250,32 @@ class _PaintingParser(Parser):
                 f"{found.like}: was number {place + 1} of its batch, and depends on that place; "
                 "what is painted here is the first"
             )
+
+    def _leave_out(
+        self, found: argparse.Namespace, given: set[str], values: Mapping[str, Any], mode: str | None
+    ) -> None:
+        """Leave out what a picture says of what is not here, and say so: of a mask where there is none.
+
+        Args:
+            given: by the command line, which is refused where that is so.
+            values: of options, which the picture says; mode: how it was painted.
+        """
+        has_mask = any(getattr(found, name, None) is not None for name in ("mask", "indir", "outpaint"))
+        needs = {
+            options.HIRES: ("of hires fix (txt2img.py)", hasattr(found, "hires_scale")),
+            options.START: ("of a picture to begin with (img2img.py --init-img)", _begins(found)),
+            options.MASK: ("of a mask (inpaint.py --mask)", _begins(found) and has_mask),
+        }
+        for group, (of_what, is_here) in needs.items():
+            others = [one for one in options.options() if one.group == group and one.name not in given]
+            lost = [one for one in others if values.get(one.name, one.default) != one.default and not is_here]
+            for one in lost:
+                if hasattr(found, one.name):
+                    setattr(found, one.name, one.default)
+            names = ["mask"] if group == options.MASK and mode == "inpaint" and not is_here else []
+            names += [one.infotext for one in lost]
+            if names:
+                say(printable(f"{found.like}: its {', '.join(names)} left out: {of_what}, which is not here"))
 
     def _leave_alone(self, found: argparse.Namespace, given: set[str]) -> None:
         """Leave out what a picture says of loops or tiles that are not asked for: A1111 writes no number of loops.
@@ -265,3 +293,8 @@ class _PaintingParser(Parser):
                 setattr(found, option.name, option.default)
                 of = f"its {option.infotext} is of {option.beside[0]}, which is not asked for"
                 say(printable(f"{found.like}: {of}; left out"))
+
+
+def _begins(found: argparse.Namespace) -> bool:
+    """Tell whether options name a picture to begin with, or a folder of such."""
+    return any(getattr(found, name, None) is not None for name in ("init_img", "indir"))
