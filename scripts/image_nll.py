@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         need_matplotlib()
     device, outdir = pick_device(args.device), prepare_folder(args.outdir)
     flags = given_flags(parser, args, argv)
+    seeds = list_seeds(args.seed, args.num_samples if args.shapes is None else args.shapes)
     model = models.open_model(args.model_path, config=args.config, device=device, flags=flags)
     if args.optimize:
         model.optimize()
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         pictures = likelihood.shapes_to_measure(model, args.shapes)
     else:
         pictures = likelihood.folder_to_measure(model, args.data_dir, args.num_samples)
-    seeds = list_seeds(args.seed, len(pictures))
+    seeds = seeds[: len(pictures)]
     say(f"picture i draws from seed {seeds[0]} + i")
     result = likelihood.measure(model, pictures, seeds=seeds, batch_size=args.batch_size, say=say)
     result = {"model": str(model.file), "data": args.data_dir or "shapes", **result}

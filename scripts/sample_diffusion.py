@@ -118,6 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     guide_flags = {name: flags.pop(name) for name in list(flags) if name.startswith("classifier_")}
     device, outdir = pick_device(args.device), prepare_folder(args.outdir)
     base = None if args.base_samples is None else sampling.read_samples(args.base_samples)
+    count = args.num_samples or (16 if base is None else len(base[0]))
+    seeds = list_seeds(args.seed, count)
     model = models.open_model(args.model_path, config=args.config, device=device, flags=flags)
     options = settle_options(args, flags, model)
     if args.optimize:
@@ -129,8 +131,6 @@ def main(argv: list[str] | None = None) -> None:
     for note in [*model.report.notes, *(guide.report.notes if guide else [])]:
         say(f"note: {note}")
 
-    count = args.num_samples or (16 if base is None else len(base[0]))
-    seeds = list_seeds(args.seed, count)
     conditions = models.choose_conditions(
         model,
         seeds,

@@ -559,7 +559,15 @@ def both(embeds):
         ),
         ({"spacing": "magic"}, "magic"),
         ({"seed": -2}, "seed must be a whole number from 0 to 18446744073709551615, or -1, 'random' or None"),
-        ({"seed": 2**64 - 1, "num_images": 2}, "got 18446744073709551615"),
+        (
+            {"seed": 2**64 - 1, "num_images": 2},
+            "after 1 none is left; take a smaller seed, got 18446744073709551615",
+        ),
+        ({"seed": 2**64 - 2, "num_images": 4, "batch_size": 3, "fixed_code": True}, "after 2 none is left"),
+        (
+            {"variation_seed": 2**64 - 1, "num_images": 2, "variation_strength": 0.5},
+            "picture i has variation_seed + i",
+        ),
         ({"seed": [1]} | {"num_images": 2}, "one for each image, wanted 2, got 1"),
         ({"seed": "abc"}, "got 'abc'"),
         ({"num_images": 0}, "num_images must be"),

@@ -114,6 +114,8 @@ SEEDS = [  # (what is asked for, seeds, variation seeds)
     ({"seed": 5}, [5, 6, 7], [None, None, None]),
     ({"seed": 5, "variation_strength": 0.2, "variation_seed": 9}, [5, 5, 5], [9, 10, 11]),
     ({"seed": [5, 2, 4], "variation_strength": 0.2, "variation_seed": 9}, [5, 2, 4], [9, 10, 11]),
+    ({"seed": 2**64 - 1, "variation_strength": 0.2, "variation_seed": 9}, [2**64 - 1] * 3, [9, 10, 11]),
+    ({"seed": 2**64 - 1, "rng": "compvis"}, [2**64 - 1] * 3, [None] * 3),
     ({"seed": 5, "variation_strength": 1, "variation_seed": [9, 3, 1]}, [5, 5, 5], [9, 3, 1]),
 ]
 

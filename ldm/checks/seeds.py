@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ldm.errors import UsageError, shown
-from ldm.limits import CELLS, MAX_SEED, SHARED_RNGS, about_whole, is_whole
+from ldm.limits import CELLS, MAX_SEED, SEED, SHARED_RNGS, about_whole, is_whole
 from ldm.passes import ImageSpec
 
 RANDOM_SEEDS = (None, -1, "random")  # what stands for "draw one"
@@ -25,6 +26,19 @@ def is_list(value: Any) -> bool:
     return isinstance(value, np.ndarray | Sequence) and not isinstance(value, str | bytes)
 
 
+def seeds_from(first: int, name: str = "seed") -> Iterator[int]:
+    """Give first, first + 1, first + 2 and on: one for each picture that shares a count of seeds.
+
+    Raises:
+        UsageError: there is none left, which is said when it is asked for.
+    """
+    yield from range(first, MAX_SEED + 1)
+    raise UsageError(
+        f"picture i has {name} + i, at most {MAX_SEED}, and after {MAX_SEED - first + 1} none is left; take a "
+        f"smaller {name}, got {first}"
+    )
+
+
 def list_seeds(seed: Any, count: int, name: str = "seed") -> list[int]:
     """List one seed for each of count images: seed + i, or a list as given.
 
@@ -37,12 +51,12 @@ def list_seeds(seed: Any, count: int, name: str = "seed") -> list[int]:
         UsageError: no such seed, or a list of another length.
     """
 
-    def one(value: Any, high: int) -> int:
+    def one(value: Any) -> int:
         if value is None or (isinstance(value, str | int | np.integer) and value in RANDOM_SEEDS):
             return draw_seed()
-        if not is_whole(value, 0, high):
+        if not is_whole(value, *SEED):
             raise UsageError(
-                f"{name} must be {about_whole(0, high)}, or -1, 'random' or None to draw one; got {shown(value)}"
+                f"{name} must be {about_whole(*SEED)}, or -1, 'random' or None to draw one; got {shown(value)}"
             )
         return int(value)
 
@@ -52,9 +66,8 @@ def list_seeds(seed: Any, count: int, name: str = "seed") -> list[int]:
             raise UsageError(
                 f"a list of {name}s must name one for each image, wanted {count}, got {len(seed)}"
             )
-        return [one(value, MAX_SEED) for value in seed]
-    first = one(seed, MAX_SEED - count + 1)
-    return [first + i for i in range(count)]
+        return [one(value) for value in seed]
+    return list(itertools.islice(seeds_from(one(seed), name), count))
 
 
 def list_images(
@@ -67,14 +80,20 @@ def list_images(
 ) -> list[ImageSpec]:
     """List the images of a request: each prompt num_images times, each with its seed."""
     count = checked["num_images"]
-    seeds, variations = list_seeds(seed, len(prompts) * count), [None] * (len(prompts) * count)
-    if checked["variation_strength"] > 0:
-        variations = list_seeds(variation_seed, len(seeds), "variation_seed")
-        if not is_list(seed):  # A1111's rule: variations of one picture
-            seeds = [seeds[0]] * len(seeds)
+    pictures = len(prompts) * count
+    varies, is_shared = checked["variation_strength"] > 0, checked["rng"] in SHARED_RNGS
+    if is_list(seed):
+        seeds = list_seeds(seed, pictures)
+    else:  # one for variations of one picture, A1111's rule, and for all noise of a call
+        different = 1 if varies or is_shared else checked["batch_size"] if checked["fixed_code"] else pictures
+        seeds = list_seeds(seed, min(different, pictures))
+        seeds = [seeds[i % len(seeds)] for i in range(pictures)]
+    variations = [None] * pictures
+    if varies:
+        variations = list_seeds(variation_seed, pictures, "variation_seed")
     elif variation_seed is not None:
         raise UsageError("variation_seed needs a variation_strength above 0, got none; add one, up to 1")
-    if checked["rng"] in SHARED_RNGS:
+    if is_shared:
         if is_list(seed) and seeds not in (
             [seeds[0]] * len(seeds),
             [seeds[0] + i for i in range(len(seeds))],

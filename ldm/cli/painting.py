@@ -267,8 +267,8 @@ def lay_out(
     args: argparse.Namespace, lines: list[Line], sampler: str, sources: Sequence[dict[str, Any]]
 ) -> list[Group]:
     """Lay out the whole run, picture by picture, in CompVis's order: all prompts, then all again, n_iter times."""
+    from ldm.checks.seeds import draw_seed, seeds_from
     from ldm.prompting import tags_of
-    from ldm.request import draw_seed
 
     each = [one.name for one in options() if one.each]
     common = {name: getattr(args, name) for name in keywords() if hasattr(args, name) and name not in each}
@@ -279,12 +279,12 @@ def lay_out(
 
     def numbers_of(name: str, stays: Callable[[Line], bool]) -> list[Iterator[int]]:
         # Lines without a seed of their own share one count, or where it stays one seed.
-        first = start(getattr(args, name))
-        shared = {False: itertools.count(first), True: itertools.repeat(first)}
+        def both(first: int) -> dict[bool, Iterator[int]]:
+            return {False: seeds_from(first, name), True: itertools.repeat(first)}
+
+        shared = both(start(getattr(args, name)))
         return [
-            (itertools.repeat if stays(line) else itertools.count)(start(line.options[name]))
-            if name in line.options
-            else shared[stays(line)]
+            (both(start(line.options[name])) if name in line.options else shared)[stays(line)]
             for line in lines
         ]
 
@@ -312,8 +312,11 @@ def lay_out(
                     said = presets.values(whole[PRESET], "txt2img", sampler) | whole
                 # A line with a seed of its own is a call of its own, where that is the seed of a whole call.
                 call = line.place if said["rng"] in SHARED_RNGS and "seed" in line.options else ""
-                drawn = _draw(line, negative, list(itertools.islice(numbers, count)), whole, files)
-                for seed, text, other in drawn:
+                with _of_line(line):
+                    own_seeds = list(itertools.islice(numbers, count))
+                    own_variations = list(itertools.islice(variations, count if varies(line) else 0))
+                    drawn = _draw(line, negative, own_seeds, whole, files)
+                for (seed, text, other), variation in itertools.zip_longest(drawn, own_variations):
                     key = (i, own, tags_of(text, said[SYNTAX]), call)
                     if not groups or groups[-1].key != key:
                         groups.append(Group(i, whole, own, line.place, *key[2:]))
@@ -321,9 +324,17 @@ def lay_out(
                     groups[-1].negatives.append(negative)
                     groups[-1].drawn += {text, other} - {line.prompt, negative}
                     groups[-1].seeds.append(seed)
-                    if varies(line):
-                        groups[-1].variation_seeds.append(next(variations))
+                    groups[-1].variation_seeds += [] if variation is None else [variation]
     return groups
+
+
+@contextlib.contextmanager
+def _of_line(line: Line) -> Iterator[None]:
+    """Let an error begin with the line that it comes of, if that is one of a file."""
+    try:
+        yield
+    except LdmError as error:
+        raise type(error)(f"{line.place}: {error}" if line.place else str(error)) from None
 
 
 def _draw(
@@ -335,10 +346,7 @@ def _draw(
     given = SimpleNamespace(**whole)
     prompts, negatives = [line.prompt] * len(seeds), [negative] * len(seeds)
     if draws_texts(given):
-        try:
-            prompts, negatives = draw_texts(given, prompts, negatives, seeds, files)
-        except LdmError as error:
-            raise type(error)(f"{line.place}: {error}" if line.place else str(error)) from None
+        prompts, negatives = draw_texts(given, prompts, negatives, seeds, files)
     return list(zip(seeds, prompts, negatives, strict=True))
 
 

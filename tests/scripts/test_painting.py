@@ -25,6 +25,7 @@ from ldm.errors import AbsentError, FormatError, UsageError
 from ldm.options import line_names
 
 ROOT = Path(__file__).parents[2]
+LAST = 2**64 - 1  # of the seeds
 SLOW = partial(pytest.param, marks=pytest.mark.slow)  # one more row of a law that quick rows show
 
 
@@ -694,6 +695,55 @@ def test_bad_input_is_one_line_with_its_code_and_leaves_nothing(model, home, end
     assert got == code, err
     assert words in err and err.startswith("ldm: error: ") and err.count("\n") == 1 and len(err) <= 401
     assert "Traceback" not in err and files(home) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "words"),
+    [
+        (
+            "txt2img",
+            ["--seed", LAST, "--n_samples", 2],
+            f"picture i has seed + i, at most {LAST}, and after 1",
+        ),
+        (
+            "txt2img",
+            ["--seed", LAST - 1, "--n_iter", 3],
+            f"after 2 none is left; take a smaller seed, got {LAST - 1}",
+        ),
+        (
+            "txt2img",
+            ["--from-file", "p.txt", "--seed", LAST, "--batch_size", "auto"],
+            "line 3 of 'p.txt': picture i",
+        ),
+        (
+            "txt2img",
+            ["--from-file", "own.txt", "--n_iter", 2],
+            "line 2 of 'own.txt': picture i has seed + i",
+        ),
+        (
+            "txt2img",
+            ["--variation_strength", 0.5, "--variation_seed", LAST, "--n_samples", 2],
+            "picture i has variation_seed + i",
+        ),
+        ("sample_diffusion", ["--seed", LAST, "--num_samples", 2], "after 1 none is left"),
+        SLOW("image_nll", ["--seed", LAST - 1, "--shapes", 3], "after 2 none is left"),
+        # Their neighbours, which come as far as the file that is no model.
+        SLOW("txt2img", ["--seed", LAST], None),
+        ("txt2img", ["--seed", LAST - 1, "--n_samples", 2], None),
+        ("txt2img", ["--seed", LAST, "--variation_strength", 0.5, "--n_samples", 2], None),
+        SLOW("txt2img", ["--seed", "random", "--n_samples", 2], None),
+        SLOW("sample_diffusion", ["--seed", LAST - 1, "--num_samples", 2], None),
+        SLOW("image_nll", ["--seed", LAST, "--shapes", 1], None),
+    ],
+)
+def test_more_pictures_than_seeds_are_refused_before_a_model_is_read(home, end, name, argv, words):
+    Path("no.ckpt").touch()
+    Path("p.txt").write_text("a\n\nb")
+    Path("own.txt").write_text(f"a\n--prompt b --seed {LAST}\nc")
+    model = ["--ckpt" if name == "txt2img" else "--model_path", "no.ckpt"]
+    code, out, err = end(name, *model, *argv)
+    assert err.count("\n") == 1 and len(err) <= 401
+    assert (code == 3 and "no.ckpt" in err) if words is None else (code == 2 and words in err)
 
 
 def test_a_config_needs_its_weights(home, end):
