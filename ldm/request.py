@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ldm import options, presets
-from ldm.adapters.use import adapters_of, check_adapters, check_batches, check_parts, for_batch
+from ldm.adapters.use import adapters_of, check_adapters, check_hints, check_parts, for_batch
 
 # Some of these are for those who import them from here, or from ldm.wish as this module was called.
 from ldm.checks.further import check_loops, check_second, check_second_size, tile_passes
@@ -148,7 +148,7 @@ def check_request(
     )
     if templates is not None:
         specs = with_templates(specs, templates)
-    check_batches(checked["adapters"], len(specs), checked["batch_size"])
+    check_hints(checked["adapters"], len(specs))
     first = first_pass(checked)
     request = Request(
         images=specs,

@@ -270,6 +270,11 @@ class ControlNet:
         """Return one for one run of a sampler, which stands at a step of its own."""
         return replace(self)
 
+    def of_images(self, places: Sequence[int]) -> "ControlNet":
+        """Return one for some images of a request: see `controls.Hint.of_images`."""
+        hint = self.hint.of_images(places)
+        return self if hint is self.hint else replace(self, hint=hint)
+
     def of_part(self, size: tuple[int, int], box: tuple[int, int, int, int]) -> "ControlNet":
         """Return one for a part of the picture: see `controls.Hint.part`."""
         hint = self.hint.part(size, box)

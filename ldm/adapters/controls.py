@@ -79,7 +79,8 @@ class Hint:
 
     Args:
         given: a picture of PIL, the path of one, a tensor (3, height, width) or (n, 3, height, width) in [0, 1], or a
-            list of these, one for each picture of a batch. Transparency becomes white.
+            list of these, of which picture i of a request has the i-th, and after the last the first again.
+            Transparency becomes white.
         fit: where the aspect is another: "crop" keeps it and cuts off what is too much on both sides, "pad" keeps it
             and fills both sides with the median of the hint's border, "stretch" changes it.
 
@@ -114,13 +115,24 @@ class Hint:
         found.fit = "stretch"
         return found
 
+    def of_images(self, places: Sequence[int]) -> "Hint":
+        """Give the hints of some images of a request, by their places from 0: one each, or all where they alternate."""
+        count = len(self.pictures)
+        mine = [place % count for place in places]
+        if len(mine) % count == 0 and mine == list(range(count)) * (len(mine) // count):
+            return self
+        found = copy.copy(self)
+        found.pictures = [self.pictures[i] for i in mine]
+        return found
+
     def check_rows(self, images: int) -> int:
-        """Return how many hints there are, if each of so many images of a batch can have one, or raise UsageError."""
+        """Return how many hints there are, if so many images have each as often as the others, or raise UsageError."""
         count = len(self.pictures)
         if images % count:
             raise UsageError(
-                f"{count} hints should be one for each picture of a batch, got a batch of {images}; give one "
-                "hint, or set batch_size"
+                f"{count} hints go round among the pictures (picture {count} has the first again), so that their "
+                f"number should divide that of the pictures, got {images} picture{'s' * (images > 1)}; give one hint, "
+                "or as many as there are pictures"
             )
         return count
 

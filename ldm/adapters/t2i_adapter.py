@@ -8,7 +8,7 @@ Its maps depend on the hint alone, so that they are computed once for all steps:
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -187,6 +187,11 @@ class T2IAdapter:
     def begin(self) -> "T2IAdapter":
         """Return one for one run of a sampler, which stands at a step of its own."""
         return replace(self)
+
+    def of_images(self, places: Sequence[int]) -> "T2IAdapter":
+        """Return one for some images of a request: see `controls.Hint.of_images`."""
+        hint = self.hint.of_images(places)
+        return self if hint is self.hint else replace(self, hint=hint)
 
     def of_part(self, size: tuple[int, int], box: tuple[int, int, int, int]) -> "T2IAdapter":
         """Return one for a part of the picture: see `controls.Hint.part`."""

@@ -57,13 +57,11 @@ def check_adapters(model: nn.Module, adapters: Any) -> tuple[Any, ...]:
     return tuple(adapters)
 
 
-def check_batches(adapters: Iterable[Any], images: int, batch_size: int) -> None:
-    """Raise UsageError where the hints of an adapter are not one for each image of every batch."""
-    sizes = {min(images, batch_size), images % batch_size or batch_size}
+def check_hints(adapters: Iterable[Any], images: int) -> None:
+    """Raise UsageError where the hints of an adapter do not go round evenly among so many images of a request."""
     for one in adapters:
         if hasattr(one, "hint") and hasattr(one.hint, "check_rows"):
-            for size in sorted(sizes, reverse=True):
-                one.hint.check_rows(size)
+            one.hint.check_rows(images)
 
 
 def for_part(adapters: Iterable[Any], size: tuple[int, int], box: tuple[int, int, int, int]) -> list[Any]:
@@ -123,7 +121,10 @@ def unet_attachments(adapters: Iterable[Any]) -> list[Any]:
 
 
 def for_batch(model: nn.Module, request: Any, batch: Sequence[Any]) -> list[Any]:
-    """Give a request's attachments for one batch: those that look at its prompts (`for_batch`) are told them.
+    """Give a request's attachments for one batch, which may be a part of one that did not fit into memory.
+
+    Those with hints (`of_images`) have those of its images, and those that look at its prompts (`for_batch`) are told
+    them.
 
     Args:
         request, batch: an ldm.request.Request and some of its images.
@@ -131,7 +132,8 @@ def for_batch(model: nn.Module, request: Any, batch: Sequence[Any]) -> list[Any]
     Raises:
         UsageError: prompts that one of them does not take.
     """
-    adapters = request.attachments
+    places = [spec.place for spec in batch]
+    adapters = [one.of_images(places) if hasattr(one, "of_images") else one for one in request.attachments]
     looking = [one for one in adapters if hasattr(one, "for_batch")]
     if not looking:
         return adapters

@@ -262,12 +262,12 @@ def test_a_batch_of_hints_goes_row_by_row_through_both_halves(unet, files):
         one = ControlNet(files[0], HINT_A[row % 2])
         close(got[row], answer(unet, one, x=x[row : row + 1], t=t[row : row + 1], c=c[row : row + 1])[0])
     with pytest.raises(
-        UsageError, match="2 hints should be one for each picture of a batch, got a batch of 3"
+        UsageError, match="2 hints go round among the pictures .*, got 3 pictures; give one hint"
     ):
         answer(unet, ControlNet(files[0], HINT_A), x=x[:3], t=t[:3], c=c[:3])
     # Two rows of one image are no two images.
     step = StepInfo(0, 1, unconditional=1, images=1)
-    with pytest.raises(UsageError, match="2 hints should be .*, got a batch of 1; give one"):
+    with pytest.raises(UsageError, match="2 hints go round .*, got 1 picture; give one"):
         answer(unet, ControlNet(files[0], HINT_A), step=step)
 
 
@@ -594,9 +594,30 @@ def test_pictures_follow_a_hint_and_say_so(sd, control):
         "hint": one.hint.hash,
     }  # fmt: skip
     assert torch.equal(paint(sd).latents, plain) and identity(sd.model) == before
-    for count, batch_size in ((1, 1), (3, 2)):  # refused before the first batch
-        with pytest.raises(UsageError, match="2 hints should be .*, got a batch of 1; give one hint"):
-            next(sd.stream(["a"] * count, adapters=[ControlNet(control, HINT_A)], batch_size=batch_size))
+    for count in (1, 3):  # refused before the first batch
+        with pytest.raises(UsageError, match=f"2 hints go round .*, got {count} pictures?; give one hint"):
+            next(sd.stream(["a"] * count, adapters=[ControlNet(control, HINT_A)], batch_size=2))
+
+
+def test_a_picture_has_its_own_hint_whatever_its_batch(sd, control, monkeypatch):
+    """Alone, in a batch that hints do not divide, and in one that was halved as it did not fit into memory."""
+    hints, how = [*HINT_A, *HINT_B[:1]], {"width": 64, "steps": 1, "guidance_scale": 1.0}
+    alone = [paint(sd, ControlNet(control, one), seed=3 + i, **how).latents for i, one in enumerate(hints)]
+    whole = sd.model.apply_model
+    for batch_size, at_once in ((1, 1), (2, 2), (3, 3), (3, 2)):
+
+        def small(x, *args, at_once=at_once):
+            if len(x) > at_once:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return whole(x, *args)
+
+        monkeypatch.setattr(sd.model, "apply_model", small)
+        got = paint(sd, ControlNet(control, hints), num_images=3, batch_size=batch_size, **how).latents
+        close(got, torch.cat(alone))
+    again = [alone[0], paint(sd, ControlNet(control, hints[1]), seed=4, **how).latents]
+    got = paint(sd, ControlNet(control, hints[:2]), num_images=4, batch_size=3, **how).latents
+    close(got[:2], torch.cat(again))  # picture 2 has the first hint again
+    close(got[2:3], paint(sd, ControlNet(control, hints[0]), seed=5, **how).latents)
 
 
 def test_guess_mode_is_a_control_of_the_conditional_pass_alone(sd, control):

@@ -148,12 +148,12 @@ def test_laws(unet, file):
     for row in range(4):
         single = T2IAdapter(file, HINT[row % 2])
         close(got[row], answer(unet, single, x=x[row : row + 1], t=t[row : row + 1], c=c[row : row + 1])[0])
-    with pytest.raises(UsageError, match="2 hints should be one for each picture of a batch"):
+    with pytest.raises(UsageError, match="2 hints go round among the pictures .*, got 3 pictures"):
         answer(unet, one, x=x[:3], t=t[:3], c=c[:3])
-    with pytest.raises(
-        UsageError, match="2 hints should be one for each picture of a batch, got a batch of 1"
-    ):
+    with pytest.raises(UsageError, match="2 hints go round among the pictures .*, got 1 picture;"):
         answer(unet, one, step=StepInfo(0, 1, unconditional=1, images=1))
+    second = answer(unet, one.of_images([3]), x=x[1:2], t=t[1:2], c=c[1:2])  # of a request's pictures the last
+    close(second, got[1:2])
     assert torch.equal(answer(unet), plain) and identity(unet) == before
 
 
