@@ -27,12 +27,13 @@ from ldm.edit_parts import (
     joined,
     load_image,
     network_of,
+    one_text,
 )
 from ldm.edit_pictures import Edited, edit_picture, invert_picture, psnr, scene_of
 from ldm.errors import UsageError, shown
 from ldm.generate import decode
 from ldm.limits import whole
-from ldm.models.diffusion.inversion import Inversion, Method, Run, plan_of, resolve_method, walk_up
+from ldm.models.diffusion.inversion import Inversion, Method, Run, plan_of, resolve_method, spelt, walk_up
 from ldm.models.diffusion.inversion_base import DDIM, finite, rise, walk_down
 from ldm.models.diffusion.levels import Level, alpha_bar_table, choose_levels, make_plan, run_levels
 from ldm.models.introspect import downsampling, native_size
@@ -57,6 +58,17 @@ __all__ = [
     "scene_of",
 ]
 _DEFAULT_STEPS = 30  # of sample, in the tutorial
+# What the two are told beside a method's options, for the hint to whoever misspells it.
+_OF_INVERT = (
+    "num_inference_steps",
+    "guidance_scale",
+    "negative_prompt",
+    "spacing",
+    "adapters",
+    "measure",
+    "device",
+)
+_OF_SAMPLE = (*_OF_INVERT[:-2], "start_step", "start_latents", "generator", "device")
 
 
 @torch.no_grad()
@@ -104,13 +116,10 @@ def invert(
     scale = guidance_scale if do_classifier_free_guidance else 1.0
     shared = {"copies": num_images_per_prompt, "adapters": adapters}
     T = sd.model.num_timesteps
-    by_tutorial = isinstance(method, str) and method == TUTORIAL
+    _check_words("invert", "num_inference_steps", options)
+    by_tutorial = _by_tutorial(method, spacing=spacing, **options)
     whole("num_inference_steps", num_inference_steps, *((3, T - 1) if by_tutorial else (1, T)))
-    if by_tutorial and (spacing is not None or options):
-        raise UsageError(
-            f"the method '{TUTORIAL}' has its own levels and no options; leave spacing and options out"
-        )
-    chosen = DDIM() if by_tutorial else resolve_method(method, **options)
+    chosen = DDIM() if by_tutorial else resolve_method(method, _OF_INVERT, [TUTORIAL], **options)
     network = network_of(sd, adapters)
     context = context_of(sd, prompt, scale, negative_prompt, **shared)
     z = check_latents(sd.model, start_latents, len(context.conditioning))
@@ -151,7 +160,8 @@ def sample(
     Args:
         start_step: how many steps are left out.
         start_latents: what `invert` gave, an Inversion whole, which knows its method, levels and number of steps; or
-            latents (b, c, h, w), of one level; None draws noise from `generator`, on the CPU, of the model's own size.
+            latents (b, c, h, w), of one level, or (1, b, c, h, w) for code that writes inverted[-(s + 1)][None];
+            None draws noise from `generator`, on the CPU, of the model's own size.
         method: of latents: "ddim", "tutorial", or a sampler's name. "tutorial" goes over diffusers' "leading" levels
             981, 961, ..., 1 (of 50 steps) and stays at level 1 in its last step.
         the rest: as of `invert`.
@@ -166,6 +176,7 @@ def sample(
             "generator must be a torch.Generator on the CPU, and draws the noise of start_latents=None; got "
             f"{shown(generator)} and start_latents {'absent' if start_latents is None else 'given'}"
         )
+    _check_words("sample", "num_inference_steps", options)
     scale = guidance_scale if do_classifier_free_guidance else 1.0
     network = network_of(sd, adapters)
     context = context_of(sd, prompt, scale, negative_prompt, copies=num_images_per_prompt, adapters=adapters)
@@ -174,15 +185,11 @@ def sample(
         _check_left_out(start_latents, num_inference_steps, method, spacing, options)
         x = start_latents.sample(context, start_step, network=network)
     else:
-        by_tutorial = isinstance(method, str) and method == TUTORIAL
+        by_tutorial = _by_tutorial(method, spacing=spacing, **options)
         T = sd.model.num_timesteps - by_tutorial
         steps = whole("num_inference_steps", num_inference_steps, 1, T)
         whole("start_step", start_step, 0, steps - 1)
-        if by_tutorial and (spacing is not None or options):
-            raise UsageError(
-                f"the method '{TUTORIAL}' has its own levels and no options; leave spacing and options out"
-            )
-        chosen = DDIM() if by_tutorial else resolve_method(method, **options)
+        chosen = DDIM() if by_tutorial else resolve_method(method, _OF_SAMPLE, [TUTORIAL], **options)
         if not chosen.from_latents:
             raise UsageError(
                 f"{chosen.name} needs what its way up remembered: give start_latents the Inversion, not its latents"
@@ -192,6 +199,8 @@ def sample(
         else:
             levels = plan_of(chosen, sd.model, steps, spacing)
         x = _noise(sd.model, rows, generator) if start_latents is None else start_latents
+        if isinstance(x, Tensor) and x.dim() == 5 and len(x) == 1:
+            x = x[0]
         x = check_latents(sd.model, x, rows)
         run = Run(network, context, levels, x.dtype)
         x = walk_down(run, chosen, chosen.resume(run, x), start_step)
@@ -202,7 +211,7 @@ def sample(
 def edit(
     input_image: Any,
     input_image_prompt: str,
-    edit_prompt: str | Sequence[str],
+    edit_prompt: str,
     num_steps: int = 100,
     start_step: int = 30,
     guidance_scale: float = 3.5,
@@ -217,15 +226,17 @@ def edit(
         input_image: see `encode_picture`.
         method: "tutorial" draws the picture's latents, inverts with guidance 3.5 whatever guidance_scale is, and
             samples from `inverted[-(start_step + 1)]`.
-        options: of `StableDiffusion.edit`; of "tutorial" none but adapters and negative_prompt.
+        options: of `StableDiffusion.edit`, which takes several edit prompts as well; of "tutorial" none but adapters
+            and negative_prompt.
 
     Raises:
         As invert and sample.
     """
     sd = _model(sd, None)
-    if "steps" in options:
-        raise UsageError(f"edit takes the number of steps as num_steps, got steps={shown(options['steps'])}")
-    if not (isinstance(method, str) and method == TUTORIAL):
+    _check_words("edit", "num_steps", options)
+    edit_prompt = one_text("edit_prompt", edit_prompt)
+    of_tutorial = {name: options[name] for name in ("adapters", "negative_prompt") if name in options}
+    if not _by_tutorial(method, **{name: options[name] for name in options.keys() - of_tutorial.keys()}):
         how = {
             "steps": num_steps,
             "start_step": start_step,
@@ -233,7 +244,7 @@ def edit(
             "method": method,
         }
         return edit_picture(sd, input_image, input_image_prompt, edit_prompt, **how, **options).images[0]
-    shared = {"num_inference_steps": num_steps, "sd": sd, "method": method, **options}
+    shared = {"num_inference_steps": num_steps, "sd": sd, "method": method, **of_tutorial}
     whole("num_steps", num_steps, 3, sd.model.num_timesteps - 1)
     whole(f"start_step of {num_steps} steps by '{TUTORIAL}'", start_step, 0, num_steps - 3)
     z, _ = encode_picture(sd, input_image, draw=True, adapters=options.get("adapters", ()))
@@ -247,7 +258,8 @@ def _model(sd: ldm.StableDiffusion | None, device: str | torch.device | None) ->
     sd = ldm.StableDiffusion.default() if sd is None else sd
     if not isinstance(sd, ldm.StableDiffusion):
         raise UsageError(
-            f"sd must be a StableDiffusion, or None for that of the model in the box, got {shown(sd)}"
+            "sd must be a StableDiffusion (of a pipeline with diffusers' words: pipe.sd), or None for that of the "
+            f"model in the box, got {shown(sd)}"
         )
     try:
         elsewhere = device is not None and torch.device(device).type != sd.device.type
@@ -256,6 +268,25 @@ def _model(sd: ldm.StableDiffusion | None, device: str | torch.device | None) ->
     if elsewhere:
         raise UsageError(f"the model is on {sd.device}, got device={shown(device)}; move it by sd.to(...)")
     return sd
+
+
+def _check_words(function: str, word: str, options: dict[str, Any]) -> None:
+    """Raise UsageError where the number of steps is given in our word instead of the tutorial's."""
+    if "steps" in options:
+        raise UsageError(
+            f"{function} takes the number of steps as {word}, got steps={shown(options['steps'])}"
+        )
+
+
+def _by_tutorial(method: Any, **given: Any) -> bool:
+    """Tell whether a method is the tutorial's; raise UsageError if something is given that it has no choice of."""
+    if spelt(method) != TUTORIAL:
+        return False
+    if extra := sorted(name for name, value in given.items() if value is not None):
+        raise UsageError(
+            f"the method '{TUTORIAL}' has its own levels and no options; leave {', '.join(extra):.100} out"
+        )
+    return True
 
 
 def _check_left_out(
@@ -267,7 +298,8 @@ def _check_left_out(
             f"the Inversion has {len(inversion)} steps, got num_inference_steps={shown(steps)}; leave it out"
         )
     if method != "ddim" and (
-        method == TUTORIAL or resolve_method(method, **options).name != inversion.method.name
+        spelt(method) == TUTORIAL
+        or resolve_method(method, _OF_SAMPLE, [TUTORIAL], **options).name != inversion.method.name
     ):
         raise UsageError(f"the Inversion is of {inversion.method.name}, got {shown(method)}; leave it out")
     if spacing is not None or options:

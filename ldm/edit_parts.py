@@ -23,7 +23,7 @@ from ldm.models.diffusion.inversion import Context, Network
 from ldm.models.diffusion.levels import Level, unit_noise
 from ldm.models.introspect import downsampling, is_inpainting
 from ldm.modules.seams import StepInfo
-from ldm.request import list_texts, read_pictures
+from ldm.request import check_size, list_texts, read_pictures
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -119,7 +119,7 @@ def context_of(
     sd: ldm.StableDiffusion,
     prompt: str | Sequence[str],
     guidance_scale: float = 1.0,
-    negative_prompt: str | Sequence[str] = "",
+    negative_prompt: str | Sequence[str] | None = "",
     *,
     copies: int = 1,
     adapters: Sequence[Any] = (),
@@ -127,7 +127,7 @@ def context_of(
     """Encode prompts into what a network is asked under: a row for each, `copies` times one after the other.
 
     Args:
-        negative_prompt: one for all, or one for each.
+        negative_prompt: one for all, or one for each; None is an empty one.
         adapters: those of them that are for the text encoder are attached while it works.
 
     Raises:
@@ -136,7 +136,8 @@ def context_of(
     scale = real("guidance_scale", guidance_scale, *GUIDANCE_SCALE)
     whole("num_images_per_prompt", copies, 1, 1024)
     texts = [text for text in list_texts("prompt", prompt) for _ in range(copies)]
-    negatives = [text for text in list_texts("negative_prompt", negative_prompt) for _ in range(copies)]
+    empty = "" if negative_prompt is None else negative_prompt
+    negatives = [text for text in list_texts("negative_prompt", empty) for _ in range(copies)]
     negatives = negatives[:1] * len(texts) if len(negatives) == copies else negatives
     if len(negatives) != len(texts):
         raise UsageError(
@@ -173,6 +174,14 @@ def encode_picture(
         return encode_image(sd.model, pixels, 1, unit_noise if draw else torch.zeros_like), unit
 
 
+def one_text(name: str, given: Any) -> str:
+    """Give the one text of what is one, or a list of one."""
+    texts = list_texts(name, given)
+    if len(texts) != 1:
+        raise UsageError(f"{name} must be one text, of the one picture, got {len(texts)}")
+    return texts[0]
+
+
 def check_latents(model: LatentDiffusion, latents: Any, rows: int | None = None) -> Tensor:
     """Return latents (b, c, h, w) as float32 on the model's device, or raise UsageError if they are none of its own."""
     c = model.channels
@@ -183,6 +192,8 @@ def check_latents(model: LatentDiffusion, latents: Any, rows: int | None = None)
             f"latents must be a floating-point tensor ({'b' if rows is None else rows}, {c}, h, w), got {what}; a "
             "picture becomes one by ldm.edit.encode_picture, and num_images_per_prompt says how many there are"
         )
+    for name, side in zip(("height", "width"), latents.shape[2:], strict=True):
+        check_size(f"{name} of the latents' picture", side * downsampling(model), downsampling(model))
     if not torch.isfinite(latents).all():
         raise UsageError("latents must be finite, got NaN or infinity")
     return latents.float().to(model.device)

@@ -21,6 +21,7 @@ from ldm.edit_parts import (
     joined,
     load_image,
     network_of,
+    one_text,
 )
 from ldm.errors import UsageError, shown
 from ldm.generate import decode
@@ -33,6 +34,7 @@ from ldm.models.diffusion.inversion import (
     Network,
     plan_of,
     resolve_method,
+    spelt,
     walk_up,
 )
 from ldm.models.introspect import downsampling
@@ -105,13 +107,13 @@ def invert_picture(
     Raises:
         As invert and encode_picture.
     """
-    if isinstance(method, str) and method == TUTORIAL:
+    if spelt(method) == TUTORIAL:
         raise UsageError(
             f"'{TUTORIAL}' is a method of the functions in ldm.edit; here 'ddim' is the aligned form"
         )
     chosen = resolve_method(method, **options)
     whole("steps", steps, 1, sd.model.num_timesteps)
-    _one_text("prompt", prompt)
+    one_text("prompt", prompt)
     scale = sd.defaults.guidance_scale if guidance_scale is None else guidance_scale
     z, _ = encode_picture(sd, image, adapters=adapters)
     network = network_of(sd, adapters)
@@ -162,7 +164,7 @@ def edit_picture(
     whole("start_step", start_step, 0, steps - 1)
     scale = sd.defaults.guidance_scale if guidance_scale is None else guidance_scale
     way = editing.resolve_editor(editor)
-    image_prompt = _one_text("image_prompt", image_prompt)
+    image_prompt = one_text("image_prompt", image_prompt)
     edits = list_texts("edit_prompt", edit_prompt)
     controls = [way.control] if isinstance(way, editing.Controlled) else []
     told_of(sd.model, [*joined(sd, adapters), *controls], [image_prompt, *edits], [0] * (1 + len(edits)))
@@ -176,7 +178,7 @@ def edit_picture(
         raise UsageError(f"feather is of a mask, and none is given; got feather={shown(feather)}")
     marks = None if marks is None else editing.feathered(marks, feather)
     how = {"negative_prompt": negative_prompt, "spacing": spacing, "adapters": adapters, "steps": steps}
-    if inversion_scale is None and not (isinstance(method, str) and method == TUTORIAL):
+    if inversion_scale is None and spelt(method) != TUTORIAL:
         inversion_scale = 1.0 if resolve_method(method, **options).from_latents else scale
     inversion = invert_picture(
         sd, image, image_prompt, method=method, guidance_scale=inversion_scale, **how, **options
@@ -234,11 +236,3 @@ def psnr(a: Any, b: Any) -> float:
     """Measure the peak signal-to-noise ratio of two pictures of bytes, in dB; infinite for equal ones."""
     mse = np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64)).mean()
     return float("inf") if mse == 0 else float(10 * np.log10(255**2 / mse))
-
-
-def _one_text(name: str, given: Any) -> str:
-    """Give the one text of what is one, or a list of one."""
-    texts = list_texts(name, given)
-    if len(texts) != 1:
-        raise UsageError(f"{name} must be one text, of the one picture, got {len(texts)}")
-    return texts[0]

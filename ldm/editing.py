@@ -25,7 +25,7 @@ from ldm.adapters.guidance import gaussian_blur
 from ldm.adapters.use import told_of
 from ldm.errors import UsageError, nearest, shown
 from ldm.limits import SEED, real, whole
-from ldm.models.diffusion.inversion import Context, Inversion, Network, Run
+from ldm.models.diffusion.inversion import Context, Inversion, Network, Run, spelt
 from ldm.models.diffusion.inversion_base import DDIM, sample_of, walk_down
 from ldm.models.diffusion.levels import Level
 from ldm.process.gaussian import q_sample
@@ -257,7 +257,7 @@ def resolve_editor(given: str | AttentionControl | Editor) -> Editor:
         return Controlled(given)
     if callable(given) and not isinstance(given, type):
         return given
-    name = "_".join(given.lower().replace("-", " ").split()) if isinstance(given, str) else None
+    name = spelt(given)
     name = OTHER_NAMES.get(name, name)
     if name not in EDITORS:
         near = nearest(name, [*EDITORS, *OTHER_NAMES])

@@ -91,7 +91,7 @@ def test_the_tutorials_functions_do_what_it_writes_out(sd, z):
     how = {"sd": sd, "method": "tutorial", "negative_prompt": NEGATIVE}
     n = 6  # does not divide 1000
     want = inverted_by_hand(sd, z, n, negative=NEGATIVE)
-    got = editing.invert(z, PROMPT, num_inference_steps=n, **how)
+    got = editing.invert(z, PROMPT, num_inference_steps=n, **how | {"method": " Tutorial"})
     assert got.shape == (n - 2, *z.shape[1:]) == want.shape
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     back = editing.sample(OTHER, 4, want[-1][None], num_inference_steps=n, **how)
@@ -137,8 +137,9 @@ def test_the_aligned_form_begins_where_the_way_up_was(sd, z):
     for start_step in (0, 2):
         how = {"start_step": start_step, "guidance_scale": 2.0, "num_inference_steps": 4, "sd": sd}
         whole = editing.sample(OTHER, start_latents=inversion, **how)
-        part = editing.sample(OTHER, start_latents=inversion[-(start_step + 1)], **how)
-        assert same(whole[0], part[0], 0)
+        for one in (inversion[-(start_step + 1)], inversion[-(start_step + 1)][None]):  # as tutorials index
+            assert same(whole[0], editing.sample(OTHER, start_latents=one, **how)[0], 0)
+    assert inversion.shape == inversion.latents.shape
     assert [level.t for level in inversion.levels] == [751, 501, 251, 1, 0]
     images = editing.sample([PROMPT, OTHER], 3, inversion, 2.0, sd=sd)
     assert len(images) == 2 and not same(*images)
@@ -208,8 +209,15 @@ def test_what_is_attached_knows_the_step_on_the_way_up_and_down(sd, z):
     [
         ("invert", ("z", PROMPT), {"num_inference_steps": 0}, "num_inference_steps must be .* from 1 to 1000, got 0"),
         ("invert", ("z", PROMPT), {"num_inference_steps": 2, "method": "tutorial"}, "from 3 to 999, got 2"),
-        ("invert", ("z", PROMPT), {"method": "tutorial", "spacing": "trailing"}, "leave spacing and options out"),
+        ("invert", ("z", PROMPT), {"method": "Tutorial", "spacing": "trailing"}, "no options; leave spacing out"),
+        ("sample", (PROMPT,), {"method": "tutorial", "eta": 0.0, "spacing": "t=1"}, "leave eta, spacing out"),
         ("invert", ("z", PROMPT), {"method": "ddim2"}, "did you mean ddim"),
+        ("invert", ("z", PROMPT), {"method": "tutorail"}, r"'tutorail' \(did you mean tutorial\?\)"),
+        ("sample", (PROMPT,), {"method": "tutoriel"}, r"'tutoriel' \(did you mean tutorial\?\)"),
+        ("invert", ("z", PROMPT), {"step": 3}, "no option step; it has eta"),
+        ("invert", ("z", PROMPT), {"steps": 3}, "invert takes the number of steps as num_inference_steps, got steps=3"),
+        ("sample", (PROMPT,), {"steps": 3}, "sample takes the number of steps as num_inference_steps, got steps=3"),
+        ("sample", (PROMPT,), {"start_steps": 3}, r"no option start_steps \(did you mean start_step\?\)"),
         ("invert", ("z", PROMPT, -1.0), {}, "guidance_scale must be a number from 0 to 100, got -1.0"),
         ("invert", ("z", PROMPT), {"negative_prompt": ["a", "b"]}, "negative_prompt must be one, or .* 1 prompts"),
         ("invert", ("z", PROMPT), {"num_images_per_prompt": 0}, "num_images_per_prompt must be"),
@@ -220,10 +228,16 @@ def test_what_is_attached_knows_the_step_on_the_way_up_and_down(sd, z):
         ("invert", (torch.zeros(1, 3, 8, 8), PROMPT), {}, r"\(1, 4, h, w\), got \(1, 3, 8, 8\)"),
         ("invert", (torch.zeros(4, 8, 8), PROMPT), {}, r"got \(4, 8, 8\)"),
         ("invert", (torch.zeros(1, 4, 8, 8, dtype=torch.long), PROMPT), {}, "floating-point"),
+        ("invert", (torch.zeros(1, 4, 7, 8), PROMPT), {}, "height of the latents' picture must be .* 64 .* got 56"),
+        ("sample", (PROMPT, 0, torch.zeros(1, 4, 8, 1)), {}, "width of the latents' picture must be .* 64 .* got 8"),
+        ("sample", (PROMPT, 0, torch.zeros(2, 1, 4, 8, 8)), {}, r"\(1, 4, h, w\), got \(2, 1, 4, 8, 8\)"),
         ("invert", (torch.full((1, 4, 8, 8), float("nan")), PROMPT), {}, "latents must be finite"),
         ("invert", ("dog.png", PROMPT), {}, "got 'dog.png'; a picture becomes one by ldm.edit.encode_picture"),
         ("sample", (PROMPT,), {"generator": 5}, "generator must be a torch.Generator on the CPU, .* got 5 and"),
-        ("sample", (PROMPT,), {"sd": "v1"}, "sd must be a StableDiffusion, .* got 'v1'"),
+        ("sample", (PROMPT,), {"sd": "v1"}, r"sd must be a StableDiffusion \(of a .*: pipe.sd\), .* got 'v1'"),
+        ("edit", ("p", PROMPT, [OTHER, PROMPT]), {}, "edit_prompt must be one text, of the one picture, got 2"),
+        ("edit", ("p", PROMPT, OTHER), {"method": "tutorial", "mask": "m", "editor": "p2p"}, "leave editor, mask out"),
+        ("edit", ("p", PROMPT, OTHER), {"method": "tutorial", "num_images_per_prompt": 2}, "num_images_per_prompt out"),
         ("edit", ("p", PROMPT, OTHER, 4, 1), {"method": "tutorial", "adapters": None}, "adapters must be a list"),
         ("sample", (PROMPT, 5), {"num_inference_steps": 5}, "start_step must be a whole number from 0 to 4, got 5"),
         ("sample", (PROMPT,), {"num_inference_steps": 1000, "method": "tutorial"}, "from 1 to 999, got 1000"),
@@ -286,6 +300,8 @@ def test_models_and_adapters_that_do_not_invert_are_refused(sd):
     with pytest.raises(UsageError, match="DeepCache keeps features from one step to the next"):
         network_of(sd, [DeepCache(2, 1)])
     assert context_of(sd, PROMPT).unconditional is None
+    none, empty = (context_of(sd, PROMPT, 3.0, one).unconditional for one in (None, ""))
+    assert torch.equal(none, empty)
 
 
 def as_bytes(image, kind="PNG", **options):

@@ -63,8 +63,19 @@ OF_CALLS = (
 )
 
 
-def resolve_method(method: str | Method, **options: Any) -> Method:
+def spelt(name: Any) -> str | None:
+    """Bring a name into the spelling of our tables; None for what is no text."""
+    return "_".join(name.lower().replace("-", " ").split()) if isinstance(name, str) else None
+
+
+def resolve_method(
+    method: str | Method, of_call: Sequence[str] = OF_CALLS, others: Sequence[str] = (), /, **options: Any
+) -> Method:
     """Make a method by its name in METHODS, with its options; one that is made already is returned.
+
+    Args:
+        of_call: what the call is told beside a method's options, for a hint.
+        others: methods that the caller knows beside these, for a hint.
 
     Raises:
         UsageError: an unknown name or option, or a value out of range.
@@ -75,12 +86,12 @@ def resolve_method(method: str | Method, **options: Any) -> Method:
                 f"a method that is made takes no further options, got {', '.join(sorted(options))}"
             )
         return method
-    name = "_".join(method.lower().replace("-", " ").split()) if isinstance(method, str) else None
+    name = spelt(method)
     if name not in METHODS:
         found = _sampler(method)
         if found is None:
             samplers = [name for name, cls in SAMPLERS.items() if cls.inverts]
-            names = list(dict.fromkeys([*METHODS, *samplers]))
+            names = list(dict.fromkeys([*METHODS, *samplers, *others]))
             near = nearest(method, names)
             hint = f" (did you mean {near}?)" if near else ""
             raise UsageError(f"the inversion must be one of {', '.join(names)}; got {shown(method)}{hint}")
@@ -89,8 +100,8 @@ def resolve_method(method: str | Method, **options: Any) -> Method:
     cls = METHODS[name]
     known = [option.name for option in fields(cls) if option.init]
     if unknown := sorted(options.keys() - set(known)):
-        others = [one for one in OF_CALLS if one != unknown[0]]  # of the one call, and given to another
-        advice = instead_of(unknown[0], [*known, *others])
+        beside = [one for one in of_call if one != unknown[0]]  # of the one call, and given to another
+        advice = instead_of(unknown[0], [*known, *beside])
         hint = f" ({advice})" if advice else ""
         raise UsageError(
             f"the inversion {name} has no option {', '.join(unknown)[:100]}{hint}; it has {', '.join(known)}"
@@ -148,5 +159,6 @@ __all__ = [
     "invert",
     "plan_of",
     "resolve_method",
+    "spelt",
     "walk_up",
 ]

@@ -243,6 +243,11 @@ class Inversion:
     def __len__(self) -> int:
         return len(self.states) - 1
 
+    @property
+    def shape(self) -> torch.Size:
+        """That of `latents`: (steps, b, ...)."""
+        return torch.Size((len(self), *self.x0.shape))
+
     def __getitem__(self, index: int) -> Tensor:
         return self.latents[index]
 
