@@ -47,7 +47,6 @@ def finish_batch(
     elif request.output_type != "latent":
         unit, pixels = picture_of(model, request, start, latents, b)
     latents = latents_of(model, request, start, latents, b).float().cpu()
-    vae = getattr(model.first_stage_model, "weights_file", None)  # of one that replaced the model's own
     is_shared = request.rng in CALL_RNGS  # the noise, by all pictures of the call
     shared = {
         **{one.name: one.kind.plain(getattr(request, one.name)) for one in told() if not one.each},
@@ -57,8 +56,6 @@ def finish_batch(
         "adapters": described(request.adapters),
         "batch_size": len(request.images) if is_shared else b,
         "model": name,
-        "vae": None if vae is None else vae.name if vae.is_dir() else vae.stem,
-        "vae_hash": file_hash(vae),
         **computed_with(model, autocast),
     }
     parameters = [
@@ -94,9 +91,12 @@ def _embeds_hash(request: Request, spec: ImageSpec) -> str | None:
 
 
 def computed_with(model: LatentDiffusion, autocast: torch.dtype | None) -> dict[str, Any]:
-    """Say what a picture was computed with: device, dtypes, threads, torch's version and ours."""
+    """Say what a picture was computed with: the VAE, device, dtypes, threads, torch's version and ours."""
     mixed = f", autocast {dtype_name(autocast)}" if autocast else ""
+    vae = getattr(model.first_stage_model, "weights_file", None)  # of one that replaced the model's own
     return {
+        "vae": None if vae is None else vae.name if vae.is_dir() else vae.stem,
+        "vae_hash": file_hash(vae),
         "device": str(model.device),
         "dtype": dtype_name(dtype_of(model)) + mixed,
         "vae_dtype": dtype_name(dtype_of(model.first_stage_model)),

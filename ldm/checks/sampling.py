@@ -138,11 +138,7 @@ def check_adapting(
         knobs[name] = values
     merge_ratio, merge_seed = check_merging(unet, *knobs.get("merge", (merge_ratio, merge_seed)))
     cache_interval, cache_depth = check_cache(unet, *knobs.get("cache", (cache_interval, cache_depth)))
-    words = PromptWords.of(model, others) if prompts else None
-    for embedding in [] if words is None else words.unnamed(model.cond_stage_model, prompts):
-        log.warning(
-            "no prompt names the embedding %s; write %s", embedding.file, " or ".join(embedding.names)
-        )
+    warn_unnamed(model, others, prompts)
     return {
         "adapters": tuple(others),
         "cache_interval": cache_interval,
@@ -150,3 +146,12 @@ def check_adapting(
         "merge_ratio": merge_ratio,
         "merge_seed": merge_seed,
     }
+
+
+def warn_unnamed(model: LatentDiffusion, adapters: Sequence[Any], prompts: Sequence[str]) -> None:
+    """Warn of embeddings among adapters that none of the prompts names."""
+    words = PromptWords.of(model, adapters) if prompts else None
+    for embedding in [] if words is None else words.unnamed(model.cond_stage_model, prompts):
+        log.warning(
+            "no prompt names the embedding %s; write %s", embedding.file, " or ".join(embedding.names)
+        )

@@ -148,7 +148,7 @@ def _preprocessor(one: Said, source: Mapping[str, Any]) -> Callable[[Any], Any]:
     if kind == "inpaint":
         if "mask" not in source:
             raise UsageError(
-                "--preprocess inpaint wants a mask, which inpaint.py has; in Python: preprocess(picture, mask=)"
+                "--preprocess inpaint wants a mask: --mask of inpaint.py or edit.py; in Python, mask="
             )
         options["mask"] = source["mask"]
     return lambda picture: preprocess(picture, kind, **options)

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,12 +114,7 @@ def paint(args: argparse.Namespace, *sources: dict[str, Any], save: Save | None 
     if args.explain:
         explain(sd, [request for _, request in requests])
         return
-    if args.like_adapters:
-        line = lacking(args.like_adapters, (one for _, request in requests for one in request.adapters))
-        if line is not None:
-            say(printable(f"{args.like}: {line}"))
-    if args.like_vae and (line := other_vae(sd, **args.like_vae)) is not None:
-        say(printable(f"{args.like}: {line}"))
+    say_lacking(args, sd, (one for _, request in requests for one in request.adapters))
     sd.advise([request for _, request in requests])
     finished: list[tuple[Image.Image, dict[str, Any]]] = []
     while requests:  # those that are done are let go, and their LoRAs with them
@@ -144,16 +139,12 @@ def check(args: argparse.Namespace, *sources: dict[str, Any]) -> list[Group]:
     Returns:
         all pictures of the run, in the order in which they are painted.
     """
-    from ldm.checkpoints.configs import find_config
     from ldm.images import open_image
     from ldm.models.diffusion.samplers import SAMPLERS, check_eta, check_interval, split_sampler
     from ldm.request import check_size
 
-    for option in ("config", "ignore_keys"):
-        if args.ckpt is None and getattr(args, option):
-            raise UsageError(
-                f"--{option.replace('_', '-')} {getattr(args, option)} needs --ckpt, the file with the weights"
-            )
+    check_model(args)
+    refuse_elsewhere("--from_file", args.from_file, hub=False)
     name = sampler_of(args)
     for side, pixels in (("height", args.height), ("width", args.width)):
         if args.ckpt is None and pixels is not None:  # of another model the cell is not known yet
@@ -166,19 +157,6 @@ def check(args: argparse.Namespace, *sources: dict[str, Any]) -> list[Group]:
     if args.eta is not None:
         check_eta(SAMPLERS[sampler], args.eta)
     check_interval(args.guidance_interval)
-    if args.lowvram and args.compile:
-        raise UsageError(
-            "--lowvram moves weights that --compile's code expects to stay; leave one of the two out"
-        )
-    if args.config is not None:
-        find_config(args.config)
-    for name in ("ckpt", "vae", "tokenizer", "from_file"):  # open_image says so of pictures
-        given = getattr(args, name)
-        refuse_elsewhere(f"--{name}", given, hub=name in ("ckpt", "vae", "tokenizer"))
-        if name in ("ckpt", "vae", "tokenizer") and given and not os.path.lexists(given):
-            near = nearest_file(given)
-            hint = f"did you mean {near!r}?" if near else "check the path; nothing is downloaded here"
-            raise AbsentError(f"--{name} {shown(given)} is not there; {hint}")
     sources = sources or ({},)
     groups = lay_out(args, lines_of(args), sampler, sources)
     opened = [
@@ -205,6 +183,30 @@ def check(args: argparse.Namespace, *sources: dict[str, Any]) -> list[Group]:
             parts = group.options.pop("controls")
             group.options["adapters"] = [*loras, *controls.read(parts, opened[group.source], group.source)]
     return groups
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Refuse what the options of the model (painting_options.add_model) say, where no model is needed to see it."""
+    from ldm.checkpoints.configs import find_config
+
+    for option in ("config", "ignore_keys"):
+        if args.ckpt is None and getattr(args, option):
+            raise UsageError(
+                f"--{option.replace('_', '-')} {getattr(args, option)} needs --ckpt, the file with the weights"
+            )
+    if args.lowvram and args.compile:
+        raise UsageError(
+            "--lowvram moves weights that --compile's code expects to stay; leave one of the two out"
+        )
+    if args.config is not None:
+        find_config(args.config)
+    for name in ("ckpt", "vae", "tokenizer"):
+        given = getattr(args, name)
+        refuse_elsewhere(f"--{name}", given, hub=True)
+        if given and not os.path.lexists(given):
+            near = nearest_file(given)
+            hint = f"did you mean {near!r}?" if near else "check the path; nothing is downloaded here"
+            raise AbsentError(f"--{name} {shown(given)} is not there; {hint}")
 
 
 @contextlib.contextmanager
@@ -380,6 +382,14 @@ def load_model(args: argparse.Namespace, device: torch.device) -> StableDiffusio
     if any(ways.values()) or (args.optimize and not args.lowvram):  # low_vram alone is the loader's work
         sd.optimize(**ways, low_vram=device if args.lowvram else None)
     return sd
+
+
+def say_lacking(args: argparse.Namespace, sd: StableDiffusion, adapters: Iterable[Any]) -> None:
+    """Say which adapters and which VAE the picture of --like was made with, where they are not given."""
+    lines = [lacking(args.like_adapters, adapters) if args.like_adapters else None]
+    lines += [other_vae(sd, **args.like_vae) if args.like_vae else None]
+    for line in filter(None, lines):
+        say(printable(f"{args.like}: {line}"))
 
 
 def other_vae(sd: StableDiffusion, vae: Any, vae_hash: Any) -> str | None:

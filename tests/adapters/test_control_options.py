@@ -10,23 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from keyed import fill, keyed_input, weight
+from keyed import keyed_input
 from lora_files import write_lora_for
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_model, write_tiny
+from tiny_adapters import write_control, write_look, write_sketch
 
 import ldm
 from ldm.adapters import IPAdapter
 from ldm.adapters.controls import Hint
 from ldm.adapters.preprocessors import preprocess
-from ldm.checkpoints import save_safetensors
 from ldm.cli import painting_parser, read_prompts, run
 from ldm.cli.adapters import lacking
 from ldm.cli.controls import check_controls, gather
 from ldm.errors import LdmError
-from ldm.modules.diffusionmodules.controlnet import ControlNetModel
-from ldm.modules.processors import named_attentions
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,7 +130,7 @@ def test_what_needs_no_model_to_be_wrong_is_refused_in_one_line(tmp_path, monkey
         ),
         ((*ready, "--preprocess", "invert:1"), "--preprocess invert takes no numbers, got '1'"),
         ((*ready, "--preprocess", "tile:big"), "--preprocess tile: rate should be a number, got 'big'"),
-        ((*ready, "--preprocess", "inpaint"), "--preprocess inpaint wants a mask, which inpaint.py has"),
+        ((*ready, "--preprocess", "inpaint"), "--preprocess inpaint wants a mask: --mask of inpaint.py"),
         (
             ("--ip-image", "e.png"),
             "--ip-image 'e.png' is said of the --ip-adapter before it, and there is none",
@@ -185,21 +183,8 @@ def shelf(tmp_path_factory):
     """A model, a ControlNet and a T2I-Adapter for it, and pictures."""
     folder = tmp_path_factory.mktemp("shelf")
     write_tiny(folder)
-    unet = tiny_model().model.diffusion_model
-    with torch.device("meta"):
-        network = ControlNetModel.beside(unet)
-    state = {name: weight(f"control.{name}", tuple(one.shape)) for name, one in network.state_dict().items()}
-    save_safetensors(folder / "edges.safetensors", state, {})
-    width = [unet.model_channels * mult for mult in unet.channel_mult]
-    shapes = {"conv_in.weight": (width[0], 192, 3, 3), "conv_in.bias": (width[0],)}
-    before = width[0]
-    for i, one in enumerate(width):
-        if one != before:
-            shapes |= {f"body.{i}.in_conv.weight": (one, before, 1, 1), f"body.{i}.in_conv.bias": (one,)}
-        shapes |= {f"body.{i}.block1.weight": (one, one, 3, 3), f"body.{i}.block1.bias": (one,)}
-        shapes |= {f"body.{i}.block2.weight": (one, one, 1, 1), f"body.{i}.block2.bias": (one,)}
-        before = one
-    save_safetensors(folder / "sketch.safetensors", {k: weight(f"t2i.{k}", s) for k, s in shapes.items()}, {})
+    write_control(folder / "edges.safetensors")
+    write_sketch(folder / "sketch.safetensors")
     pixels = (255 * keyed_input("hint", (64, 72, 3)).clamp(0, 1)).byte().numpy()
     Image.fromarray(pixels).save(folder / "hint.png")
     Image.fromarray(pixels[:, :64]).save(folder / "init.png")
@@ -275,24 +260,6 @@ def test_a_script_paints_along_hints_says_so_and_repeats_what_it_is_told(end):
     assert (
         "T2IAdapter 'sketch' (hash " in out and "which is not given (--t2i-adapter FILE --hint PICTURE" in out
     )
-
-
-def write_look():
-    """Write an IP-Adapter for the tiny model, look.safetensors, and the vision model that it reads, clip/."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    config = CLIPVisionConfig(
-        hidden_size=20, intermediate_size=36, projection_dim=20, num_hidden_layers=2, num_attention_heads=2,
-        image_size=16, patch_size=8,
-    )  # fmt: skip
-    fill(CLIPVisionModelWithProjection(config), "clip.").save_pretrained("clip")
-    shapes = {"proj.weight": (384, 20), "proj.bias": (384,), "norm.weight": (128,), "norm.bias": (128,)}
-    tensors = {f"image_proj.{name}": weight(f"look.{name}", shape) for name, shape in shapes.items()}
-    for i, one in enumerate(named_attentions(tiny_model().model.diffusion_model).values()):
-        for part in "kv" if i % 2 else "":
-            name = f"ip_adapter.{i}.to_{part}_ip.weight"
-            tensors[name] = weight(f"look.{name}", tuple(one.to_k.weight.shape))
-    save_safetensors("look.safetensors", tensors, {})
 
 
 def test_a_script_paints_after_a_picture_and_repeats_it(end, tmp_path):
