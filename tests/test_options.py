@@ -160,8 +160,8 @@ ELSEWHERE = {
         "n_iter variation_seed variation_strength rng",
     ),
     "ldm/cli/painting_options.py": (
-        "what --like leaves out beside another sampler",
-        "sampler plms dpm_solver strength spacing eta rng hires_scale hires_size",
+        "what --like leaves out beside another sampler, or where nothing is masked",
+        "sampler plms dpm_solver outpaint spacing eta rng hires_scale hires_size",
     ),
     "ldm/cli/prompts.py": ("two flags name samplers", "sampler plms dpm_solver"),
     "scripts/txt2img.py": ("", ""),
