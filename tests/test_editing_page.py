@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lora_files import write_lora_for
 from PIL import Image
 
+from ldm.metadata import read_metadata
 from ldm.shapes.checker import check
 
 PAGE = (Path(__file__).parents[1] / "docs" / "editing.md").read_text(encoding="utf-8")
@@ -32,16 +34,19 @@ def test_blocks_of_the_page_run(tmp_path, monkeypatch):
         assert np.abs(red - blue)[~inside].mean() < 8 and np.abs(red - blue)[inside].mean() > 40, after
 
     names["photo"].save("photo.png")
-    ((program, path, *argv),) = map(
-        shlex.split, re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    )
-    monkeypatch.setattr(sys, "argv", [path, *argv])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / path), run_name="__main__")
-    assert program == "python" and stop.value.code == 0
+    write_lora_for("style.safetensors", names["sd"].model)
+    for line in re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL):
+        program, path, *argv = shlex.split(line)
+        monkeypatch.setattr(sys, "argv", [path, *argv])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / path), run_name="__main__")
+        assert program == "python" and stop.value.code == 0
     by_script = np.asarray(Image.open("outputs/edits/00000.png"))
     assert np.abs(by_script.astype(int) - np.asarray(names["edited"])).max() <= 1
     assert Path("outputs/edits/sheet-0000.png").exists()
+    told = [read_metadata(f"outputs/edits/0000{i}.png") for i in range(2)]
+    assert told[1]["edit"] == told[0]["edit"] | {"steps": 4, "psnr": told[1]["edit"]["psnr"]}
+    assert [one["name"] for one in told[1]["adapters"]] == ["style"]
 
 
 @pytest.mark.slow

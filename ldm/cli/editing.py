@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.painting import load_model
-from ldm.cli.painting_options import add_model
+from ldm import options
+from ldm.cli.adapters import Embeddings, check_there, read_loras, told_adapters
+from ldm.cli.controls import Controls, check_controls, gather
+from ldm.cli.painting import check_model, load_model, say_lacking
+from ldm.cli.painting_options import OTHER_FLAGS, add_model, add_option
 from ldm.cli.parser import Parser, integer, number, seed
 from ldm.cli.running import printable, say
 from ldm.errors import FormatError, MismatchError, UsageError, shown
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from ldm.edit import Edited
     from ldm.editing import Editor
     from ldm.models.diffusion.inversion import Method
+    from ldm.pipeline import StableDiffusion
 
 # What a picture says of its edit, and --like takes from it: destination -> default.
 TOLD: dict[str, Any] = {
@@ -39,6 +43,7 @@ TOLD: dict[str, Any] = {
     "blend": None,
     "feather": 0.0,
 }
+ADAPTERS = ("lora", "embedding", "controls")  # what the flags of adapters fill
 OF_PROMPT_TO_PROMPT = ("cross_replace", "self_replace", "weight", "blend")
 
 
@@ -49,7 +54,14 @@ def edit_parser() -> Parser:
         description="Change a picture by its prompt: invert it, and sample it under another (docs/editing.md).",
         usage="edit.py --image FILE --prompt 'what it shows' --edit-prompt 'what it is to show' [options]",
     )
-    p.also = {"init_img": "image", "guidance_scale": "scale", "editor": "method", "n_steps": "steps"}
+    p.also = {
+        **OTHER_FLAGS,
+        "image": "image",
+        "init_img": "image",
+        "guidance_scale": "scale",
+        "editor": "method",
+        "n_steps": "steps",
+    }
     p.set_defaults(**dict.fromkeys(TOLD))
     what = p.add_argument_group("what to change")
     what.add_argument("--image", required=True, help="the picture")
@@ -98,6 +110,11 @@ def edit_parser() -> Parser:
     p2p.add_argument(
         "--blend", metavar="WORD", help="stay as the source is where no prompt is about this word"
     )
+    besides = p.add_argument_group(options.WITH)
+    for option in options.options():
+        if option.dest in ADAPTERS:
+            add_option(besides, option)
+            p.also |= {name: option.flags[0].lstrip("-") for name in option.also}
     add_model(p.add_argument_group("with what"))
     out = p.add_argument_group("where to")
     out.add_argument("--outdir", default="outputs/edits", help="folder for the pictures")
@@ -111,11 +128,10 @@ def edit(args: argparse.Namespace) -> None:
     Raises:
         UsageError: what is missing, or does not go together. MismatchError: another picture than --like's.
     """
-    told = {} if args.like is None else told_by(args.like)
-    wants_seed = args.seed is not None
+    said, wants_seed = repeat(args), args.seed is not None
     for name, default in TOLD.items():
         if getattr(args, name) is None:
-            setattr(args, name, told.get(name, default))
+            setattr(args, name, said.get(name, default))
     if args.prompt is None or not args.edit_prompt:
         missing = (
             "--prompt, what the picture shows,"
@@ -135,21 +151,28 @@ def edit(args: argparse.Namespace) -> None:
     from ldm.images import open_image, prepare_folder, save_numbered
     from ldm.metadata import Painted, png_info
 
-    image = open_image(args.image)
-    mask = None if args.mask is None else open_image(args.mask)
-    marks = {"image_hash": hash_of(image), "mask_hash": None if mask is None else hash_of(mask)}
+    check_model(args)
+    paths = {name: getattr(args, name) for name in ("image", "mask") if getattr(args, name) is not None}
+    check_adapters(args, paths)
+    pictures = {name: open_image(path) for name, path in paths.items()}
+    marks = {
+        f"{name}_hash": hash_of(pictures[name]) if name in pictures else None for name in ("image", "mask")
+    }
     for name, given in marks.items():
-        new_mask = name == "mask_hash" and told.get(name) is None  # where there was none, one may be given
-        if told and told.get(name) != given and not new_mask:
+        new_mask = name == "mask_hash" and said.get(name) is None  # where there was none, one may be given
+        if said and said.get(name) != given and not new_mask:
             what = name.removesuffix("_hash")
             raise MismatchError(
-                f"--like '{args.like}' was made of another {what} (hash {shown(told.get(name))}) than --{what} "
+                f"--like '{args.like}' was made of another {what} (hash {shown(said.get(name))}) than --{what} "
                 f"{shown(getattr(args, what))} (hash {shown(given)}); give that one, or leave --like out"
             )
+    adapters = [*read_loras(args.lora, {}), *Controls().read(args.controls, pictures, 0)]
     outdir = prepare_folder(args.outdir)
     sd = load_model(args, pick_device(args.device))
+    adapters += embeddings_of(args, sd)
+    say_lacking(args, sd, adapters)
     done = sd.edit(
-        image,
+        pictures["image"],
         args.prompt,
         args.edit_prompt,
         method=inversion,
@@ -159,16 +182,46 @@ def edit(args: argparse.Namespace) -> None:
         start_step=args.start_step,
         guidance_scale=args.scale,
         negative_prompt=args.negative_prompt,
-        mask=mask,
+        mask=pictures.get("mask"),
         feather=args.feather,
+        adapters=adapters,
     )
     say(f"the picture comes back at {done.psnr:.1f} dB, the first stage alone at {done.ceiling:.1f}")
+    shared = computed(sd, adapters)
     for prompt, one in zip(args.edit_prompt, done.images, strict=True):
-        parameters = parameters_of(args, prompt, marks, sd, done)
+        parameters = parameters_of(args, prompt, marks, done) | shared
         path = save_numbered(Painted.of(one, lambda said=parameters: said), outdir, info=png_info(parameters))
         say(f"{path} ({printable(prompt)})")
     if not args.no_sheet:
         say(f"{save_numbered(done.sheet(), outdir, 'sheet-{:04}.png')}")
+
+
+def check_adapters(args: argparse.Namespace, paths: Mapping[str, str]) -> None:
+    """Refuse what flags of adapters say, where no model is needed to see it.
+
+    Args:
+        paths: of the picture and its mask, of which hints are made where none is given.
+
+    Raises:
+        LdmError: as check_there and check_controls; several hints, which are of as many pictures.
+    """
+    check_there([*args.lora, *args.embedding])
+    check_controls(args.controls, paths)
+    for one in gather(args.controls):
+        if one.kind != "ip_adapter" and len(one.hints) > 1:
+            raise UsageError(
+                f"{one} has {len(one.hints)} hints, and an edit is of one picture; give one --hint"
+            )
+
+
+def embeddings_of(args: argparse.Namespace, sd: StableDiffusion) -> list[Any]:
+    """List the embeddings that the prompts name, and those given one by one, of which it is said if none does."""
+    from ldm.checks.sampling import warn_unnamed
+
+    prompts, embeddings = [args.prompt, *args.edit_prompt, args.negative_prompt], Embeddings(sd.model)
+    found = embeddings.named(args.embedding, prompts) + embeddings.pop_unnamed(args.embedding)
+    warn_unnamed(sd.model, found, prompts)
+    return found
 
 
 def editor_of(args: argparse.Namespace) -> Editor:
@@ -228,25 +281,31 @@ def weight_of(text: str) -> tuple[str, float]:
         raise UsageError(f"--weight should be such as snowy=2.5, got {shown(text)}") from None
 
 
-def told_by(path: str) -> Mapping[str, Any]:
-    """Read what an edited picture says of its edit.
+def repeat(args: argparse.Namespace) -> Mapping[str, Any]:
+    """Read what the edited picture of --like says of its edit, and of adapters and VAE; {} where there is none.
 
     Raises:
         FormatError: it says nothing, or not what it should be.
     """
     from ldm.metadata import read_parameters
 
-    told = read_parameters(path).get("edit")
-    if not isinstance(told, dict) or not isinstance(told.get("prompt"), str):
+    path, args.like_adapters, args.like_vae = args.like, [], None
+    if path is None:
+        return {}
+    parameters = read_parameters(path)
+    said = parameters.get("edit")
+    if not isinstance(said, dict) or not isinstance(said.get("prompt"), str):
         raise FormatError(f"--like '{path}' does not say how it was edited; give a picture of edit.py")
     for name, default in TOLD.items():
-        value = told.get(name, default)
+        value = said.get(name, default)
         fits = isinstance(value, (str, int, float, type(None))) or (
             isinstance(value, list) and all(isinstance(one, str) for one in value)
         )
         if not fits or (isinstance(default, list) and not isinstance(value, list)):
             raise FormatError(f"--like '{path}' says the {name} {shown(value)}; give it on the command line")
-    return told
+    args.like_adapters = told_adapters(parameters)
+    args.like_vae = {name: parameters.get(name) for name in ("vae", "vae_hash")}
+    return said
 
 
 def hash_of(image: Image.Image) -> str:
@@ -255,11 +314,9 @@ def hash_of(image: Image.Image) -> str:
 
 
 def parameters_of(
-    args: argparse.Namespace, prompt: str, marks: Mapping[str, Any], sd: Any, done: Edited
+    args: argparse.Namespace, prompt: str, marks: Mapping[str, Any], done: Edited
 ) -> dict[str, Any]:
-    """Collect what an edited picture says: all that --like needs, and how well its source came back."""
-    from ldm.results import versions
-
+    """Collect what an edited picture says of its edit: all that --like needs, and how well its source came back."""
     told = {name: getattr(args, name) for name in TOLD} | {"edit_prompt": [prompt], **marks}
     return {
         "mode": "edit",
@@ -267,8 +324,16 @@ def parameters_of(
         "negative_prompt": args.negative_prompt,
         "seed": args.seed,
         "steps": args.steps,
-        "model": sd.name,
         "init_image_hash": marks["image_hash"],
         "edit": told | {"psnr": round(done.psnr, 2)},
-        **versions(),
     }
+
+
+def computed(sd: StableDiffusion, adapters: Sequence[Any]) -> dict[str, Any]:
+    """Collect what pictures of a run say of the model, and of what they were computed with."""
+    from ldm.adapters.use import described
+    from ldm.finishing import computed_with
+    from ldm.results import file_hash
+
+    of_model = {"model": sd.name, "model_hash": file_hash(sd.file), "adapters": described(adapters)}
+    return of_model | computed_with(sd.model, sd.autocast)

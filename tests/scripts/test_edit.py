@@ -6,10 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from keyed import keyed_input
+from lora_files import write_lora_for
 from PIL import Image
-from tiny import write_tiny
+from tiny import tiny_model, write_tiny
+from tiny_adapters import write_control, write_look
 
 import ldm
+from ldm.adapters.controls import Hint
+from ldm.adapters.preprocessors import preprocess
+from ldm.checkpoints import save_safetensors
 from ldm.cli import run
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +98,50 @@ def test_an_edit_is_made_again_from_what_its_picture_says(home, end, model):
 
 
 @pytest.mark.slow
+def test_adapters_are_those_of_the_painting_scripts_and_an_edit_with_them_is_made_again(home, end, model):
+    """A LoRA, an embedding that one prompt names, and a ControlNet whose hint is made of the picture itself."""
+    write_lora_for("style.safetensors", tiny_model())
+    save_safetensors("birb.safetensors", {"emb_params": keyed_input("birb", (3, 128))}, {})
+    write_control("edges.safetensors")
+    given = ["--lora", "style.safetensors:0.5", "--embedding", "birb.safetensors"]
+    given += ["--control", "edges.safetensors", "--preprocess", "threshold:90", "--control-end", 0.5]
+    how = ["--steps", 1, "--scale", 3, "--method", "swap", "--no-sheet", *model]
+    prompts = ["--prompt", SOURCE, "--edit-prompt", "a birb circle"]
+    code, said, complaints = end("--image", "photo.png", *prompts, *given, *how, "--outdir", "out")
+    assert (code, complaints) == (0, "")
+    told = ldm.read_metadata("out/00000.png")
+    lora, control, birb = told["adapters"]
+    assert (lora["kind"], lora["name"], lora["weight"]) == ("LoRA", "style", 0.5)
+    assert (birb["kind"], birb["token"], birb["vectors"]) == ("Embedding", "birb", 3)
+    assert control["hint"] == Hint([preprocess("photo.png", "threshold", level=90)]).hash
+    assert (control["end"], told["device"], len(told["model_hash"])) == (0.5, "cpu", 10)
+    like = ["--image", "photo.png", "--like", "out/00000.png", *how[4:]]
+    code, said, _ = end(*like, *given, "--outdir", "again")
+    assert code == 0 and "was painted with" not in said
+    assert Path("again/00000.png").read_bytes() == Path("out/00000.png").read_bytes()
+    code, said, complaints = end(*like, *given[4:], "--lora", "style.safetensors", "--outdir", "less")
+    assert code == 0 and not complaints
+    assert (
+        "out/00000.png: was painted with LoRA 'style' at 0.5 " in said
+        and "given at 1.0 (--lora FILE:0.5)" in said
+    )
+    assert "Embedding 'birb' (hash" in said and "ControlNet" not in said
+
+
+@pytest.mark.slow
+def test_an_edit_after_a_picture_is_made_again(home, end, model):
+    write_look()
+    given = "--ip-adapter look.safetensors --ip-image other.png --ip-scale 0.5 --image-encoder clip".split()
+    how = ["--image", "photo.png", "--steps", 1, "--no-sheet", *model]
+    assert end(*how, *PROMPTS, "--outdir", "plain")[0] == 0
+    assert end(*how, *PROMPTS, *given, "--outdir", "out")[0] == 0
+    code, said, _ = end("--like", "out/00000.png", *how, *given, "--outdir", "again")
+    plain, out, again = (np.asarray(Image.open(f"{one}/00000.png")) for one in ("plain", "out", "again"))
+    assert code == 0 and "was painted with" not in said
+    assert np.array_equal(out, again) and not np.array_equal(out, plain)
+
+
+@pytest.mark.slow
 def test_a_mask_is_given_to_what_had_none_and_not_left_out_where_there_was_one(home, end, model):
     assert (
         end("--image", "photo.png", *PROMPTS, "--steps", 1, "--no-sheet", "--outdir", "out", *model)[0] == 0
@@ -149,8 +199,18 @@ def test_ways_with_noise_draw_it_from_the_seed(home, end, model):
             "--like 'photo.png' does not say how it was edited",
         ),
         (["--nothing"], 2, "unknown option '--nothing'"),
+        (["--lora", "mask.pgn"], 9, "--lora 'mask.pgn' is not there; did you mean 'mask.png'?"),
+        (["--embedding", "mask.pgn"], 9, "--embedding 'mask.pgn' is not there"),
+        (["--hint", "mask.png"], 2, "--hint 'mask.png' is said of the --control or --t2i-adapter before it"),
+        (["--control", "mask.png", "--hint", "photo.png", "--hint", "other.png"], 2,
+         "--control 'mask.png' has 2 hints, and an edit is of one picture; give one --hint"),
+        (["--control", "mask.png", "--preprocess", "inpaint"], 2, "--preprocess inpaint wants a mask: --mask of "),
+        (["--control", "mask.png", "--preprocess", "cany"], 2, "canny"),
+        (["--ip-adapter", "mask.png"], 2, "--ip-adapter 'mask.png' has no picture"),
+        (["--vae", "none.pt"], 9, "--vae 'none.pt' is not there"),
+        (["--ignore-keys", "x", "--lowvram", "--compile"], 2, "leave one of the two out"),
     ],
-)
+)  # fmt: skip
 def test_what_is_refused_in_one_line_and_nothing_written(home, end, model, argv, code, message):
     given = [] if argv[0] in ("--prompt", "--edit-prompt") else ["--prompt", SOURCE, "--edit-prompt", EDIT]
     given += [] if "--image" in argv else ["--image", "photo.png"]
