@@ -152,7 +152,9 @@ def test_laws(unet, file):
         answer(unet, one, x=x[:3], t=t[:3], c=c[:3])
     with pytest.raises(UsageError, match="2 hints go round among the pictures .*, got 1 picture;"):
         answer(unet, one, step=StepInfo(0, 1, unconditional=1, images=1))
-    second = answer(unet, one.of_images([3]), x=x[1:2], t=t[1:2], c=c[1:2])  # of a request's pictures the last
+    second = answer(
+        unet, one.of_images([3]), x=x[1:2], t=t[1:2], c=c[1:2]
+    )  # of a request's pictures the last
     close(second, got[1:2])
     assert torch.equal(answer(unet), plain) and identity(unet) == before
 

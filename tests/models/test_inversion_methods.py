@@ -439,6 +439,26 @@ def test_values_that_a_method_does_not_take_are_said_with_their_numbers(name, op
     assert len(str(caught.value)) <= 400 and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["null_text", "proximal"])
+def test_methods_that_guide_by_themselves_want_nothing_but_a_scale(name):
+    """Both would pass over it without a word; the others ask the network, which does it."""
+    rescaled = Network(LinearGaussian(), guidance_rescale=0.7, guidance_interval=(0.0, 0.5))
+    with pytest.raises(
+        UsageError, match=f"{name} guides by itself.*leave guidance_interval, guidance_rescale out"
+    ):
+        invert(name, rescaled, Z, guided(3.0), steps=2)
+    added = LinearGaussian()
+    added.guidance_terms = lambda: [Z]
+    with pytest.raises(UsageError, match="leave Tensor out"):
+        invert(name, Network(added), Z, guided(3.0), steps=2)
+    unguided = invert(name, rescaled, Z, guided(1.0), steps=2)
+    if name == "proximal":
+        with pytest.raises(UsageError, match="proximal guides by itself"):
+            unguided.sample(guided(3.0))
+    else:
+        assert unguided.sample(guided(3.0)).shape == SHAPE
+
+
 def test_null_text_wants_features_and_samplers_want_a_model():
     listed = Context([MEANS], [UNCOND], 2.0)
     with pytest.raises(UsageError, match=r"null_text optimises features \(b, n, d\), got 'list'"):

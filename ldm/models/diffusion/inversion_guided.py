@@ -17,6 +17,24 @@ from ldm.process.gaussian import q_sample
 from ldm.process.guidance import guide
 from ldm.process.steps import ddim_std, ddim_step
 
+# Of Denoiser: what a guided answer depends on beside its scale.
+OF_GUIDANCE = ("guidance_rescale", "guidance_interval", "score_corrector", "known")
+
+
+def check_plain_guidance(method: Method, run: Run) -> None:
+    """Raise UsageError where a network guides by more than a scale, for a method that mixes its two answers itself."""
+    network = run.network
+    terms = getattr(getattr(network, "model", None), "guidance_terms", tuple)()
+    given = [
+        *(getattr(network, "options", {}).keys() & set(OF_GUIDANCE)),
+        *(type(one).__name__ for one in terms),
+    ]
+    if given and run.context.guidance_scale != 1:
+        raise UsageError(
+            f"{method.name} guides by itself, by its scale alone; leave {', '.join(sorted(given)):.100} out, or take "
+            "the inversion negative_prompt"
+        )
+
 
 @dataclass
 class EditFriendly(Method):
@@ -121,7 +139,12 @@ class Proximal(NegativePrompt):
         real("quantile of proximal", self.quantile, 0, 1)
         choice("prox of proximal", self.prox, ("l0", "l1"))
 
+    def begin(self, run: Run, x0: Tensor) -> Tensor:
+        check_plain_guidance(self, run)
+        return x0
+
     def down(self, run: Run, state: Tensor, here: Level, to: Level, kept: Any) -> Tensor:
+        check_plain_guidance(self, run)  # another network's than that of the way up
         context = run.context
         eps = run.eps(state, here, replace(context, unconditional=kept).only(context.conditioning))
         if context.guidance_scale != 1:
@@ -167,6 +190,10 @@ class NullText(Unguided):
         whole("iterations of null_text", self.iterations, 1, 1000)
         real("learning_rate of null_text", self.learning_rate, 0, 1)
         real("early_stop of null_text", self.early_stop, 0, 1)
+
+    def begin(self, run: Run, x0: Tensor) -> Tensor:
+        check_plain_guidance(self, run)
+        return x0
 
     def finish(self, run: Run, inversion: Inversion) -> None:
         context = run.context
