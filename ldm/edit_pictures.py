@@ -26,7 +26,7 @@ from ldm.edit_parts import (
 from ldm.errors import UsageError, shown
 from ldm.generate import decode
 from ldm.labels import labelled, plain
-from ldm.limits import whole
+from ldm.limits import GUIDANCE_SCALE, real, whole
 from ldm.models.diffusion.inversion import (
     Context,
     Inversion,
@@ -90,7 +90,7 @@ def invert_picture(
     method: str | Method = "ddim",
     steps: int = 50,
     guidance_scale: float | None = None,
-    negative_prompt: str = "",
+    negative_prompt: str | None = "",
     spacing: str | Sequence[float] | None = None,
     adapters: Sequence[Any] = (),
     measure: bool = True,
@@ -133,7 +133,7 @@ def edit_picture(
     steps: int = 50,
     start_step: int | None = None,
     guidance_scale: float | None = None,
-    negative_prompt: str = "",
+    negative_prompt: str | None = "",
     spacing: str | Sequence[float] | None = None,
     adapters: Sequence[Any] = (),
     editor: Any = "swap",
@@ -163,8 +163,12 @@ def edit_picture(
     start_step = int(KEPT_STEPS * steps) if start_step is None else start_step
     whole("start_step", start_step, 0, steps - 1)
     scale = sd.defaults.guidance_scale if guidance_scale is None else guidance_scale
+    real("guidance_scale", scale, *GUIDANCE_SCALE)
     way = editing.resolve_editor(editor)
     image_prompt = one_text("image_prompt", image_prompt)
+    negative_prompt = one_text("negative_prompt", "" if negative_prompt is None else negative_prompt)
+    if inversion_scale is not None:
+        real("inversion_scale", inversion_scale, *GUIDANCE_SCALE)
     edits = list_texts("edit_prompt", edit_prompt)
     controls = [way.control] if isinstance(way, editing.Controlled) else []
     told_of(sd.model, [*joined(sd, adapters), *controls], [image_prompt, *edits], [0] * (1 + len(edits)))
@@ -215,7 +219,7 @@ def scene_of(
     start_step: int = 0,
     guidance_scale: float = 1.0,
     *,
-    negative_prompt: str = "",
+    negative_prompt: str | None = "",
     adapters: Sequence[Any] = (),
 ) -> editing.Scene:
     """Put together what a way to edit (ldm.editing) works on, for an inversion of one picture; see `edit_picture`."""

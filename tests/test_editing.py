@@ -233,6 +233,9 @@ def test_ways_by_name(given, kind):
         ({"editor": lambda scene: None}, "latents must be a floating-point tensor (1, 4, h, w), got None"),
         ({"adapters": None}, "adapters must be a list such as [LoRA('style.safetensors')], got None"),
         ({"image_prompt": [SOURCE, EDIT]}, "image_prompt must be one text, of the one picture, got 2"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt must be one text, of the one picture, got 2"),
+        ({"inversion_scale": -1}, "inversion_scale must be a number from 0 to 100, got -1"),
+        ({"guidance_scale": "3"}, "guidance_scale must be a number from 0 to 100, got '3'"),
         ({"seed": 3}, "the inversion ddim has no option seed"),
         ({"measure": False}, "the inversion ddim has no option measure; it has eta"),
         (

@@ -78,11 +78,16 @@ def expect_word(encoder: ReadsPrompts, prompts: Sequence[str], word: str | int, 
         what: the argument that names it, for the message.
 
     Raises:
-        UsageError: it is in none of them.
+        UsageError: it is in none of them, or behind what is read of them.
     """
     found = [tokens_of_word(encoder, prompt, word) for prompt in prompts]
     if not any(found):
         words = [one for prompt in prompts for one in prompt.split()]
+        if word in words:
+            raise UsageError(
+                f"{what} names {shown(word)}, which stands behind the {encoder.max_length - 2} tokens of a prompt that "
+                "the model reads; shorten the prompt, or move the word to the front"
+            )
         near = nearest(word, words, 0.5)
         hint = f"; did you mean {shown(near)}?" if near else "; its words are those between spaces"
         where = shown(prompts[0]) if len(prompts) == 1 else f"none of {len(prompts)} prompts"

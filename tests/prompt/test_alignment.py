@@ -131,6 +131,10 @@ def test_a_word_that_is_not_there_is_refused_with_the_nearest(reader):
     with pytest.raises(UsageError, match="in none of 2 prompts"):
         words.expect_word(reader, ["a cat", "a dog"], "house", "equalizer")
     assert words.expect_word(reader, ["a cat", "a dog"], "dog", "equalizer") == [[], [2]]
+    with pytest.raises(
+        UsageError, match="'dog', which stands behind the 75 tokens of a prompt that the model reads"
+    ):
+        words.expect_word(reader, ["very " * 75 + "black dog", "a cat"], "dog", "equalizer")
 
 
 @pytest.mark.parametrize(
