@@ -112,7 +112,7 @@ def network_of(sd: ldm.StableDiffusion, adapters: Sequence[Any] = (), **options:
     parts = check_adapters(model, joined(sd, adapters))
     if any(isinstance(one, DeepCache) for one in parts):
         raise UsageError("DeepCache keeps features from one step to the next cleaner one; leave it out here")
-    return Network(_Told(model, sd.autocast, unet_attachments(parts), 0, 1, None), **options)
+    return Network(_Told(model, sd.autocast, unet_attachments(parts), 1, 1, None), **options)
 
 
 def context_of(

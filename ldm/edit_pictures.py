@@ -43,6 +43,12 @@ from ldm.request import list_texts, read_pictures
 if TYPE_CHECKING:
     from PIL import Image
 
+# What the two are told beside a method's options, for the hint to whoever misspells it.
+OF_INVERT = ("prompt", "steps", "guidance_scale", "negative_prompt", "spacing", "adapters", "measure")
+OF_EDIT = (
+    *("image_prompt", "edit_prompt", "start_step", "editor", "mask", "feather", "inversion_scale", "method"),
+    *("steps", "guidance_scale", "negative_prompt", "spacing", "adapters"),
+)
 KEPT_STEPS = 0.3  # of an edit's: the tutorial leaves 30 of 100 out
 
 
@@ -107,11 +113,7 @@ def invert_picture(
     Raises:
         As invert and encode_picture.
     """
-    if spelt(method) == TUTORIAL:
-        raise UsageError(
-            f"'{TUTORIAL}' is a method of the functions in ldm.edit; here 'ddim' is the aligned form"
-        )
-    chosen = resolve_method(method, **options)
+    chosen = _chosen(method, OF_INVERT, options)
     whole("steps", steps, 1, sd.model.num_timesteps)
     one_text("prompt", prompt)
     scale = sd.defaults.guidance_scale if guidance_scale is None else guidance_scale
@@ -164,7 +166,7 @@ def edit_picture(
     whole("start_step", start_step, 0, steps - 1)
     scale = sd.defaults.guidance_scale if guidance_scale is None else guidance_scale
     real("guidance_scale", scale, *GUIDANCE_SCALE)
-    way = editing.resolve_editor(editor)
+    way, chosen = editing.resolve_editor(editor), _chosen(method, OF_EDIT, options)
     image_prompt = one_text("image_prompt", image_prompt)
     negative_prompt = one_text("negative_prompt", "" if negative_prompt is None else negative_prompt)
     if inversion_scale is not None:
@@ -172,21 +174,15 @@ def edit_picture(
     edits = list_texts("edit_prompt", edit_prompt)
     controls = [way.control] if isinstance(way, editing.Controlled) else []
     told_of(sd.model, [*joined(sd, adapters), *controls], [image_prompt, *edits], [0] * (1 + len(edits)))
-    _, unit, marks = read_pictures(
-        load_image(image) if isinstance(image, bytes | bytearray) else image,
-        mask,
-        (None, None),
-        downsampling(sd.model),
-    )
+    image, mask = (load_image(one) if isinstance(one, bytes | bytearray) else one for one in (image, mask))
+    _, unit, marks = read_pictures(image, mask, (None, None), downsampling(sd.model))
     if feather and marks is None:
         raise UsageError(f"feather is of a mask, and none is given; got feather={shown(feather)}")
     marks = None if marks is None else editing.feathered(marks, feather)
     how = {"negative_prompt": negative_prompt, "spacing": spacing, "adapters": adapters, "steps": steps}
-    if inversion_scale is None and spelt(method) != TUTORIAL:
-        inversion_scale = 1.0 if resolve_method(method, **options).from_latents else scale
-    inversion = invert_picture(
-        sd, image, image_prompt, method=method, guidance_scale=inversion_scale, **how, **options
-    )
+    if inversion_scale is None:
+        inversion_scale = 1.0 if chosen.from_latents else scale
+    inversion = invert_picture(sd, image, image_prompt, method=chosen, guidance_scale=inversion_scale, **how)
     inversion.measure()
     scene = scene_of(
         sd,
@@ -234,6 +230,15 @@ def scene_of(
     return editing.Scene(
         sd.model, inversion, image_prompt, edits, start_step, context, network, joined(sd, adapters)
     )
+
+
+def _chosen(method: str | Method, of_call: Sequence[str], options: dict[str, Any]) -> Method:
+    """Make the inversion that a call names."""
+    if spelt(method) == TUTORIAL:
+        raise UsageError(
+            f"'{TUTORIAL}' is a method of the functions in ldm.edit; here 'ddim' is the aligned form"
+        )
+    return resolve_method(method, of_call, **options)
 
 
 def psnr(a: Any, b: Any) -> float:

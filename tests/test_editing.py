@@ -1,5 +1,6 @@
 """Ways to edit an inverted picture (ldm.editing): what each keeps and changes, masks in pixels, and refusals."""
 
+import io
 import re
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from PIL import Image
 from tiny import tiny_model
 
 from ldm import editing
-from ldm.adapters import LocalBlend, PromptToPrompt
+from ldm.adapters import PAG, LocalBlend, PromptToPrompt
 from ldm.adapters.attention_control import AttentionControl
 from ldm.edit import Edited, scene_of
 from ldm.errors import UsageError
@@ -187,7 +188,9 @@ def test_a_contact_sheet_says_how_well_the_picture_comes_back():
 def test_a_mask_in_pixels_keeps_every_pixel_outside_and_fades_over_its_feather(sd, picture):
     mask = torch.zeros(1, 1, 64, 72)
     mask[..., 24:] = 1
-    hard = sd.edit(picture, SOURCE, OTHER, mask=mask, **HOW | {"steps": 1})
+    held = io.BytesIO()  # as bytes, a picture as well as a mask
+    Image.fromarray((255 * mask[0, 0]).byte().numpy()).save(held, "PNG")
+    hard = sd.edit(picture, SOURCE, OTHER, mask=held.getvalue(), **HOW | {"steps": 1})
     source, got = (np.asarray(one, int) for one in (hard.source, hard.images[0]))
     assert np.array_equal(source[:, :24], got[:, :24]) and np.abs(source - got)[:, 24:].mean() > 3
     soft = editing.feathered(mask, 8)
@@ -238,6 +241,15 @@ def test_ways_by_name(given, kind):
         ({"guidance_scale": "3"}, "guidance_scale must be a number from 0 to 100, got '3'"),
         ({"seed": 3}, "the inversion ddim has no option seed"),
         ({"measure": False}, "the inversion ddim has no option measure; it has eta"),
+        ({"num_steps": 3}, "no option num_steps (here it is steps)"),
+        ({"edit_prompts": OTHER}, "no option edit_prompts (did you mean edit_prompt?)"),
+        ({"editors": "p2p"}, "no option editors (did you mean editor?)"),
+        ({"mask_image": "m.png"}, "no option mask_image (here it is mask)"),
+        (
+            {"adapters": [PAG(2.0)], "method": "null_text"},
+            "null_text guides by itself, by its scale alone; leave PAG",
+        ),
+        ({"adapters": [PAG(2.0)], "method": "proximal"}, "proximal guides by itself"),
         (
             {"editor": PromptToPrompt("replace"), "edit_prompt": "a very red circle"},
             "without a pair: 'very'",

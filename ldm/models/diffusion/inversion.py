@@ -50,17 +50,7 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 
-# What a call is told beside a method's options: for the hint to whoever misspells it.
-OF_CALLS = (
-    "prompt",
-    "steps",
-    "guidance_scale",
-    "negative_prompt",
-    "spacing",
-    "adapters",
-    "measure",
-    "start_step",
-)
+OF_INVERT = ("steps", "spacing", "model", "measure")  # what `invert` is told beside a method's options
 
 
 def spelt(name: Any) -> str | None:
@@ -69,7 +59,7 @@ def spelt(name: Any) -> str | None:
 
 
 def resolve_method(
-    method: str | Method, of_call: Sequence[str] = OF_CALLS, others: Sequence[str] = (), /, **options: Any
+    method: str | Method, of_call: Sequence[str] = OF_INVERT, others: Sequence[str] = (), /, **options: Any
 ) -> Method:
     """Make a method by its name in METHODS, with its options; one that is made already is returned.
 

@@ -144,9 +144,9 @@ class Proximal(NegativePrompt):
         return x0
 
     def down(self, run: Run, state: Tensor, here: Level, to: Level, kept: Any) -> Tensor:
-        check_plain_guidance(self, run)  # another network's than that of the way up
         context = run.context
         eps = run.eps(state, here, replace(context, unconditional=kept).only(context.conditioning))
+        check_plain_guidance(self, run)  # of this step, and of another network than that of the way up
         if context.guidance_scale != 1:
             base = run.eps(state, here, replace(context, unconditional=kept).only(kept))
             eps = base + context.guidance_scale * self.shrink(eps - base)
@@ -216,6 +216,7 @@ class NullText(Unguided):
         """Change the unconditional features of a step until it arrives at `target`."""
         context, scale = run.context, run.context.guidance_scale
         cond = run.eps(x, here, context.only(context.conditioning))
+        check_plain_guidance(self, run)  # of this step
         features = features.detach().clone().requires_grad_()
         adam = torch.optim.Adam([features], lr=self.learning_rate * max(0.0, 1 - i / 100))
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
