@@ -6,11 +6,12 @@
     sd.edit("cat.png", "a cat", "a dog", editor="diffedit")                             # within a mask found by itself
     sd.edit("cat.png", "a cat", "a dog", mask="mask.png", feather=8)                    # within a mask of yours
 
-To add a way: a function of a Scene that gives latents, and a word in the table EDITORS.
+To add a way: a function of a Scene that gives latents, or a class of such, and a word in the table EDITORS.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -228,11 +229,11 @@ class DDS:
 
 
 Editor = Callable[[Scene], Tensor]
-EDITORS: dict[str, Callable[[], Editor]] = {
-    "swap": lambda: swap,
-    "prompt_to_prompt": lambda: Controlled(PromptToPrompt()),
-    "mutual_self_attention": lambda: Controlled(MutualSelfAttention()),
-    "plug_and_play": lambda: Controlled(PlugAndPlay()),
+EDITORS: dict[str, Editor | type] = {
+    "swap": swap,
+    "prompt_to_prompt": PromptToPrompt,
+    "mutual_self_attention": MutualSelfAttention,
+    "plug_and_play": PlugAndPlay,
     "diffedit": DiffEdit,
     "dds": DDS,
     "add_noise": AddNoise,
@@ -247,16 +248,19 @@ OTHER_NAMES = {
 }
 
 
-def resolve_editor(given: str | AttentionControl | Editor) -> Editor:
-    """Give a way to edit by its name, a control of attention, or what is one.
+def resolve_editor(given: str | AttentionControl | Editor, **options: Any) -> Editor:
+    """Give a way to edit by its name, with its options; a control of attention, or what is one already.
 
     Raises:
-        UsageError: an unknown name, or nothing of the kind.
+        UsageError: an unknown name or option, a value out of range, or nothing of the kind.
     """
-    if isinstance(given, AttentionControl):
-        return Controlled(given)
-    if callable(given) and not isinstance(given, type):
-        return given
+    is_control = isinstance(given, AttentionControl)
+    if is_control or (callable(given) and not isinstance(given, type)):
+        if options:
+            raise UsageError(
+                f"an editor that is made takes no further options, got {', '.join(sorted(options))}"
+            )
+        return Controlled(given) if is_control else given
     name = spelt(given)
     name = OTHER_NAMES.get(name, name)
     if name not in EDITORS:
@@ -265,7 +269,16 @@ def resolve_editor(given: str | AttentionControl | Editor) -> Editor:
         raise UsageError(
             f"editor must be one of {', '.join(EDITORS)}, or such as PromptToPrompt(...); got {shown(given)}{hint}"
         )
-    return EDITORS[name]()
+    kind = EDITORS[name]
+    known = list(inspect.signature(kind).parameters) if isinstance(kind, type) else []
+    if unknown := sorted(options.keys() - set(known)):
+        near = nearest(unknown[0], known)
+        hint = f" (did you mean {near}?)" if near else ""
+        raise UsageError(
+            f"the editor {name} has no option {', '.join(unknown)[:100]}{hint}; it has {', '.join(known) or 'none'}"
+        )
+    made = kind(**options) if isinstance(kind, type) else kind
+    return Controlled(made) if isinstance(made, AttentionControl) else made
 
 
 # --- a mask in pixels -------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +43,33 @@ TOLD: dict[str, Any] = {
     "weight": [],
     "blend": None,
     "feather": 0.0,
+    "method_option": [],
+    "inversion_option": [],
 }
 ADAPTERS = ("lora", "embedding", "controls")  # what the flags of adapters fill
-OF_PROMPT_TO_PROMPT = ("cross_replace", "self_replace", "weight", "blend")
+# Of prompt_to_prompt: flag -> its argument.
+OF_PROMPT_TO_PROMPT = {
+    "cross_replace": "cross_replace_steps",
+    "self_replace": "self_replace_steps",
+    "weight": "equalizer",
+    "blend": "local_blend",
+}
+# What --method-option and --inversion-option may set, beside what has a flag of its own: whose -> its arguments.
+OF_METHODS = {
+    "prompt_to_prompt": ("kind", "self_cells"),
+    "mutual_self_attention": ("start", "start_layer"),
+    "plug_and_play": ("attention_steps", "feature_steps", "feature_block"),
+    "diffedit": ("strength", "draws", "threshold"),
+    "dds": ("iterations", "rate"),
+}
+OF_INVERSIONS = {
+    "fixed_point, anderson": ("tolerance", "iterations", "history"),
+    "edict": ("mix_weight",),
+    "bdia": ("gamma",),
+    "edit_friendly": ("eta",),
+    "proximal": ("quantile", "prox"),
+    "null_text": ("iterations", "learning_rate", "early_stop"),
+}
 
 
 def edit_parser() -> Parser:
@@ -62,6 +87,11 @@ def edit_parser() -> Parser:
         "editor": "method",
         "n_steps": "steps",
     }
+    for flag, table in (("--inversion-option", OF_INVERSIONS), ("--method-option", OF_METHODS)):
+        p.instead = {
+            **p.instead,
+            **{name: f"{flag} {name}=..." for names in table.values() for name in names},
+        }
     p.set_defaults(**dict.fromkeys(TOLD))
     what = p.add_argument_group("what to change")
     what.add_argument("--image", required=True, help="the picture")
@@ -75,7 +105,21 @@ def edit_parser() -> Parser:
         metavar="PICTURE",
         help="take what is not given here from an edited picture's metadata, prompts included",
     )
-    how = p.add_argument_group("how")
+    _add_how(p.add_argument_group("how"))
+    _add_prompt_to_prompt(p.add_argument_group("of prompt_to_prompt"))
+    besides = p.add_argument_group(options.WITH)
+    for option in options.options():
+        if option.dest in ADAPTERS:
+            add_option(besides, option)
+            p.also |= {name: option.flags[0].lstrip("-") for name in option.also}
+    add_model(p.add_argument_group("with what"))
+    out = p.add_argument_group("where to")
+    out.add_argument("--outdir", default="outputs/edits", help="folder for the pictures")
+    out.add_argument("--no-sheet", action="store_true", help="save no contact sheet")
+    return p
+
+
+def _add_how(how: argparse._ArgumentGroup) -> None:
     how.add_argument(
         "--method",
         help="swap, prompt_to_prompt (default), mutual_self_attention, plug_and_play, diffedit, dds, add_noise",
@@ -83,6 +127,14 @@ def edit_parser() -> Parser:
     how.add_argument(
         "--inversion", help="ddim (default), or another of ldm.models.diffusion.inversion.METHODS"
     )
+    for flag, table, others in (
+        ("--method-option", OF_METHODS, ""),
+        ("--inversion-option", OF_INVERSIONS, "; a sampler's own by their names"),
+    ):
+        known = "; ".join(f"{', '.join(names)} ({whose})" for whose, names in table.items())
+        how.add_argument(
+            flag, action="append", metavar="NAME=VALUE", help=f"{known}{others}; may be repeated"
+        )
     how.add_argument(
         "--inversion-scale",
         type=number(*GUIDANCE_SCALE),
@@ -96,7 +148,9 @@ def edit_parser() -> Parser:
         type=seed,
         help="of the noise that dds, diffedit, add_noise and the inversion edit_friendly draw (default: 0)",
     )
-    p2p = p.add_argument_group("of prompt_to_prompt")
+
+
+def _add_prompt_to_prompt(p2p: argparse._ArgumentGroup) -> None:
     p2p.add_argument(
         "--cross-replace", type=number(0, 1), help="share of steps with the source's looks at words"
     )
@@ -110,16 +164,6 @@ def edit_parser() -> Parser:
     p2p.add_argument(
         "--blend", metavar="WORD", help="stay as the source is where no prompt is about this word"
     )
-    besides = p.add_argument_group(options.WITH)
-    for option in options.options():
-        if option.dest in ADAPTERS:
-            add_option(besides, option)
-            p.also |= {name: option.flags[0].lstrip("-") for name in option.also}
-    add_model(p.add_argument_group("with what"))
-    out = p.add_argument_group("where to")
-    out.add_argument("--outdir", default="outputs/edits", help="folder for the pictures")
-    out.add_argument("--no-sheet", action="store_true", help="save no contact sheet")
-    return p
 
 
 def edit(args: argparse.Namespace) -> None:
@@ -129,9 +173,7 @@ def edit(args: argparse.Namespace) -> None:
         UsageError: what is missing, or does not go together. MismatchError: another picture than --like's.
     """
     said, wants_seed = repeat(args), args.seed is not None
-    for name, default in TOLD.items():
-        if getattr(args, name) is None:
-            setattr(args, name, said.get(name, default))
+    fill(args, said)
     if args.prompt is None or not args.edit_prompt:
         missing = (
             "--prompt, what the picture shows,"
@@ -196,6 +238,37 @@ def edit(args: argparse.Namespace) -> None:
         say(f"{save_numbered(done.sheet(), outdir, 'sheet-{:04}.png')}")
 
 
+def fill(args: argparse.Namespace, said: Mapping[str, Any]) -> None:
+    """Fill in what the command line leaves open by what a picture says, else by the defaults.
+
+    What is of the picture's method or inversion does not come along to another one, which is said.
+    """
+    from ldm.editing import OTHER_NAMES
+    from ldm.models.diffusion.inversion import spelt
+
+    wanted = TOLD | {name: said[name] for name in TOLD.keys() & said.keys()}
+    for whose, own in (
+        ("method", (*OF_PROMPT_TO_PROMPT, "method_option")),
+        ("inversion", ("inversion_option",)),
+    ):
+        given = getattr(args, whose)
+        now, then = (OTHER_NAMES.get(name, name) for name in map(spelt, (given, wanted[whose])))
+        if given is not None and now != then:
+            lost = [name for name in own if wanted[name] != TOLD[name] and getattr(args, name) is None]
+            wanted |= {name: TOLD[name] for name in own}
+            if lost:
+                names = ", ".join(name.replace("_", " ") for name in lost)
+                say(printable(f"{args.like}: its {names} left out: of its {whose}, {wanted[whose]}"))
+    for name in ("method_option", "inversion_option"):
+        given = getattr(args, name) or []
+        if given and wanted[name]:  # each goes before the picture's of the same name
+            names = {_name_of(one) for one in given}
+            setattr(args, name, [one for one in wanted[name] if _name_of(one) not in names] + given)
+    for name, value in wanted.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def check_adapters(args: argparse.Namespace, paths: Mapping[str, str]) -> None:
     """Refuse what flags of adapters say, where no model is needed to see it.
 
@@ -228,44 +301,71 @@ def editor_of(args: argparse.Namespace) -> Editor:
     """Make the way to edit that the options name.
 
     Raises:
-        UsageError: an unknown one, or options of another one.
+        UsageError: an unknown one, options of another one, or one said twice.
     """
     from ldm.adapters import LocalBlend, PromptToPrompt
-    from ldm.editing import DDS, AddNoise, Controlled, DiffEdit, resolve_editor
+    from ldm.editing import Controlled, resolve_editor
 
-    editor = resolve_editor(args.method)
-    of_p2p = {
+    editor, options = resolve_editor(args.method), options_of("--method-option", args.method_option)
+    flags = {
         name: getattr(args, name) for name in OF_PROMPT_TO_PROMPT if getattr(args, name) not in (None, [])
     }
-    if isinstance(editor, Controlled) and isinstance(editor.control, PromptToPrompt):
-        words = {"cross_replace": "cross_replace_steps", "self_replace": "self_replace_steps"}
-        options = {words[name]: value for name, value in of_p2p.items() if name in words}
-        if args.weight:
-            options["equalizer"] = dict(map(weight_of, args.weight))
-        if args.blend is not None:
-            options["local_blend"] = LocalBlend(args.blend)
-        return Controlled(PromptToPrompt(**options))
-    if of_p2p:
-        flag = f"--{next(iter(of_p2p)).replace('_', '-')}"
-        raise UsageError(
-            f"{flag} is of prompt_to_prompt, and the method is {shown(args.method)}; leave it out"
-        )
-    for kind in (DDS, AddNoise, DiffEdit):
-        if isinstance(editor, kind):
-            return kind(seed=args.seed)
-    return editor
+    is_p2p = isinstance(editor, Controlled) and isinstance(editor.control, PromptToPrompt)
+    for name, value in flags.items():
+        if not is_p2p:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{flag} is of prompt_to_prompt, and the method is {shown(args.method)}; leave it out"
+            )
+        if OF_PROMPT_TO_PROMPT[name] in options:
+            raise UsageError(
+                f"--{name.replace('_', '-')} and --method-option {OF_PROMPT_TO_PROMPT[name]}=... say the same; give one"
+            )
+        made = {"weight": lambda given: dict(map(weight_of, given)), "blend": LocalBlend}
+        options[OF_PROMPT_TO_PROMPT[name]] = made.get(name, lambda given: given)(value)
+    if hasattr(editor, "seed"):
+        options["seed"] = args.seed
+    return resolve_editor(args.method, **options)
 
 
 def inversion_of(args: argparse.Namespace) -> Method:
     """Make the inversion that the options name.
 
     Raises:
-        UsageError: an unknown one.
+        UsageError: an unknown one, or an option that it does not have.
     """
-    from ldm.models.diffusion.inversion import EditFriendly, resolve_method
+    from ldm.models.diffusion.inversion import resolve_method
 
-    inversion = resolve_method(args.inversion)
-    return EditFriendly(seed=args.seed) if isinstance(inversion, EditFriendly) else inversion
+    options = options_of("--inversion-option", args.inversion_option)
+    if hasattr(resolve_method(args.inversion), "seed"):
+        options["seed"] = args.seed
+    return resolve_method(args.inversion, **options)
+
+
+def options_of(flag: str, given: Sequence[str]) -> dict[str, Any]:
+    """Read what a flag says as NAME=VALUE: a value is JSON, and a text where it is none.
+
+    Raises:
+        UsageError: one that is not of this form, one given twice, or the seed, which has a flag of its own.
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        name, (_, equals, value) = _name_of(text), text.partition("=")
+        if not (name and equals and value):
+            raise UsageError(f"{flag} should be such as threshold=0.3, got {shown(text)}")
+        if name in found:
+            raise UsageError(f"{flag} {name} was given twice; give it once")
+        if name == "seed":
+            raise UsageError(f"{flag} seed is given as --seed {value:.40}")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[name] = value
+    return found
+
+
+def _name_of(text: str) -> str:
+    return text.partition("=")[0].strip().replace("-", "_")
 
 
 def weight_of(text: str) -> tuple[str, float]:

@@ -28,6 +28,8 @@ class Parser(argparse.ArgumentParser):
 
     # Other programs' names of options, without their dashes -> ours; --help lists ours only.
     also: Mapping[str, str] = {}
+    # Names that people try as options, without their dashes -> what to write instead.
+    instead: Mapping[str, str] = {}
 
     def __init__(self, *args, **kwargs):
         kwargs.setdefault("allow_abbrev", False)
@@ -91,6 +93,9 @@ class Parser(argparse.ArgumentParser):
         option = next((word.split("=", 1)[0] for word in words if word.startswith("-")), None)
         if option is None:
             self.error(f"unexpected word {words[0]!r}; put quotes around a value with spaces")
+        words = self.instead.get(option.lstrip("-").replace("-", "_"))
+        if words is not None:
+            self.error(f"unknown option {option!r}; write {words}")
         near = nearest(option, self._option_string_actions)
         self.error(f"unknown option {option!r}" + (f"; did you mean {near!r}?" if near else ""))
 

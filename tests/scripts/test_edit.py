@@ -1,6 +1,8 @@
 """edit.py as a user runs it: pictures, sheets, metadata that replays, exit codes, and nothing left where it fails."""
 
+import dataclasses
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
@@ -13,10 +15,22 @@ from tiny import tiny_model, write_tiny
 from tiny_adapters import write_control, write_look
 
 import ldm
+from ldm.adapters import LocalBlend
 from ldm.adapters.controls import Hint
 from ldm.adapters.preprocessors import preprocess
 from ldm.checkpoints import save_safetensors
 from ldm.cli import run
+from ldm.cli.editing import (
+    OF_INVERSIONS,
+    OF_METHODS,
+    OF_PROMPT_TO_PROMPT,
+    edit_parser,
+    editor_of,
+    fill,
+    inversion_of,
+)
+from ldm.editing import DDS, EDITORS, DiffEdit
+from ldm.models.diffusion.inversion import METHODS
 
 ROOT = Path(__file__).parents[2]
 SOURCE, EDIT, OTHER = "a red circle", "a blue circle", "a blue square"
@@ -141,6 +155,93 @@ def test_an_edit_after_a_picture_is_made_again(home, end, model):
     assert np.array_equal(out, again) and not np.array_equal(out, plain)
 
 
+def parsed(*argv):
+    return edit_parser().parse_args(["--image", "photo.png", *map(str, argv)])
+
+
+@pytest.mark.parametrize(
+    ("argv", "made"),
+    [
+        (["--method", "diffedit", "--method-option", "threshold=0.3", "--method-option", "draws=4", "--seed", 7],
+         DiffEdit(threshold=0.3, draws=4, seed=7)),
+        (["--method", "DDS", "--method-option", "iterations=3"], DDS(3)),
+        (["--method", "pnp", "--method-option", "feature-steps=[0.1,0.6]"], {"feature_steps": (0.1, 0.6)}),
+        (["--method", "masactrl", "--method-option", "start_layer=null"], {"start_layer": None}),
+        (["--method-option", "kind=refine", "--method-option", "self_cells=16", "--blend", "red"],
+         {"kind": "refine", "self_cells": 16, "local_blend": LocalBlend("red")}),
+        (["--method-option", 'cross_replace_steps={"default_": 0.4}', "--weight", "red=2"],
+         {"cross_steps": (0.0, 0.4), "equalizer": {"red": 2.0}}),
+    ],
+)  # fmt: skip
+def test_options_of_methods_make_the_editor(argv, made):
+    args = parsed(*argv)
+    fill(args, {})
+    editor = editor_of(args)
+    if isinstance(made, dict):
+        assert {name: getattr(editor.control, name) for name in made} == made
+    else:
+        assert editor == made
+
+
+@pytest.mark.parametrize(
+    ("argv", "made"),
+    [
+        (["fixed_point", "tolerance=1e-3", "iterations=4"], {"tolerance": 1e-3, "iterations": 4}),
+        (["proximal", "prox=l1", "quantile=1"], {"prox": "l1", "quantile": 1}),
+        (["edit friendly", "eta=0.5"], {"eta": 0.5, "seed": 0}),
+        (["dpmpp_2m", "solver_type=taylor"], {"own": {"solver_type": "taylor"}}),
+    ],
+)
+def test_options_of_inversions_make_it(argv, made):
+    args = parsed("--inversion", argv[0], *(word for one in argv[1:] for word in ("--inversion-option", one)))
+    fill(args, {})
+    inversion = inversion_of(args)
+    assert {name: getattr(inversion, name) for name in made} == made
+
+
+def test_all_options_of_methods_and_inversions_are_listed():
+    """What has a flag of its own and what takes no number or text beside."""
+    own = {"seed", "self", *OF_PROMPT_TO_PROMPT.values(), "mask"}
+    for name, kind in EDITORS.items():
+        known = inspect.signature(kind).parameters if isinstance(kind, type) else {}
+        assert set(known) - own == set(OF_METHODS.get(name, ())), name
+    listed = {one: names for whose, names in OF_INVERSIONS.items() for one in whose.split(", ")}
+    for name, kind in METHODS.items():
+        known = {one.name for one in dataclasses.fields(kind) if one.init}
+        known -= {"seed"} | (set() if name == "edit_friendly" else {"eta"})
+        assert known == set(listed.get(name, ())), name
+
+
+def test_like_brings_options_along_to_the_same_method_only(capsys):
+    said = {"method": "diffedit", "method_option": ["threshold=0.3", "draws=4"], "weight": ["a=2"],
+            "inversion": "belm", "inversion_option": ["x=1"], "feather": 3.0}  # fmt: skip
+    for argv, method, inversion, lost in (
+        ([], ["threshold=0.3", "draws=4"], ["x=1"], ""),
+        (["--method", "swap"], [], ["x=1"], "weight, method option left out: of its method"),
+        (["--method", "DiffEdit", "--method-option", "draws=5"], ["threshold=0.3", "draws=5"], ["x=1"], ""),
+        (
+            ["--method", "dds", "--method-option", "rate=1"],
+            ["rate=1"],
+            ["x=1"],
+            "its weight left out: of its method",
+        ),
+        (
+            ["--inversion", "ddim"],
+            ["threshold=0.3", "draws=4"],
+            [],
+            "its inversion option left out: of its inversion",
+        ),
+    ):
+        args = parsed(*argv)
+        fill(args, said)
+        assert (args.method_option, args.inversion_option, args.feather) == (method, inversion, 3.0), argv
+        out = capsys.readouterr().out
+        assert lost in out and bool(lost) == bool(out), argv
+    args = parsed("--method", "p2p")
+    fill(args, {"weight": ["a=2"]})
+    assert args.weight == ["a=2"] and not capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_mask_is_given_to_what_had_none_and_not_left_out_where_there_was_one(home, end, model):
     assert (
@@ -199,6 +300,24 @@ def test_ways_with_noise_draw_it_from_the_seed(home, end, model):
             "--like 'photo.png' does not say how it was edited",
         ),
         (["--nothing"], 2, "unknown option '--nothing'"),
+        (["--method", "diffedit", "--method-option", "treshold=1"], 2,
+         "the editor diffedit has no option treshold (did you mean threshold?); it has strength, draws, threshold"),
+        (["--method", "diffedit", "--method-option", "threshold=2"], 2, "threshold must be"),
+        (["--method", "diffedit", "--method-option", "threshold=NaN"], 2, "threshold must be"),
+        (["--method", "diffedit", "--method-option", "draws=[[1]]"], 2, "draws must be a whole number"),
+        (["--method", "swap", "--method-option", "draws=1"], 2, "the editor swap has no option draws; it has none"),
+        (["--method-option", "threshold"], 2, "--method-option should be such as threshold=0.3, got 'threshold'"),
+        (["--method-option", "=1"], 2, "--method-option should be such as threshold=0.3, got '=1'"),
+        (["--method-option", "kind=replace", "--method-option", "kind=refine"], 2, "kind was given twice"),
+        (["--method", "dds", "--method-option", "seed=3"], 2, "--method-option seed is given as --seed 3"),
+        (["--blend", "red", "--method-option", "local_blend=red"], 2, "--method-option local_blend=... say the same"),
+        (["--method-option", "local_blend=red"], 2, "local_blend should be a LocalBlend"),
+        (["--inversion-option", "tolerance=1"], 2, "the inversion ddim has no option tolerance"),
+        (["--inversion", "anderson", "--inversion-option", "tolerence=1"], 2, "(did you mean tolerance?)"),
+        (["--inversion", "anderson", "--inversion-option", "history=eleven"], 2, "history of anderson must be"),
+        (["--inversion", "dpmpp_2m", "--inversion-option", "orders=2"], 2, "orders"),
+        (["--threshold", "0.3"], 2, "unknown option '--threshold'; write --method-option threshold=..."),
+        (["--tolerance=0.3"], 2, "unknown option '--tolerance'; write --inversion-option tolerance=..."),
         (["--lora", "mask.pgn"], 9, "--lora 'mask.pgn' is not there; did you mean 'mask.png'?"),
         (["--embedding", "mask.pgn"], 9, "--embedding 'mask.pgn' is not there"),
         (["--hint", "mask.png"], 2, "--hint 'mask.png' is said of the --control or --t2i-adapter before it"),
