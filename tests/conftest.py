@@ -4,8 +4,13 @@ import fcntl
 import gc
 import os
 import socket
+import sys
 from collections import Counter
 from pathlib import Path
+
+# What pytest makes of a test file is kept even where nothing else is: each worker would need 13 s to make it again.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
