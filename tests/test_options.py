@@ -111,8 +111,7 @@ def test_a_kind_reads_what_it_writes(name, text, value):
 ELSEWHERE = {
     "ldm/request.py": (
         "what needs the model or several options together",
-        "cache_interval cache_depth merge_ratio merge_seed height width strength regions "
-        "arithmetic outpaint",
+        "cache_interval cache_depth merge_ratio merge_seed height width strength regions arithmetic outpaint",
     ),
     "ldm/checks/further.py": (
         "what becomes of hires fix and loops",
