@@ -94,11 +94,7 @@ def encode_tiled(
         UsageError: as decode_tiled, and images too small to be halved at every level.
     """
     tiles = _checked(encoder, Encoder, x, rows, tile_bytes)
-    smallest = 2 ** sum(hasattr(level, "downsample") for level in encoder.down)
-    if min(x.shape[2:]) < smallest:
-        raise UsageError(
-            f"images for this encoder should have sides of {smallest} or more, got {x.shape[2]} x {x.shape[3]}"
-        )
+    encoder.check_sides(x)
     return torch.cat([_encode(encoder, one, tiles) for one in x.split(1)])
 
 

@@ -71,12 +71,22 @@ def tiny_call(unet, height=6, width=10):
     return unet(x, torch.tensor([3.0, 757.5]), context=context)
 
 
-@pytest.mark.parametrize("side", [(5, 7), (3, 9), (6, 11)])
+@pytest.mark.parametrize("side", [(5, 7), (3, 9), (6, 11), (1, 7), (6, 1), (1, 1), (2, 1)])
 @torch.no_grad()
 def test_sides_that_do_not_halve_evenly_keep_their_size(side):
     unet = fill(UNetModel(**UNET), "u.")
     assert tiny_call(unet, *side).shape == (2, 5, *side)
-    assert tiny_call(fill(UNetModel(**UNET, resblock_updown=True), "u."), *side).shape == (2, 5, *side)
+    averaging = [
+        fill(UNetModel(**UNET, **one), "u.") for one in ({"resblock_updown": True}, {"conv_resample": False})
+    ]
+    for one in averaging:
+        if min(side) > 1:
+            assert tiny_call(one, *side).shape == (2, 5, *side)
+        else:  # a cell has no half
+            with pytest.raises(
+                UsageError, match=f"should have sides of 2 or more, got {side[0]} x {side[1]}"
+            ):
+                tiny_call(one, *side)
 
 
 @torch.no_grad()

@@ -271,6 +271,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, 2 * z_channels if double_z else z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_sides(x)
         h = self.conv_in(x)
         for level in self.down:
             for i in range(self.num_res_blocks):
@@ -278,6 +279,15 @@ class Encoder(nn.Module):
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
         return self.conv_out(nonlinearity(self.norm_out(self.mid(h, None))))
+
+    def check_sides(self, x: Tensor) -> None:
+        """Raise UsageError if images (b, in_channels, height, width) are too small to be halved at every level."""
+        smallest = 2 ** sum(hasattr(level, "downsample") for level in self.down)
+        if min(x.shape[2:]) < smallest:
+            raise UsageError(
+                f"images for this encoder should have sides of {smallest} or more, got "
+                f"{' x '.join(map(str, x.shape[2:]))}"
+            )
 
 
 def _down_path(

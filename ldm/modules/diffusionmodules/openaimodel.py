@@ -129,11 +129,13 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         _expect_channels(self, x, self.channels)
-        if size is None:
-            factors = (1, 2, 2) if self.dims == 3 else (2,) * self.dims  # time keeps its length
-            size = torch.Size(f * s for f, s in zip(factors, x.shape[2:], strict=True))
-        x = F.interpolate(x, size=size, mode="nearest")
+        x = F.interpolate(x, size=_doubled(x.shape[2:]) if size is None else size, mode="nearest")
         return self.conv(x) if self.use_conv else x
+
+
+def _doubled(sides: torch.Size) -> torch.Size:
+    """Give twice the sides of a map; of three the first is time, which keeps its length."""
+    return torch.Size(side if len(sides) == 3 and i == 0 else 2 * side for i, side in enumerate(sides))
 
 
 class TransposedUpsample(nn.Module):
@@ -364,9 +366,12 @@ class QKVAttention(nn.Module):
 
 
 class _UNetBase(nn.Module):
-    """What the UNet and the encoder UNet share: the dtype of the maps."""
+    """What the UNet and the encoder UNet share: the dtype of the maps, and how small they may be."""
 
     dtype: torch.dtype
+    smallest_side = (
+        1  # of x: of one cell a strided convolution makes one, where averaging has nothing to halve
+    )
 
     def _cast_torso(self, half: bool) -> None:
         convert = convert_module_to_f16 if half else convert_module_to_f32
@@ -383,7 +388,16 @@ class _UNetBase(nn.Module):
         self._cast_torso(half=False)
 
     def _torso_input(self, x: Tensor) -> Tensor:
-        """Cast x to what the blocks compute in: their declared dtype, or their weights' if a caller changed it."""
+        """Cast x to what the blocks compute in: their declared dtype, or their weights' if a caller changed it.
+
+        Raises:
+            UsageError: x is too small to be halved at every level.
+        """
+        if min(x.shape[2:][-2:]) < self.smallest_side:
+            raise UsageError(
+                f"maps for this network, which halves them by averaging, should have sides of {self.smallest_side} or "
+                f"more, got {' x '.join(map(str, x.shape[2:]))}"
+            )
         weight = self.input_blocks[0][0].weight
         return x.type(self.dtype if self.dtype == torch.float16 else weight.dtype)
 
@@ -443,6 +457,10 @@ class _Paths:
                 after.append(ch)
                 ds *= 2
         return blocks, after, ds
+
+    def smallest_side(self, ds: int) -> int:
+        """Give how many cells a side needs that is halved to one ds-th."""
+        return ds if self.resblock_updown or not self.conv_resample else 1
 
     def up(
         self, skips: list[int], ds: int, attention: Callable[[int, int, int, int], nn.Module | None]
@@ -710,6 +728,7 @@ class UNetModel(_UNetBase):
         widths = [int(mult * model_channels) for mult in channel_mult]
         paths = _Paths(dims, widths, num_res_blocks, res_block, conv_resample, resblock_updown)
         self.input_blocks, skips, ds = paths.down(in_channels, partial(attention.after, heads=num_heads))
+        self.smallest_side = paths.smallest_side(ds)
         ch = skips[-1]
         self.middle_block = TimestepEmbedSequential(
             res_block(ch), attention.make(ch, num_heads, disable_middle_self_attn), res_block(ch)
@@ -852,9 +871,11 @@ class UNetModel(_UNetBase):
                 h, skip = self.joining(i - middle - 1, h, skip)
             h = torch.cat([h, skip], dim=1)
             reach = skips[-1].shape[2:] if skips else h.shape[2:]
-            # Sides that do not halve evenly: the map has to reach its skip's size, not twice its own.
-            uneven = any(r not in (s, 2 * s) for r, s in zip(reach, h.shape[2:], strict=True))
-            h = block(h, emb, context, reach) if uneven else block(h, emb, context)
+            # Sides that do not halve evenly: the map has to reach its skip's size, not twice its own. A single cell was
+            # halved to one.
+            sides = h.shape[2:]
+            is_even = reach == _doubled(sides) or (reach == sides and max(sides[-2:]) > 1)
+            h = block(h, emb, context) if is_even else block(h, emb, context, reach)
         return h
 
     def _embed(self, x: Tensor, timesteps: Tensor | None, y: Tensor | None) -> Tensor:
@@ -1038,6 +1059,7 @@ class EncoderUNetModel(_UNetBase):
         level_widths = [int(mult * model_channels) for mult in channel_mult]
         paths = _Paths(dims, level_widths, blocks, res_block, conv_resample, resblock_updown)
         self.input_blocks, widths, ds = paths.down(in_channels, attention_down)
+        self.smallest_side = paths.smallest_side(ds)
         ch = widths[-1]
         self.middle_block = TimestepEmbedSequential(res_block(ch), attention(ch), res_block(ch))
         self._feature_size = sum(widths) + ch
