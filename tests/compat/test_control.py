@@ -329,6 +329,25 @@ def test_our_own_classes_have_the_originals_keys_and_answers(
 
 
 @torch.no_grad()
+def test_all_is_cast_to_the_weights_that_it_meets_and_the_answer_to_what_came(own, recorded):
+    """UNet's dtype, ControlNet's, what comes, and how far from float32 its numbers are at most."""
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    want = recorded["control.eps"]
+    for unet, control, given, at_most in (
+        (single, half, single, 0.05),
+        (half, half, single, 0.1),
+        (double, single, single, 1e-4),
+    ):
+        model = copy.deepcopy(own)
+        model.model.to(unet), model.control_model.to(control)
+        got = model.apply_model(X.to(given), T, {"c_crossattn": [C.to(given)], "c_concat": [HINT]})
+        assert got.dtype == given and (got.float() - want).abs().max() <= at_most
+    without = model.apply_model(X, T, {"c_crossattn": [C], "c_concat": None})
+    close(without, recorded["control.none"])
+    assert without.dtype == single and (want - without).abs().max() > 0.2
+
+
+@torch.no_grad()
 def test_our_own_model_samples_as_one_of_anothers_classes_does(own, recorded_model):
     cond, empty = {"c_crossattn": [C], "c_concat": [HINT]}, {"c_crossattn": [UC], "c_concat": [HINT]}
     options = {
