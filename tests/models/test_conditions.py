@@ -66,6 +66,24 @@ def test_outside_of_areas_the_prompt_rules_and_inside_the_mean():
         torch.testing.assert_close(got[..., column], flat(both)[..., column])
 
 
+class OfSize(Pointwise):
+    """Answers a part by its width as well, so that what is averaged is seen."""
+
+    def apply_model(self, x, t, cond):
+        return super().apply_model(x, t, cond) + x.shape[3]
+
+
+def test_without_conditions_two_areas_of_one_box_are_one():
+    """ComfyUI's rule: the negative prompt is asked once for a box, with the weight of the first region that has it."""
+    left, model = (0, 0, 12, 16), OfSize()
+    own = [(1, 1.0, None), (2, 3.0, left), (4, 0.5, left), (6, 2.0, (16, 0, 4, 16))]
+    got = answer(own, model=model, separate_passes=True)
+    assert [shape[3] for shape, _ in model.asked] == [20, 20, 12, 12, 12, 4, 4]
+    guided = 0.1 * X[..., :9] + (1 + 20 + 3.0 * (2 + 12) + 0.5 * (4 + 12)) / (1 + 3.0 + 0.5)
+    without = 0.1 * X[..., :9] + 0.5 + (20 + 3.0 * 12) / (1 + 3.0)
+    torch.testing.assert_close(got[..., :9], without + 3.0 * (guided - without))
+
+
 def test_an_area_is_answered_alone_and_once_with_each_prompt():
     """The network sees the cells of the area, what 9-channel inpainting adds is cut out with them."""
     concat = torch.arange(2 * 1 * 16 * 20, dtype=torch.float64).reshape(2, 1, 16, 20)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ldm.errors import UsageError
 from ldm.limits import SHARE
 from ldm.models.diffusion.conditions import (
+    Area,
     BatchCondition,
     ScheduledCondition,
     crop,
@@ -351,25 +352,30 @@ class Denoiser:
     ) -> tuple[Tensor | None, Tensor]:
         """Average answers without (None where not wanted) and with the whole's condition with those of areas.
 
-        Each area is cut out of the sample and answered by itself, without its condition as well, as in ComfyUI: the
-        whole counts once everywhere, an area by its weight, which fades out towards its edges.
+        Each area is cut out of the sample and answered by itself, as in ComfyUI: the whole counts once everywhere, an
+        area by its weight, which fades out towards its edges. Without conditions an area is asked once, with the weight
+        of the first that is about it.
         """
         sums = [None if one is None else one.clone() for one in (base, total)]
-        counts = torch.ones_like(x[:, :1])
+        counts = [torch.ones_like(x[:, :1]) for _ in sums]
+        asked: set[Area] = set()
         for one in areas:
             part, given = crop(x, one.area), of_area(one.given, one.area)
-            answers = [None, None]
-            if base is None:
+            answers: list[Tensor | None] = [None, None]
+            if base is None or one.area in asked:
                 answers[1] = self.model.apply_model(part, t, given)
             else:
                 without = of_area(uncond, one.area)
                 answers = predict_both(self.model.apply_model, part, t, without, given, separate)
+            asked.add(one.area)
             share = weighted(one.weights, x) * feathered(one.area, x)
-            crop(counts, one.area).add_(share)
-            for whole, answer in zip(sums, answers, strict=True):
+            for whole, count, answer in zip(sums, counts, answers, strict=True):
                 if answer is not None:
+                    crop(count, one.area).add_(share)
                     crop(whole, one.area).add_(share * answer)
-        return tuple(None if one is None else one / counts for one in sums)
+        return tuple(
+            None if whole is None else whole / count for whole, count in zip(sums, counts, strict=True)
+        )
 
 
 def check_interval(interval: Any) -> tuple[float, float]:
