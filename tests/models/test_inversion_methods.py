@@ -147,19 +147,25 @@ def wavy(x, level, context=None):
 
 
 @pytest.mark.parametrize("i", [0, 1])
-def test_edict_steps_in_turn_and_then_mixes(i):
-    """Eq. 14 with p = 0.93; the second sample goes first at the first step, then they take turns."""
+def test_edict_steps_in_turn_and_then_mixes(golden, i):
+    """Eq. 14 with p = 0.93; the first sample goes first at the first step, then they take turns, as the program
+    whose moves and protocol are recorded does (salesforce/EDICT: the offset of step i is i % 2)."""
+    protocol = json.loads((golden / "editing.json").read_text())["edict_protocol"]
+    assert (
+        protocol["leapfrog_steps"]
+        and METHODS["edict"]().weight(levels_of("edict")[0]) == protocol["mix_weight"]
+    )
     levels = levels_of("edict")
     here, to = levels[i], levels[i + 1]
     a = (to.alpha_bar / here.alpha_bar).sqrt()
     b = (1 - to.alpha_bar).sqrt() - a * (1 - here.alpha_bar).sqrt()
     x, y = X, Y
     if i == 0:
-        y = a * y + b * wavy(x, here)
         x = a * x + b * wavy(y, here)
+        y = a * y + b * wavy(x, here)
     else:
-        x = a * x + b * wavy(y, here)
         y = a * y + b * wavy(x, here)
+        x = a * x + b * wavy(y, here)
     x = 0.93 * x + 0.07 * y
     y = 0.07 * x + 0.93 * y
     got = down(METHODS["edict"](), wavy, (X, Y), i, levels)

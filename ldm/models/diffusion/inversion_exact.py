@@ -25,7 +25,8 @@ Pair = tuple[Tensor, Tensor]
 class EDICT(Method):
     """EDICT (arXiv:2211.12446): two samples step in turn, each by the noise of the other, and are then mixed.
 
-    Eq. 14 down and Eq. 15 up. Which of the two goes first changes with every step, as in the published code.
+    Eq. 14 down and Eq. 15 up. Which of the two goes first changes with every step, as in the published code: on the way
+    down the first one at the first step.
 
     Options:
         mix_weight: p of Eq. 14, 0.5 to 1; None = 0.93, and with more than 50 steps what comes to the same over all of
@@ -51,7 +52,7 @@ class EDICT(Method):
         return fine(x0), fine(x0)
 
     def up(self, run: Run, state: Pair, here: Level, to: Level) -> tuple[Pair, None]:
-        p, first = self.weight(to), (to.total - to.left + 1) % 2
+        p, first = self.weight(to), (to.total - to.left) % 2
         x, y = state
         y = (y - (1 - p) * x) / p
         pair = [(x - (1 - p) * y) / p, y]
@@ -64,7 +65,7 @@ class EDICT(Method):
         return x, state[1] + (x - state[0])  # the gap between the two is what the inversion needs
 
     def down(self, run: Run, state: Pair, here: Level, to: Level, kept: Any) -> Pair:
-        p, first = self.weight(here), (here.total - here.left + 1) % 2
+        p, first = self.weight(here), (here.total - here.left) % 2
         pair = list(state)
         for i in (first, 1 - first):
             pair[i] = fall(pair[i], run.eps(pair[1 - i], here), here, to)
