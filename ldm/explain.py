@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,12 +107,14 @@ def explain(
         raise UsageError(
             f"explain wants a prompt, or a picture and the prompt of what it shows; got {shown(text)} for the prompt"
         )
+    if prompt is None and os.path.isfile(text):
+        raise UsageError(f"{shown(text)} is a file here; give what it shows as well, by prompt=")
     if (syntax := options.get("prompt_syntax", "plain")) != "plain":
         raise UsageError(f"explain reads plain prompts, got prompt_syntax={shown(syntax)}; leave it out")
     given = options.pop("adapters", ())
     with prompt_reader(sd.model, joined(sd, given)) as encoder:
         chosen = [words] if isinstance(words, str) else words
-        if not isinstance(chosen, list | tuple | None):
+        if not isinstance(chosen, list | tuple | None) or chosen in ([], ()):
             raise UsageError(f"words should be a word or a list of them, got {shown(words)}")
         if chosen is None:
             chosen = dict.fromkeys(word for word, places in tokens_of_words(encoder, text) if places)

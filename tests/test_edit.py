@@ -169,13 +169,16 @@ def test_pictures_are_edited_with_a_word_on_how_well_they_come_back(sd, z):
 
 
 def test_a_model_is_inverted_by_any_method(sd, z):
-    """The null-text one through the UNet's gradients; an exact one comes back at any guidance."""
-    found = {
-        name: sd.invert(picture(), PROMPT, method=name, steps=2, guidance_scale=7.5, **options)
-        for name, options in {"BELM": {}, "null-text": {"iterations": 1, "learning_rate": 0.1}}.items()
-    }
-    assert found["BELM"].error.max() < 1e-4 and found["BELM"].calls == 4
-    memory = found["null-text"].memory
+    """The null-text one through the UNet's gradients; an exact one comes back at any guidance, two pictures under two
+    prompts as well, and from any step."""
+    both = torch.cat([z, z.flip(3)])
+    for name in ("edict", "bdia", "BELM", "edit_friendly"):
+        found = editing.invert(both, [PROMPT, OTHER], 7.5, 3, sd=sd, method=name)
+        again = found.sample(start_step=2)
+        assert found.error.max() < 1e-4 and (again - both).abs().max() < 1e-3, name
+        assert found.calls == (12 if name == "edict" else 6), name
+    options = {"iterations": 1, "learning_rate": 0.1}
+    memory = sd.invert(picture(), PROMPT, method="null-text", steps=2, guidance_scale=7.5, **options).memory
     assert memory[0].shape == memory[1].shape == (1, 32, 128) and not torch.equal(*memory)
     assert all(p.grad is None for p in sd.model.parameters())
 

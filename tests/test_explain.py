@@ -134,6 +134,8 @@ def test_words_that_are_asked_for_and_a_picture_of_one_s_own(sd, explained):
         ("no.png", {"prompt": PROMPT}, "no.png"),
         (PROMPT, {"num_images": 2}, "explain shows one picture"),
         (PROMPT, {"words": 3}, "words should be a word or a list of them, got 3"),
+        (PROMPT, {"words": []}, "words should be a word or a list of them, got []"),
+        (__file__, {}, "is a file here; give what it shows as well, by prompt="),
         (PROMPT, {"adapters": None}, "adapters must be a list such as [LoRA('style.safetensors')], got None"),
         (PROMPT, {"span": (0.5, 0.6)}, "has watched no step of a run: none lies in its span (0.5, 0.6)"),
         (PROMPT, {"span": (0.9, 0.1)}, "span should begin before it ends"),
