@@ -154,8 +154,8 @@ def edit_picture(
             attention of ldm.adapters.
         mask: as of inpaint: white is changed, black stays as it is, pixel by pixel.
         feather: pixels over which the mask fades to each side, 0 to 256.
-        inversion_scale: of guidance on the way up, under image_prompt. None = 1 where latents are all that is kept of
-            it, so that the noise holds little of that prompt; guidance_scale by the methods that come back from more.
+        inversion_scale: of guidance on the way up, under image_prompt. None = 1, so that the noise is
+            like that which the model was trained on; guidance_scale by methods whose noise is so under any guidance.
         the rest: as of `invert_picture`.
 
     Raises:
@@ -181,7 +181,7 @@ def edit_picture(
     marks = None if marks is None else editing.feathered(marks, feather)
     how = {"negative_prompt": negative_prompt, "spacing": spacing, "adapters": adapters, "steps": steps}
     if inversion_scale is None:
-        inversion_scale = 1.0 if chosen.from_latents else scale
+        inversion_scale = scale if chosen.guided_up else 1.0
     inversion = invert_picture(sd, image, image_prompt, method=chosen, guidance_scale=inversion_scale, **how)
     inversion.measure()
     scene = scene_of(

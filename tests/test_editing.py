@@ -201,11 +201,13 @@ def test_a_mask_in_pixels_keeps_every_pixel_outside_and_fades_over_its_feather(s
     assert cells.shape == (1, 1, 8, 9) and torch.allclose(cells.mean(), soft.mean(), atol=1e-6)
 
 
-def test_the_way_up_is_unguided_where_latents_are_all_that_is_kept_of_it(sd, picture):
+def test_the_way_up_is_unguided_where_guidance_spoils_the_noise(sd, picture):
     how = HOW | {"steps": 1}
     for method, given, want, options in (
         ("ddim", None, 1.0, {}),
         ("ddim", 3.0, 3.0, {}),
+        ("belm", None, 1.0, {}),
+        ("edit_friendly", None, 3.0, {}),
         ("null_text", None, 3.0, {"iterations": 1}),
     ):
         done = sd.edit(picture, SOURCE, EDIT, method=method, inversion_scale=given, **how, **options)

@@ -138,7 +138,7 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
     how.add_argument(
         "--inversion-scale",
         type=number(*GUIDANCE_SCALE),
-        help="of guidance on the way up (default: 1, or --scale by methods that come back from more than latents)",
+        help="of guidance on the way up (default: 1; by edit_friendly --scale, whose noise stays noise under it)",
     )
     how.add_argument("--steps", type=integer(1, 1000), help="of the way up, and down again (default: 50)")
     how.add_argument("--start-step", type=integer(0, 999), help="steps that are left out (default: 3 in 10)")

@@ -131,11 +131,14 @@ class Method:
 
     Attributes:
         exact: a walk up and down comes back up to rounding, whatever the network.
+        from_latents: a walk down may begin at latents that no walk up has left.
+        guided_up: an edit's guidance belongs to its way up as well: noise stays noise under it, or is not made by it.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool] = False
-    from_latents: ClassVar[bool] = False  # a walk down may begin at latents that no walk up has left
+    from_latents: ClassVar[bool] = False
+    guided_up: ClassVar[bool] = False
     own_eta: ClassVar[float] = 0.0
 
     _: KW_ONLY

@@ -50,6 +50,7 @@ class EditFriendly(Method):
 
     name = "edit_friendly"
     exact = True
+    guided_up = True
     own_eta = 1.0
 
     _: KW_ONLY
@@ -114,6 +115,7 @@ class NegativePrompt(Unguided):
 
     name = "negative_prompt"
     from_latents = False
+    guided_up = True
 
     def kept(self, context: Context) -> Any:
         return context.conditioning
@@ -179,6 +181,7 @@ class NullText(Unguided):
 
     name = "null_text"
     from_latents = False
+    guided_up = True
 
     _: KW_ONLY
     iterations: int = 10
