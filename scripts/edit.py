@@ -15,7 +15,8 @@ except ModuleNotFoundError:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ldm.cli import run
-from ldm.cli.editing import edit, edit_parser
+from ldm.cli.editing import edit
+from ldm.cli.editing_options import edit_parser
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -368,7 +368,7 @@ def test_a_vae_of_its_own_is_found_by_its_hash(shelf, tmp_path):
     replayer = Replayer(models=[str(shelf / "models")], vaes=[str(tmp_path)])
     account = replayer.replay(path, tmp_path / "again")
     assert account.is_same and account.lost == [] and "by its hash" in account.notes[0]
-    replayer.vaes = Library("--vae-dir", [])
+    replayer.files.vaes = Library("--vae-dir", [])
     account = replayer.replay(path, tmp_path / "again")
     assert (
         not account.is_same

@@ -20,15 +20,8 @@ from ldm.adapters.controls import Hint
 from ldm.adapters.preprocessors import preprocess
 from ldm.checkpoints import save_safetensors
 from ldm.cli import run
-from ldm.cli.editing import (
-    OF_INVERSIONS,
-    OF_METHODS,
-    OF_PROMPT_TO_PROMPT,
-    edit_parser,
-    editor_of,
-    fill,
-    inversion_of,
-)
+from ldm.cli.editing import editor_of, inversion_of
+from ldm.cli.editing_options import OF_INVERSIONS, OF_METHODS, OF_PROMPT_TO_PROMPT, edit_parser, fill
 from ldm.editing import DDS, EDITORS, DiffEdit
 from ldm.models.diffusion.inversion import METHODS
 
