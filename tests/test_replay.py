@@ -23,6 +23,8 @@ import ldm
 from ldm.adapters import Embedding, LoRA
 from ldm.checkpoints import save_safetensors
 from ldm.cli import run
+from ldm.cli.editing import edit
+from ldm.cli.editing_options import edit_parser
 from ldm.cli.library import Library
 from ldm.cli.replaying import Replayer, compare
 from ldm.errors import LdmError
@@ -350,6 +352,46 @@ def test_pictures_that_begin_with_one_need_it(sd, shelf, replayer, tmp_path):
     assert "the picture to begin with is not told by a hash; '1.png' is taken" in account.notes
     with pytest.raises(LdmError, match="give the one as --init FILE"):
         all_.replay(tmp_path / "theirs.png", tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_an_edit_comes_back_to_the_bit_with_its_picture_mask_and_adapters(shelf, replayer, tmp_path):
+    """Of two that were asked for together the second; what is not there is said, and nothing painted."""
+    image, mask = shelf / "init" / "1.png", shelf / "masks" / "1.png"
+    model = shelf / "models" / "tiny.safetensors"
+    words = f"--image {image} --mask {mask} --prompt ring --edit-prompt 'a blue ring' --edit-prompt 'a birb ring' "
+    words += (
+        f"--lora {shelf / 'loras' / 'ink.safetensors'}:0.5 --embedding {shelf / 'embeddings' / 'birb.pt'} "
+    )
+    words += (
+        f"--method diffedit --method-option draws=2 --seed 5 --steps 1 --ckpt {model} --device cpu --no-sheet"
+    )
+    edit(edit_parser().parse_args([*shlex.split(words), "--outdir", str(tmp_path)]))
+    path = tmp_path / "00001.png"
+    account = replayer.replay(path, tmp_path / "again")
+    assert (account.lost, account.is_same) == ([], True), account
+    told = ldm.read_parameters(path)
+    assert told == ldm.read_parameters(account.saved) and told["edit"]["edit_prompt"] == ["a birb ring"]
+    assert [one["kind"] for one in told["adapters"]] == ["LoRA", "Embedding"]
+    other, less = copy.copy(replayer), copy.copy(replayer)
+    other.inits, less.masks = [shelf / "init" / "0.png", model], []
+    for one, words in (
+        (
+            other,
+            f"the picture that was edited, hash '{told['edit']['image_hash']}'; 2 pictures were tried; .* --init",
+        ),
+        (less, "it needs the mask, hash .*; 0 pictures were tried; give it as --mask FILE"),
+    ):
+        with pytest.raises(LdmError, match=words):
+            one.replay(path, tmp_path / "none")
+    broken = {**told["edit"], "method": "diffedits"}, {"prompt": "a"}, {**told["edit"], "weight": 3}, None
+    for said, words in zip(
+        broken, ("diffedit", "hash None", "it says the weight 3", "how it was edited"), strict=True
+    ):
+        liar = save_png(Image.open(path), tmp_path / "x.png", png_info({**told, "edit": said}), rename=True)
+        with pytest.raises(LdmError, match=words):
+            replayer.replay(liar, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow

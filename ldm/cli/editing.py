@@ -38,9 +38,8 @@ def edit(args: argparse.Namespace) -> None:
             else "--edit-prompt, what it is to show,"
         )
         raise UsageError(f"an edit needs {missing} and got none; give it, or a picture with both as --like")
-    editor = editor_of(args)
-    inversion = inversion_of(args)
-    if wants_seed and not any(hasattr(one, "seed") for one in (editor, inversion)):
+    ways = editor_of(args), inversion_of(args)
+    if wants_seed and not any(hasattr(one, "seed") for one in ways):
         raise UsageError(
             f"--seed is of noise, and neither the method {shown(args.method)} nor the inversion "
             f"{shown(args.inversion)} draws any; leave it out"
@@ -54,9 +53,7 @@ def edit(args: argparse.Namespace) -> None:
     paths = {name: getattr(args, name) for name in ("image", "mask") if getattr(args, name) is not None}
     check_adapters(args, paths)
     pictures = {name: open_image(path) for name, path in paths.items()}
-    marks = {
-        f"{name}_hash": hash_of(pictures[name]) if name in pictures else None for name in ("image", "mask")
-    }
+    marks = hashes_of(pictures)
     for name, given in marks.items():
         new_mask = name == "mask_hash" and said.get(name) is None  # where there was none, one may be given
         if said and said.get(name) != given and not new_mask:
@@ -70,13 +67,34 @@ def edit(args: argparse.Namespace) -> None:
     sd = load_model(args, pick_device(args.device))
     adapters += embeddings_of(args, sd)
     say_lacking(args, sd, adapters)
-    done = sd.edit(
+    done = edit_with(args, sd, pictures, adapters)
+    say(f"the picture comes back at {done.psnr:.1f} dB, the first stage alone at {done.ceiling:.1f}")
+    for i, one in enumerate(done.images):
+        parameters = parameters_of(args, i, sd, pictures, adapters, done)
+        path = save_numbered(Painted.of(one, lambda said=parameters: said), outdir, info=png_info(parameters))
+        say(f"{path} ({printable(args.edit_prompt[i])})")
+    if not args.no_sheet:
+        say(f"{save_numbered(done.sheet(), outdir, 'sheet-{:04}.png')}")
+
+
+def edit_with(
+    args: argparse.Namespace,
+    sd: StableDiffusion,
+    pictures: Mapping[str, Image.Image],
+    adapters: Sequence[Any],
+) -> Edited:
+    """Edit a picture as the options say that `fill` has filled in.
+
+    Args:
+        pictures: the picture ("image"), and its mask where it has one.
+    """
+    return sd.edit(
         pictures["image"],
         args.prompt,
         args.edit_prompt,
-        method=inversion,
+        method=inversion_of(args),
         inversion_scale=args.inversion_scale,
-        editor=editor,
+        editor=editor_of(args),
         steps=args.steps,
         start_step=args.start_step,
         guidance_scale=args.scale,
@@ -85,14 +103,6 @@ def edit(args: argparse.Namespace) -> None:
         feather=args.feather,
         adapters=adapters,
     )
-    say(f"the picture comes back at {done.psnr:.1f} dB, the first stage alone at {done.ceiling:.1f}")
-    shared = computed(sd, adapters)
-    for prompt, one in zip(args.edit_prompt, done.images, strict=True):
-        parameters = parameters_of(args, prompt, marks, done) | shared
-        path = save_numbered(Painted.of(one, lambda said=parameters: said), outdir, info=png_info(parameters))
-        say(f"{path} ({printable(prompt)})")
-    if not args.no_sheet:
-        say(f"{save_numbered(done.sheet(), outdir, 'sheet-{:04}.png')}")
 
 
 def check_adapters(args: argparse.Namespace, paths: Mapping[str, str]) -> None:
@@ -173,10 +183,27 @@ def hash_of(image: Image.Image) -> str:
     return hashlib.sha256(image.convert("RGBA").tobytes()).hexdigest()[:10]
 
 
+def hashes_of(pictures: Mapping[str, Image.Image]) -> dict[str, str | None]:
+    """Hash the picture and its mask; None where there is none."""
+    return {
+        f"{name}_hash": hash_of(pictures[name]) if name in pictures else None for name in ("image", "mask")
+    }
+
+
 def parameters_of(
-    args: argparse.Namespace, prompt: str, marks: Mapping[str, Any], done: Edited
+    args: argparse.Namespace,
+    index: int,
+    sd: StableDiffusion,
+    pictures: Mapping[str, Image.Image],
+    adapters: Sequence[Any],
+    done: Edited,
 ) -> dict[str, Any]:
-    """Collect what an edited picture says of its edit: all that --like needs, and how well its source came back."""
+    """Collect what the picture of an edit prompt says: all that makes it again, and how well its source came back."""
+    from ldm.adapters.use import described
+    from ldm.finishing import computed_with
+    from ldm.results import file_hash
+
+    marks, prompt = hashes_of(pictures), args.edit_prompt[index]
     told = {name: getattr(args, name) for name in TOLD} | {"edit_prompt": [prompt], **marks}
     return {
         "mode": "edit",
@@ -186,14 +213,8 @@ def parameters_of(
         "steps": args.steps,
         "init_image_hash": marks["image_hash"],
         "edit": told | {"psnr": round(done.psnr, 2)},
+        "model": sd.name,
+        "model_hash": file_hash(sd.file),
+        "adapters": described(adapters),
+        **computed_with(sd.model, sd.autocast),
     }
-
-
-def computed(sd: StableDiffusion, adapters: Sequence[Any]) -> dict[str, Any]:
-    """Collect what pictures of a run say of the model, and of what they were computed with."""
-    from ldm.adapters.use import described
-    from ldm.finishing import computed_with
-    from ldm.results import file_hash
-
-    of_model = {"model": sd.name, "model_hash": file_hash(sd.file), "adapters": described(adapters)}
-    return of_model | computed_with(sd.model, sd.autocast)

@@ -155,6 +155,30 @@ def _add_prompt_to_prompt(p2p: argparse._ArgumentGroup) -> None:
     )
 
 
+def said_by(parameters: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    """Give what a picture's metadata say of its edit, by the names of TOLD; anybody may have written them.
+
+    Args:
+        what: the picture, as an error begins.
+
+    Raises:
+        FormatError: they say nothing, or not what it should be.
+    """
+    said = parameters.get("edit")
+    if not isinstance(said, dict) or not isinstance(said.get("prompt"), str):
+        raise FormatError(f"{what} does not say how it was edited; give a picture of edit.py")
+    for name, default in TOLD.items():
+        value = said.get(name, default)
+        fits = isinstance(value, (str, int, float, type(None))) or (
+            isinstance(value, list) and all(isinstance(one, str) for one in value)
+        )
+        if not fits or (isinstance(default, list) and not isinstance(value, list)):
+            raise FormatError(
+                f"{what} says the {name} {shown(value)}, which is none; give it on the command line"
+            )
+    return said
+
+
 def fill(args: argparse.Namespace, said: Mapping[str, Any]) -> None:
     """Fill in what the command line leaves open by what a picture says, else by the defaults.
 
@@ -237,16 +261,7 @@ def repeat(args: argparse.Namespace) -> Mapping[str, Any]:
     if path is None:
         return {}
     parameters = read_parameters(path)
-    said = parameters.get("edit")
-    if not isinstance(said, dict) or not isinstance(said.get("prompt"), str):
-        raise FormatError(f"--like '{path}' does not say how it was edited; give a picture of edit.py")
-    for name, default in TOLD.items():
-        value = said.get(name, default)
-        fits = isinstance(value, (str, int, float, type(None))) or (
-            isinstance(value, list) and all(isinstance(one, str) for one in value)
-        )
-        if not fits or (isinstance(default, list) and not isinstance(value, list)):
-            raise FormatError(f"--like '{path}' says the {name} {shown(value)}; give it on the command line")
+    said = said_by(parameters, f"--like '{path}'")
     args.like_adapters = told_adapters(parameters)
     args.like_vae = {name: parameters.get(name) for name in ("vae", "vae_hash")}
     return said

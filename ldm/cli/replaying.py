@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import itertools
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import options
+from ldm.cli.editing_options import TOLD, fill, said_by
 from ldm.cli.replay_files import Account, Files, text_in
 from ldm.cli.told import asked_for, by_us
 from ldm.errors import AbsentError, FormatError, LdmError, UsageError, shown
@@ -91,15 +93,15 @@ class Replayer:
             values.setdefault(options.PRESET, parameters["source"])
             account.notes.append(f"what it does not say is as preset {parameters['source']!r} has it")
         account.lost += _of_extra(parameters)
+        said = said_by(parameters, "it") if parameters.get("mode") == "edit" else None
+        pictures = {} if said is None else self._pictures_of(said)
         sd = self.files.model(parameters, account)
         with _threads(parameters), self.files.adapters(sd, parameters, values, account) as adapters:
             values["adapters"] = adapters
-            request, place = self.plan(sd, parameters, values, account)
-            for result in (step.result for step in sd.paint(request) if step.result is not None):
-                if place < len(result):  # a batch that does not fit into memory comes in parts
-                    break
-                place -= len(result)
-            image, told = result.images[place], result.metadata(place)
+            if said is None:
+                image, told = self._paint(sd, parameters, values, account)
+            else:
+                image, told = _edit(sd, said, pictures, adapters)
         name = prepare_folder(outdir) / f"{Path(path).stem}.png"
         account.saved = save_png(image, name, png_info(told), rename=True)
         if by_us(parameters):
@@ -111,7 +113,50 @@ class Replayer:
                 )
         return account
 
+    # --- an edit ----------------------------------------------------------------------------------
+
+    def _pictures_of(self, said: Mapping[str, Any]) -> dict[str, Image.Image]:
+        """Find the picture that was edited, and its mask if it had one, among those that are given.
+
+        Raises:
+            AbsentError: one is not there.
+        """
+        from ldm.cli.editing import hash_of
+        from ldm.images import open_image
+
+        found = {}
+        for name, what, option, files in (
+            ("image", "picture that was edited", "--init", self.inits),
+            ("mask", "mask", "--mask", self.masks),
+        ):
+            digits = said.get(f"{name}_hash")
+            if name == "mask" and digits is None:
+                continue
+            for path in files:
+                with contextlib.suppress(LdmError):  # one that cannot be read is none that is meant
+                    picture = open_image(path)
+                    if hash_of(picture) == digits:
+                        found[name] = picture
+                        break
+            else:
+                raise AbsentError(
+                    f"it needs the {what}, hash {shown(digits, 20)}; {len(files)} pictures were tried; give it as "
+                    f"{option} FILE, or its folder"
+                )
+        return found
+
     # --- the request ------------------------------------------------------------------------------
+
+    def _paint(
+        self, sd: StableDiffusion, parameters: Mapping[str, Any], values: dict[str, Any], account: Account
+    ) -> tuple[Image.Image, dict[str, Any]]:
+        """Paint a picture, among its neighbours; gives it, and what it says."""
+        request, place = self.plan(sd, parameters, values, account)
+        for result in (step.result for step in sd.paint(request) if step.result is not None):
+            if place < len(result):  # a batch that does not fit into memory comes in parts
+                break
+            place -= len(result)
+        return result.images[place], result.metadata(place)
 
     def plan(
         self, sd: StableDiffusion, parameters: Mapping[str, Any], values: dict[str, Any], account: Account
@@ -209,6 +254,18 @@ _COUNTED = {"strength", "strength_rule"}  # of steps, which may be refused with 
 _KEPT = ("image", "mask", "adapters", "lora_dir")  # never left out
 
 
+def _edit(
+    sd: StableDiffusion, said: Mapping[str, Any], pictures: Mapping[str, Image.Image], adapters: Sequence[Any]
+) -> tuple[Image.Image, dict[str, Any]]:
+    """Edit a picture as another one says; gives it, and what it says."""
+    from ldm.cli.editing import edit_with, parameters_of
+
+    args = argparse.Namespace(**dict.fromkeys(TOLD))
+    fill(args, said)
+    done = edit_with(args, sd, pictures, adapters)
+    return done.images[0], parameters_of(args, 0, sd, pictures, adapters, done)
+
+
 def compare(path: str | os.PathLike, image: Image.Image) -> tuple[str, bool]:
     """Compare a picture's file with what was painted again: words, and whether they are the same.
 
@@ -281,7 +338,7 @@ def _of_extra(parameters: Mapping[str, Any]) -> list[str]:
     from ldm.results import GenerationParameters
 
     known = {"source", "extra", "unread", "model_hash", *GenerationParameters.__annotations__}
-    known |= {one.name for one in options.TABLE}
+    known |= {one.name for one in options.TABLE} | ({"edit"} if parameters.get("mode") == "edit" else set())
     found = [f"{name} {shown(parameters[name])} is no option here" for name in parameters.keys() - known]
     extra = parameters.get("extra")
     for key, value in extra.items() if isinstance(extra, dict) else ():
