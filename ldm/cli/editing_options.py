@@ -70,7 +70,7 @@ def edit_parser() -> Parser:
     )
     p.also = {
         **OTHER_FLAGS,
-        "image": "image",
+        "init_image": "image",
         "init_img": "image",
         "guidance_scale": "scale",
         "editor": "method",

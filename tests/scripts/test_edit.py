@@ -149,7 +149,7 @@ def test_an_edit_after_a_picture_is_made_again(home, end, model):
 
 
 def parsed(*argv):
-    return edit_parser().parse_args(["--image", "photo.png", *map(str, argv)])
+    return edit_parser().parse_args(["--init_image", "photo.png", *map(str, argv)])
 
 
 @pytest.mark.parametrize(
