@@ -16,6 +16,18 @@ if TYPE_CHECKING:
 FLAGS = {"control": "--control", "t2i_adapter": "--t2i-adapter", "ip_adapter": "--ip-adapter"}
 OF_IMAGES = ("ip_image", "ip_scale", "image_encoder")  # said of an IP-Adapter, and nothing else is
 PICTURES = {"hint": "--hint", "ip_image": "--ip-image"}
+# What lays a picture and its mask out before they are painted.
+AROUND = (
+    "width",
+    "height",
+    "resize_mode",
+    "outpaint",
+    "mask_invert",
+    "mask_blur",
+    "mask_blur_x",
+    "mask_blur_y",
+)
+AROUND += ("inpaint_full_res", "upscale_by")
 MODES = {
     "balanced": {},
     "prompt": {"weights": "soft"},
@@ -88,17 +100,22 @@ def _owners(name: str) -> str:
     return "--ip-adapter" if name in OF_IMAGES else "--control or --t2i-adapter"
 
 
-def check_controls(parts: Sequence[tuple[str, Any]], source: Mapping[str, Any]) -> None:
+def check_controls(
+    parts: Sequence[tuple[str, Any]], source: Mapping[str, Any], options: Mapping[str, Any] | None = None
+) -> None:
     """Refuse files and hints that are not on this machine.
 
     Args:
         parts: what the flags say.
         source: the picture to begin with ("image") and its mask ("mask"), where there are any.
+        options: of what is painted, among them those that lay the picture out.
 
     Raises:
         AbsentError: one is not there. UsageError: as gather; an address; no hint.
     """
     encoder = None
+    if options and options.get("outpaint"):
+        source = {"mask": None, **source}  # which it makes
     for one in gather(parts):
         is_image = one.kind == "ip_adapter"
         paths = [(FLAGS[one.kind], one.file)]
@@ -148,10 +165,41 @@ def _preprocessor(one: Said, source: Mapping[str, Any]) -> Callable[[Any], Any]:
     if kind == "inpaint":
         if "mask" not in source:
             raise UsageError(
-                "--preprocess inpaint wants a mask: --mask of inpaint.py or edit.py; in Python, mask="
+                "--preprocess inpaint wants a mask: --mask of inpaint.py or edit.py, or --outpaint; in Python, mask="
             )
         options["mask"] = source["mask"]
     return lambda picture: preprocess(picture, kind, **options)
+
+
+def as_painted(source: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay out the picture to begin with, and its mask, as they are painted: at their size, on their canvas.
+
+    Where a part of it is painted at a time, hints are of the whole: adapters cut out of them what they need.
+
+    Args:
+        source: the picture ("image") and its mask ("mask"), opened.
+        options: of what is painted, by AROUND's names; one that is not there is at its default.
+
+    Raises:
+        UsageError: a mask that marks nothing, a canvas that is too large.
+    """
+    from ldm import images
+    from ldm.checks.around import framed
+    from ldm.modules.diffusionmodules.controlnet import HINT_FACTOR
+
+    image, given = source["image"], {name: options.get(name) for name in AROUND}
+    size = given.pop("width"), given.pop("height")
+    larger, is_part = given.pop("upscale_by"), given.pop("inpaint_full_res")
+    if larger is not None:
+        size = tuple(int(side * larger) // HINT_FACTOR * HINT_FACTOR for side in image.size)
+    elif is_part:
+        size = image.size
+    said = {name: value for name, value in given.items() if value is not None}
+    whole = framed(image, source.get("mask"), said, size, HINT_FACTOR)
+    found = {"image": whole.frame.original[0]}
+    if whole.mask is not None:
+        found["mask"] = images.to_pil(2 * whole.mask.expand(-1, 3, -1, -1) - 1)[0]
+    return found
 
 
 class Controls:
@@ -163,18 +211,24 @@ class Controls:
         self._encoders: dict[str, Any] = {}
 
     def read(
-        self, parts: Sequence[tuple[str, Any]], source: Mapping[str, Any], number: int
+        self,
+        parts: Sequence[tuple[str, Any]],
+        source: Mapping[str, Any],
+        number: int,
+        options: Mapping[str, Any] | None = None,
     ) -> list[ControlNet | T2IAdapter | IPAdapter]:
         """Make adapters.
 
         Args:
             parts: what the flags say.
             source: the pictures to begin with, opened; number: which they are.
+            options: as check_controls.
 
         Raises:
             LdmError: a file that cannot be read, or is another kind; a hint that is no picture.
         """
-        key = (tuple(parts), number)
+        options = {name: options[name] for name in AROUND if name in options} if options else {}
+        key = (tuple(parts), number, tuple(options.items()))
         if key not in self._made:
             made, encoder = [], None
             for one in gather(parts):
@@ -182,7 +236,7 @@ class Controls:
                     encoder = one.options.get("image_encoder", encoder)
                     made.append(self._see(one, encoder))
                 else:
-                    made.append(self._make(one, source))
+                    made.append(self._make(one, source, options))
             self._made[key] = made
         return self._made[key]
 
@@ -200,7 +254,9 @@ class Controls:
         scale = one.options.get("ip_scale", 1.0)
         return IPAdapter(self._files[place], one.hints, scale, image_encoder=self._encoders[encoder])
 
-    def _make(self, one: Said, source: Mapping[str, Any]) -> ControlNet | T2IAdapter:
+    def _make(
+        self, one: Said, source: Mapping[str, Any], laid_out: Mapping[str, Any]
+    ) -> ControlNet | T2IAdapter:
         from ldm.adapters import ControlNet, T2IAdapter
         from ldm.adapters.controlnet import ControlNetFile
         from ldm.adapters.t2i_adapter import T2IAdapterFile
@@ -209,6 +265,8 @@ class Controls:
         place = (one.kind, os.path.realpath(one.file))
         if place not in self._files:
             self._files[place] = (ControlNetFile if is_control else T2IAdapterFile)(one.file)
+        if "image" in source and (not one.hints or "preprocess" in one.options):
+            source = as_painted(source, laid_out)
         hints: list[Any] = list(one.hints) or [source["image"]]
         if "preprocess" in one.options:
             hints = list(map(_preprocessor(one, source), hints))

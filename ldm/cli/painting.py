@@ -167,7 +167,7 @@ def check(args: argparse.Namespace, *sources: dict[str, Any]) -> list[Group]:
             with placed(group, option):
                 check_there(group.options[option])
         with placed(group, "controls"):
-            check_controls(group.options["controls"], sources[group.source])
+            check_controls(group.options["controls"], sources[group.source], group.options)
     files: dict[str, LoraFile] = {}
     flags, loras = None, []
     controls = Controls()
@@ -181,7 +181,8 @@ def check(args: argparse.Namespace, *sources: dict[str, Any]) -> list[Group]:
         del group.options["lora"]
         with placed(group, "controls"):
             parts = group.options.pop("controls")
-            group.options["adapters"] = [*loras, *controls.read(parts, opened[group.source], group.source)]
+            found = controls.read(parts, opened[group.source], group.source, group.options)
+            group.options["adapters"] = [*loras, *found]
     return groups
 
 

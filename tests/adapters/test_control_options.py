@@ -23,7 +23,7 @@ from ldm.adapters.controls import Hint
 from ldm.adapters.preprocessors import preprocess
 from ldm.cli import painting_parser, read_prompts, run
 from ldm.cli.adapters import lacking
-from ldm.cli.controls import check_controls, gather
+from ldm.cli.controls import as_painted, check_controls, gather
 from ldm.errors import LdmError
 
 ROOT = Path(__file__).parents[2]
@@ -296,6 +296,60 @@ def test_the_picture_to_begin_with_is_the_hint_and_its_mask_the_holes(end):
     holes = preprocess("init.png", "inpaint", mask="mask.png")
     assert (holes == -1).sum() == 3 * 24 * 40
     assert adapters("p/samples/00000.png")[0]["hint"] == Hint([holes]).hash
+    grown = ["--outpaint", "16,0,0,8", "--preprocess", "inpaint", "--outdir", "q"]
+    assert end("img2img", *where, *grown)[0] == 0
+    found = as_painted({"image": Image.open("init.png").convert("RGB")}, {"outpaint": (16, 0, 0, 8)})
+    holes = preprocess(found["image"], "inpaint", mask=found["mask"])
+    assert adapters("q/samples/00000.png")[0]["hint"] == Hint([holes]).hash
+
+
+PICTURE = Image.effect_noise((72, 64), 90).convert("RGB")
+LEFT_HALF = Image.new("L", (72, 64))
+LEFT_HALF.paste(255, (0, 0, 36, 64))
+LAID_OUT = [  # options, and the size of the hint
+    ({}, (72, 64)),
+    ({"outpaint": (32, 0, 0, 16)}, (104, 80)),
+    ({"outpaint": (30, 0, 0, 0), "mask_blur": 4}, (104, 64)),
+    ({"width": 64, "height": 96}, (64, 96)),
+    ({"width": 64, "height": 96, "resize_mode": "crop and resize"}, (64, 96)),
+    ({"width": 64, "height": 96, "resize_mode": "resize and fill"}, (64, 96)),
+    ({"width": 128, "height": 64, "resize_mode": "latent upscale"}, (128, 64)),
+    ({"upscale_by": 1.9, "upscale_overlap": 16, "width": 64, "height": 64}, (136, 120)),
+    ({"inpaint_full_res": True, "width": 64, "height": 64, "mask_invert": True}, (72, 64)),
+]
+
+
+@pytest.mark.parametrize(("options", "size"), LAID_OUT)
+def test_the_picture_to_begin_with_is_a_hint_as_it_is_painted(painter, options, size):
+    """What plan() begins with: the same pixels, and the same mask, where one is painted whole."""
+    is_masked = "inpaint_full_res" in options
+    found = as_painted({"image": PICTURE} | ({"mask": LEFT_HALF} if is_masked else {}), options)
+    assert tuple(found["image"].shape) == (3, *size[::-1])
+    assert ("mask" in found) == (is_masked or "outpaint" in options)
+    mask = LEFT_HALF if is_masked else None
+    request = painter.plan("x", image=PICTURE, mask=mask, steps=2, **options)
+    start = request.passes[0].start
+    if is_masked or "upscale_by" in options:
+        whole = start.frame.original if is_masked else None
+        assert whole is None or torch.equal(found["image"], whole[0])
+        assert not is_masked or found["mask"].getpixel((3, 3)) == (
+            0,
+            0,
+            0,
+        )  # of which the other half is painted
+        boxes = zip(request.tiles.boxes, request.passes, strict=True) if whole is None else ()
+        for (left, top, right, bottom), one in boxes:
+            part = found["image"][None, :, top:bottom, left:right]
+            assert torch.equal(part, one.start.frame.original)
+        return
+    painted = start.image if start.image.shape[2:] == found["image"].shape[1:] else None
+    if painted is None:  # enlarged as latents
+        assert "latent" in options["resize_mode"]
+        painted = 2 * start.original - 1
+    torch.testing.assert_close(2 * found["image"] - 1, painted[0], rtol=0, atol=1e-6)
+    if start.mask is not None:
+        marks = torch.tensor(list(found["mask"].convert("L").tobytes())).reshape(size[::-1]) > 127
+        assert torch.equal(marks, start.mask[0, 0] > 0)
 
 
 def test_one_kind_for_the_other_is_refused_in_one_line(end):
