@@ -17,17 +17,8 @@ FLAGS = {"control": "--control", "t2i_adapter": "--t2i-adapter", "ip_adapter": "
 OF_IMAGES = ("ip_image", "ip_scale", "image_encoder")  # said of an IP-Adapter, and nothing else is
 PICTURES = {"hint": "--hint", "ip_image": "--ip-image"}
 # What lays a picture and its mask out before they are painted.
-AROUND = (
-    "width",
-    "height",
-    "resize_mode",
-    "outpaint",
-    "mask_invert",
-    "mask_blur",
-    "mask_blur_x",
-    "mask_blur_y",
-)
-AROUND += ("inpaint_full_res", "upscale_by")
+AROUND = ("width", "height", "resize_mode", "outpaint", "inpaint_full_res", "upscale_by")
+AROUND += ("mask_invert", "mask_blur", "mask_blur_x", "mask_blur_y")
 MODES = {
     "balanced": {},
     "prompt": {"weights": "soft"},
