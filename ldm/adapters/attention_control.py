@@ -2,16 +2,18 @@
 
 A control (prompt-to-prompt, maps of words, mutual self-attention) sees queries, keys and values of attentions, and the
 maps (softmax of the scores) where it asks for them; any number of them work together, behind whatever else answers in
-an attention. Maps are only held where one asks, and an attention that none looks into is computed as ever.
+an attention. Maps are only made where one asks, of as many heads at a time as MOST_MAPS holds, and what a control keeps
+of them does not grow with the steps. An attention that none looks into is computed as ever.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from ldm.adapters.deepcache import check_unet
@@ -20,6 +22,10 @@ from ldm.modules.attention import CrossAttention, SpatialTransformer, attend
 from ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 from ldm.modules.processors import AttnProcessor, named_attentions
 from ldm.modules.seams import Rank, StepInfo, Undo, fill, undo_all, wrap
+
+# Bytes of the maps, or of what is added to scores, that are made at a time in one attention. Those of the words of a
+# guided source and edit of 512 pixels have 40 MB.
+MOST_MAPS = 64 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +94,9 @@ def places_of(unet: nn.Module) -> list[Place]:
 class AttentionControl:
     """A control of attention, as an attachment: what all kinds share.
 
-    A kind says by `looks_at` where and when it works, and overrides `tokens`, or `wants_maps` and `maps`. It works in
-    one run of a sampler, `begin`, which knows what its pictures are by `for_batch` (ldm.adapters.use).
+    A kind says by `looks_at` where and when it works, and overrides `tokens`, or `wants_maps` and `maps`, or
+    `wants_bias` and `bias`. It works in one run of a sampler, `begin`, which knows what its pictures are by `for_batch`
+    (ldm.adapters.use).
     """
 
     rank: ClassVar[Rank] = Rank.MAPS
@@ -129,12 +136,19 @@ class AttentionControl:
         """Give the queries, keys and values (b, heads, n, d) to go on with."""
         return q, k, v
 
-    def bias(self, place: Place, q: Tensor, k: Tensor) -> Tensor | None:
-        """Give what is added to the scores of queries and keys, (b, 1, n, m); None = nothing."""
-        return None
+    def wants_bias(self, place: Place) -> bool:
+        """Tell whether `bias` is to be called for an attention at this step."""
+        return False
+
+    def bias(self, place: Place, q: Tensor, k: Tensor, part: slice) -> Tensor:
+        """Give what is added to the scores of a part of the queries q[:, :, part] and all keys, (b, 1, n', m)."""
+        raise NotImplementedError
 
     def maps(self, place: Place, maps: Tensor) -> Tensor:
-        """Give the maps (b, heads, n, m) to go on with; each row of one adds up to 1 as it comes."""
+        """Give the maps (b, h, n, m) of some heads to go on with; each row of one adds up to 1 as it comes.
+
+        It is called for all heads of an attention, one part after the other.
+        """
         return maps
 
     def attach(self, network: nn.Module) -> Undo:
@@ -227,20 +241,55 @@ class Opened:
         """Attend as `ldm.modules.attention.attend` does, each control in its turn."""
         for one in self.controls:
             q, k, v = one.tokens(self.place, q, k, v)
-            bias = one.bias(self.place, q, k)
-            if bias is not None:
-                mask = bias if mask is None else mask + bias
-        wanting = [one for one in self.controls if one.wants_maps(self.place)]
-        if not wanting:
+        b, heads, n, _ = q.shape
+        answers = []
+        if any(one.wants_maps(self.place) for one in self.controls):
+            mask = self._biased(mask, q, k, slice(0, n))
+            for part in parts_of(heads, b * n * k.shape[2] * 4):
+                own = mask[:, part] if mask is not None and mask.dim() == 4 and mask.shape[1] > 1 else mask
+                answers.append(self._by_maps(q[:, part], k[:, part], v[:, part], own, scale))
+            return _joined(answers, dim=1)
+        if not any(one.wants_bias(self.place) for one in self.controls):
             return attend(q, k, v, mask, scale)
-        scores = (q @ k.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
-        maps = (scores if mask is None else scores + mask).softmax(dim=-1)
-        for one in wanting:
-            maps = one.maps(self.place, maps)
+        for part in parts_of(n, b * k.shape[2] * q.element_size()):
+            own = mask[..., part, :] if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1 else mask
+            answers.append(attend(q[:, :, part], k, v, self._biased(own, q, k, part), scale))
+        return _joined(answers, dim=2)
+
+    def _by_maps(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        """Attend by maps that are made, and seen by the controls that want them."""
+        maps = _softmax(q, k, mask, scale)
+        for one in self.controls:
+            if one.wants_maps(self.place):
+                maps = one.maps(self.place, maps)
         return maps.to(v.dtype) @ v
+
+    def _biased(self, mask: Tensor | None, q: Tensor, k: Tensor, part: slice) -> Tensor | None:
+        """Add to a mask of a part of the queries what controls add to their scores."""
+        for one in self.controls:
+            if one.wants_bias(self.place):
+                bias = one.bias(self.place, q, k, part)
+                mask = bias if mask is None else mask + bias
+        return mask
 
     def state(self) -> None:
         """Say that no captured graph serves."""
+
+
+def parts_of(count: int, bytes_of_one: int) -> Iterator[slice]:
+    """Cut a count into parts of at most MOST_MAPS bytes each, or of one."""
+    most = max(1, MOST_MAPS // max(1, bytes_of_one))
+    return (slice(i, min(i + most, count)) for i in range(0, count, most))
+
+
+def _joined(answers: list[Tensor], dim: int) -> Tensor:
+    return answers[0] if len(answers) == 1 else torch.cat(answers, dim)
+
+
+def _softmax(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Give the maps (b, heads, n, m) of queries and keys, in float32."""
+    scores = (q @ k.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (scores if mask is None else scores + mask).softmax(dim=-1)
 
 
 def _name_of(processor: Any) -> str:

@@ -128,6 +128,9 @@ def blend_mask(maps: Tensor, sides: tuple[int, int], size: tuple[int, int], thre
 class PromptToPrompt(AttentionControl):
     """Prompt-to-prompt in a batch whose first picture is the source.
 
+    Of attention nothing is kept from one call to the next but what a local blend reads: a map of about 16 x 16 cells
+    for each picture, 4 bytes a cell, and another one with words to keep. Maps between cells are never made.
+
     Args:
         kind: "replace" words by others, as many; "refine" a prompt by words added or left out, which keep their own
             maps; None = replace where a prompt has as many words as the source's, else refine.
@@ -267,7 +270,7 @@ class PromptToPrompt(AttentionControl):
         if self.tables.replaces(self._step):
             maps = maps.clone()
             for rows in groups:
-                maps[rows] = self.tables.replaced(maps[rows], self._step)
+                self.tables.replace(maps[rows], self._step)
         if groups and self._blends(place):
             self._blending.note(maps[groups[0]], place.cells(self._latents))
         return maps
@@ -354,8 +357,8 @@ class _Tables:
         """Tell whether any map is changed at a step."""
         return bool(self._now(step).any())
 
-    def replaced(self, maps: Tensor, step: StepInfo) -> Tensor:
-        """Change maps (prompts, heads, n, m) of a batch; tokens behind the text's keep their own."""
+    def replace(self, maps: Tensor, step: StepInfo) -> None:
+        """Change maps (prompts, heads, n, m) of a batch in place; tokens behind the text's keep their own."""
         length = self.mapper.shape[1]
         mapper, has_pair, factors, now = (
             one.to(maps) for one in (self.mapper, self.has_pair, self.factors, self._now(step))
@@ -364,9 +367,7 @@ class _Tables:
         source, own = maps[0, ..., :length], maps[1:, ..., :length]
         new = torch.einsum("hpw,bwn->bhpn", source, mapper)
         new = (new * has_pair + own * (1 - has_pair)) * factors
-        out = maps.clone()
-        out[1:, ..., :length] = new * now + own * (1 - now)
-        return out
+        own.copy_(new * now + own * (1 - now))
 
 
 class _Blending:
@@ -399,7 +400,7 @@ class _Blending:
     def note(self, maps: Tensor, sides: tuple[int, int]) -> None:
         """Add maps (prompts, heads, n, m) of an attention."""
         both = self.chosen[None] if self.kept is None else torch.stack([self.chosen, self.kept])
-        own = torch.einsum("bhpn,kbn->kbp", maps[..., : both.shape[-1]], both.to(maps))
+        own = torch.einsum("bhpn,kbn->kbp", maps.detach()[..., : both.shape[-1]], both.to(maps))
         self.seen = own if self.seen is None else self.seen + own
         self.sides = sides
 

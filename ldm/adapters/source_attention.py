@@ -75,7 +75,8 @@ class MutualSelfAttention(_FromSource):
     """Mutual self-attention (MasaCtrl, arXiv:2304.08465): edits look at the source's cells instead of their own.
 
     From a step and a layer on, self-attention of the edits has the source's keys and values: what is seen is the
-    source's, where it is put is the edit's.
+    source's, where it is put is the edit's. Nothing of attention is kept, and no maps are made; a mask is laid over
+    some of the queries at a time.
 
     Args:
         start: share of the steps that are taken before; the paper's is 4 of 50.
@@ -122,19 +123,18 @@ class MutualSelfAttention(_FromSource):
         self.expect_whole(place, q.shape[2])
         return q, self._of_source(k), self._of_source(v)
 
-    def bias(self, place: Place, q: Tensor, k: Tensor) -> Tensor | None:
+    def wants_bias(self, place: Place) -> bool:
+        return self.masks is not None
+
+    def bias(self, place: Place, q: Tensor, k: Tensor, part: slice) -> Tensor:
         """Let objects and grounds look at their own kind; where the source has none of it, at everything."""
-        if self.masks is None:
-            return None
         sides = place.cells(self._latents)
         ours, theirs = (F.interpolate(one.float(), size=sides).flatten() > 0.5 for one in self.masks)
-        unlike = theirs[:, None] != ours[None]  # (n, m): an edit's cells, the source's
+        unlike = theirs[part, None] != ours[None]  # (n', m): an edit's cells, the source's
         unlike &= ~unlike.all(dim=1, keepdim=True)
         bias = q.new_zeros(len(q), 1, *unlike.shape)
         for rows in self.groups(len(q), unconditional=True):
-            bias[rows.start + 1 : rows.stop] = q.new_zeros(unlike.shape).masked_fill_(
-                unlike.to(q.device), torch.finfo(q.dtype).min
-            )
+            bias[rows.start + 1 : rows.stop].masked_fill_(unlike.to(q.device), torch.finfo(q.dtype).min)
         return bias
 
 
@@ -142,7 +142,7 @@ class PlugAndPlay(_FromSource):
     """Plug-and-play features (arXiv:2211.12572): edits have the source's layout, and their own look.
 
     For the first steps the edits' self-attention on the way up has the source's queries and keys, and one residual
-    block there answers with the source's features.
+    block there answers with the source's features. Nothing of either is kept from one call to the next.
 
     Args:
         attention_steps: share of the steps with the source's self-attention; the paper's is 0.5. A pair is where it

@@ -24,20 +24,20 @@ class _Sum:
 
     Attributes:
         maps: (images, tokens, h, w), or None before the first.
-        count: how many were added.
+        count: how many were added, a part of the heads as that part.
     """
 
     def __init__(self) -> None:
         self.maps: Tensor | None = None
-        self.count = 0
+        self.count = 0.0
 
-    def add(self, maps: Tensor) -> None:
+    def add(self, maps: Tensor, share: float) -> None:
         if self.maps is not None and self.maps.shape[1] != maps.shape[1]:
             # Somebody's processor in one attention takes the last tokens for a picture's: it has no maps of them.
             most = max(self.maps.shape[1], maps.shape[1])
             self.maps, maps = (F.pad(one, (0, 0, 0, 0, 0, most - one.shape[1])) for one in (self.maps, maps))
-        self.maps = maps if self.maps is None else self.maps + maps
-        self.count += 1
+        self.maps = maps * share if self.maps is None else self.maps.add_(maps, alpha=share)
+        self.count += share
 
 
 class WordMaps(AttentionControl):
@@ -45,7 +45,8 @@ class WordMaps(AttentionControl):
 
     Of each attention to the text the heads are averaged, and their map is enlarged to the latents' cells; of all
     attentions and steps the mean is kept, as in DAAM (arXiv:2210.04885). The memory is one map for each token and
-    picture, 1.3 MB for a picture of 512 pixels, however many steps there are; it holds those of the last run.
+    picture, 4 * tokens * h * w bytes (1.3 MB for a picture of 512 pixels), however many steps there are; it holds those
+    of the last run.
 
     Args:
         span: part of the steps that is watched, (0, 1) = all.
@@ -80,10 +81,11 @@ class WordMaps(AttentionControl):
 
     def maps(self, place: Place, maps: Tensor) -> Tensor:
         """Add the maps of the rows with the condition."""
+        share = maps.shape[1] / place.attention.heads
         for rows in self.groups(len(maps))[:1]:
             cells = maps[rows].mean(1).transpose(1, 2).unflatten(2, place.cells(self._latents))
             whole = F.interpolate(cells, size=self._latents, mode="bilinear", align_corners=False)
-            self._last[0].add(whole.float())
+            self._last[0].add(whole.detach().float(), share)
         return maps
 
     @property
