@@ -59,12 +59,16 @@ def test_cells_of_the_notebook_run_and_say_what_happens(capsys):
             exec(compile("".join(cell["source"]), f"docs/editing.ipynb, cell {number}", "exec"), names)
     plain, guided, exact = (float(names[name].error[0]) for name in ("plain", "guided", "exact"))
     assert exact < 1e-4 < plain < guided
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert len(names["inverted"]) == names["STEPS"] - 2
     for picture, claim in (
         (names["done"].images[0], names["blue"]),
         (names["kept"].images[0], names["blue"]),
         (names["kept"].images[1], names["square"]),
         (names["moved"].images[0], names["right"]),
+        (names["noised"].images[0], names["blue"]),
+        (names["ground"].images[0], names["black"]),
+        (names["as_written"], names["blue"]),
     ):
         assert check(picture, claim).holds, claim
     assert names["seen"].words == ["red", "circle", "white"]
