@@ -85,8 +85,8 @@ class ControlNetFile(ControlFile):
         """Give the network for a UNet, the same one each time.
 
         Args:
-            renew: put one that is built on the UNet's weights together again if these were changed since. They may be
-                those of a LoRA while one is attached.
+            renew: put one that is built on the UNet's weights together again if these were changed since, also by a
+                LoRA that is attached.
 
         Raises:
             UsageError: not a UNetModel, one without transformers, or a compiled one.
@@ -282,7 +282,7 @@ class ControlNet:
 
     def check(self, unet: nn.Module) -> None:
         """Raise UsageError or MismatchError if it cannot be attached to a network."""
-        self._check_weights(len(self.file.network(unet, renew=True).zero_convs) + 1)
+        self._check_weights(len(self.file.network(unet).zero_convs) + 1)
 
     def _check_weights(self, maps: int) -> None:
         if isinstance(self.weights, tuple) and len(self.weights) != maps:
@@ -300,6 +300,7 @@ class ControlNet:
         check_unet(network, "a ControlNet")
         if self.scale == 0 or not is_within(self._step, self.start, self.end):
             return lambda: None
+        self.file.network(network, renew=True)  # LoRAs come before it, and reach what it takes from the UNet
         return wrap(network, _Controlled(self, network))
 
     def factors(self, maps: int) -> list[float]:

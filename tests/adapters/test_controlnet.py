@@ -442,7 +442,7 @@ def test_what_is_built_on_the_unets_weights_is_the_whole_network(unet, built_on,
     close(answer(unet, control), want)
     assert file.network(unet) is file.network(unet, renew=True) and identity(unet) == before
     assert (want - answer(unet)).abs().max() > 1e-2
-    # Of a UNet whose weights are others now, it is another network, from the next check on.
+    # Of a UNet whose weights are others now, it is another network, from the next call on.
     weight = unet.time_embed[2].weight
     kept = weight.detach().clone()
     old = file.network(unet).time_embed[2].weight.clone()
@@ -450,13 +450,40 @@ def test_what_is_built_on_the_unets_weights_is_the_whole_network(unet, built_on,
         with torch.no_grad():
             weight += 0.01
         assert torch.equal(file.network(unet).time_embed[2].weight, old)
-        control.check(unet)
+        answer(unet, control)
         close(file.network(unet).time_embed[2].weight, old + 0.01, 1e-6)
     finally:
         with torch.no_grad():
             weight.copy_(kept)
-    control.check(unet)
+    answer(unet, control)
     assert torch.equal(file.network(unet).time_embed[2].weight, old)
+
+
+@pytest.mark.parametrize("kind", ["lora", "difference"])
+def test_a_lora_reaches_what_a_control_lora_takes_from_the_unet(unet, built_on, tmp_path, kind):
+    """The same as of a UNet that the LoRA was merged into; built once for all calls with it."""
+    weight = unet.input_blocks[1][1].transformer_blocks[0].attn1.to_q.weight
+    up, down = keyed_input("up", (32, 2)), keyed_input("down", (2, 32))
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+    save_safetensors(tmp_path / "lora.safetensors", tensors, {})
+    file, lora = built_on[kind], LoRA(tmp_path / "lora.safetensors")
+    control = ControlNet(file, HINT_A)
+    plain = answer(unet, control)
+    got = answer(unet, control, lora)  # in any order
+    network = file.network(unet)
+    assert torch.equal(answer(unet, lora, control), got) and file.network(unet) is network
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight += up @ down
+        close(got, answer(unet, ControlNet(file, HINT_A)))
+        apart = answer(unet, ControlNet(built_on["whole"], HINT_A))  # whose copy stays without it
+        assert (apart - got).abs().max() > 1e-4
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    assert torch.equal(answer(unet, control), plain)
 
 
 def test_a_network_built_on_an_inpainting_unet_takes_its_latents(facts, unet, built_on):
