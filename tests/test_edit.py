@@ -9,10 +9,11 @@ import pytest
 import torch
 from keyed import keyed_input
 from PIL import Image
+from safetensors.torch import save_file
 from tiny import tiny_model
 
 from ldm import edit as editing
-from ldm.adapters import DeepCache
+from ldm.adapters import DeepCache, Embedding
 from ldm.edit import Edited, context_of, encode_picture, load_image, network_of
 from ldm.errors import FormatError, MismatchError, UsageError
 from ldm.images import to_pil
@@ -199,9 +200,49 @@ class Watch:
 
 
 def test_what_is_attached_knows_the_step_on_the_way_up_and_down(sd, z):
-    watch = Watch()
-    editing.invert(z, PROMPT, 2.0, 3, sd=sd, adapters=[watch])
-    assert watch.seen == [(i, 3, 1, 1) for i in (2, 1, 0, 0, 1, 2)]
+    for method in ("ddim", "euler"):
+        watch = Watch()
+        editing.invert(z, PROMPT, 2.0, 3, sd=sd, adapters=[watch], method=method)
+        assert watch.seen == [(i, 3, 1, 1) for i in (2, 1, 0, 0, 1, 2)], method
+
+
+class Everywhere(Watch):
+    """One that is for the autoencoder as well, and writes down what it was attached to."""
+
+    is_for_vae = True
+
+    def __init__(self):
+        super().__init__()
+        self.where = []
+
+    def attach(self, module):
+        self.where.append(type(module).__name__)
+        return lambda: None
+
+
+def test_adapters_of_the_pipeline_and_of_the_call_are_attached_to_every_part(sd, tmp_path):
+    """To the picture's encoder, the text encoder, the UNet on each walk and the decoder; 3 in 10 steps are left out."""
+    save_file({"emb_params": keyed_input("edit.word", (1, 128))}, tmp_path / "birb.safetensors")
+    word, how = Embedding(tmp_path / "birb.safetensors", width=128), {"steps": 4, "guidance_scale": 1.0}
+    image, found = picture(64, 72), []
+    for of_pipeline in (True, False):
+        watch = Everywhere()
+        own = StableDiffusion(sd.model)
+        own.adapters = [watch, word] if of_pipeline else []
+        given = [] if of_pipeline else [watch, word]
+        done = own.edit(image, PROMPT, "a birb ring", adapters=given, **how)
+        # Both halves of the autoencoder are attached to where one of them works.
+        assert [watch.where.count(one) for one in ("Encoder", "UNetModel", "Decoder")] == [2, 4 + 4 + 3, 2]
+        assert [index for index, *_ in watch.seen] == [3, 2, 1, 0, 0, 1, 2, 3, 1, 2, 3]
+        z, before = encode_picture(own, image, adapters=given)[0], len(watch.where)
+        editing.sample("a birb ring", 3, z, 1.0, 4, sd=own, adapters=given)
+        assert watch.where[before:] == ["UNetModel", "Encoder", "Decoder"]
+        found.append(
+            (np.asarray(done.images[0]), context_of(own, "a birb ring", adapters=given).conditioning)
+        )
+    for one, other in zip(*found, strict=True):
+        assert (one == other).all()
+    assert not torch.equal(found[0][1], context_of(sd, "a birb ring").conditioning)
 
 
 # --- what is refused ---

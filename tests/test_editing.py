@@ -14,7 +14,7 @@ from tiny import tiny_model
 from ldm import editing
 from ldm.adapters import PAG, LocalBlend, PromptToPrompt
 from ldm.adapters.attention_control import AttentionControl
-from ldm.edit import Edited, scene_of
+from ldm.edit import Edited, context_of, scene_of
 from ldm.errors import UsageError
 from ldm.models.diffusion.levels import Level
 from ldm.models.diffusion.samplers import sample_steps
@@ -199,6 +199,21 @@ def test_a_mask_in_pixels_keeps_every_pixel_outside_and_fades_over_its_feather(s
     assert torch.equal(editing.feathered(mask, 0), mask) and (row.diff() >= -1e-6).all()
     cells = editing.region_of(soft, 8)
     assert cells.shape == (1, 1, 8, 9) and torch.allclose(cells.mean(), soft.mean(), atol=1e-6)
+
+
+def test_edits_are_made_one_by_one_under_the_negative_prompt(sd, picture, scene):
+    """So that each is the same, bit for bit, whichever others are asked for."""
+    seen = []
+
+    def editor(scene):
+        seen.append((scene.edits, scene.context(scene.edits).unconditional))
+        return scene.inversion.x0
+
+    sd.edit(picture, SOURCE, [EDIT, OTHER], editor=editor, negative_prompt="a star", **HOW | {"steps": 1})
+    assert [edits for edits, _ in seen] == [[EDIT], [OTHER]]
+    want = context_of(sd, EDIT, 3.0, "a star").unconditional
+    assert all(torch.equal(one, want) for _, one in seen)
+    assert not torch.equal(want, scene.context([EDIT]).unconditional)
 
 
 def test_the_way_up_is_unguided_where_guidance_spoils_the_noise(sd, picture):

@@ -149,3 +149,6 @@ def test_a_method_is_found_by_any_spelling_and_an_object_is_taken_as_it_is():
 def test_values_that_are_not_finite_are_said():
     with pytest.raises(NumericError, match="the inversion by ddim gave values that are not finite"):
         invert("ddim", Network(Line(EPS / 0)), Z, Context(None), steps=3)
+    inversion = invert("ddim", Network(Line(EPS)), Z, Context(None), steps=3)
+    with pytest.raises(NumericError, match="sampling by ddim gave values that are not finite"):
+        inversion.sample(network=Network(Line(EPS / 0)))
