@@ -357,19 +357,19 @@ def make_table(results: dict[str, Any]) -> str:
         f"{results['model']}, pictures of {results['pixels']} pixels, {results['steps']} steps; "
         f"{next(iter(rows.values()))['machine'] if rows else ''}.",
         f"The root mean square of the noise predicted is {results['eps']:.2f}. `asked`: pictures that the UNet was "
-        "asked about, a guided one twice. `peak`: resident",
-        "memory above that before the row, the model in it. `inversion`: what is kept of the way up, over all steps. "
-        "`maps`: what a control keeps of attention from one",
-        "call to the next. `error`: root mean square of the latents that come back, those of the picture having "
-        "the `signal` beside it. Seconds are the processor's,",
-        "the networks' precision in the column: the machine was shared. Made by `python bench/full_size_edits.py`.",
+        "asked about, a guided one twice. `seconds` are",
+        "the processor's, of a machine that others used as well. `peak`: resident memory above that before the row, "
+        "the model in it. `inversion`: what is kept of",
+        "the way up, over all steps. `maps`: what a control of attention keeps of it from one call to the next. "
+        "`error`: root mean square of the latents that",
+        "come back, `signal` that of the picture's. Made by `python bench/full_size_edits.py`.",
         "",
-        "| row | guidance | precision | asked | seconds | peak | inversion | maps | error | signal | pictures |",
+        "| row | guidance | networks | asked | seconds | peak | inversion | maps | error | signal | pictures |",
         "|---|" + "---:|" * 10,
     ]
     for key, row in rows.items():
         error, signal = (f"{row[name]:.1e}" if name in row else "-" for name in ("error", "signal"))
-        cells = [f"{row['guidance']:g}", row["precision"], str(row["asked"]), f"{row['seconds']:.0f}"]
+        cells = [f"{row['guidance']:g}", row["networks"], str(row["asked"]), f"{row['seconds']:.0f}"]
         cells += [f"{row['peak'] / 1e9:.2f} GB", size(row.get("states")), size(row["maps"])]
         lines.append(f"| `{key}` | {' | '.join([*cells, error, signal, str(row['pictures'])])} |")
     return "\n".join(lines) + "\n"
@@ -443,9 +443,14 @@ def parse(argv: list[str] | None) -> Any:
 
 
 def run(
-    sd: Any, keys: Sequence[str], path: Path, steps: int, precision: str, fresh: bool = False
+    sd: Any, keys: Sequence[str], path: Path, steps: int, networks: str, fresh: bool = False
 ) -> dict[str, Any]:
-    """Measure those of the rows that a results file lacks, and give all of it."""
+    """Measure those of the rows that a results file lacks, and give all of it.
+
+    Args:
+        networks: what the table says of them: their precision.
+        fresh: measure all of the rows.
+    """
     with contextlib.closing(Bench(sd, steps)) as bench:
         head = {"model": sd.name, "pixels": f"{bench.size[0]} x {bench.size[1]}", "steps": steps}
         results = quality.load_results(path, head)
@@ -454,7 +459,7 @@ def run(
             if key in results["rows"] and not fresh:
                 continue
             found = bench.measure(key)
-            results["rows"][key] = {**found, "precision": precision, "machine": quality.machine_name(sd)}
+            results["rows"][key] = {**found, "networks": networks, "machine": quality.machine_name(sd)}
             quality.save_results(path, results)
             quality.write(path.with_suffix(".md"), make_table(results).encode())
             cli.say(
@@ -477,7 +482,8 @@ def main(argv: list[str] | None = None) -> None:
         sd = quality.load_pipeline(opt.ckpt, opt.config, "cpu").to(dtype=dtype)
     if opt.optimize:
         sd.optimize()
-    cli.say(make_table(run(sd, keys, opt.results, opt.steps, opt.precision, opt.fresh)))
+    networks = opt.precision + (", optimized" if opt.optimize else "")
+    cli.say(make_table(run(sd, keys, opt.results, opt.steps, networks, opt.fresh)))
 
 
 if __name__ == "__main__":
