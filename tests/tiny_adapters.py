@@ -41,10 +41,15 @@ def write_look(folder="."):
         image_size=16, patch_size=8,
     )  # fmt: skip
     fill(CLIPVisionModelWithProjection(config), "clip.").save_pretrained(Path(folder) / "clip")
+    write_image_adapter(Path(folder) / "look.safetensors")
+
+
+def write_image_adapter(path):
+    """Write an IP-Adapter of features of width 20."""
     shapes = {"proj.weight": (384, 20), "proj.bias": (384,), "norm.weight": (128,), "norm.bias": (128,)}
     tensors = {f"image_proj.{name}": weight(f"look.{name}", shape) for name, shape in shapes.items()}
     for i, one in enumerate(named_attentions(tiny_model().model.diffusion_model).values()):
         for part in "kv" if i % 2 else "":
             name = f"ip_adapter.{i}.to_{part}_ip.weight"
             tensors[name] = weight(f"look.{name}", tuple(one.to_k.weight.shape))
-    save_safetensors(Path(folder) / "look.safetensors", tensors, {})
+    save_safetensors(path, tensors, {})
