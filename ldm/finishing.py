@@ -14,6 +14,7 @@ from ldm import images as pictures
 from ldm.adapters.use import described
 from ldm.devices import dtype_name
 from ldm.encoding import latents_of, picture_of
+from ldm.kernels import ways_of
 from ldm.limits import CALL_RNGS
 from ldm.models.introspect import dtype_of
 from ldm.options import told
@@ -91,7 +92,7 @@ def _embeds_hash(request: Request, spec: ImageSpec) -> str | None:
 
 
 def computed_with(model: LatentDiffusion, autocast: torch.dtype | None) -> dict[str, Any]:
-    """Say what a picture was computed with: the VAE, device, dtypes, threads, torch's version and ours."""
+    """Say what a picture was computed with: the VAE, device, dtypes, ways of `optimize`, threads, versions."""
     mixed = f", autocast {dtype_name(autocast)}" if autocast else ""
     vae = getattr(model.first_stage_model, "weights_file", None)  # of one that replaced the model's own
     return {
@@ -100,5 +101,6 @@ def computed_with(model: LatentDiffusion, autocast: torch.dtype | None) -> dict[
         "device": str(model.device),
         "dtype": dtype_name(dtype_of(model)) + mixed,
         "vae_dtype": dtype_name(dtype_of(model.first_stage_model)),
+        "optimize": ways_of(model),
         **versions(),
     }

@@ -142,7 +142,7 @@ def check_request(
         model, words, adapters, given.cache_interval, given.cache_depth, given.merge_ratio, given.merge_seed
     )
     check_extra_seeds(checked, f)
-    check_adapters(model, adapters_of(checked))
+    check_adapters(model, [*checked["adapters"], *adapters_of(checked)])
     specs = list_images(
         prompts, negatives, given.seed, given.variation_seed, prompt_embeds is not None, checked
     )

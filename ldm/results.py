@@ -48,6 +48,7 @@ class GenerationParameters(Values):
     device: str
     dtype: str
     vae_dtype: str
+    optimize: list[str]  # which round otherwise: see ldm.kernels.ways_of
     threads: int
     torch: str
     version: str

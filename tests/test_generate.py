@@ -1254,6 +1254,7 @@ def test_a_pickled_model_paints_the_same(own, way):
     again = pickle.loads(pickle.dumps(own))
     got = again.txt2img(PROMPT, steps=2, seed=3)
     assert far(got.latents, wanted.latents) < 1e-5 and again.name == "own"
+    assert got.parameters[0].optimize == wanted.parameters[0].optimize == ["fused"] * (way == "optimized")
     # What was frozen stays frozen, each copy for itself.
     model = pickle.loads(pickle.dumps(own.model)).train()
     assert model.training and not model.first_stage_model.training

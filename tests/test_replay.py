@@ -395,6 +395,20 @@ def test_an_edit_comes_back_to_the_bit_with_its_picture_mask_and_adapters(shelf,
 
 
 @pytest.mark.slow
+def test_an_optimised_picture_is_painted_optimised_and_the_next_plain(shelf, sd, tmp_path):
+    place = {"config": shelf / "models" / "tiny.yaml", "device": "cpu"}
+    fast = StableDiffusion.from_single_file(shelf / "models" / "tiny.safetensors", **place)
+    fast.optimize(sliced_vae=True)
+    paths = [one.txt2img("a", steps=2, seed=3).save(tmp_path)[0] for one in (fast, sd)]
+    assert [ldm.read_metadata(path)["optimize"] for path in paths] == [["fused", "sliced_vae"], []]
+    replayer = Replayer(models=[str(shelf / "models")])
+    for path in paths:
+        account = replayer.replay(path, tmp_path / "again")
+        assert account.is_same and account.notes == account.lost == []
+        assert ldm.read_metadata(account.saved)["optimize"] == ldm.read_metadata(path)["optimize"]
+
+
+@pytest.mark.slow
 def test_a_vae_of_its_own_is_found_by_its_hash(shelf, tmp_path):
     """It is named in the picture, whatever it is called later; without it, what is painted is not called the same."""
     state = {

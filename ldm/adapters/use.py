@@ -31,8 +31,8 @@ def check_adapters(model: nn.Module, adapters: Any) -> tuple[Any, ...]:
     """Return adapters that fit a LatentDiffusion, in their order.
 
     Raises:
-        UsageError: no sequence of adapters, too many, two that go by the same name in a prompt, or one that this
-            model's networks cannot take.
+        UsageError: no sequence of adapters, too many, two that go by the same name in a prompt or slice attention, of
+            which one would do nothing, or one that this model's networks cannot take.
         MismatchError: a LoRA with modules that the model does not have, or an embedding of another width.
     """
     if isinstance(adapters, str | os.PathLike) or not isinstance(adapters, Sequence):
@@ -53,6 +53,10 @@ def check_adapters(model: nn.Module, adapters: Any) -> tuple[Any, ...]:
             raise UsageError(
                 f"adapters must be those of ldm.adapters, or have a rank and attach or changes, got {shown(one)}{hint}"
             )
+    if sum(isinstance(one, AttentionSlicing) for one in adapters) > 1:
+        raise UsageError(
+            "AttentionSlicing is given twice, in adapters or as attention_slicing; leave one out"
+        )
     PromptWords.of(model, adapters)
     return tuple(adapters)
 

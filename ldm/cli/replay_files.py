@@ -73,7 +73,7 @@ class Files:
     # --- the model --------------------------------------------------------------------------------
 
     def model(self, parameters: Mapping[str, Any], account: Account) -> StableDiffusion:
-        """Load the model and the VAE that a picture names, in the precision that it says.
+        """Load the model and the VAE that a picture names, in the precision, and optimised, as it says.
 
         Raises:
             AbsentError: the model is not here.
@@ -93,13 +93,16 @@ class Files:
         except LdmError:  # painted elsewhere
             account.notes.append(f"it was painted on {wanted}, which is not here")
             device = pick_device(None)
-        dtypes = _dtypes(parameters) if ours else {}
-        key = (file, vae, device, tuple(dtypes.items()))
+        dtypes, ways = (_dtypes(parameters), _ways(parameters)) if ours else ({}, [])
+        key = (file, vae, device, tuple(dtypes.items()), tuple(ways))
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # let it go before another one comes
             load = StableDiffusion.default if file is None else StableDiffusion.from_single_file
             beside = () if file is None else (file,)
-            self._loaded = key, load(*beside, device=device, vae=vae, **dtypes)
+            sd = load(*beside, device=device, vae=vae, **dtypes)
+            if ways:
+                sd.optimize(**dict.fromkeys(set(ways) - {"fused"}, True))
+            self._loaded = key, sd
         return self._loaded[1]
 
     def _model_file(self, parameters: Mapping[str, Any], account: Account) -> Path | None:
@@ -278,6 +281,16 @@ def _link(path: Path, name: Path) -> None:
         os.symlink(path.resolve(), name)
     except OSError:  # a system without such links
         shutil.copyfile(path, name)
+
+
+def _ways(parameters: Mapping[str, Any]) -> list[str]:
+    """List the ways of `optimize` that one of our pictures says, but for those that need a GPU."""
+    told = parameters.get("optimize")
+    return [
+        way
+        for way in ("fused", "compile", "tiled_vae", "sliced_vae")
+        if isinstance(told, list) and way in told
+    ]
 
 
 def _dtypes(parameters: Mapping[str, Any]) -> dict[str, Any]:

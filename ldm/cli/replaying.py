@@ -370,7 +370,7 @@ def _otherwise(parameters: Mapping[str, Any], told: Mapping[str, Any]) -> list[s
     """Say in what the machine differs from the one that painted, where that may decide the last bits."""
     names = [
         name
-        for name in ("device", "dtype", "vae_dtype", "threads", "torch", "version")
+        for name in ("device", "dtype", "vae_dtype", "optimize", "threads", "torch", "version")
         if name in parameters and by_us(parameters) and parameters["source"] == "ldm"
     ]
     return [

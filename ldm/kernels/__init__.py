@@ -10,7 +10,9 @@ from torch import nn
 from ldm.errors import UsageError
 from ldm.modules.seams import forget_said
 
-__all__ = ["optimize", "restore"]
+__all__ = ["optimize", "restore", "ways_of"]
+
+_WAYS = "optimized_by"  # the attribute of a module that says how it is optimised
 
 
 def optimize(
@@ -85,7 +87,14 @@ def optimize(
         cuda_graphs.attach(model, vae=vae_graphs)
     if sliced_vae:
         vae_tiling.attach_slicing(model)
+    how = "low_vram" if low_vram is not None else "compile" if compile else "fused"
+    setattr(model, _WAYS, (how, *filter(ways.get, ways)))
     return model
+
+
+def ways_of(model: nn.Module) -> list[str]:
+    """List how a model or its parts are optimised: "fused", "compile" or "low_vram", and the VAE's ways; [] = plain."""
+    return sorted({way for part in model.modules() for way in vars(part).get(_WAYS, ())})
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -100,4 +109,6 @@ def restore(model: nn.Module) -> nn.Module:
     fused.detach(model)
     regional_compile.restore(model)
     malloc.restore_defaults(model)
+    for part in model.modules():
+        vars(part).pop(_WAYS, None)
     return model

@@ -11,7 +11,7 @@ from lora_files import write_lora_for
 from tiny import tiny_model
 
 import ldm
-from ldm.adapters import DeepCache, Embedding, LoRA, TokenMerging
+from ldm.adapters import AttentionSlicing, DeepCache, Embedding, LoRA, TokenMerging
 from ldm.adapters.use import PromptWords, _Names, text_scope
 from ldm.checkpoints import save_safetensors
 from ldm.errors import MismatchError, UsageError
@@ -134,6 +134,12 @@ def test_knobs_are_adapters_too(sd):
             paint(sd, adapters=[adapter], **options)
         with pytest.raises(UsageError, match="is given twice"):
             paint(sd, adapters=[adapter, adapter])
+    for adapters, options in (
+        ([AttentionSlicing(2), AttentionSlicing("max")], {}),
+        ([AttentionSlicing(2)], {"attention_slicing": True}),
+    ):  # of which the first would answer alone
+        with pytest.raises(UsageError, match="^AttentionSlicing is given twice, in adapters or as"):
+            sd.plan(PROMPT, adapters=adapters, **options)
 
 
 def test_load_lora_stays_until_it_is_taken_off(lora):
