@@ -293,6 +293,9 @@ def test_adapters_of_the_pipeline_and_of_the_call_are_attached_to_every_part(sd,
         ("edit", ("https://a.b/c.png", PROMPT, OTHER), {}, "nothing is downloaded here.*download it first"),
         ("edit", (picture(40, 64), PROMPT, OTHER), {}, "width of the picture must be .* from 64 to 2048, got 40"),
         ("edit", (picture(4000, 64), PROMPT, OTHER), {}, "width of the picture must be .* to 2048, got 4000"),
+        ("edit", (picture(1, 1), PROMPT, OTHER), {}, "width of the picture must be .* from 64 to 2048, got 1$"),
+        ("edit", (picture(72, 63), PROMPT, OTHER), {}, "height of the picture must be .* from 64 to 2048, got 63$"),
+        ("edit", (picture(2061, 64), PROMPT, OTHER), {}, "width of the picture must be .* to 2048, got 2061$"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_said_in_a_line(sd, z, name, arguments, options, words):

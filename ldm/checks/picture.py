@@ -131,8 +131,10 @@ def read_pictures(
     else:
         image = _open("image", image)
         sides = [side or own - own % f for side, own in zip(size, image.size, strict=True)]
-        for name, side in zip(("width of the picture", "height of the picture"), sides, strict=True):
-            check_size(name, side, f)
+        low, high = (cells * f for cells in CELLS)
+        for name, asked, side, own in zip(("width", "height"), size, sides, image.size, strict=True):
+            # One that is too small or too large is told as it is, and not brought down to whole cells.
+            check_size(f"{name} of the picture", side if asked or low <= side <= high else own, f)
         if tuple(sides) != image.size:
             log.info("the picture was resized from %s to %s", image.size, tuple(sides))
         pixels = pictures.to_tensor(pictures.fit_size(pictures.to_rgb(image), f, tuple(sides)))
