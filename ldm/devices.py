@@ -52,7 +52,7 @@ def pick_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise UsageError(f"dtype must be float32, float16 or bfloat16, got {shown(dtype)}")
+        raise UsageError(f"dtype must be torch.float32, torch.float16 or torch.bfloat16, got {shown(dtype)}")
     if dtype == torch.float16 and device.type == "cpu":
         log.warning("float16 is slow and overflows on a CPU; float32 is used instead (bfloat16 works)")
         return torch.float32
