@@ -102,8 +102,14 @@ def room_of(module):
 MODULES = frozenset(map(name_of, SOURCES))
 
 
-@functools.cache
-def imports_of(path):
+def statements(node):
+    """The statements right inside a node, in the parts of which alone further ones can be."""
+    for part in ("body", "handlers", "cases", "orelse", "finalbody"):
+        inside = getattr(node, part, ())
+        yield from inside if isinstance(inside, list) else ()
+
+
+def imports_of(tree, path):
     """List (imported dotted name, whether inside a function, whether for type checkers only, line)."""
 
     def walk(node, late, typing):
@@ -114,22 +120,48 @@ def imports_of(path):
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 yield full if full in MODULES else node.module, late, typing, node.lineno
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for child in ast.iter_child_nodes(node):
-                yield from walk(child, late, True)
         else:
-            inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            for child in ast.iter_child_nodes(node):
-                yield from walk(child, late or inside, typing)
+            late = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            typing = typing or isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            for child in statements(node):
+                yield from walk(child, late, typing)
 
-    return list(walk(ast.parse(path.read_text(encoding="utf-8")), False, False))
+    return list(walk(tree, False, False))
+
+
+MOST_LINES = 80
+
+
+def long_functions(source, tree):
+    """List (name, lines without docstring) of functions longer than MOST_LINES without `# long: why` above them."""
+    lines, long, left = source.splitlines(), [], [tree]
+    while left:
+        node = left.pop()
+        left += statements(node)
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        count = node.end_lineno - node.lineno + 1
+        if ast.get_docstring(node, clean=False) is not None:
+            count -= node.body[0].end_lineno - node.body[0].lineno + 1
+        above = lines[min(part.lineno for part in (node, *node.decorator_list)) - 2].strip()
+        if count > MOST_LINES and not re.match("# long: .{20}", above):
+            long.append((node.name, count))
+    return long
+
+
+@functools.cache
+def read(path):
+    """What a file imports, and its long functions: each is parsed once, and no tree is kept."""
+    source = path.read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    return imports_of(tree, path), long_functions(source, tree)
 
 
 def test_imports_point_down():
     wrong = []
     for path in SOURCES:
         height, room = room_of(name_of(path))
-        for imported, _, typing, line in imports_of(path):
+        for imported, _, typing, line in read(path)[0]:
             if imported.split(".")[0] in ("scripts", "tests", "bench"):
                 wrong.append(f"{path}:{line}: {imported}")
             if imported.split(".")[0] != "ldm" or typing:
@@ -158,7 +190,7 @@ def circles(arrows):
 def test_no_imports_go_in_a_circle():
     """Those inside functions and those for type checkers count as well."""
     arrows = {
-        name_of(path): {name for name, *_ in imports_of(path) if name != name_of(path)} for path in SOURCES
+        name_of(path): {name for name, *_ in read(path)[0] if name != name_of(path)} for path in SOURCES
     }
     assert circles(arrows) == []
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"e2"}}) == [["b", "c"]]
@@ -168,7 +200,7 @@ def test_heavy_packages_are_imported_late_or_never():
     wrong = []
     for path in SOURCES:
         module = name_of(path)
-        for imported, late, typing, line in imports_of(path):
+        for imported, late, typing, line in read(path)[0]:
             root = imported.split(".")[0]
             if root in CORE_FORBIDS and not module.startswith("ldm.training"):
                 wrong.append(f"{path}:{line}: {imported}")
@@ -177,40 +209,23 @@ def test_heavy_packages_are_imported_late_or_never():
     assert wrong == []
 
 
-MOST_LINES = 80
-
-
-def long_functions(source):
-    """List (name, lines without docstring) of functions longer than MOST_LINES without `# long: why` above them."""
-    lines, long = source.splitlines(), []
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        count = node.end_lineno - node.lineno + 1
-        if ast.get_docstring(node, clean=False) is not None:
-            count -= node.body[0].end_lineno - node.body[0].lineno + 1
-        above = lines[min(part.lineno for part in (node, *node.decorator_list)) - 2].strip()
-        if count > MOST_LINES and not re.match("# long: .{20}", above):
-            long.append((node.name, count))
-    return long
-
-
 def test_functions_fit_on_a_screen_or_say_why_not():
-    found = {str(path): long_functions(path.read_text(encoding="utf-8")) for path in SOURCES}
+    found = {str(path): read(path)[1] for path in SOURCES}
     assert {path: names for path, names in found.items() if names} == {}
 
 
 def test_the_eye_that_counts_lines_counts_them():
     """80 lines of a function are counted with its signature, without its decorators and its docstring."""
+
+    def found(source):
+        return long_functions(source, ast.parse(source))
+
     body = '    """Say.\n\n    More.\n    """\n' + "    x = 1\n" * 79
     whole = f"@cache\n\ndef f():\n{body}"
-    assert long_functions(whole) == []
-    assert long_functions(f"{whole}    x = 2\n") == [("f", 81)]
-    assert (
-        long_functions(f"class A:\n    pass\n# long: the tables of the whole format\n{whole}    x = 2\n")
-        == []
-    )
-    assert long_functions(f"# long: because\n{whole}    x = 2\n") == [("f", 81)]
+    assert found(whole) == []
+    assert found(f"{whole}    x = 2\n") == [("f", 81)]
+    assert found(f"class A:\n    pass\n# long: the tables of the whole format\n{whole}    x = 2\n") == []
+    assert found(f"# long: because\n{whole}    x = 2\n") == [("f", 81)]
 
 
 def test_the_eye_that_reads_imports_sees_them(tmp_path):
@@ -223,7 +238,7 @@ def test_the_eye_that_reads_imports_sees_them(tmp_path):
         "if TYPE_CHECKING:\n    from ldm.generate import StableDiffusion\n"
         "def f():\n    from ldm.models.diffusion import ddpm\n"
     )
-    assert imports_of(path) == [
+    assert read(path)[0] == [
         ("lightning.pytorch", False, False, 1),
         ("ldm.util", False, False, 2),
         ("ldm.util", False, False, 3),
