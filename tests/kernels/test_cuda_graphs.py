@@ -6,6 +6,7 @@ again, to keep the answer will do.
 """
 
 import copy
+import functools
 import gc
 import logging
 import pickle
@@ -98,16 +99,21 @@ def capture_answer(run, inputs):
     return lambda tensors: answer.clone()
 
 
+@functools.cache
+def built():
+    return fill(UNetModel(**UNET), "graphs.")
+
+
 @pytest.fixture
 def answering():
-    made = fill(UNetModel(**UNET), "graphs.")
+    made = copy.deepcopy(built())
     assert cuda_graphs.attach(made, capture_answer) == 1
     return made
 
 
 @pytest.fixture
 def unet():
-    made = fill(UNetModel(**UNET), "graphs.")
+    made = copy.deepcopy(built())
     assert cuda_graphs.attach(made, capture_operations) == 1
     return made
 

@@ -1,5 +1,8 @@
 """Sequential CPU offload: the same pictures, few weights on the device at once, all back afterwards."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from keyed import fill, keyed_input
@@ -15,10 +18,15 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 CPU = torch.device("cpu")
 
 
+@functools.cache
+def built():
+    return fill(instantiate_from_config(tiny_config()["model"])).eval()
+
+
 @pytest.fixture
 def model():
     with torch.no_grad():
-        yield fill(instantiate_from_config(tiny_config()["model"])).eval()
+        yield copy.deepcopy(built())
 
 
 def ask(model):
