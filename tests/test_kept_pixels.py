@@ -96,6 +96,7 @@ def test_what_is_painted_is_truncated_as_ever():
 @pytest.mark.parametrize("rng", ["image", "compvis"])
 @pytest.mark.parametrize("kind", ["pil", "np", "pt"])
 @pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.thinned(5)
 def test_inpaint_keeps_each_pixel_outside_the_mask(painters, channels, kind, rng):
     image, mask = all_levels(), edge_mask()
     out = painters[channels].inpaint(PROMPT, image, mask, seed=0, steps=2, output_type=kind, rng=rng)
@@ -173,6 +174,7 @@ def test_pictures_that_are_resized_come_back_as_lanczos_makes_them(painters):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mask_type", [torch.float32, torch.bool, torch.uint8, torch.float16])
+@pytest.mark.thinned(5)
 def test_pictures_and_masks_that_are_tensors(painters, dtype, mask_type):
     black = np.asarray(edge_mask()) < 128
     mask = torch.from_numpy(~black)[None, None].to(mask_type)
@@ -208,6 +210,7 @@ def test_tensors_of_bytes_are_refused_not_clamped(painters, image):
 @pytest.mark.parametrize("kind", ["pil", "np", "pt"])
 @pytest.mark.parametrize("channels", [4, 9])
 @pytest.mark.parametrize("strength", [0, 0.2])
+@pytest.mark.thinned(5)
 def test_strength_zero_is_the_picture(painters, channels, kind, options, strength):
     """Less than one of four steps is none, too."""
     options = {"image": all_levels(), "strength": strength, "steps": 4, "output_type": kind, **options}

@@ -128,6 +128,7 @@ def check_again(replayer, path, drawn, folder):
         ("inpaint", ["guidance_interval", "width"]),
     ],
 )
+@pytest.mark.thinned(2)
 def test_pictures_with_random_options_come_back_to_the_bit(sd, shelf, replayer, tmp_path, mode, must):
     check_again(replayer, *random_picture(sd, shelf, 1, must, tmp_path, [mode]), tmp_path)
 

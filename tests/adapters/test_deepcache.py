@@ -281,6 +281,7 @@ def paint(sd, **options):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "ddpm", "dpm_solver", "dpmpp_2m"])
+@pytest.mark.thinned(3)
 def test_interval_one_is_off_bit_for_bit(sd, sampler):
     assert torch.equal(paint(sd, sampler=sampler, cache_interval=1), paint(sd, sampler=sampler))
 

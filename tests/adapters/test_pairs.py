@@ -655,7 +655,7 @@ def commutes(*kinds):
     return sum(issubclass(kind, Lora | Average) for kind in kinds) < 2
 
 
-@pytest.mark.thinned(50)
+@pytest.mark.thinned(100)
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=NAMES)
 def test_two_together_are_one_by_hand_and_the_other_attached_and_leave_no_trace(
     first, second, model, optimized, traces, files, alone, by_hand
@@ -707,7 +707,7 @@ CONTROLS = [PromptToPrompt(self_replace_steps=1.0), MutualSelfAttention(0.0), Pl
 BESIDE = [Lora, Word, Free, Perturbed, Sliced, Control, Look]
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(11)
 @pytest.mark.parametrize("control", CONTROLS, ids=lambda one: type(one).__name__)
 @pytest.mark.parametrize("kind", BESIDE)
 def test_control_of_attention_beside_another_kind_is_that_one_by_hand_and_it_attached(

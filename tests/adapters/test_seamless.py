@@ -43,6 +43,7 @@ def near(got, want, rel=2e-5):
 @pytest.mark.parametrize("way", ["plain", "optimized", "tiled_vae"])
 @pytest.mark.parametrize("name", ["unet", "decoder", "encoder"])
 @torch.no_grad()
+@pytest.mark.thinned(4)
 def test_rolling_what_comes_in_rolls_what_goes_out(networks, name, way):
     network, ask, given, by, larger = networks[name]
     if way == "tiled_vae" and name == "unet":

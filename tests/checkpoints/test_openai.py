@@ -207,7 +207,7 @@ def random_flags(draw):
 
 
 @pytest.mark.parametrize("seed", range(40))
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 def test_flags_come_back_from_the_shapes_that_they_make(seed):
     kind, flags, given = random_flags(random.Random(seed))
     model = build_empty(kind, flags)

@@ -534,6 +534,7 @@ LIKE_A_LIST, LIKE_A_DICT, LIKE_A_SET = b")R(K\x01K\x02e", b")R(K\x01K\x02u", b")
         *(b"cNAME\n" + filled for filled in (LIKE_A_LIST, LIKE_A_DICT, LIKE_A_SET)),
     ],
 )
+@pytest.mark.thinned(7)
 def test_a_placeholder_keeps_nothing_and_does_nothing(put, name, make):
     data = b"\x80\x02" + make.replace(b"NAME", name.replace(" ", "\n").encode()) + b"."
     path = put(with_pickle(data))  # whose making imports, where it is the first zip of this process

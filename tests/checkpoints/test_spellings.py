@@ -150,6 +150,7 @@ VAE_CASES = [case for case, steps in SPELLINGS.items() if "export" in case or st
 
 @pytest.mark.parametrize("prefix", ["", VAE, "vae."])
 @pytest.mark.parametrize("case", VAE_CASES)
+@pytest.mark.thinned(4)
 def test_vae_files_load_in_every_spelling_with_and_without_prefix(tiny, tmp_path, vae_model, case, prefix):
     own = {name: value * 2 for name, value in tiny.tensors.items() if name.startswith(VAE)}
     written = {

@@ -103,7 +103,7 @@ def watch(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", list(KINDS))
 @torch.no_grad()
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_a_unet_gives_the_plain_numbers(name, dtype):
     unet = make_unet(name, dtype)
     compare(unet, **inputs(unet, dtype))
@@ -168,6 +168,7 @@ def test_every_kind_of_part_is_fused(watch):
     ids=str,
 )
 @torch.no_grad()
+@pytest.mark.thinned(3)
 def test_an_autoencoder_gives_the_plain_numbers(changed, dtype):
     config = {**VAE, **changed}
     encoder, decoder = (fill(kind(**config), "fast.vae.").to(dtype) for kind in (Encoder, Decoder))

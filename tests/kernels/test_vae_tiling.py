@@ -62,7 +62,7 @@ def build(kind, dtype=torch.float64, **options):
 @sides
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @torch.no_grad()
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 def test_tiles_of_any_height_give_the_plain_numbers(kind, tiled, name, shape, options):
     network, x = build(kind, **options), keyed_input(name, shape)[:1].double()
     before, want = x.clone(), network(x)
