@@ -303,6 +303,7 @@ def test_exif_of_any_bytes_never_raises():
 
 
 @pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.thinned(3)
 def test_hostile_texts_do_not_raise(name):
     """What they cost is measured in test_sound_pictures.py."""
     for reader, _ in READERS.values():

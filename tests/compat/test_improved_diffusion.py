@@ -73,6 +73,7 @@ BY_PLACE = (3, 32, 6, 1, (2,), 0.0, (1, 2), True, 2, None, False, 4, -1, True)
     ],
 )
 @torch.no_grad()
+@pytest.mark.thinned(3)
 def test_a_unet_with_and_without_image_size(args, kwargs, heads):
     unet = UNetModel(*args, **kwargs)
     assert unet.middle_block[1].num_heads == heads

@@ -81,7 +81,12 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("name", CHAINS)
+LONG = ("ddim50", "plms50", "dpm20")  # of samplers whose chains of 10 steps are quick
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in CHAINS]
+)
 def test_chains_through_compvis_doors(model, recorded, name):
     door, options = CHAINS[name]
     options = {"S": 10, "x_T": X_T, "unconditional_guidance_scale": 3.0, **options}
