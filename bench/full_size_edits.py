@@ -1,7 +1,7 @@
 """Editing at full size: every inversion and every editor once, on the shapes of Stable Diffusion v1, on a CPU.
 
-What it shows is that they run there, that exact inversions come back to rounding, and what each holds in memory: at its
-peak above the loaded model, of the inversion, and of attention maps from one call of the UNet to the next. The weights
+What it shows is that they run there, that exact inversions come back, and what each holds in memory: at its peak above
+the loaded model, of the inversion, and of attention maps from one call of the UNet to the next. The weights
 are made up as the speed table's are, so the pictures show nothing; the noise predicted has a root mean square
 near 1, as a trained model's has. Each finished row is saved at once; a second run does what is missing.
 

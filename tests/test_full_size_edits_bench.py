@@ -51,14 +51,16 @@ def test_a_peak_is_of_what_came_after_the_last_was_forgotten():
     assert bench.memory("VmHWM") - before < 50e6
 
 
-def test_the_table_is_of_the_results_that_lie_beside_it_and_exact_inversions_are():
+def test_the_table_is_of_the_results_that_lie_beside_it_and_exact_inversions_are_exact():
     """Maps are those of docs/editing.md at 512 pixels: 64 x 64 cells for 77 tokens, and 16 x 16 of two pictures."""
     results = json.loads(bench.RESULTS.read_text())
     assert bench.RESULTS.with_suffix(".md").read_text() == bench.make_table(results)
     assert results["pixels"] == "512 x 512" and results["steps"] == 4
     for key, row in results["rows"].items():
         way, _, name = key.partition("/")
-        assert name not in EXACT or row["error"] < 1e-4, key
+        # edit_friendly walks in float32: a rounding there moves what a bfloat16 network sees by a step of its own.
+        exact = EXACT if row["networks"].startswith("float32") else EXACT[:3]
+        assert name not in exact or row["error"] < 1e-4, key
         blends = 4 * 16 * 16 * 2 if name == "prompt_to_prompt" else 0
         assert row["maps"] in (None, 4 * 77 * 64 * 64 if way == "explain" else blends), key
 
