@@ -666,6 +666,18 @@ TABLE: tuple[Option | Fact, ...] = (
         "ip_scale", Number(-100, 100), "how strongly (default: 1)", also=("ip_adapter_scale", "ip_weight"),
     ),
     _said_of_adapter(
+        "ip_start", Number(*limits.SHARE), "share of the steps from which on (default: 0)",
+        also=("ip_adapter_start",),
+    ),
+    _said_of_adapter(
+        "ip_end", Number(*limits.SHARE), "share of the steps up to which (default: 1)", also=("ip_adapter_end",)
+    ),
+    _said_of_adapter(
+        "ip_mask", Kind(),
+        "where in what is painted the picture has a say: white; one, or one for each --ip-image",
+        also=("ip_adapter_mask",), metavar="PICTURE",
+    ),
+    _said_of_adapter(
         "image_encoder", Kind(),
         "CLIP's vision model that the IP-Adapter was trained with, folder or file (default: of the one before)",
         also=("clip_vision",), metavar="PATH",

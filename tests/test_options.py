@@ -184,7 +184,7 @@ def test_no_other_file_spells_an_options_name(file):
 # Files that spell flags of options, or their keys of several words in A1111's text, and which.
 SPELT = {
     "ldm/cli/adapters.py": "--control --embedding --ip-adapter --lora --t2i-adapter Lora_hashes TI_hashes",
-    "ldm/cli/controls.py": "--control --hint --image-encoder --ip-adapter --ip-image --t2i-adapter",
+    "ldm/cli/controls.py": "--control --hint --image-encoder --ip-adapter --ip-image --ip-mask --t2i-adapter",
     "ldm/metadata.py": "Lora_hashes TI_hashes",
     "ldm/sampler_names.py": "--dpm_solver --plms",
     # Programs of their own.

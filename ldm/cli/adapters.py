@@ -297,9 +297,17 @@ def _controlled(one: Mapping[str, Any]) -> str:
     """Write the flags that give a ControlNet and its like as a picture says."""
     if one["kind"] == "IPAdapter":
         scale = one.get("scale", 1)
-        is_said = isinstance(scale, int | float) and not ({*HOW_CONTROLLED} - {"scale", "image"}) & one.keys()
-        flags = f"--ip-adapter FILE --ip-image PICTURE --ip-scale {escaped(scale, 20)} --image-encoder PATH"
-        return flags if is_said else "no option gives it in this way"
+        others = {*HOW_CONTROLLED} - {"scale", "image", "start", "end", "mask"}
+        if not isinstance(scale, int | float) or others & one.keys():
+            return "no option gives it in this way"
+        flags = [f"--ip-adapter FILE --ip-image PICTURE --ip-scale {escaped(scale, 20)}"]
+        flags += [f"--ip-{key} {escaped(one[key], 20)}" for key in ("start", "end") if key in one]
+        masks = one.get("mask")
+        flags += [
+            f"--ip-mask PICTURE with hash {escaped(mask, 20)}"
+            for mask in (masks if isinstance(masks, list) else [])
+        ]
+        return " ".join([*flags, "--image-encoder PATH"])
     flags = [f"{CONTROLLED[one['kind']]} FILE --hint PICTURE with hash {escaped(one.get('hint', '?'), 20)}"]
     flags += [
         f"--control-{key} {escaped(one[key], 20)}" for key in ("scale", "start", "end", "fit") if key in one

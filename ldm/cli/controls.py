@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from ldm.adapters import ControlNet, IPAdapter, T2IAdapter
 
 FLAGS = {"control": "--control", "t2i_adapter": "--t2i-adapter", "ip_adapter": "--ip-adapter"}
-OF_IMAGES = ("ip_image", "ip_scale", "image_encoder")  # said of an IP-Adapter, and nothing else is
+# Said of an IP-Adapter, and nothing else is.
+OF_IMAGES = ("ip_image", "ip_scale", "ip_start", "ip_end", "ip_mask", "image_encoder")
+OF_IP = ("scale", "start", "end")  # of ip_scale and on
 PICTURES = {"hint": "--hint", "ip_image": "--ip-image"}
 # What lays a picture and its mask out before they are painted.
 AROUND = ("width", "height", "resize_mode", "outpaint", "inpaint_full_res", "upscale_by")
@@ -41,12 +43,14 @@ class Said:
     Attributes:
         kind: the option that names its file.
         hints: pictures, by their paths; of an IP-Adapter those to paint after.
+        masks: of these.
         options: what else, by the options' names.
     """
 
     kind: str
     file: str
     hints: list[str] = field(default_factory=list)
+    masks: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -74,6 +78,8 @@ def gather(parts: Sequence[tuple[str, Any]]) -> list[Said]:
             raise UsageError(f"{flag} is said of a {_owners(name)}, and stands behind {found[-1]}; move it")
         elif name in PICTURES:
             found[-1].hints.append(value)
+        elif name == "ip_mask":
+            found[-1].masks.append(value)
         elif name in found[-1].options:
             raise UsageError(f"{flag} was given twice for {found[-1]}; give it once")
         else:
@@ -111,6 +117,7 @@ def check_controls(
         is_image = one.kind == "ip_adapter"
         paths = [(FLAGS[one.kind], one.file)]
         paths += [(PICTURES["ip_image" if is_image else "hint"], path) for path in one.hints]
+        paths += [("--ip-mask", path) for path in one.masks]
         if "image_encoder" in one.options:
             encoder = one.options["image_encoder"]
             paths.append(("--image-encoder", encoder))
@@ -242,8 +249,9 @@ class Controls:
             self._files[place] = IPAdapterFile(one.file)
         if encoder not in self._encoders:
             self._encoders[encoder] = load_encoder(encoder)
-        scale = one.options.get("ip_scale", 1.0)
-        return IPAdapter(self._files[place], one.hints, scale, image_encoder=self._encoders[encoder])
+        told = {name: one.options[f"ip_{name}"] for name in OF_IP if f"ip_{name}" in one.options}
+        told |= {"mask": one.masks or None, "image_encoder": self._encoders[encoder]}
+        return IPAdapter(self._files[place], one.hints, **told)
 
     def _make(
         self, one: Said, source: Mapping[str, Any], laid_out: Mapping[str, Any]

@@ -20,6 +20,7 @@ from tiny_adapters import write_control, write_look, write_sketch
 import ldm
 from ldm.adapters import IPAdapter
 from ldm.adapters.controls import Hint
+from ldm.adapters.ip_adapter_images import RegionMask
 from ldm.adapters.preprocessors import preprocess
 from ldm.cli import painting_parser, read_prompts, run
 from ldm.cli.adapters import lacking
@@ -155,6 +156,11 @@ def test_what_needs_no_model_to_be_wrong_is_refused_in_one_line(tmp_path, monkey
         (("--ip-adapter", "d.bin", "--ip-image", "e.png"), "--ip-adapter 'd.bin' is not there"),
         (("--ip-adapter", "c.pth", "--image-encoder", "clip"), "--image-encoder 'clip' is not there"),
         (("--ip-adapter", "c.pth", "--ip-image", "https://h/e.png"), "https://h/e.png"),
+        (("--ip-adapter", "c.pth", "--ip-mask", "absent.png"), "--ip-mask 'absent.png' is not there"),
+        (
+            (*ready, "--ip-mask", "e.png"),
+            "--ip-mask is said of a --ip-adapter, and stands behind --control",
+        ),
         (ready * 101, "at most 100 adapters work together, got 101"),
     ):
         with pytest.raises(LdmError, match=message) as error:
@@ -166,6 +172,7 @@ def test_what_needs_no_model_to_be_wrong_is_refused_in_one_line(tmp_path, monkey
             "argument --control-scale.*: wanted a number from -100 to 100, got 'nan'",
         ),
         (("--control-start", "1.5"), "wanted a number from 0 to 1, got '1.5'"),
+        (("--ip-end", "1.5"), "wanted a number from 0 to 1, got '1.5'"),
         (("--ip-scale", "nan"), "argument --ip-scale.*: wanted a number from -100 to 100, got 'nan'"),
         (("--control-mode", "both"), "wanted one of balanced, prompt, control, middle; got 'both'"),
     ):
@@ -266,14 +273,16 @@ def test_a_script_paints_after_a_picture_and_repeats_it(end, tmp_path):
     write_look()
     flags = "--ip-adapter look.safetensors --ip-image hint.png --ip-scale 0.5 --image-encoder clip".split()
     flags += "--ip-adapter look.safetensors --ip-image init.png --ip-image hint.png".split()
+    flags += "--ip-start 0.25 --ip-end 0.75 --ip-mask mask.png".split()
     assert records(said(*flags)) == [
         ("ip_adapter", "look.safetensors", ["hint.png"], {"ip_scale": 0.5, "image_encoder": "clip"}),
-        ("ip_adapter", "look.safetensors", ["init.png", "hint.png"], {}),
+        ("ip_adapter", "look.safetensors", ["init.png", "hint.png"], {"ip_start": 0.25, "ip_end": 0.75}),
     ]
     (tmp_path / "p.txt").write_text(f"--prompt a circle --seed 4 {' '.join(flags)}\n")
     assert end("txt2img", "--H", 64, "--W", 64, "--from-file", "p.txt", "--outdir", "o")[0] == 0
     one, other = adapters("o/samples/00000.png")
     assert (one["kind"], one["name"], one["scale"], other["scale"]) == ("IPAdapter", "look", 0.5, 1.0)
+    assert (other["start"], other["end"], other["mask"]) == (0.25, 0.75, [RegionMask("mask.png").hash])
     assert one["image"] != other["image"]
     code, out, _ = end("txt2img", "--like", "o/samples/00000.png", *flags, "--outdir", "again")
     assert code == 0 and "was painted with" not in out
@@ -283,7 +292,10 @@ def test_a_script_paints_after_a_picture_and_repeats_it(end, tmp_path):
         f"was painted with IPAdapter 'look' (hash {one['hash']}), which is given with another scale, image "
         "(--ip-adapter FILE --ip-image PICTURE --ip-scale 0.5 --image-encoder PATH)"
     )
-    assert lacking([one | {"end": 0.5}], []).endswith("which is not given (no option gives it in this way)")
+    assert lacking([one | {"end": 0.5, "mask": ["ab12"]}], []).endswith(
+        "--ip-scale 0.5 --ip-end 0.5 --ip-mask PICTURE with hash ab12 --image-encoder PATH)"
+    )
+    assert lacking([one | {"combine": "average"}], []).endswith("(no option gives it in this way)")
 
 
 @pytest.mark.slow
