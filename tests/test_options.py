@@ -189,7 +189,7 @@ SPELT = {
     "ldm/sampler_names.py": "--dpm_solver --plms",
     # Programs of their own.
     "ldm/cli/guided.py": "--batch_size --seed",
-    "ldm/cli/editing.py": "--negative-prompt --prompt --scale --seed --steps",
+    "ldm/cli/editing_options.py": "--negative-prompt --prompt --scale --seed --steps",
     "scripts/merge.py": "--lora",
     "scripts/sample_diffusion.py": "--eta --n_samples --prompt --scale",
     "scripts/train.py": "--seed",
