@@ -131,7 +131,7 @@ def edit_picture(
     image_prompt: str,
     edit_prompt: str | Sequence[str],
     *,
-    method: str | Method = "ddim",
+    method: str | Method = "edit_friendly",
     steps: int = 50,
     start_step: int | None = None,
     guidance_scale: float | None = None,
@@ -149,6 +149,8 @@ def edit_picture(
     Args:
         image_prompt: what the picture shows.
         edit_prompt: what it is to show; several give several pictures.
+        method: of inversion. By edit_friendly most edits hold, whatever the editor (bench/results/editing.md), and its
+            way up is exact; plain DDIM is "ddim".
         start_step: steps that are left out: the more, the less is changed. None = three in ten.
         editor: what else happens on the way down, a name of ldm.editing.EDITORS, as "prompt_to_prompt", or a control of
             attention of ldm.adapters.

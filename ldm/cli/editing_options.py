@@ -19,8 +19,8 @@ from ldm.limits import GUIDANCE_SCALE
 TOLD: dict[str, Any] = {
     "prompt": None,
     "edit_prompt": [],
-    "method": "prompt_to_prompt",
-    "inversion": "ddim",
+    "method": "swap",
+    "inversion": "edit_friendly",
     "inversion_scale": None,
     "steps": 50,
     "start_step": None,
@@ -111,10 +111,11 @@ def edit_parser() -> Parser:
 def _add_how(how: argparse._ArgumentGroup) -> None:
     how.add_argument(
         "--method",
-        help="swap, prompt_to_prompt (default), mutual_self_attention, plug_and_play, diffedit, dds, add_noise",
+        help="swap (default), prompt_to_prompt (default with one of its options), mutual_self_attention, "
+        "plug_and_play, diffedit, dds, add_noise",
     )
     how.add_argument(
-        "--inversion", help="ddim (default), or another of ldm.models.diffusion.inversion.METHODS"
+        "--inversion", help="edit_friendly (default), or another of ldm.models.diffusion.inversion.METHODS"
     )
     for flag, table, others in (
         ("--method-option", OF_METHODS, ""),
@@ -188,6 +189,9 @@ def fill(args: argparse.Namespace, said: Mapping[str, Any]) -> None:
     from ldm.models.diffusion.inversion import spelt
 
     wanted = TOLD | {name: said[name] for name in TOLD.keys() & said.keys()}
+    own = [value for name in OF_PROMPT_TO_PROMPT for value in (getattr(args, name), wanted[name])]
+    if "method" not in said and any(value not in (None, []) for value in own):
+        wanted["method"] = "prompt_to_prompt"  # whose options these are
     for whose, own in (
         ("method", (*OF_PROMPT_TO_PROMPT, "method_option")),
         ("inversion", ("inversion_option",)),

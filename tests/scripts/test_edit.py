@@ -235,6 +235,18 @@ def test_like_brings_options_along_to_the_same_method_only(capsys):
     assert args.weight == ["a=2"] and not capsys.readouterr().out
 
 
+def test_an_edit_is_a_swap_unless_something_of_prompt_to_prompt_is_asked_for():
+    for argv, method in (
+        ([], "swap"),
+        (["--blend", "red"], "prompt_to_prompt"),
+        (["--method", "pnp"], "pnp"),
+        (["--self-replace", "0"], "prompt_to_prompt"),
+    ):
+        args = parsed(*argv)
+        fill(args, {})
+        assert (args.method, args.inversion) == (method, "edit_friendly"), argv
+
+
 @pytest.mark.slow
 def test_a_mask_is_given_to_what_had_none_and_not_left_out_where_there_was_one(home, end, model):
     assert (
@@ -281,7 +293,7 @@ def test_ways_with_noise_draw_it_from_the_seed(home, end, model):
         (["--steps", "0"], 2, "--steps"),
         (["--inversion", "dim"], 2, "(did you mean ddim?)"),
         (
-            ["--seed", "5"],
+            ["--seed", "5", "--inversion", "ddim", "--method", "prompt_to_prompt"],
             2,
             "--seed is of noise, and neither the method 'prompt_to_prompt' nor the inversion 'ddim'",
         ),
@@ -304,8 +316,8 @@ def test_ways_with_noise_draw_it_from_the_seed(home, end, model):
         (["--method-option", "kind=replace", "--method-option", "kind=refine"], 2, "kind was given twice"),
         (["--method", "dds", "--method-option", "seed=3"], 2, "--method-option seed is given as --seed 3"),
         (["--blend", "red", "--method-option", "local_blend=red"], 2, "--method-option local_blend=... say the same"),
-        (["--method-option", "local_blend=red"], 2, "local_blend should be a LocalBlend"),
-        (["--inversion-option", "tolerance=1"], 2, "the inversion ddim has no option tolerance"),
+        (["--method", "p2p", "--method-option", "local_blend=red"], 2, "local_blend should be a LocalBlend"),
+        (["--inversion-option", "tolerance=1"], 2, "the inversion edit_friendly has no option tolerance"),
         (["--inversion", "anderson", "--inversion-option", "tolerence=1"], 2, "(did you mean tolerance?)"),
         (["--inversion", "anderson", "--inversion-option", "history=eleven"], 2, "history of anderson must be"),
         (["--inversion", "dpmpp_2m", "--inversion-option", "orders=2"], 2, "orders"),
