@@ -215,18 +215,13 @@ def test_a_run_takes_exactly_the_steps_asked_for_and_counts_them(name, steps):
     "counts", [(2, 5, 6, 22, 37), pytest.param(range(1, 101), marks=pytest.mark.slow)], ids=["some", "all"]
 )
 def test_every_number_of_steps_calls_the_network_as_often_as_the_docs_say(counts):
-    """PLMS's "S + 1", Heun's "2 S - 1" and so on are the words of the docs' own table; large numbers are planned."""
+    """PLMS's "S + 1", Heun's "2 S - 1" and so on are the words of the docs' own table."""
     (x_T,), model = normals(1, 1, 1, 1), Wavy()
-    table = alpha_bar_table(model)
     model.raw = lambda x, t: x
     for name, calls in CALLS.items():
         if calls == "by tolerance":
             continue
         for steps in counts:
-            if 40 < steps < 99:
-                total = SAMPLERS[name].plan(table, steps)[0].total
-                assert total == (steps // 3 + 1 if name == "dpm_fast" else steps), (name, steps)
-                continue
             model.asked.clear()
             last(sample_steps(name, model, x_T, None, steps=steps, **afresh(name)))
             assert len(model.asked) == counted(calls, steps), (name, steps)
