@@ -337,6 +337,8 @@ def test_all_is_cast_to_the_weights_that_it_meets_and_the_answer_to_what_came(ow
         (single, half, single, 0.05),
         (half, half, single, 0.1),
         (double, single, single, 1e-4),
+        (half, single, single, 0.1),
+        (single, double, single, 1e-4),
     ):
         model = copy.deepcopy(own)
         model.model.to(unet), model.control_model.to(control)

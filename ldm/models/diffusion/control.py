@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UsageError, shown
-from ldm.models.diffusion.ddpm import LatentDiffusion, like_weights
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.controlnet import ControlNetModel
 from ldm.util import instantiate_from_config
 
@@ -96,9 +96,6 @@ class ControlLDM(LatentDiffusion):
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run the UNet on x_noisy (b, c, h, w) at levels t (b,) with the maps of a condition's hints.
 
-        As in DiffusionWrapper, all is cast to the dtype of the weights that it meets, UNet's or ControlNet's, which may
-        differ, and the answer to x_noisy's.
-
         Raises:
             UsageError: a condition that is no dict.
         """
@@ -108,16 +105,12 @@ class ControlLDM(LatentDiffusion):
             )
         unet, context = self.model.diffusion_model, torch.cat(cond["c_crossattn"], 1)
         hints = cond.get("c_concat")
-        how: dict[str, Any] = {}
-        if hints is not None:
-            given = (x_noisy, torch.cat(hints, 1), context)
-            x, hint, c = (like_weights(one, self.control_model) for one in given)
-            maps = self.control_model(x, hint, t, c)
-            # A smaller network than v1's has fewer maps, which take the first scales.
-            how["control"] = [one * scale for one, scale in zip(maps, self.control_scales, strict=False)]
-            how["only_mid_control"] = self.only_mid_control
-        x, context = (like_weights(one, unet) for one in (x_noisy, context))
-        return unet(x, t, context=context, **how).to(x_noisy.dtype)
+        if hints is None:
+            return unet(x_noisy, t, context=context)
+        maps = self.control_model(x_noisy, torch.cat(hints, 1), t, context)
+        # A smaller network than v1's has fewer maps, which take the first scales.
+        control = [one * scale for one, scale in zip(maps, self.control_scales, strict=False)]
+        return unet(x_noisy, t, context=context, control=control, only_mid_control=self.only_mid_control)
 
     def get_unconditional_conditioning(self, batch_size: int, null_label: Any = None) -> Any:
         """Encode the empty prompt, (batch_size, n, context_dim)."""

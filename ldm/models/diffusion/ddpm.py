@@ -123,8 +123,8 @@ class DiffusionWrapper(nn.Module):
             kwargs["context"] = list(contexts) if self.sequential_cross_attn else torch.cat(contexts, dim=1)
         if route in ("hybrid-adm", "crossattn-adm"):
             kwargs["y"] = self._given("c_adm", c_adm)
-        kwargs = {name: like_weights(value, self.diffusion_model) for name, value in kwargs.items()}
-        out = self.diffusion_model(like_weights(x, self.diffusion_model), t, **kwargs)
+        kwargs = {name: _like_weights(value, self.diffusion_model) for name, value in kwargs.items()}
+        out = self.diffusion_model(_like_weights(x, self.diffusion_model), t, **kwargs)
         return out.to(dtype) if isinstance(out, Tensor) else out
 
     def _given(self, name: str, value: Any) -> Any:
@@ -780,7 +780,7 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> Any:
         """Encode pictures (b, 3, height, width) in [-1, 1]; get_first_stage_encoding makes latents of the answer."""
-        x = like_weights(x, self.first_stage_model)
+        x = _like_weights(x, self.first_stage_model)
         split = getattr(self, "split_input_params", None)
         if split is None or not split["patch_distributed_vq"]:
             return self.first_stage_model.encode(x)
@@ -811,7 +811,7 @@ class LatentDiffusion(LatentAncestralSampling, LatentImageLog, DDPM):
             indices = z.argmax(dim=1) if z.dim() == 4 else z  # (b, h, w)
             codes = self.first_stage_model.quantize
             z = codes.get_codebook_entry(indices, (*indices.shape, codes.e_dim))  # (b, d, h, w)
-        z = like_weights(1.0 / self.scale_factor * z, self.first_stage_model)
+        z = _like_weights(1.0 / self.scale_factor * z, self.first_stage_model)
         options = {}
         if isinstance(self.first_stage_model, VQModelInterface):
             options["force_not_quantize"] = predict_cids or force_not_quantize
@@ -1186,10 +1186,10 @@ def frozen(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def like_weights(x: Any, model: nn.Module) -> Any:
+def _like_weights(x: Any, model: nn.Module) -> Any:
     """Cast x, or each of a list, to the dtype of a module's weights, if it has any; labels stay as they are."""
     if isinstance(x, list):
-        return [like_weights(part, model) for part in x]
+        return [_like_weights(part, model) for part in x]
     weight = next(model.parameters(), None)
     return x if weight is None or not x.is_floating_point() else x.to(weight.dtype)
 
