@@ -11,7 +11,17 @@ from torch import Tensor
 
 from ldm.errors import UsageError, shown
 from ldm.limits import MAX_SEED, choice, real, whole
-from ldm.models.diffusion.inversion_base import DDIM, Context, Inversion, Method, Run, fall, rise, sample_of
+from ldm.models.diffusion.inversion_base import (
+    DDIM,
+    Context,
+    Inversion,
+    Method,
+    Run,
+    fall,
+    fine,
+    rise,
+    sample_of,
+)
 from ldm.models.diffusion.levels import Level
 from ldm.process.gaussian import q_sample
 from ldm.process.guidance import guide
@@ -42,6 +52,7 @@ class EditFriendly(Method):
 
     Eq. 6 and 7. What is kept is sigma_t z_t and not z_t, so that a last step without noise comes back exactly as well.
     Noise maps hold the picture's layout: start_step and a higher guidance_scale of the edit say how much of it stays.
+    Samples are kept in float64, so that a network that computes in bfloat16 is asked the same on both ways.
 
     Options:
         eta: above 0 to 1: the variance of the steps, 1 as DDPM's.
@@ -67,11 +78,11 @@ class EditFriendly(Method):
         return "must be above 0 and at most 1: it keeps the noise of each step"
 
     def begin(self, run: Run, x0: Tensor) -> tuple[Tensor, Tensor, torch.Generator]:
-        return x0, x0, torch.Generator().manual_seed(self.seed)
+        return fine(x0), fine(x0), torch.Generator().manual_seed(self.seed)
 
     def up(self, run: Run, state: Any, here: Level, to: Level) -> tuple[Any, Tensor]:
         x, x0, generator = state
-        noise = torch.randn(x0.shape[1:], generator=generator, dtype=x0.dtype).to(x0.device).expand_as(x0)
+        noise = torch.randn(x0.shape[1:], generator=generator, dtype=run.dtype).to(x0).expand_as(x0)
         x_to = q_sample(x0, noise, alpha_bar=to.alpha_bar)
         return (x_to, x0, generator), x - self.mean(run, x_to, to, here)
 
