@@ -190,7 +190,7 @@ def fill(args: argparse.Namespace, said: Mapping[str, Any]) -> None:
 
     wanted = TOLD | {name: said[name] for name in TOLD.keys() & said.keys()}
     own = [value for name in OF_PROMPT_TO_PROMPT for value in (getattr(args, name), wanted[name])]
-    if "method" not in said and any(value not in (None, []) for value in own):
+    if wanted["method"] == "swap" and any(value not in (None, []) for value in own):
         wanted["method"] = "prompt_to_prompt"  # whose options these are
     for whose, own in (
         ("method", (*OF_PROMPT_TO_PROMPT, "method_option")),

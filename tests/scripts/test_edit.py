@@ -236,15 +236,19 @@ def test_like_brings_options_along_to_the_same_method_only(capsys):
 
 
 def test_an_edit_is_a_swap_unless_something_of_prompt_to_prompt_is_asked_for():
-    for argv, method in (
-        ([], "swap"),
-        (["--blend", "red"], "prompt_to_prompt"),
-        (["--method", "pnp"], "pnp"),
-        (["--self-replace", "0"], "prompt_to_prompt"),
+    swapped, p2p = {"method": "swap"}, "prompt_to_prompt"
+    for argv, said, method in (
+        ([], {}, "swap"),
+        (["--blend", "red"], {}, p2p),
+        (["--method", "pnp"], {}, "pnp"),
+        (["--self-replace", "0"], {}, p2p),
+        ([], swapped, "swap"),
+        (["--weight", "red=2"], swapped, p2p),
+        (["--weight", "red=2"], {"method": "diffedit"}, "diffedit"),
     ):
         args = parsed(*argv)
-        fill(args, {})
-        assert (args.method, args.inversion) == (method, "edit_friendly"), argv
+        fill(args, said)
+        assert (args.method, args.inversion) == (method, "edit_friendly"), (argv, said)
 
 
 @pytest.mark.slow
