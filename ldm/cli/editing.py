@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.adapters import Embeddings, check_there, read_loras
@@ -46,7 +49,7 @@ def edit(args: argparse.Namespace) -> None:
         )
 
     from ldm.devices import pick_device
-    from ldm.images import open_image, prepare_folder, save_numbered
+    from ldm.images import open_image, save_numbered
     from ldm.metadata import Painted, png_info
 
     check_model(args)
@@ -63,11 +66,11 @@ def edit(args: argparse.Namespace) -> None:
                 f"{shown(getattr(args, what))} (hash {shown(given)}); give that one, or leave --like out"
             )
     adapters = [*read_loras(args.lora, {}), *Controls().read(args.controls, pictures, 0)]
-    outdir = prepare_folder(args.outdir)
-    sd = load_model(args, pick_device(args.device))
-    adapters += embeddings_of(args, sd)
-    say_lacking(args, sd, adapters)
-    done = edit_with(args, sd, pictures, adapters)
+    with folder_of(args.outdir) as outdir:
+        sd = load_model(args, pick_device(args.device))
+        adapters += embeddings_of(args, sd)
+        say_lacking(args, sd, adapters)
+        done = edit_with(args, sd, pictures, adapters)
     say(f"the picture comes back at {done.psnr:.1f} dB, the first stage alone at {done.ceiling:.1f}")
     for i, one in enumerate(done.images):
         parameters = parameters_of(args, i, sd, pictures, adapters, done)
@@ -75,6 +78,22 @@ def edit(args: argparse.Namespace) -> None:
         say(f"{path} ({printable(args.edit_prompt[i])})")
     if not args.no_sheet:
         say(f"{save_numbered(done.sheet(), outdir, 'sheet-{:04}.png')}")
+
+
+@contextlib.contextmanager
+def folder_of(path: str) -> Iterator[Path]:
+    """Make the folder for what is made within, and take new ones away again where nothing was."""
+    from ldm.images import prepare_folder
+
+    new = [one for one in (Path(path), *Path(path).parents) if not os.path.lexists(one)]
+    folder = prepare_folder(path)
+    try:
+        yield folder
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for one in new:
+                one.rmdir()
+        raise
 
 
 def edit_with(
