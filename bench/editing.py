@@ -6,12 +6,11 @@ new attribute is there and every other one as it was. How far a picture wanders 
 objects' centres are (not for a change of place), and how far pixels are off where nothing was to change. Each finished
 picture is saved at once; a second run does what is missing.
 
-    python bench/editing.py                              # everything, into bench/results/editing.{json,md,png}
+    python bench/editing.py --optimize                   # everything, into bench/results/editing.{json,md,png}
     python bench/editing.py --edits 20 --rows 'swap/*' --results /tmp/e.json
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +24,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import quality  # noqa: E402
+from ldm import cli  # noqa: E402
+from ldm.errors import UsageError  # noqa: E402
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,39 +40,44 @@ STEPS = 10
 SEED = 3  # of the scenes
 GUIDANCE = 3.0  # the box's own
 STRONG = 7.0
-SHEET = 8  # edits of each kind on the contact sheet
+SHEET = 3  # edits of each kind on the contact sheet
 ADD_NOISE = "add noise (img2img)"
 GENTLE = {"cross_replace_steps": 0.4, "self_replace_steps": 0.2}  # of prompt-to-prompt
+CONTROLS = ("prompt_to_prompt", "prompt_to_prompt, gentle", "mutual_self_attention", "plug_and_play")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a way to edit, how many steps are left out, by which inversion, at which guidance."""
+    """A line of the table: a way to edit, how many steps are left out, by which inversion, at which guidance.
+
+    up is the guidance on the way up; None is edit's default: 1, or as on the way down where more than latents is kept.
+    """
 
     name: str
     start_step: int
     inversion: str = "ddim"
     guidance: float = GUIDANCE
+    up: float | None = None
 
     @property
     def key(self) -> str:
-        further = ", ".join(
-            [self.inversion] * (self.inversion != "ddim")
-            + [f"g{self.guidance:g}"] * (self.guidance != GUIDANCE)
-        )
-        return f"{self.name}/{self.start_step}" + (f"/{further}" if further else "")
+        further = [self.inversion] * (self.inversion != "ddim")
+        further += [f"g{self.guidance:g}"] * (self.guidance != GUIDANCE)
+        further += [] if self.up is None else [f"up {self.up:g}"]
+        return f"{self.name}/{self.start_step}" + (f"/{', '.join(further)}" if further else "")
 
 
 ROWS = [
     *(Row(ADD_NOISE, start) for start in (2, 4)),
-    *(Row("swap", start) for start in (0, 1, 2, 4)),
+    *(Row("swap", start) for start in (0, 1, 2, 3, 4)),
     Row("swap", 0, guidance=STRONG),
-    *(Row("swap", start, "edit_friendly") for start in (0, 2)),
-    Row("prompt_to_prompt", 0),
-    Row("prompt_to_prompt, gentle", 0),
-    Row("mutual_self_attention", 0),
-    Row("plug_and_play", 0),
-    Row("diffedit", 1),
+    *(Row("swap", start, "edit_friendly") for start in (0, 2, 3)),
+    Row("swap", 0, "edit_friendly", up=1.0),
+    *(Row("swap", 0, "belm", up=up) for up in (1.0, GUIDANCE)),
+    *(Row("swap", 0, other) for other in ("negative_prompt", "null_text")),
+    *(Row(name, 0, inversion) for inversion in ("ddim", "edit_friendly") for name in CONTROLS),
+    *(Row("diffedit", start, inversion) for start, inversion in ((1, "ddim"), (0, "edit_friendly"))),
+    Row("dds", 0),
 ]
 
 
@@ -124,9 +130,15 @@ def judged(picture: "Image.Image", kind: str, before: "Scene", after: "Scene", s
     verdict = judge(seen, wanted)
     return {
         "holds": bool(verdict.holds),
-        "moved": None if kind == "place" else moved(seen, before),
-        "off": off(np.asarray(picture, float), source, before) if kind in ("colour", "shape") else None,
+        "moved": None if kind == "place" else rounded(moved(seen, before)),
+        "off": rounded(off(np.asarray(picture, float), source, before))
+        if kind in ("colour", "shape")
+        else None,
     }
+
+
+def rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)
 
 
 def moved(seen: "Sighting", before: "Scene") -> float | None:
@@ -152,6 +164,15 @@ def off(picture: np.ndarray, source: np.ndarray, before: "Scene") -> float:
 # --- editing ----------------------------------------------------------------------------------------
 
 
+def way_up(row: Row) -> float:
+    """Give the guidance of a row's way up, as edit chooses it."""
+    from ldm.models.diffusion.inversion import resolve_method
+
+    if row.up is not None:
+        return row.up
+    return 1.0 if resolve_method(row.inversion).from_latents else row.guidance
+
+
 def edit_all(
     sd: Any, source: str, edit: str, picture: "Image.Image", rows: Sequence[Row]
 ) -> dict[str, "Image.Image"]:
@@ -168,59 +189,63 @@ def edit_all(
     inversions: dict[str, Any] = {}
     found = []
     for row in rows:
-        if row.inversion not in inversions:
-            how = {"steps": STEPS, "guidance_scale": 1.0, "measure": False}
-            inversions[row.inversion] = sd.invert(picture, source, method=row.inversion, **how)
-        scene = scene_of(sd, inversions[row.inversion], source, edit, row.start_step, row.guidance)
+        up = way_up(row)
+        if (row.inversion, up) not in inversions:
+            inversions[row.inversion, up] = sd.invert(
+                picture, source, method=row.inversion, steps=STEPS, guidance_scale=up, measure=False
+            )
+        scene = scene_of(sd, inversions[row.inversion, up], source, edit, row.start_step, row.guidance)
         found.append(editing.resolve_editor(editors.get(row.name, row.name))(scene))
     with torch.no_grad():
         decoded = pictures.to_pil(decode(sd.model, torch.cat(found)))
     return {row.key: image for row, image in zip(rows, decoded, strict=True)}
 
 
-def run(count: int, path: Path, patterns: Sequence[str]) -> dict[str, Any]:
+def run(sd: Any, opt: argparse.Namespace) -> dict[str, Any]:
     """Edit what is missing in a results file by the rows whose keys match a pattern, and give all of it."""
-    import ldm
     from ldm.shapes.scenes import render
 
-    done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    chosen = [row for row in ROWS if any(fnmatchcase(row.key, one) for one in patterns)]
-    sd = ldm.StableDiffusion.default().optimize()
-    strips = path.with_suffix("")
+    head = {"model": sd.name, "weights": quality.weights_hash(sd.file), "steps": STEPS}
+    results = {**head, "rows": {}} if opt.fresh else quality.load_results(opt.results, head)
+    done = results["rows"]
+    chosen = [row for row in ROWS if any(fnmatchcase(row.key, one) for one in opt.rows)]
+    strips = opt.results.with_suffix("")
     strips.mkdir(parents=True, exist_ok=True)
-    for number, (kind, before, after) in enumerate(plan(count)):
+    for number, (kind, before, after) in enumerate(plan(opt.edits)):
         one = done.setdefault(
-            str(number), {"kind": kind, "source": before.caption, "edit": after.caption, "rows": {}}
+            str(number), {"kind": kind, "source": before.caption, "edit": after.caption, "ways": {}}
         )
-        rows = [row for row in chosen if row.key not in one["rows"]]
+        rows = [row for row in chosen if row.key not in one["ways"]]
         if not rows:
             continue
         began = time.perf_counter()
         picture = render(before, 128)
         source = np.asarray(picture, float)
         images = edit_all(sd, before.caption, after.caption, picture, rows)
-        one["rows"] |= {key: judged(image, kind, before, after, source) for key, image in images.items()}
+        one["ways"] |= {key: judged(image, kind, before, after, source) for key, image in images.items()}
         if number < SHEET * len(KINDS):
             picture.save(strips / f"{number:03d}.png")
             for row in rows:
                 images[row.key].save(strips / f"{number:03d}-{ROWS.index(row):02d}.png")
-        quality.write(path, json.dumps(done, indent=1).encode())
-        print(f"{number + 1}/{count} {kind}: {time.perf_counter() - began:.1f} s", flush=True)
-    return done
+        quality.save_results(opt.results, results)
+        cli.say(f"{number + 1}/{opt.edits} {kind}: {time.perf_counter() - began:.1f} s")
+    return results
 
 
 # --- the table --------------------------------------------------------------------------------------
 
 
-def table(done: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     """Write the results as Markdown."""
+    done = results["rows"]
     lines = [
         "# Edits of pictures of shapes",
         "",
-        f"Renders of unseen scenes, {STEPS} steps, inverted at guidance 1. Per cent of edits that hold: the new",
-        "attribute is there, and every other one as it was. `moved`: how far the objects' centres are from where they",
-        "were, median, per cent of a side, not for a change of place. `off`: of pixels away from the object whose",
-        "colour or shape was changed, mean of 0 to 255; the first stage alone leaves about 0.5.",
+        f"{results['model']}, weights {results['weights'][:10]}: renders of unseen scenes, {results['steps']} steps.",
+        "Per cent of edits that hold: the new attribute is there, every other one as it was. `guidance`: on the way",
+        "up, down. `moved`: how far the objects' centres are from where they were, median, per cent of a side, not for",
+        "a change of place. `off`: of pixels away from the object whose colour or shape was changed, mean of 0 to 255;",
+        "the first stage alone leaves about 0.5. Made by `python bench/editing.py --optimize`.",
         "",
         "| way | inversion | guidance | steps left out | edits | all | "
         + " | ".join(KINDS)
@@ -228,7 +253,7 @@ def table(done: dict[str, Any]) -> str:
         "|" + "---|" * (len(KINDS) + 8),
     ]
     for row in ROWS:
-        of_row = [(one["kind"], one["rows"][row.key]) for one in done.values() if row.key in one["rows"]]
+        of_row = [(one["kind"], one["ways"][row.key]) for one in done.values() if row.key in one["ways"]]
         if not of_row:
             continue
         shares = [np.mean([one["holds"] for _, one in of_row])]
@@ -237,11 +262,12 @@ def table(done: dict[str, Any]) -> str:
             shares.append(np.mean(held) if held else float("nan"))
         moves = [one["moved"] for _, one in of_row if one["moved"] is not None]
         offs = [one["off"] for _, one in of_row if one["off"] is not None]
-        inversion = "none" if row.name == ADD_NOISE else row.inversion
+        none = row.name in (ADD_NOISE, "dds")
+        inversion, up = ("none", "") if none else (row.inversion, f"{way_up(row):g}, ")
         numbers = " | ".join(f"{100 * share:.0f}" for share in shares)
         lines.append(
-            f"| {row.name} | {inversion} | {row.guidance:g} | {row.start_step} of {STEPS} | {len(of_row)} | {numbers} "
-            f"| {np.median(moves):.1f} | {np.mean(offs):.1f} |"
+            f"| {row.name} | {inversion} | {up}{row.guidance:g} | {row.start_step} of {STEPS} "
+            f"| {len(of_row)} | {numbers} | {np.median(moves):.1f} | {np.mean(offs):.1f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -263,16 +289,26 @@ def contact_sheet(path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--edits", type=int, default=EDITS, help="how many, default %(default)s")
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--edits", type=cli.integer(1, 10_000), default=EDITS, help="how many, default %(default)s"
+    )
     parser.add_argument("--rows", nargs="+", default=["*"], help="shell patterns of keys, as 'swap/*'")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args(argv)
-    done = run(options.edits, options.results, options.rows)
-    quality.write(options.results.with_suffix(".md"), table(done).encode())
-    contact_sheet(options.results)
-    print(table(done))
+    parser.add_argument("--optimize", action="store_true", help="by ldm.kernels; same numbers up to rounding")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file; .md and .png go beside it")
+    parser.add_argument("--fresh", action="store_true", help="begin again, whatever --results holds")
+    opt = parser.parse_args(argv)
+    for pattern in opt.rows:
+        if not any(fnmatchcase(row.key, pattern) for row in ROWS):
+            raise UsageError(
+                f"--rows '{pattern}' matches no row; they are {', '.join(row.key for row in ROWS)}"
+            )
+    pipeline = quality.load_pipeline(None, None, "cpu")
+    results = run(pipeline.optimize() if opt.optimize else pipeline, opt)
+    quality.write(opt.results.with_suffix(".md"), table(results).encode())
+    contact_sheet(opt.results)
+    cli.say(table(results))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
