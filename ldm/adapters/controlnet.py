@@ -10,7 +10,7 @@ photograph are others' business.
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -21,6 +21,7 @@ from ldm import kernels
 from ldm.adapters.controls import (
     CONTEXTS,
     ControlFile,
+    Hinted,
     add_maps,
     check_span,
     described,
@@ -194,7 +195,7 @@ def together(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], built_on:
 
 
 @dataclass(frozen=True, eq=False)
-class ControlNet:
+class ControlNet(Hinted):
     """A ControlNet with its hint, for some of the steps: maps that are added to the UNet's skips. Several add up.
 
     Args:
@@ -265,20 +266,6 @@ class ControlNet:
         usual = {"start": 0.0, "end": 1.0, "guess": False, "weights": None, "pooled": False}
         usual |= {"only_mid_control": False}
         return described(self, usual)
-
-    def begin(self) -> "ControlNet":
-        """Return one for one run of a sampler, which stands at a step of its own."""
-        return replace(self)
-
-    def of_images(self, places: Sequence[int]) -> "ControlNet":
-        """Return one for some images of a request: see `controls.Hint.of_images`."""
-        hint = self.hint.of_images(places)
-        return self if hint is self.hint else replace(self, hint=hint)
-
-    def of_part(self, size: tuple[int, int], box: tuple[int, int, int, int]) -> "ControlNet":
-        """Return one for a part of the picture: see `controls.Hint.part`."""
-        hint = self.hint.part(size, box)
-        return replace(self, hint=hint, fit=hint.fit)
 
     def check(self, unet: nn.Module) -> None:
         """Raise UsageError or MismatchError if it cannot be attached to a network."""

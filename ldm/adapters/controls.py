@@ -5,9 +5,10 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -232,6 +233,26 @@ def _checked(given: Tensor) -> list[Tensor]:
 
 
 # --- files ------------------------------------------------------------------------------------------
+
+
+class Hinted:
+    """What adapters with a hint share: dataclasses whose fields are a `hint`, a Hint, and its `fit`, among others."""
+
+    hint: Any
+
+    def begin(self) -> Self:
+        """Return one for one run of a sampler, which stands at a step of its own."""
+        return replace(self)
+
+    def of_images(self, places: Sequence[int]) -> Self:
+        """Return one for some images of a request: see `Hint.of_images`."""
+        hint = self.hint.of_images(places)
+        return self if hint is self.hint else replace(self, hint=hint)
+
+    def of_part(self, size: tuple[int, int], box: tuple[int, int, int, int]) -> Self:
+        """Return one for a part of the picture: see `Hint.part`."""
+        hint = self.hint.part(size, box)
+        return replace(self, hint=hint, fit=hint.fit)
 
 
 class ControlFile:

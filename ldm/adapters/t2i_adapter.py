@@ -8,8 +8,8 @@ Its maps depend on the hint alone, so that they are computed once for all steps:
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ldm.adapters.controls import (
     ControlFile,
+    Hinted,
     check_span,
     described,
     filled,
@@ -143,7 +144,7 @@ def _halves(layer: nn.Module) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class T2IAdapter:
+class T2IAdapter(Hinted):
     """A T2I-Adapter with its hint, for some of the steps. Several add up, also to ControlNets.
 
     Args:
@@ -183,20 +184,6 @@ class T2IAdapter:
     def describe(self) -> dict[str, Any]:
         """Say what goes into a picture's metadata, as ControlNet.describe does."""
         return described(self, {"start": 0.0, "end": 1.0})
-
-    def begin(self) -> "T2IAdapter":
-        """Return one for one run of a sampler, which stands at a step of its own."""
-        return replace(self)
-
-    def of_images(self, places: Sequence[int]) -> "T2IAdapter":
-        """Return one for some images of a request: see `controls.Hint.of_images`."""
-        hint = self.hint.of_images(places)
-        return self if hint is self.hint else replace(self, hint=hint)
-
-    def of_part(self, size: tuple[int, int], box: tuple[int, int, int, int]) -> "T2IAdapter":
-        """Return one for a part of the picture: see `controls.Hint.part`."""
-        hint = self.hint.part(size, box)
-        return replace(self, hint=hint, fit=hint.fit)
 
     def check(self, unet: nn.Module) -> None:
         """Raise UsageError or MismatchError if it cannot be attached to a network."""
